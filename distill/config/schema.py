@@ -1,0 +1,434 @@
+"""Types, defaults and meaning of every configuration key; values live in `conf/`, construction in code.
+
+Shape letters and words are those of the README's glossary. Losses are in nats per token. Fields are plain
+dataclasses so that Hydra and OmegaConf type-check YAML and command line alike. Treat a loaded `RunConfig`
+as immutable. No torch here: tools that only look at a config must start at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from omegaconf import MISSING
+
+
+class Job(Enum):
+    teacher = "teacher"
+    student = "student"
+    codistill = "codistill"
+    evaluate = "evaluate"
+
+
+class OptimizerName(Enum):
+    adamw = "adamw"
+    sgd = "sgd"
+
+
+class LrSchedule(Enum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+    wsd = "wsd"
+
+
+class AlphaSchedule(Enum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+    wsd = "wsd"
+
+
+class ReplayOrder(Enum):
+    same = "same"
+    newest = "newest"
+    late_first = "late_first"
+
+
+class CodecName(Enum):
+    threshold = "threshold"
+    multinomial = "multinomial"
+    topk = "topk"
+
+
+class OnFull(Enum):
+    block = "block"
+    skip = "skip"
+
+
+class OnMissing(Enum):
+    hard = "hard"
+    fail = "fail"
+
+
+class Source(Enum):
+    stdlib = "stdlib"
+    files = "files"
+
+
+class Precision(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class WandbMode(Enum):
+    off = "off"
+    offline = "offline"
+    online = "online"
+
+
+class ConsoleMode(Enum):
+    auto = "auto"
+    bar = "bar"
+    lines = "lines"
+    off = "off"
+
+
+# ---------------------------------------------------------------- model
+
+
+@dataclass
+class RopeScaling:
+    """llama3 frequency scaling; low == high is a hard step without a smooth band."""
+
+    factor: float = 16.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    original_positions: int = 8192
+
+
+@dataclass
+class ModelConfig:
+    """One Transformer of the Llama 4 family: teacher and student differ only in these numbers.
+
+    Names of the released `config.json` are given where ours differ.
+    """
+
+    vocab_size: int = MISSING
+    """Rows of the embedding and the head; may exceed the tokenizer's (padding ids are never targets)."""
+    hidden_size: int = MISSING
+    layers: int = MISSING
+    heads: int = MISSING
+    """Query heads H (num_attention_heads)."""
+    kv_heads: int = MISSING
+    """Key/value heads G (num_key_value_heads)."""
+    head_dim: int = MISSING
+    expert_hidden: int = MISSING
+    """Width F of each routed expert and of the shared expert (intermediate_size)."""
+    dense_hidden: int = MISSING
+    """Width of the dense layers' feed-forward (intermediate_size_mlp)."""
+    experts: int = MISSING
+    """Routed experts E (num_local_experts)."""
+    active_experts: int = 1
+    """Routed experts per token A (num_experts_per_tok)."""
+    moe_step: int = 1
+    """Every moe_step-th layer is MoE, the last of each group (interleave_moe_layer_step); 0: none."""
+    moe_layers: list[int] | None = None
+    """Explicit indices of the MoE layers; null derives them from moe_step."""
+    nope_step: int = 4
+    """Every nope_step-th layer has no positional embedding (no_rope_layer_interval); 0: all layers have RoPE."""
+    rope_layers: list[bool] | None = None
+    """Per layer, true where RoPE is applied (no_rope_layers, which is inverted); null derives from nope_step."""
+    chunk_size: int | None = 8192
+    """RoPE layers attend within chunks of this many positions (attention_chunk_size); null: full causal."""
+    qk_norm: bool = True
+    """Weightless RMS norm of q and k after RoPE, RoPE layers only (use_qk_norm)."""
+    temperature_tuning: bool = True
+    """Scale queries of NoPE layers with position (attn_temperature_tuning)."""
+    floor_scale: float = 8192.0
+    attn_scale: float = 0.1
+    rope_theta: float = 500000.0
+    rope_scaling: RopeScaling | None = None
+    max_positions: int = 262144
+    norm_eps: float = 1e-5
+    init_std: float = 0.02
+    """Standard deviation of every initial weight matrix (initializer_range)."""
+    bos_id: int | None = 200000
+    eos_ids: list[int] = field(default_factory=lambda: [200001])
+    pad_id: int | None = 200018
+
+
+# ---------------------------------------------------------------- optimisation
+
+
+@dataclass
+class WeightDecay:
+    """Decoupled weight decay of each parameter group, per unit of learning rate."""
+
+    matrices: float = 0.1
+    """Attention projections, experts, shared experts, dense feed-forward."""
+    embedding: float = 0.0
+    head: float = 0.1
+    router: float = 0.0
+    norms: float = 0.0
+
+
+@dataclass
+class OptimConfig:
+    optimizer: OptimizerName = OptimizerName.adamw
+    lr: float = 1e-3
+    """Peak learning rate."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """AdamW's two; SGD takes the first as its momentum."""
+    eps: float = 1e-8
+    weight_decay: WeightDecay = field(default_factory=WeightDecay)
+    clip: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+    schedule: LrSchedule = LrSchedule.wsd
+    warmup: float = 0.02
+    """Share of the steps spent rising linearly from 0."""
+    decay: float = 0.2
+    """wsd only: share of the steps spent falling linearly at the end."""
+    final_lr: float = 0.0
+    """Learning rate at the end, as a share of the peak."""
+
+
+@dataclass
+class TrainConfig:
+    steps: int | None = None
+    """Optimizer steps; null: as many as `epochs` gives."""
+    epochs: float = 1.0
+    """Passes over the corpus, used when `steps` is null."""
+    batch: int = 8
+    """Samples per optimizer step, over all ranks."""
+    accumulation: int = 1
+    """Micro-batches per optimizer step on each rank."""
+    log_every: int = 10
+    eval_every: int = 0
+    """Steps between held-out evaluations; 0: only at the end."""
+    eval_samples: int = 64
+    """Held-out samples of an evaluation during training (at most what is held out)."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0: only at the end."""
+    keep_checkpoints: int = 1
+    """Newest checkpoints that are kept."""
+    balance_rate: float = 1e-3
+    """Step of the loss-free router bias; 0 switches balancing off."""
+    head_chunk: int = 4096
+    """Tokens whose logits live at one time."""
+
+
+# ---------------------------------------------------------------- weighting, replay
+
+
+@dataclass
+class LagFactor:
+    """alpha falls with how much worse the teacher was on a shard than the best the student has met."""
+
+    enabled: bool = False
+    power: float = 0.5
+    smoothing: float = 0.98
+    """Decay of the running average of the student's own loss, per step."""
+
+
+@dataclass
+class EntropyFactor:
+    """alpha by the entropy of the teacher's prediction."""
+
+    enabled: bool = False
+    scale: bool = False
+    """Multiply by entropy / log V."""
+    skip: float = 0.0
+    """Share of a batch's covered tokens, the lowest in entropy, that get no soft loss."""
+
+
+@dataclass
+class WeightingConfig:
+    """alpha_T = schedule(step) x lag x entropy; loss = alpha * soft + (1 - alpha) * hard."""
+
+    schedule: AlphaSchedule = AlphaSchedule.constant
+    alpha: float = 0.5
+    """Largest alpha of the schedule."""
+    final_alpha: float = 0.0
+    """Where linear, cosine and wsd end."""
+    warmup: float = 0.0
+    """wsd only: share of the steps spent rising from 0."""
+    decay: float = 0.2
+    """wsd only: share of the steps spent falling."""
+    lag: LagFactor = field(default_factory=LagFactor)
+    entropy: EntropyFactor = field(default_factory=EntropyFactor)
+
+
+@dataclass
+class ReplayConfig:
+    order: ReplayOrder = ReplayOrder.same
+    """Order over the teacher's stream: as the teacher met it, backwards, or its second half first."""
+
+
+@dataclass
+class ArmConfig:
+    """A further student that is trained after the codistilled one, from the same init on the same samples."""
+
+    lr: float | None = None
+    """Peak learning rate; null: the student's."""
+    order: ReplayOrder = ReplayOrder.same
+    weighting: WeightingConfig = field(default_factory=WeightingConfig)
+    cached: bool = True
+    """False: hard labels alone; the cache is never opened."""
+
+
+@dataclass
+class TeacherConfig:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    init_from: str | None = None
+    """Hugging Face folder or our checkpoint that gives the first weights."""
+    capture: bool = True
+    """Write soft targets of every training batch to the cache."""
+
+
+@dataclass
+class StudentConfig:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    init_from: str | None = None
+    cached: bool = True
+    """False: hard labels alone; no cache is opened."""
+    weighting: WeightingConfig = field(default_factory=WeightingConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+
+
+# ---------------------------------------------------------------- data, cache
+
+
+@dataclass
+class TokenizerConfig:
+    file: str | None = None
+    """A `tokenizer.json`; null trains a byte-level BPE on the training split."""
+    vocab_size: int = 512
+    """Size of the trained BPE, special tokens included; unused with `file`."""
+    bos: str | None = "<|begin_of_text|>"
+    """Token put before every document; null: none."""
+    eos: str | None = "<|end_of_text|>"
+    """Token put after every document; null: none."""
+
+
+@dataclass
+class CorpusConfig:
+    source: Source = Source.stdlib
+    files: list[str] = field(default_factory=list)
+    """Paths or globs of jsonl, json, parquet, arrow or text files (source=files)."""
+    held_out_files: list[str] = field(default_factory=list)
+    """The same for the held-out split; empty: `held_out` splits `files` by document."""
+    text_key: str = "text"
+    """Column that holds a document's text."""
+    mask_key: str | None = None
+    """Column with [start, end) character ranges of the text that carry loss; null: all of it."""
+    held_out: float = 0.05
+    """Share of the files (stdlib) or documents (files) kept for evaluation."""
+    max_documents: int | None = None
+    """Stop after so many documents; null: all."""
+    weight: float = 1.0
+    """Share of this corpus in a mixture, up to a common factor."""
+
+
+@dataclass
+class DataConfig:
+    corpora: dict[str, CorpusConfig] = field(default_factory=lambda: {"main": CorpusConfig()})
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    sample_tokens: int = 128
+    """Tokens S of one packed sample."""
+    seed: int = 0
+    """Of the order of samples."""
+    dir: str | None = None
+    """Where packed corpora are kept and found again; null: `data/` in the run folder."""
+
+
+@dataclass
+class CodecConfig:
+    name: CodecName = CodecName.threshold
+    tau: float = 0.05
+    """threshold: probabilities from tau up are kept, smaller ones sampled with weight tau."""
+    draws: int = 50
+    """multinomial: draws per token."""
+    k: int = 12
+    """topk: entries per token."""
+
+
+@dataclass
+class CacheConfig:
+    dir: str | None = None
+    """Folder of the cache; null: `cache/` in the run folder. A mixture keeps one folder per corpus in it."""
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    shard_samples: int = 256
+    """Samples per published shard."""
+    queue: int = 64
+    """Micro-batches that may wait for the writer thread."""
+    on_full: OnFull = OnFull.block
+    """What capture does when the queue is full: wait, or leave a counted gap."""
+    on_missing: OnMissing = OnMissing.hard
+    """What a student does with samples that have no targets: hard loss alone, or stop."""
+    follow: bool = False
+    """Wait for a teacher that is still publishing."""
+    follow_timeout: float = 3600.0
+    """Seconds without a new shard after which a following student gives up."""
+
+
+# ---------------------------------------------------------------- engine, tracking, run
+
+
+@dataclass
+class EngineConfig:
+    zero: int = 0
+    """ZeRO stage."""
+    threads: int = 0
+    """CPU threads per process; 0: cores / ranks on the node."""
+    backend: str | None = None
+    """torch.distributed backend; null: nccl on GPUs, else gloo."""
+    timeout: float = 1800.0
+    """Seconds after which a collective that one rank never joins is an error."""
+
+
+@dataclass
+class TrackingConfig:
+    wandb: WandbMode = WandbMode.off
+    project: str = "codistill"
+    name: str | None = None
+    """Name of the wandb run; null: the run folder's."""
+    console: ConsoleMode = ConsoleMode.auto
+    """One live line on a terminal, plain lines elsewhere; bar and lines force either."""
+    histogram_every: int = 10
+    """Logged rows between histograms of alpha."""
+    report: bool = True
+    """Write report.html at the end of the job."""
+
+
+@dataclass
+class CodistillConfig:
+    rounds: int = 20
+    """Alternations of teacher and student in one process."""
+    arms: dict[str, ArmConfig] = field(default_factory=dict)
+    """Further students for comparison, by name."""
+
+
+@dataclass
+class EvaluateConfig:
+    teacher_from: str | None = None
+    """Folder of the teacher, for agreement; null: none is reported."""
+    samples: int | None = None
+    """Held-out samples; null: all."""
+    batch: int = 16
+    calibration_bins: int = 15
+    """Equal-width confidence bins of the expected calibration error."""
+
+
+@dataclass
+class RunConfig:
+    job: Job = MISSING
+    seed: int = 0
+    """Of initial weights, sampling of targets, and (unless data.seed is set apart) nothing else."""
+    resume: bool = False
+    """Go on from the run folder's newest valid checkpoint, or start if there is none."""
+    init_from: str | None = None
+    """First weights of the model that the job trains or evaluates (job=codistill: use teacher. / student.init_from)."""
+    data: DataConfig = field(default_factory=DataConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    codistill: CodistillConfig = field(default_factory=CodistillConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    precision: Precision = Precision.fp32
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
