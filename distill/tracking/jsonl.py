@@ -1,0 +1,65 @@
+"""Append-only files of one JSON object a line: writing, reading what a killed run left, cutting back on resume."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def read(path: Path) -> Iterator[Row]:
+    """Rows of a file, in order; a missing file has none, and torn or foreign lines are passed over."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                yield row
+
+
+class JsonLines:
+    """Appends rows to a file. A row is with the operating system when `write` returns, on disk after `close`."""
+
+    def __init__(self, path: Path, keep: Callable[[Row], bool] | None):
+        """keep: which rows of an existing file stay (resume); None starts an empty file.
+
+        Either way the new file is written beside the old one and renamed, so that a crash leaves one of the two.
+        """
+        beside = path.with_name(path.name + ".new")
+        with beside.open("w", encoding="utf-8") as file:
+            if keep is not None:
+                file.writelines(_line(row) for row in read(path) if keep(row))
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+        _sync_folder(path.parent)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: Row) -> None:
+        self._file.write(_line(row))
+        self._file.flush()
+
+    def close(self) -> None:
+        if not self._file.closed:
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
