@@ -1,0 +1,6 @@
+"""The shared MoE core: one Transformer of the Llama 4 family; counts, load balancing, Hugging Face checkpoints."""
+
+from distill.model.segments import Segments
+from distill.model.transformer import Routing, Transformer
+
+__all__ = ["Routing", "Segments", "Transformer"]

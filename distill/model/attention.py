@@ -1,0 +1,75 @@
+"""Grouped-query attention over runs of tokens, with or without rotary positions."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distill.config.schema import ModelConfig
+from distill.model.linear import Linear, LinearFn
+from distill.model.norm import rms_norm
+from distill.model.rope import rotate
+from distill.model.segments import Plan
+
+
+class Layout(NamedTuple):
+    """What all attention layers of one kind share in a forward pass."""
+
+    plan: Plan
+    rotation: tuple[Tensor, Tensor] | None
+    """cos and sin, fp32 [P, 1, C]; None: this kind has no rotary positions."""
+    temperature_P11: Tensor | None
+    """fp32 factor of the queries; None where it is 1 everywhere."""
+
+
+def temperature(plan: Plan, floor_scale: float, attn_scale: float) -> Tensor | None:
+    """Query factor of layers without positions, 1 + attn_scale * ln(1 + floor((p + 1) / floor_scale)), [P, 1, 1]."""
+    if plan.longest < floor_scale:
+        return None
+    level_P = torch.floor((plan.position_P.float() + 1.0) / floor_scale)
+    return (torch.log1p(level_P) * attn_scale + 1.0)[:, None, None]
+
+
+class Attention(nn.Module):
+    """Causal within each run; keys and values have fewer heads than queries, each shared by H / G of them."""
+
+    def __init__(self, config: ModelConfig, rope: bool, linear_fn: LinearFn):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.qk_norm_eps = config.norm_eps if rope and config.qk_norm else None
+        width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.q_proj = Linear(config.hidden_size, width, linear_fn)
+        self.k_proj = Linear(config.hidden_size, kv_width, linear_fn)
+        self.v_proj = Linear(config.hidden_size, kv_width, linear_fn)
+        self.o_proj = Linear(width, config.hidden_size, linear_fn)
+
+    def forward(self, hidden_TD: Tensor, layout: Layout) -> Tensor:
+        plan, rotation, temperature_P11 = layout
+        hidden_PD = hidden_TD if plan.gather_P is None else hidden_TD.index_select(0, plan.gather_P)
+        q_PHC = self.q_proj(hidden_PD).unflatten(-1, (-1, self.head_dim))
+        k_PGC = self.k_proj(hidden_PD).unflatten(-1, (-1, self.head_dim))
+        v_PGC = self.v_proj(hidden_PD).unflatten(-1, (-1, self.head_dim))
+        if rotation is not None:
+            q_PHC, k_PGC = rotate(q_PHC, *rotation), rotate(k_PGC, *rotation)
+        if self.qk_norm_eps is not None:
+            q_PHC, k_PGC = rms_norm(q_PHC, self.qk_norm_eps), rms_norm(k_PGC, self.qk_norm_eps)
+        if temperature_P11 is not None:
+            q_PHC = (q_PHC * temperature_P11).type_as(q_PHC)
+        mixed_PD = _attend(q_PHC, k_PGC, v_PGC, plan.blocks)
+        if plan.scatter_T is not None:
+            mixed_PD = mixed_PD.index_select(0, plan.scatter_T)
+        return self.o_proj(mixed_PD)
+
+
+def _attend(q_PHC: Tensor, k_PGC: Tensor, v_PGC: Tensor, blocks: tuple[tuple[int, int], ...]) -> Tensor:
+    """One attention call per block; [P, H * C]."""
+    sizes = [runs * length for runs, length in blocks]
+    mixed = []
+    for block, *qkv in zip(blocks, q_PHC.split(sizes), k_PGC.split(sizes), v_PGC.split(sizes)):
+        q, k, v = (x.unflatten(0, block).transpose(1, 2) for x in qkv)  # [runs, heads, length, C]
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        mixed.append(y.transpose(1, 2).flatten(2).flatten(0, 1))
+    return mixed[0] if len(mixed) == 1 else torch.cat(mixed)

@@ -1,0 +1,44 @@
+"""The two matrix products that another precision may replace, and the modules that own 2-D weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LinearFn = Callable[[Tensor, Tensor], Tensor]
+"""(x [..., in], weight [out, in]) -> [..., out]."""
+GroupedFn = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x [R, in], weight [E, in, out], ends [E] int32, last = R) -> [R, out]; rows ends[e-1]:ends[e] meet weight[e]."""
+
+
+def grouped_mm(x: Tensor, weight: Tensor, ends_E: Tensor) -> Tensor:
+    """The plain `GroupedFn`: one product per expert in x's dtype; an expert without rows gets a zero gradient."""
+    return F.grouped_mm(x, weight, offs=ends_E)
+
+
+class Linear(nn.Module):
+    """x -> x weight^T through the function it was built with."""
+
+    def __init__(self, inputs: int, outputs: int, linear_fn: LinearFn):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.linear_fn = linear_fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_fn(x, self.weight)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate x) * up x): a dense layer's feed-forward and the shared expert."""
+
+    def __init__(self, size: int, hidden: int, linear_fn: LinearFn):
+        super().__init__()
+        self.gate_proj = Linear(size, hidden, linear_fn)
+        self.up_proj = Linear(size, hidden, linear_fn)
+        self.down_proj = Linear(hidden, size, linear_fn)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -1,0 +1,64 @@
+"""Rotary positions: adjacent channel pairs, real arithmetic, fp32, with llama3 frequency scaling."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from distill.config.schema import ModelConfig, RopeScaling
+
+
+def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
+    """Angle per position of each channel pair, fp32 [C / 2].
+
+    With scaling, wavelengths above original / low are stretched by `factor`, those below original / high stay,
+    and those between are interpolated (llama3 rule).
+    """
+    exponent_P = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+    plain_P = 1.0 / theta**exponent_P
+    if scaling is None:
+        return plain_P
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns_P = scaling.original_positions / (2 * math.pi / plain_P)  # full turns within the original context
+    slow_P = plain_P / scaling.factor
+    scaled_P = torch.where(turns_P < low, slow_P, plain_P)
+    if low == high:  # a hard step: the released models have no band between, and its formula would divide by zero
+        return scaled_P
+    keep_P = (turns_P - low) / (high - low)
+    between_P = (1 - keep_P) * slow_P + keep_P * plain_P
+    return torch.where((turns_P >= low) & (turns_P <= high), between_P, scaled_P)
+
+
+class RopeTable:
+    """Cosines and signed sines by position; grows to the longest segment that it has met."""
+
+    def __init__(self, config: ModelConfig):
+        self.frequencies = frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        self.cos_SC = self.sin_SC = torch.empty(0, config.head_dim, device="cpu")
+
+    def lookup(self, position_T: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """cos and sin, fp32 [T, 1, C], for `rotate`.
+
+        Args:
+            position_T: int64, each below `longest`, on the device of the result.
+        """
+        if len(self.cos_SC) < longest or self.cos_SC.device != position_T.device:
+            self._grow(1 << (longest - 1).bit_length(), position_T.device)
+        return self.cos_SC[position_T].unsqueeze(1), self.sin_SC[position_T].unsqueeze(1)
+
+    # A table made under inference mode could never be saved for a later backward pass.
+    @torch.inference_mode(False)
+    def _grow(self, positions: int, device: torch.device) -> None:
+        angle_SP = torch.arange(positions, dtype=torch.float32, device="cpu")[:, None] * self.frequencies
+        cos_SP, sin_SP = angle_SP.cos(), angle_SP.sin()
+        self.cos_SC = cos_SP.repeat_interleave(2, 1).to(device)
+        self.sin_SC = torch.stack((-sin_SP, sin_SP), -1).flatten(1).to(device)
+
+
+def rotate(x_TNC: Tensor, cos_T1C: Tensor, sin_T1C: Tensor) -> Tensor:
+    """Turns each pair (2i, 2i + 1) of the channels by its angle; fp32 inside, x's dtype outside."""
+    x = x_TNC.float()
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x * cos_T1C, swapped, sin_T1C).type_as(x_TNC)

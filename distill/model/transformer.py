@@ -1,0 +1,166 @@
+"""The one Transformer of the project: teacher and student are two configurations of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distill.config.schema import ModelConfig
+from distill.model.attention import Attention, Layout, temperature
+from distill.model.experts import MoE
+from distill.model.layout import moe_layers, rope_layers
+from distill.model.linear import GroupedFn, LinearFn, SwiGLU, grouped_mm
+from distill.model.norm import RMSNorm
+from distill.model.rope import RopeTable
+from distill.model.router import Router
+from distill.model.segments import Segments
+
+HeadFn = Callable[[Tensor, Tensor], Any]
+"""(normed hidden [T, D], unembedding weight [V, D]) -> anything."""
+
+
+class Routing(NamedTuple):
+    """What the routers of one forward pass did; L counts MoE layers only."""
+
+    counts_LE: Tensor
+    """int64, tokens given to each expert; a row sums to T * A."""
+    logits_LTE: tuple[Tensor, ...]
+    """Router logits [T, E] of each MoE layer, attached to the graph."""
+
+
+class Layer(nn.Module):
+    """Pre-norm attention, then a pre-norm feed-forward that is dense or MoE."""
+
+    def __init__(self, config: ModelConfig, moe: bool, rope: bool, linear_fn: LinearFn, grouped_fn: GroupedFn):
+        super().__init__()
+        self.rope = rope
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = Attention(config, rope, linear_fn)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.feed_forward: MoE | SwiGLU = (
+            MoE(config, linear_fn, grouped_fn) if moe else SwiGLU(config.hidden_size, config.dense_hidden, linear_fn)
+        )
+
+    def forward(self, hidden_TD: Tensor, layout: Layout) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """New hidden states, and (router logits, ends) where the layer is MoE."""
+        hidden_TD = hidden_TD + self.self_attn(self.input_layernorm(hidden_TD), layout)
+        normed_TD = self.post_attention_layernorm(hidden_TD)
+        if isinstance(self.feed_forward, MoE):
+            out_TD, logits_TE, ends_E = self.feed_forward(normed_TD)
+            return hidden_TD + out_TD, (logits_TE, ends_E)
+        return hidden_TD + self.feed_forward(normed_TD), None
+
+
+class Embedding(nn.Module):
+    """Rows of a weight [V, D]."""
+
+    def __init__(self, vocab_size: int, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, size))
+
+    def forward(self, ids_T: Tensor) -> Tensor:
+        return F.embedding(ids_T, self.weight)
+
+
+class Head(nn.Module):
+    """Owns the unembedding weight [V, D] and applies whatever needs it inside its own forward.
+
+    ZeRO-3 gathers a weight for the forward of the module that owns it, so a fused head-and-loss must run here.
+    """
+
+    def __init__(self, vocab_size: int, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, size))
+
+    def forward(self, hidden_TD: Tensor, head_fn: HeadFn) -> Any:
+        return head_fn(hidden_TD, self.weight)
+
+
+class Transformer(nn.Module):
+    """Decoder of the Llama 4 family (text): MoE, layers with and without positions, chunked attention.
+
+    Weights are drawn from torch's global generator (matrices normal with `init_std`, norms 1); under a meta device
+    nothing is drawn. Names are those of the released checkpoints but for embed, norm and head (see `hf`).
+
+    Args:
+        config: a configuration that passed `distill.config`'s checks.
+        linear_fn: product of attention projections and feed-forwards; router, embedding and head never use it.
+        grouped_fn: product of the routed experts.
+    """
+
+    def __init__(self, config: ModelConfig, linear_fn: LinearFn = F.linear, grouped_fn: GroupedFn = grouped_mm):
+        super().__init__()
+        self.config = config
+        moe, rope = set(moe_layers(config)), rope_layers(config)
+        self.embed = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            Layer(config, i in moe, rope[i], linear_fn, grouped_fn) for i in range(config.layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = Head(config.vocab_size, config.hidden_size)
+        self._table = RopeTable(config)
+        for parameter in self.parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=config.init_std)
+
+    @property
+    def routers(self) -> list[Router]:
+        """The router of each MoE layer, in layer order."""
+        return [layer.feed_forward.router for layer in self.layers if isinstance(layer.feed_forward, MoE)]
+
+    def forward(
+        self, ids_BS: Tensor, documents_BS: Tensor | Segments | None = None, head_fn: HeadFn | None = None
+    ) -> tuple[Any, Routing]:
+        """Hidden states of every token, through `head_fn` if there is one.
+
+        Args:
+            ids_BS: token ids.
+            documents_BS: ordinal of each token's document within its row (int, on the CPU, non-decreasing), or
+                `Segments` built from it; None: each row is one document. Positions, chunks and attention are the
+                document's own: packed documents do not see each other.
+            head_fn: called with the normed hidden states [T, D] and the unembedding weight [V, D].
+
+        Returns:
+            What head_fn returned, or without it the normed hidden states [T, D] with T = B * S; and the routing.
+        """
+        rope, nope = self._layouts(ids_BS, documents_BS)
+        hidden_TD = self.embed(ids_BS.flatten())
+        logits_LTE: list[Tensor] = []
+        ends_LE: list[Tensor] = []
+        for layer in self.layers:
+            hidden_TD, routed = layer(hidden_TD, rope if layer.rope else nope)
+            if routed is not None:
+                logits_LTE.append(routed[0])
+                ends_LE.append(routed[1])
+        hidden_TD = self.norm(hidden_TD)
+        out = hidden_TD if head_fn is None else self.head(hidden_TD, head_fn)
+        return out, Routing(_counts(ends_LE, self.config.experts, ids_BS.device), tuple(logits_LTE))
+
+    def logits(self, ids_BS: Tensor, documents_BS: Tensor | Segments | None = None) -> Tensor:
+        """Next-token logits [B, S, V] in the model's dtype; arguments as in `forward`."""
+        logits_TV, _ = self(ids_BS, documents_BS, F.linear)
+        return logits_TV.unflatten(0, ids_BS.shape)
+
+    def _layouts(self, ids_BS: Tensor, documents_BS: Tensor | Segments | None) -> tuple[Layout, Layout]:
+        """Layouts of the layers with and without rotary positions."""
+        config = self.config
+        if documents_BS is None:
+            documents_BS = Segments.whole_rows(*ids_BS.shape, config.chunk_size)
+        elif isinstance(documents_BS, Tensor):
+            assert documents_BS.shape == ids_BS.shape, "one document ordinal per token"
+            documents_BS = Segments.build(documents_BS, config.chunk_size)
+        full, chunked = documents_BS.to(ids_BS.device)
+        rotation = self._table.lookup(chunked.position_P, chunked.longest)
+        factor = temperature(full, config.floor_scale, config.attn_scale) if config.temperature_tuning else None
+        return Layout(chunked, rotation, None), Layout(full, None, factor)
+
+
+def _counts(ends_LE: list[Tensor], experts: int, device: torch.device) -> Tensor:
+    if not ends_LE:
+        return torch.zeros(0, experts, dtype=torch.int64, device=device)
+    ends = torch.stack(ends_LE).long()
+    return torch.diff(ends, dim=1, prepend=ends.new_zeros(len(ends_LE), 1))
