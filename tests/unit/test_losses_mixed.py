@@ -1,4 +1,4 @@
-"""The fused loss against a dense fp64 oracle that builds the whole target distribution, and against finite differences."""
+"""The fused loss against a dense fp64 oracle that builds the whole target, and against finite differences."""
 
 import pytest
 import torch

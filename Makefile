@@ -1,0 +1,40 @@
+# Every target is one call of a module; logic lives in Python.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := $(BIN)/python -m distill
+.DEFAULT_GOAL := help
+.PHONY: help setup smoke demo test lint bench config clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+
+setup: .venv/.done ## Create .venv with everything that smoke, test and bench need
+
+.venv/.done: pyproject.toml constraints-cpu.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints-cpu.txt -e '.[dev]'
+	@touch $@
+
+smoke: setup ## The main job, small: teacher, captured targets, three students, a table (ARGS="seed=7 ...")
+	$(RUN) job=codistill experiment=smoke $(ARGS)
+
+demo: setup ## The main job, longer and on a wider gap (at most 40 minutes on 2 cores)
+	$(RUN) job=codistill experiment=demo $(ARGS)
+
+test: setup lint ## Linters, types, import contracts, all tests (ARGS for pytest)
+	$(BIN)/pytest $(ARGS)
+
+lint: setup ## ruff, mypy, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup ## Measurements of tests/bench into runs/bench (ONLY=name for one)
+	$(BIN)/python -m tests.bench $(ONLY)
+
+config: setup ## Print the resolved run and start nothing (JOB=teacher ARGS=...)
+	@$(RUN) job=$(JOB) $(ARGS) --cfg job --resolve
+
+clean: ## Remove runs and tool caches, keep .venv
+	rm -rf runs outputs multirun .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,68 @@
+"""The one way in: `python -m distill job=... experiment=...`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from distill.config.errors import UserError
+from distill.config.load import CONF, load, precheck
+from distill.config.schema import Job, RunConfig
+
+
+@hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
+def compose_and_run(cfg: DictConfig) -> None:
+    try:
+        run_job(load(cfg))
+    except UserError as error:
+        sys.exit(_told(error))
+
+
+def run_job(config: RunConfig) -> None:
+    # Imported only now: a wrong configuration must be told before torch and DeepSpeed are loaded.
+    from distill.engine import dist
+    from distill.run import codistill, student, teacher
+    from distill.run.run import Run
+
+    ranks = dist.start(config.engine)
+    # Each rank composes its own time stamp; the main rank's folder is the run's.
+    folder = Path(ranks.from_main(HydraConfig.get().runtime.output_dir))
+    run = Run(config, folder, ranks)
+    if run.finished:
+        print(f"{folder}: finished; nothing to resume")
+        return
+    jobs = {
+        Job.teacher: teacher.train,
+        Job.student: student.train,
+        Job.codistill: codistill.train,
+        Job.evaluate: student.evaluate,
+    }
+    jobs[config.job](run)
+
+
+def main() -> int:
+    """Exit code 2 and one line per fault for what a person can mend; tracebacks are for our own mistakes."""
+    try:
+        precheck(sys.argv[1:])
+    except UserError as error:
+        return _told(error)
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    if int(os.environ.get("RANK", "0")) > 0:
+        sys.argv.append("hydra.run.dir=.")  # or each rank would leave an empty folder with its own time stamp
+    compose_and_run()
+    return 0
+
+
+def _told(error: UserError) -> int:
+    for line in str(error).splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""Rules between fields: what types alone cannot say. Yields one sentence per broken rule, never stops at the first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from distill.config.schema import (
+    ArmConfig,
+    CodecName,
+    Job,
+    ModelConfig,
+    OptimConfig,
+    OptimizerName,
+    Precision,
+    ReplayOrder,
+    RunConfig,
+    Source,
+    TrainConfig,
+    WeightingConfig,
+)
+
+
+def check(run: RunConfig) -> Iterator[str]:
+    """Every broken rule of a complete configuration: key, value, what is allowed."""
+    trains_teacher = run.job in (Job.teacher, Job.codistill)
+    trains_student = run.job in (Job.student, Job.codistill)
+    yield from _model("teacher.model", run.teacher.model, run.data.sample_tokens)
+    yield from _model("student.model", run.student.model, run.data.sample_tokens)
+    for role, part in (("teacher", run.teacher), ("student", run.student)):
+        yield from _optim(f"{role}.optim", part.optim)
+        yield from _train(f"{role}.train", part.train)
+        yield from _folder(f"{role}.init_from", part.init_from)
+    yield from _weighting("student.weighting", run.student.weighting, run)
+    for name, arm in run.codistill.arms.items():
+        yield from _arm(f"codistill.arms.{name}", arm, run)
+    yield from _data(run)
+    yield from _cache(run)
+
+    yield from _at_least("codistill.rounds", run.codistill.rounds, 1)
+    yield from _at_least("evaluate.batch", run.evaluate.batch, 1)
+    yield from _at_least("evaluate.calibration_bins", run.evaluate.calibration_bins, 1)
+    if run.evaluate.samples is not None:
+        yield from _at_least("evaluate.samples", run.evaluate.samples, 1)
+    yield from _folder("evaluate.teacher_from", run.evaluate.teacher_from)
+    yield from _folder("init_from", run.init_from)
+    yield from _at_least("tracking.histogram_every", run.tracking.histogram_every, 1)
+    if run.engine.zero not in (0, 1):
+        yield f"engine.zero is {run.engine.zero}; allowed: 0, 1"
+    yield from _at_least("engine.threads", run.engine.threads, 0)
+    if run.engine.timeout <= 0:
+        yield f"engine.timeout is {run.engine.timeout}; it must be positive (seconds)"
+    if run.precision is Precision.bf16 and run.engine.zero == 0:
+        yield "precision is bf16 with engine.zero 0; fp32 master weights need engine.zero 1"
+
+    if run.job is Job.evaluate and run.init_from is None:
+        yield "init_from is null; job=evaluate needs the folder of the model to evaluate"
+    if run.job is Job.codistill and run.init_from is not None:
+        yield f"init_from is {run.init_from}; job=codistill trains two models: use teacher.init_from or student.init_from"
+    if trains_teacher and trains_student and run.teacher.model.vocab_size != run.student.model.vocab_size:
+        yield (
+            f"student.model.vocab_size is {run.student.model.vocab_size} and teacher.model.vocab_size is "
+            f"{run.teacher.model.vocab_size}; soft targets need one vocabulary"
+        )
+    if run.job is Job.codistill and not run.teacher.capture:
+        yield "teacher.capture is false; job=codistill trains the student on what the teacher captures"
+    if run.job is Job.codistill and run.engine.zero == 0 and run.precision is Precision.bf16:
+        yield "job=codistill with bf16 needs engine.zero 1"
+    if run.cache.follow and run.job is not Job.student:
+        yield f"cache.follow is true with job={run.job.value}; only job=student follows another run's cache"
+    if run.job is Job.student and run.student.cached and run.cache.dir is None:
+        yield "cache.dir is null; job=student reads the cache of a teacher's run (or set student.cached=false)"
+
+
+def _model(key: str, m: ModelConfig, sample_tokens: int) -> Iterator[str]:
+    for name in ("vocab_size", "hidden_size", "layers", "heads", "kv_heads", "head_dim", "expert_hidden"):
+        yield from _at_least(f"{key}.{name}", getattr(m, name), 1)
+    for name in ("hidden_size", "expert_hidden"):
+        if getattr(m, name) % 8:
+            yield f"{key}.{name} is {getattr(m, name)}; grouped matrix products need a multiple of 8"
+    if m.vocab_size > 1 << 24:
+        yield f"{key}.vocab_size is {m.vocab_size}; the cache holds ids below {1 << 24}"
+    if m.heads % max(m.kv_heads, 1):
+        yield f"{key}.heads is {m.heads}; it must be a multiple of kv_heads, {m.kv_heads}"
+    if m.head_dim % 2:
+        yield f"{key}.head_dim is {m.head_dim}; RoPE rotates pairs, so it must be even"
+    moe = m.moe_layers if m.moe_layers is not None else ([0] if m.moe_step else [])
+    if moe and not 1 <= m.active_experts <= m.experts:
+        yield f"{key}.active_experts is {m.active_experts}; allowed: 1 to experts, {m.experts}"
+    for layer in m.moe_layers or []:
+        if not 0 <= layer < m.layers:
+            yield f"{key}.moe_layers has {layer}; allowed: 0 to {m.layers - 1}"
+    if m.rope_layers is not None and len(m.rope_layers) not in (0, m.layers):
+        yield f"{key}.rope_layers has {len(m.rope_layers)} entries; one for each of {m.layers} layers, or null"
+    if m.chunk_size is not None:
+        yield from _at_least(f"{key}.chunk_size", m.chunk_size, 1)
+    for name in ("moe_step", "nope_step"):
+        yield from _at_least(f"{key}.{name}", getattr(m, name), 0)
+    for name in ("floor_scale", "rope_theta", "norm_eps", "init_std"):
+        if getattr(m, name) <= 0:
+            yield f"{key}.{name} is {getattr(m, name)}; it must be positive"
+    if sample_tokens > m.max_positions:
+        yield f"data.sample_tokens is {sample_tokens}; {key}.max_positions allows {m.max_positions}"
+
+
+def _optim(key: str, o: OptimConfig) -> Iterator[str]:
+    if o.lr <= 0:
+        yield f"{key}.lr is {o.lr}; it must be positive"
+    if len(o.betas) != 2 or not all(0 <= b < 1 for b in o.betas):
+        yield f"{key}.betas is {list(o.betas)}; two numbers in [0, 1)"
+    if o.optimizer is OptimizerName.adamw and o.eps <= 0:
+        yield f"{key}.eps is {o.eps}; it must be positive"
+    yield from _at_least(f"{key}.clip", o.clip, 0)
+    for name, value in vars(o.weight_decay).items():
+        yield from _at_least(f"{key}.weight_decay.{name}", value, 0)
+    for name in ("warmup", "decay", "final_lr"):
+        yield from _share(f"{key}.{name}", getattr(o, name))
+    if o.warmup + o.decay > 1 and o.schedule.value == "wsd":
+        yield f"{key}.warmup + decay is {o.warmup + o.decay}; at most 1"
+
+
+def _train(key: str, t: TrainConfig) -> Iterator[str]:
+    for name in ("batch", "accumulation", "log_every", "keep_checkpoints", "head_chunk", "eval_samples"):
+        yield from _at_least(f"{key}.{name}", getattr(t, name), 1)
+    for name in ("eval_every", "checkpoint_every", "balance_rate"):
+        yield from _at_least(f"{key}.{name}", getattr(t, name), 0)
+    if t.steps is not None:
+        yield from _at_least(f"{key}.steps", t.steps, 1)
+    elif t.epochs <= 0:
+        yield f"{key}.epochs is {t.epochs}; it must be positive"
+    if t.accumulation >= 1 and t.batch % t.accumulation:
+        yield f"{key}.batch is {t.batch}; it must be a multiple of accumulation, {t.accumulation} (and of the ranks)"
+
+
+def _weighting(key: str, w: WeightingConfig, run: RunConfig) -> Iterator[str]:
+    for name in ("alpha", "final_alpha", "warmup", "decay"):
+        yield from _share(f"{key}.{name}", getattr(w, name))
+    if w.warmup + w.decay > 1 and w.schedule.value == "wsd":
+        yield f"{key}.warmup + decay is {w.warmup + w.decay}; at most 1"
+    if w.lag.power <= 0:
+        yield f"{key}.lag.power is {w.lag.power}; it must be positive"
+    if not 0 <= w.lag.smoothing < 1:
+        yield f"{key}.lag.smoothing is {w.lag.smoothing}; allowed: [0, 1)"
+    if not 0 <= w.entropy.skip < 1:
+        yield f"{key}.entropy.skip is {w.entropy.skip}; allowed: [0, 1)"
+    if w.entropy.enabled and not w.entropy.scale and w.entropy.skip == 0:
+        yield f"{key}.entropy is enabled but does nothing; set scale=true or skip above 0"
+
+
+def _arm(key: str, arm: ArmConfig, run: RunConfig) -> Iterator[str]:
+    name = key.rsplit(".", 1)[-1]
+    if not name.replace("_", "").replace("-", "").isalnum():
+        yield f"{key}: an arm's name becomes a folder; letters, digits, '-' and '_' only"
+    if arm.lr is not None and arm.lr <= 0:
+        yield f"{key}.lr is {arm.lr}; it must be positive"
+    yield from _weighting(f"{key}.weighting", arm.weighting, run)
+
+
+def _data(run: RunConfig) -> Iterator[str]:
+    d = run.data
+    yield from _at_least("data.sample_tokens", d.sample_tokens, 1)
+    if not d.corpora:
+        yield "data.corpora is empty; name at least one corpus"
+    for name, corpus in d.corpora.items():
+        key = f"data.corpora.{name}"
+        if not name.replace("_", "").replace("-", "").isalnum():
+            yield f"{key}: a corpus' name becomes a folder; letters, digits, '-' and '_' only"
+        if corpus.source is Source.files and not corpus.files:
+            yield f"{key}.files is empty; source=files needs paths or globs"
+        if corpus.source is Source.stdlib and (corpus.files or corpus.held_out_files):
+            yield f"{key}.files is {list(corpus.files)}; source=stdlib takes none (use source=files)"
+        if not 0 <= corpus.held_out < 1:
+            yield f"{key}.held_out is {corpus.held_out}; allowed: [0, 1)"
+        if corpus.weight <= 0:
+            yield f"{key}.weight is {corpus.weight}; it must be positive"
+        if corpus.max_documents is not None:
+            yield from _at_least(f"{key}.max_documents", corpus.max_documents, 1)
+    if d.tokenizer.file is None:
+        specials = sum(t is not None for t in (d.tokenizer.bos, d.tokenizer.eos))
+        yield from _at_least("data.tokenizer.vocab_size", d.tokenizer.vocab_size, 256 + specials)
+        for role in ("teacher", "student"):
+            size = getattr(run, role).model.vocab_size
+            if d.tokenizer.vocab_size > size:
+                yield f"data.tokenizer.vocab_size is {d.tokenizer.vocab_size}; {role}.model.vocab_size allows {size}"
+
+
+def _cache(run: RunConfig) -> Iterator[str]:
+    c = run.cache
+    if c.codec.name is CodecName.threshold and not 0 < c.codec.tau <= 1:
+        yield f"cache.codec.tau is {c.codec.tau}; allowed: above 0, at most 1"
+    yield from _at_least("cache.codec.draws", c.codec.draws, 1)
+    yield from _at_least("cache.codec.k", c.codec.k, 1)
+    yield from _at_least("cache.shard_samples", c.shard_samples, 1)
+    yield from _at_least("cache.queue", c.queue, 1)
+    if c.follow_timeout <= 0:
+        yield f"cache.follow_timeout is {c.follow_timeout}; it must be positive (seconds)"
+    if c.follow and run.student.replay.order is ReplayOrder.newest:
+        yield "student.replay.order is newest with cache.follow; the newest target is known only when the teacher ends"
+
+
+def _at_least(key: str, value: float, least: float) -> Iterator[str]:
+    if value < least:
+        yield f"{key} is {value}; at least {least}"
+
+
+def _share(key: str, value: float) -> Iterator[str]:
+    if not 0 <= value <= 1:
+        yield f"{key} is {value}; allowed: 0 to 1"
+
+
+def _folder(key: str, value: str | None) -> Iterator[str]:
+    if value is not None and not Path(value).is_dir():
+        yield f"{key} is {value}; no such folder"

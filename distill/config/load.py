@@ -1,0 +1,214 @@
+"""From a command line to a `RunConfig`, or to one `ConfigError` that lists everything wrong with it.
+
+Hydra stops at the first fault, and lets `+` add keys that the schema does not have. So the command line is gone through
+first, each override alone: group choices against the files of `conf/`, keys and types against the schema. What is sound is
+composed, values that are still missing and rules between fields are added to the list, and only then does Hydra run.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins  # noqa: F401  (registers the config sources)
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from distill.config.checks import check
+from distill.config.errors import ConfigError
+from distill.config.schema import RunConfig
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+ConfigStore.instance().store(name="schema", node=RunConfig)
+
+
+def load(cfg: DictConfig) -> RunConfig:
+    """A composed configuration as typed objects; raises ConfigError with every problem found."""
+    problems, run = _load(cfg)
+    if problems or run is None:
+        raise ConfigError(*problems)
+    return run
+
+
+def precheck(arguments: list[str]) -> None:
+    """Refuses a command line that cannot run, all its faults at once, before anything heavy starts.
+
+    Args:
+        arguments: Hydra's, without the program's name; flags (`--multirun`, `--cfg job`) are left to Hydra.
+    """
+    problems: list[str] = []
+    texts = [a for a in _overrides(arguments) if not a.lower().startswith(("hydra.", "+hydra.", "++hydra."))]
+    sound: list[str] = []
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        repository = GlobalHydra.instance().config_loader()
+        for text in texts:
+            found = list(_override_problems(text, repository))
+            problems += found
+            if not found:
+                sound.append(text)
+        for combination in _sweeps(sound):
+            try:
+                composed = compose("config", overrides=combination)
+            except (HydraException, OmegaConfBaseException) as error:
+                problems.append(_sentence(error))
+                continue
+            named = tuple(p.split(" ", 1)[0] + " " for p in problems)
+            problems += [p for p in _load(composed)[0] if not p.startswith(named)]
+    GlobalHydra.instance().clear()
+    if problems:
+        raise ConfigError(*dict.fromkeys(problems))
+
+
+def to_dict(run: RunConfig) -> dict[str, Any]:
+    """The resolved configuration as plain JSON-able values."""
+    box = OmegaConf.to_container(OmegaConf.structured(run), resolve=True, enum_to_str=True)
+    assert isinstance(box, dict)
+    return {str(k): v for k, v in box.items()}
+
+
+def _load(cfg: DictConfig) -> tuple[list[str], RunConfig | None]:
+    plain = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(plain, dict)
+    plain.pop("hydra", None)
+    problems = list(_foreign_keys(plain, OmegaConf.structured(RunConfig), ""))
+    if problems:
+        return problems, None
+    try:
+        # Merged again onto the schema: Hydra's `+` may have added keys that only this refuses.
+        typed = OmegaConf.merge(OmegaConf.structured(RunConfig), plain)
+        missing = sorted(OmegaConf.missing_keys(typed))
+        if missing:
+            return [f"{key} has no value; set {key}=..." for key in missing], None
+        run = OmegaConf.to_object(typed)
+    except OmegaConfBaseException as error:
+        return [_sentence(error)], None
+    assert isinstance(run, RunConfig)
+    return list(check(run)), run
+
+
+def _overrides(arguments: list[str]) -> list[str]:
+    takes_value = {"--cfg", "-c", "--package", "-p", "--config-name", "-cn", "--config-dir", "-cd", "--info", "-i"}
+    kept, skip = [], False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument.startswith("-") and not argument.startswith("--="):
+            skip = argument in takes_value
+        else:
+            kept.append(argument)
+    return kept
+
+
+def _override_problems(text: str, repository: Any) -> Any:
+    try:
+        override: Override = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        yield f"{text!r} is not an override: {_sentence(error)}"
+        return
+    group = override.key_or_group
+    choices = repository.get_group_options(group)
+    if choices or group in _groups(repository):
+        for value in _values(override):
+            if value is not None and str(value) not in choices:
+                yield f"{group} is {value}; allowed: {', '.join(sorted(choices))}"
+        return
+    if override.is_delete():
+        yield f"{text!r} deletes a key; every key of the schema is needed"
+        return
+    path = group if override.package is None else f"{group}@{override.package}"
+    schema = OmegaConf.structured(RunConfig)
+    unknown = _unknown_key(path, schema)
+    if unknown:
+        yield unknown
+        return
+    for value in _values(override):
+        try:
+            OmegaConf.merge(schema, _nested(path, value))
+        except OmegaConfBaseException as error:
+            yield f"{path} is {_shown(value)}; {str(error).splitlines()[0]}"
+
+
+def _nested(path: str, value: Any) -> dict[str, Any]:
+    for part in reversed(path.split(".")):
+        value = {part: value}
+    return value
+
+
+def _groups(repository: Any) -> set[str]:
+    return {p.name for p in CONF.iterdir() if p.is_dir()}
+
+
+def _values(override: Override) -> list[Any]:
+    if override.is_sweep_override():
+        return list(override.sweep_iterator())
+    return [override.value()]
+
+
+def _sweeps(texts: list[str]) -> list[list[str]]:
+    """Every combination of a sweep's values; one list where nothing is swept."""
+    combinations: list[list[str]] = [[]]
+    for text in texts:
+        override = OverridesParser.create().parse_override(text)
+        options = [text]
+        if override.is_sweep_override():
+            prefix = text.split("=", 1)[0]
+            options = [f"{prefix}={value}" for value in override.sweep_string_iterator()]
+        combinations = [[*c, option] for c in combinations for option in options]
+    return combinations
+
+
+def _unknown_key(path: str, schema: DictConfig) -> str | None:
+    node: Any = schema
+    walked: list[str] = []
+    for part in path.split("."):
+        if not isinstance(node, DictConfig):
+            return f"{path}: {'.'.join(walked)} is a value and has no key {part!r}"
+        element = OmegaConf.get_type(node)
+        known = [str(k) for k in node]
+        if part not in known:
+            if element is dict:  # free names: corpora, arms
+                node = OmegaConf.structured(node._metadata.element_type)
+                walked.append(part)
+                continue
+            near = difflib.get_close_matches(part, known, n=3) or sorted(known)
+            where = ".".join([*walked, part])
+            return f"{where} is no key; allowed{' there' if walked else ''}: {', '.join(near)}"
+        node = node._get_node(part)
+        if not isinstance(node, DictConfig):
+            pass
+        elif node._is_none():
+            kind = node._metadata.ref_type
+            node = OmegaConf.structured(kind)
+        walked.append(part)
+    return None
+
+
+def _foreign_keys(plain: dict[Any, Any], schema: DictConfig, prefix: str) -> Any:
+    """Keys of a composed configuration that the schema lacks, at any depth."""
+    for key, value in plain.items():
+        unknown = _unknown_key(f"{prefix}{key}", OmegaConf.structured(RunConfig))
+        if unknown:
+            yield unknown
+        elif isinstance(value, dict):
+            yield from _foreign_keys(value, schema, f"{prefix}{key}.")
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def _sentence(error: Exception) -> str:
+    """The first line of a library's message: the rest of it speaks of the library's own types."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    key = getattr(error, "full_key", None)
+    text = lines[0] if lines else type(error).__name__
+    return f"{key}: {text}" if key and key not in text else text

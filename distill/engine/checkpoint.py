@@ -1,0 +1,167 @@
+"""Checkpoints that are whole or not there, whatever dies when, and that do not know the world size.
+
+    checkpoints/step-00000120/
+        teacher-00000.safetensors     whole parameters, moments and buffers by name; rank r holds every W-th of them
+        manifest.json                 written last: step, state, sizes and digests of the files
+
+Everything is written into a folder with another name, fsynced and renamed. A loader takes the newest folder whose
+manifest and files check, so a half-written or damaged one costs some steps, never the run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from distill.config.errors import CheckpointError
+from distill.config.files import sync_file, sync_folder, write_text
+from distill.engine.dist import Dist
+from distill.engine.zero import Engine
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{8})")
+log = logging.getLogger(__name__)
+
+
+def save(root: Path, step: int, engines: dict[str, Engine], state: dict[str, Any], dist: Dist, keep: int) -> Path:
+    """Writes `root/step-N`; collective. Of older checkpoints the newest `keep - 1` stay.
+
+    Args:
+        state: JSON-able; everything else that a resumed run needs. Rank 0's is kept.
+    """
+    final = root / f"step-{step:08d}"
+    temporary = root / f"step-{step:08d}.tmp"
+    try:
+        if dist.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        dist.barrier()
+        files: dict[str, dict[str, Any]] = {}
+        for name, engine in engines.items():
+            share = {}
+            for index, (key, get) in enumerate(engine.state()):
+                tensor = get()  # collective, so also on ranks that do not keep it
+                if index % dist.world == dist.rank:
+                    share[key] = tensor.detach().cpu().contiguous().clone()
+            path = temporary / f"{name}-{dist.rank:05d}.safetensors"
+            save_file(share, path)
+            sync_file(path)
+            files[path.name] = {"bytes": path.stat().st_size, "xxh3": _digest(path)}
+        every = dist.gather(files)
+        if dist.is_main:
+            manifest = {
+                "format": FORMAT,
+                "step": step,
+                "files": {k: v for part in every for k, v in part.items()},
+                "engines": list(engines),
+                "state": state,
+            }
+            text = json.dumps(manifest)
+            write_text(temporary / "manifest.json", json.dumps({"xxh3": _text_digest(text), "manifest": text}))
+            if final.exists():  # of a run that was resumed from an older one
+                shutil.rmtree(final)
+            temporary.rename(final)
+            sync_folder(root)
+            for old in _folders(root)[keep:]:
+                shutil.rmtree(old)
+        dist.barrier()
+    except OSError as error:
+        raise CheckpointError(f"{temporary}: cannot write the checkpoint: {error.strerror or error}") from error
+    return final
+
+
+class Checkpoint:
+    """One valid checkpoint: `folder`, `step`, `engines`, `state`, and its tensors."""
+
+    def __init__(self, folder: Path):
+        """Reads and checks the manifest and every file's digest; raises CheckpointError that names the bad file."""
+        self.folder = folder
+        path = folder / "manifest.json"
+        try:
+            outer = json.loads(path.read_text())
+            if _text_digest(outer["manifest"]) != outer["xxh3"]:
+                raise ValueError("its digest does not match")
+            manifest = json.loads(outer["manifest"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: not a valid manifest ({error})") from error
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(f"{path}: format {manifest['format']}; this version reads {FORMAT}")
+        for name, facts in manifest["files"].items():
+            file = folder / name
+            size = file.stat().st_size if file.exists() else -1
+            if size != facts["bytes"]:
+                raise CheckpointError(f"{file}: {size} bytes, its manifest says {facts['bytes']}")
+            if _digest(file) != facts["xxh3"]:
+                raise CheckpointError(f"{file}: its bytes do not match the digest in the manifest")
+        self.step: int = manifest["step"]
+        self.engines: list[str] = manifest["engines"]
+        self.state: dict[str, Any] = manifest["state"]
+        self._files = list(manifest["files"])
+
+    def tensors(self, engine: str, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
+        """Whole tensors of one engine by name, those that start with one of `prefixes`."""
+        if engine not in self.engines:
+            raise CheckpointError(f"{self.folder}: holds {', '.join(self.engines)}; {engine} is not among them")
+        found: dict[str, Tensor] = {}
+        for name in self._files:
+            if not re.fullmatch(re.escape(engine) + r"-\d{5}\.safetensors", name):
+                continue
+            try:
+                with safe_open(self.folder / name, framework="pt") as file:
+                    found |= {k: file.get_tensor(k) for k in file.keys() if k.startswith(prefixes)}  # noqa: SIM118
+            except SafetensorError as error:
+                raise CheckpointError(f"{self.folder / name}: {error}") from error
+        return found
+
+
+def newest(root: Path) -> Checkpoint | None:
+    """The newest checkpoint that checks; damaged ones are reported and passed over. None: there is no valid one."""
+    for folder in _folders(root):
+        try:
+            return Checkpoint(folder)
+        except CheckpointError as error:
+            log.warning("passed over a damaged checkpoint: %s", error)
+    return None
+
+
+def find(folder: Path) -> Checkpoint:
+    """The checkpoint that a person means by a folder: a checkpoint, a folder of them, or a run."""
+    if (folder / "manifest.json").exists():
+        return Checkpoint(folder)
+    for root in (folder, folder / "checkpoints"):
+        found = newest(root)
+        if found is not None:
+            return found
+    raise CheckpointError(f"{folder}: neither a Hugging Face folder (config.json) nor a checkpoint of ours")
+
+
+def clear_half_written(root: Path) -> None:
+    """Removes what a killed run left unfinished."""
+    for path in root.glob("*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _folders(root: Path) -> list[Path]:
+    found = [p for p in root.glob("step-*") if _NAME.fullmatch(p.name)] if root.is_dir() else []
+    return sorted(found, key=lambda p: p.name, reverse=True)
+
+
+def _digest(path: Path) -> str:
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _text_digest(text: str) -> str:
+    return xxhash.xxh3_64_hexdigest(text.encode())

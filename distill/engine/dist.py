@@ -1,0 +1,94 @@
+"""Processes: who we are, and sums over all of us. Works the same for one process, without any collective."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+
+from distill.config.schema import EngineConfig
+
+
+class Dist:
+    """Rank, world size, device, and the few collectives the jobs need."""
+
+    def __init__(self, rank: int, world: int, device: torch.device):
+        self.rank, self.world, self.device = rank, world, device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """In-place sum over ranks; returns its argument."""
+        if self.world > 1:
+            torch_dist.all_reduce(tensor)
+        return tensor
+
+    def least(self, tensor: torch.Tensor) -> torch.Tensor:
+        """In-place minimum over ranks; returns its argument."""
+        if self.world > 1:
+            torch_dist.all_reduce(tensor, op=torch_dist.ReduceOp.MIN)
+        return tensor
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's object, on every rank."""
+        if self.world == 1:
+            return value
+        box = [value]
+        torch_dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's object, in rank order, on every rank."""
+        if self.world == 1:
+            return [value]
+        box: list[Any] = [None] * self.world
+        torch_dist.all_gather_object(box, value)
+        return box
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            torch_dist.barrier()
+
+
+def start(config: EngineConfig) -> Dist:
+    """Joins the process group (once per process; later jobs of a sweep find it there) and sets threads and device.
+
+    torchrun and the deepspeed launcher set the five rendezvous variables; a plain run gets those of a world of one.
+    """
+    for key, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",  # any free one: two plain runs side by side must not meet
+    }.items():
+        os.environ.setdefault(key, value)
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    rank, world, local = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    threads = config.threads
+    if threads == 0:
+        on_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        threads = max(1, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) // on_node)
+    torch.set_num_threads(threads)
+    device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    if not torch_dist.is_initialized():
+        # One warning per collective otherwise, at every ZeRO stage on gloo.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+        torch_dist.init_process_group(
+            config.backend or ("nccl" if on_gpu else "gloo"),
+            rank=rank,
+            world_size=world,
+            timeout=datetime.timedelta(seconds=config.timeout),
+            init_method=None if world > 1 else "tcp://127.0.0.1:0",
+        )
+    return Dist(rank, world, device)

@@ -1,0 +1,150 @@
+"""Wiring: from a run to a trainer with its stream, its cache and its step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import xxhash
+
+from distill.cache import CacheHeader, CacheReader, CacheWriter, make_codec
+from distill.config.errors import ConfigError
+from distill.config.load import to_dict
+from distill.config.schema import OnMissing, ReplayOrder, TrainConfig
+from distill.data.join import Joiner, check_cache
+from distill.data.stream import Stream, replay
+from distill.run.run import Run
+from distill.run.trainer import Trainer
+from distill.tracking.meters import Meters
+from student.step import StudentStep
+from teacher.capture import Capture
+from teacher.step import TeacherStep
+
+
+def steps_of(run: Run, role: str) -> int:
+    """Optimizer steps of a role: as given, or as many whole batches as its epochs have."""
+    train: TrainConfig = getattr(run.config, role).train
+    if train.batch % (run.dist.world * train.accumulation):
+        raise ConfigError(
+            f"{role}.train.batch is {train.batch}; it must be a multiple of ranks x accumulation, "
+            f"{run.dist.world} x {train.accumulation}"
+        )
+    if train.steps is not None:
+        return train.steps
+    samples = sum(len(corpus) for corpus in run.data.train.values())
+    steps = int(train.epochs * samples) // train.batch
+    if steps == 0:
+        raise ConfigError(f"{role}.train.epochs is {train.epochs}; {samples} samples give no batch of {train.batch}")
+    return steps
+
+
+def cache_root(run: Run) -> Path:
+    return Path(run.config.cache.dir) if run.config.cache.dir else run.folder / "cache"
+
+
+def cache_folders(run: Run) -> dict[str, Path]:
+    """The cache of each corpus: the root itself, or one folder in it for each corpus of a mixture."""
+    root, names = cache_root(run), list(run.data.train)
+    return {names[0]: root} if len(names) == 1 else {name: root / name for name in names}
+
+
+def teacher(run: Run) -> tuple[Trainer, Capture | None]:
+    config, part = run.config, run.config.teacher
+    steps = steps_of(run, "teacher")
+    sizes = {name: len(corpus) for name, corpus in run.data.train.items()}
+    weights = {name: config.data.corpora[name].weight for name in sizes}
+    stream = Stream(sizes, weights, config.data.seed)
+    planned = {**stream.describe(), "planned": steps * part.train.batch, "batch": part.train.batch, "writers": run.dist.world}
+    capture = open_capture(run, planned, cache_folders(run)) if part.capture else None
+    trainer = _trainer(run, "teacher", steps, stream, ReplayOrder.same, steps * part.train.batch, None)
+    trainer.program = TeacherStep(Meters(), part.train.head_chunk, capture)
+    return trainer, capture
+
+
+def open_capture(run: Run, planned: dict[str, object], folders: dict[str, Path]) -> Capture:
+    """One writer per corpus on every rank; the rank that comes first creates the cache."""
+    config, train = run.config, run.config.teacher.train
+    vocab_size = config.teacher.model.vocab_size
+    writers = []
+    for turn in (True, False):
+        if run.dist.is_main is turn:
+            for name, folder in folders.items():
+                corpus = run.data.train[name]
+                header = CacheHeader(
+                    vocab_size=vocab_size,
+                    tokenizer=run.data.tokenizer.digest,
+                    corpus=corpus.digest,
+                    sample_tokens=corpus.sample_tokens,
+                    samples=len(corpus),
+                    codec=config.cache.codec,
+                    seed=config.seed,
+                    stream=planned,
+                )
+                writers.append(
+                    CacheWriter(
+                        folder,
+                        header,
+                        writer=f"teacher-{run.dist.rank:05d}",
+                        counts_V=corpus.counts_V(vocab_size),
+                        shard_samples=config.cache.shard_samples,
+                        queue=config.cache.queue,
+                        on_full=config.cache.on_full,
+                    )
+                )
+        run.dist.barrier()
+    identity = xxhash.xxh3_64_hexdigest(repr(sorted(to_dict(config)["teacher"].items())).encode())
+    tokens = train.batch * config.data.sample_tokens
+    return Capture(make_codec(config.cache.codec, vocab_size), writers, config.seed, identity, tokens)
+
+
+def open_readers(run: Run) -> list[CacheReader]:
+    """The caches of all corpora, checked against the run's own tokenizer, vocabulary, packing and corpus."""
+    readers = []
+    for name, folder in cache_folders(run).items():
+        reader = CacheReader(folder)
+        check_cache(reader, run.data.tokenizer, run.data.train[name], run.config.student.model.vocab_size)
+        readers.append(reader)
+    return readers
+
+
+def student(run: Run, readers: list[CacheReader] | None) -> Trainer:
+    """A student on the teacher's stream as the cache records it, or (no cache) on the configuration's own."""
+    config, part = run.config, run.config.student
+    steps = steps_of(run, "student")
+    sizes = {name: len(corpus) for name, corpus in run.data.train.items()}
+    if readers:
+        recorded = readers[0].header.stream
+        stream, planned = Stream.from_description(recorded), int(recorded["planned"])
+    else:
+        weights = {name: config.data.corpora[name].weight for name in sizes}
+        stream, planned = Stream(sizes, weights, config.data.seed), steps * part.train.batch
+    trainer = _trainer(run, "student", steps, stream, part.replay.order, planned, readers)
+    trainer.program = StudentStep(
+        Meters(), part.train.head_chunk, part.weighting, part.model.vocab_size, steps
+    )
+    return trainer
+
+
+def _trainer(
+    run: Run,
+    role: str,
+    steps: int,
+    stream: Stream,
+    order: ReplayOrder,
+    planned: int,
+    readers: list[CacheReader] | None,
+) -> Trainer:
+    part = getattr(run.config, role)
+    on_missing = run.config.cache.on_missing if readers else OnMissing.hard
+    return Trainer(
+        role,
+        run.engine(role),
+        part.train,
+        part.optim,
+        steps,
+        stream,
+        replay(order, planned),
+        Joiner(list(run.data.train.values()), readers, on_missing),
+        run.tracker,
+        run.dist,
+        lambda model: run.quick_loss(model, part.train),
+    )

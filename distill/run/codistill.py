@@ -1,0 +1,119 @@
+"""job=codistill: teacher and student train in turns; the cache is the only channel between them.
+
+A round: the teacher trains and publishes, the student trains on what is published and its order allows. With
+late_first it starts when the teacher is half-way, keeps pace, and comes back to the first half when the teacher is done.
+Control arms follow, each a student run of its own in a folder below: same init, same samples, same number of steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from distill.config.schema import ArmConfig, CodistillConfig, Job, ReplayConfig, RunConfig
+from distill.run import build, student
+from distill.run.overhead import capture_overhead
+from distill.run.run import Run
+from distill.run.teacher import cache_figures
+from distill.run.trainer import Trainer
+from distill.tracking import table
+
+
+def train(run: Run) -> None:
+    config = run.config
+    teacher, capture = build.teacher(run)
+    assert capture is not None
+    readers = build.open_readers(run)
+    learner = build.student(run, readers)
+    trainers = {"teacher": teacher, "student": learner}
+    run.restore(trainers)
+    rounds = config.codistill.rounds
+    while teacher.at < teacher.steps or learner.at < learner.steps:
+        if teacher.at < teacher.steps:
+            teacher.advance(_round_end(teacher, rounds))
+            if teacher.at == teacher.steps:
+                capture.finish()
+            else:
+                capture.flush()
+            for reader in readers:
+                reader.refresh()
+            goal = student.ready(learner, readers, learner.steps)
+            # Checkpoints stand between logged rows, so that no row is averaged over a part of its steps.
+            goal -= goal % learner.config.log_every if goal < learner.steps else 0
+            learner.advance(max(learner.at, min(goal, _round_end(learner, rounds))))
+        else:
+            learner.advance(_round_end(learner, rounds))
+        run.save(trainers)
+    capture.close()
+
+    teacher_loss = run.evaluate(teacher.engine.model).loss
+    result = run.evaluate(learner.engine.model, teacher.engine.model)
+    figures = cache_figures(run)
+    overhead = capture_overhead(run, teacher)
+    for trainer in trainers.values():
+        trainer.engine.close()
+    losses = {"teacher_loss": teacher_loss, "distilled_loss": result.loss}
+    for name, arm in config.codistill.arms.items():
+        losses[f"{name}_loss"] = _arm(run, name, arm)
+    summary: dict[str, Any] = {
+        "job": "codistill",
+        **losses,
+        **figures,
+        "capture_overhead": overhead,
+        "agreement": result.agreement,
+        "ece": result.ece,
+    }
+    if "hard_loss" in losses:
+        summary["gap_closed"] = gap_closed(losses, "distilled_loss")
+    summary["seconds"] = run.seconds
+    run.tracker.message(table.render(summary, _rows(losses)))
+    run.finish(summary)
+
+
+def _round_end(trainer: Trainer, rounds: int) -> int:
+    """The step at which the trainer's current round ends: a multiple of its logging interval, or its last step."""
+    every = trainer.config.log_every
+    length = max(every, trainer.steps // rounds // every * every)
+    return min(trainer.steps, (trainer.at // length + 1) * length)
+
+
+def _arm(run: Run, name: str, arm: ArmConfig) -> float:
+    """Trains one control arm, or finds it trained; its held-out loss in nats."""
+    sub = Run(arm_config(run, arm), run.folder / "arms" / name, run.dist, run.data)
+    run.tracker.message(f"arm {name}")
+    if not sub.finished:
+        student.train(sub)
+    return float(sub.summary()["student_loss"])
+
+
+def arm_config(run: Run, arm: ArmConfig) -> RunConfig:
+    """A student's run on the codistilled cache, with the arm's own learning rate, order and weighting."""
+    config = run.config
+    part = config.student
+    optim = part.optim if arm.lr is None else dataclasses.replace(part.optim, lr=arm.lr)
+    own = dataclasses.replace(
+        part, optim=optim, weighting=arm.weighting, cached=arm.cached, replay=ReplayConfig(order=arm.order)
+    )
+    return dataclasses.replace(
+        config,
+        job=Job.student,
+        student=own,
+        codistill=CodistillConfig(),
+        cache=dataclasses.replace(config.cache, dir=str(build.cache_root(run))),
+        tracking=dataclasses.replace(config.tracking, report=False),
+    )
+
+
+def gap_closed(losses: dict[str, float], arm: str) -> float:
+    """Share of the way from the hard-label student to the teacher."""
+    return (losses["hard_loss"] - losses[arm]) / (losses["hard_loss"] - losses["teacher_loss"])
+
+
+def _rows(losses: dict[str, float]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for key, loss in losses.items():
+        row: dict[str, Any] = {"arm": key.removesuffix("_loss"), "loss": loss}
+        if "hard_loss" in losses and key not in ("hard_loss", "teacher_loss"):
+            row["gap_closed"] = gap_closed(losses, key)
+        rows.append(row)
+    return rows

@@ -1,0 +1,119 @@
+"""job=student: train a student on cached targets, also while the teacher still publishes them."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+
+from distill.cache import CacheReader
+from distill.config.errors import CacheError
+from distill.run import build
+from distill.run.run import Run, load_model
+from distill.run.trainer import Trainer
+
+POLL_SECONDS = 0.2
+
+
+def train(run: Run) -> None:
+    config = run.config
+    readers = None
+    if config.student.cached:
+        if config.cache.follow:
+            _await_cache(run)
+        readers = build.open_readers(run)
+    trainer = build.student(run, readers)
+    run.restore({"student": trainer})
+    every = config.student.train.checkpoint_every or trainer.steps
+    while trainer.at < trainer.steps:
+        goal = min(trainer.steps, (trainer.at // every + 1) * every)
+        if config.cache.follow and readers:
+            while trainer.at < goal:
+                trainer.advance(_await_targets(run, trainer, readers, goal))
+        else:
+            trainer.advance(goal)
+        run.save({"student": trainer})
+    result = run.evaluate(trainer.engine.model)
+    trainer.engine.close()
+    tokens = trainer.steps * config.student.train.batch * config.data.sample_tokens
+    run.finish(
+        {
+            "job": "student",
+            "student_loss": result.loss,
+            "ece": result.ece,
+            "steps": trainer.steps,
+            "tokens": tokens,
+            "seconds": run.seconds,
+        }
+    )
+
+
+def ready(trainer: Trainer, readers: list[CacheReader], goal: int) -> int:
+    """The step up to which a student may go now: all its samples have been published, or have been left out for good.
+
+    A sample counts as published when every writer of its teacher is past the step that met it, so what a step finds
+    does not depend on when it looks.
+    """
+    stream = readers[0].header.stream
+    frontier = min(reader.frontier(stream["writers"]) for reader in readers)
+    if frontier is None:
+        return goal
+    batch = trainer.config.batch
+    for block in range(trainer.at, goal, 256):
+        stop = min(block + 256, goal)
+        steps = trainer.positions(np.arange(block * batch, stop * batch)) // stream["batch"]
+        waiting = np.flatnonzero(steps >= frontier)
+        if len(waiting):
+            return block + int(waiting[0]) // batch
+    return goal
+
+
+def _await_cache(run: Run) -> None:
+    deadline = time.monotonic() + run.config.cache.follow_timeout
+    while run.dist.is_main and not all((f / "cache.json").exists() for f in build.cache_folders(run).values()):
+        if time.monotonic() > deadline:
+            raise CacheError(f"cache.dir is {run.config.cache.dir}; no cache appeared there within cache.follow_timeout")
+        time.sleep(POLL_SECONDS)
+    run.dist.barrier()
+
+
+def _await_targets(run: Run, trainer: Trainer, readers: list[CacheReader], goal: int) -> int:
+    deadline = time.monotonic() + run.config.cache.follow_timeout
+    said = False
+    while True:
+        # The main rank decides; the others then see at least what it saw.
+        news = [reader.refresh() for reader in readers] if run.dist.is_main else [0]
+        stop = run.dist.from_main(ready(trainer, readers, goal) if run.dist.is_main else None)
+        if stop > trainer.at:
+            if not run.dist.is_main:
+                for reader in readers:
+                    reader.refresh()
+            return int(stop)
+        if any(news):
+            deadline = time.monotonic() + run.config.cache.follow_timeout
+        if time.monotonic() > deadline:
+            raise CacheError(
+                f"cache.dir is {run.config.cache.dir}; nothing new was published for {run.config.cache.follow_timeout} "
+                "seconds (cache.follow_timeout) and the teacher has not finished"
+            )
+        if not said:
+            run.tracker.message(f"student waits at step {trainer.at} for the teacher")
+            said = True
+        time.sleep(POLL_SECONDS)
+
+
+def evaluate(run: Run) -> None:
+    """job=evaluate: loss, perplexity, calibration, accuracy and agreement of a model on held-out text."""
+    config = run.config
+    assert config.init_from is not None
+    model = load_model(Path(config.init_from), "student", None).to(run.dist.device)
+    teacher = None
+    if config.evaluate.teacher_from is not None:
+        teacher = load_model(Path(config.evaluate.teacher_from), "teacher", None).to(run.dist.device)
+    result = run.evaluate(model, teacher)
+    row = {"heldout_loss": result.loss, **{k: v for k, v in result._asdict().items() if k != "loss" and v is not None}}
+    run.tracker.log("evaluate", 0, row, {})
+    for name, value in row.items():
+        run.tracker.message(f"{name:>14}  {value:.4f}" if isinstance(value, float) else f"{name:>14}  {value:,}")
+    run.finish({"job": "evaluate", **row, "seconds": run.seconds})

@@ -1,0 +1,38 @@
+"""job=teacher: pretrain a teacher, and capture its soft targets on the way."""
+
+from __future__ import annotations
+
+from distill.run import build
+from distill.run.overhead import capture_overhead
+from distill.run.run import Run
+
+
+def train(run: Run) -> None:
+    trainer, capture = build.teacher(run)
+    run.restore({"teacher": trainer})
+    every = run.config.teacher.train.checkpoint_every or trainer.steps
+    while trainer.at < trainer.steps:
+        trainer.advance(min(trainer.steps, (trainer.at // every + 1) * every))
+        if capture:
+            # Published before the checkpoint: what a resumed run takes as done is on disk.
+            capture.flush()
+        run.save({"teacher": trainer})
+    summary = {"job": "teacher", "teacher_loss": run.evaluate(trainer.engine.model).loss, "steps": trainer.steps}
+    summary["tokens"] = trainer.steps * run.config.teacher.train.batch * run.config.data.sample_tokens
+    if capture:
+        capture.finish()
+        capture.close()
+        summary |= cache_figures(run)
+        summary["capture_overhead"] = capture_overhead(run, trainer)
+    trainer.engine.close()
+    run.finish({**summary, "seconds": run.seconds})
+
+
+def cache_figures(run: Run) -> dict[str, float]:
+    """Bytes per captured token over all caches, and the share of the corpus' samples that they hold."""
+    stats = [reader.stats() for reader in build.open_readers(run)]
+    tokens = sum(s["tokens"] for s in stats)
+    return {
+        "bytes_per_token": sum(s["bytes"] for s in stats) / max(tokens, 1),
+        "coverage": sum(s["samples"] for s in stats) / sum(len(c) for c in run.data.train.values()),
+    }

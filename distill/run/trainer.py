@@ -1,0 +1,154 @@
+"""The one training loop: teacher and student differ in their step, not here.
+
+A trainer stands at a step; `advance` brings it to another. Everything that it does at step s follows from (seed, s) and
+its explicit state, so a run may be cut at any checkpoint and go on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.config.schema import OptimConfig, TrainConfig
+from distill.data.join import Batch, Joiner, Prefetch
+from distill.data.stream import Stream
+from distill.engine.dist import Dist
+from distill.engine.optim import learning_rate
+from distill.engine.zero import Engine
+from distill.model.balance import load_stats, update_bias
+from distill.tracking.meters import Meters
+from distill.tracking.tracker import Tracker
+
+Positions = Callable[[np.ndarray], np.ndarray]
+
+
+class Step(Protocol):
+    """What teacher and student put into the loop; `begin` and `end` may be collective, `loss` is not."""
+
+    meters: Meters
+
+    def begin(self, batch: Batch, step: int, dist: Dist) -> None: ...
+    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]: ...
+    def end(self, dist: Dist) -> None: ...
+    def state(self) -> dict[str, Any]: ...
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+
+class Trainer:
+    """One model in training.
+
+    Args:
+        role: `job` of its rows in metrics.jsonl.
+        positions: maps the trainer's own order 0, 1, 2, ... to positions of the stream (replay).
+        held_out: evaluates the model and returns nats per token.
+    """
+
+    def __init__(
+        self,
+        role: str,
+        engine: Engine,
+        step: Step,
+        config: TrainConfig,
+        optim: OptimConfig,
+        steps: int,
+        stream: Stream,
+        positions: Positions,
+        joiner: Joiner,
+        tracker: Tracker,
+        dist: Dist,
+        held_out: Callable[[Any], float],
+    ):
+        self.role, self.engine, self.program, self.config, self.optim = role, engine, step, config, optim
+        self.steps, self.stream, self.positions, self.joiner = steps, stream, positions, joiner
+        self.tracker, self.dist, self.held_out = tracker, dist, held_out
+        self.at = 0
+        self.seconds = 0.0
+        self.timed_tokens = 0
+        self._window = [0.0, 0]  # seconds and tokens since the last logged row
+
+    def state(self) -> dict[str, Any]:
+        return {"step": self.at, "seconds": self.seconds, "program": self.program.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.at, self.seconds = state["step"], state["seconds"]
+        self.program.load_state(state["program"])
+
+    def advance(self, stop: int) -> None:
+        """Trains up to step `stop`."""
+        assert stop <= self.steps, (stop, self.steps)
+        with Prefetch(self.batch, self.at, stop) as batches:
+            began = time.perf_counter()
+            for batch in batches:
+                self._one(batch)
+                now = time.perf_counter()
+                self._window[0] += now - began
+                self._window[1] += batch.ids_BS.numel() * self.dist.world
+                self._report()
+                began = time.perf_counter()
+
+    def batch(self, step: int) -> Batch:
+        """This rank's rows of optimizer step `step`."""
+        share = self.config.batch // self.dist.world
+        first = step * self.config.batch + self.dist.rank * share
+        corpus_B, sample_ids_B = self.stream.at(self.positions(np.arange(first, first + share)))
+        return self.joiner.batch(corpus_B, sample_ids_B)
+
+    def rehearse(self, batch: Batch) -> None:
+        """A step in all but effect, for timing: at learning rate 0 and without moving on."""
+        self._update(batch, lr=0.0)
+
+    def _one(self, batch: Batch) -> None:
+        lr = learning_rate(self.optim, self.at, self.steps)
+        norm, counts_LE = self._update(batch, lr)
+        if self.config.balance_rate > 0:
+            update_bias(self.engine.model, counts_LE, self.config.balance_rate)
+        self.program.end(self.dist)
+        self.at += 1
+        meters = self.program.meters
+        meters.add("grad_norm", norm, torch.ones_like(norm))
+        meters.add("lr", torch.tensor(lr), torch.tensor(1.0))
+        for name, value in load_stats(counts_LE).items():
+            meters.add(name, value, torch.ones_like(value))
+
+    def _update(self, batch: Batch, lr: float) -> tuple[Tensor, Tensor]:
+        valid = self.dist.sum(batch.valid_BS.sum().to(self.dist.device))
+        self.program.begin(batch, self.at, self.dist)
+        counts: list[Tensor] = []
+        micro = batch.ids_BS.shape[0] // self.config.accumulation
+
+        def forward(start: int) -> Callable[[Any], Tensor]:
+            def loss(model: Any) -> Tensor:
+                rows = batch.rows(start, start + micro).to(self.dist.device)
+                loss_sum, counts_LE = self.program.loss(model, rows)
+                counts.append(counts_LE)
+                return loss_sum
+
+            return loss
+
+        norm = self.engine.step((forward(i * micro) for i in range(self.config.accumulation)), valid, lr)
+        return norm, self.dist.sum(torch.stack(counts).sum(0))
+
+    def _report(self) -> None:
+        at, total = self.at, self.steps
+        log_now = at % self.config.log_every == 0 or at == total
+        evaluate_now = bool(self.config.eval_every) and at % self.config.eval_every == 0 and at < total
+        if not (log_now or evaluate_now):
+            return
+        row: dict[str, float] = {}
+        histograms: dict[str, list[float]] = {}
+        if log_now:
+            row, histograms = self.program.meters.flush(self.dist.sum if self.dist.world > 1 else None)
+            seconds, tokens = self._window
+            self.seconds += seconds
+            self._window = [0.0, 0]
+            row |= {"tokens": at * self.config.batch * self.joiner.sample_tokens, "tokens_per_second": tokens / seconds}
+            text = f"loss {row['loss']:.3f}" if "loss" in row else ""
+            self.tracker.progress(self.role, at, total, tokens=int(tokens), text=text)
+        if evaluate_now:
+            row["heldout_loss"] = self.held_out(self.engine.model)
+        self.tracker.log(self.role, at, row, histograms)

@@ -1,0 +1,131 @@
+"""One training step of the student: soft and hard loss in one pass, weighed per token by schedule, lag and entropy."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.config.schema import WeightingConfig
+from distill.data.join import Batch
+from distill.engine.dist import Dist
+from distill.tracking.meters import Meters
+from losses import mixed_loss, weighting
+
+ALPHA_BINS = 20
+
+
+class StudentStep:
+    """The student's half of the training loop's protocol: `begin`, `loss` per micro-batch, `end`, `state`."""
+
+    def __init__(self, meters: Meters, head_chunk: int, config: WeightingConfig, vocab_size: int, steps: int):
+        self.meters, self.head_chunk, self.config = meters, head_chunk, config
+        self.vocab_size, self.steps = vocab_size, steps
+        self.lag = weighting.init_lag(vocab_size)
+        self._hard = torch.zeros(2, dtype=torch.float64)
+
+    def begin(self, batch: Batch, step: int, dist: Dist) -> None:
+        """Takes note of the whole optimizer step's targets on this rank; collective where a factor needs all ranks."""
+        config = self.config
+        self._hard = torch.zeros(2, dtype=torch.float64, device=dist.device)
+        self._peak = weighting.schedule(
+            config.schedule.value,
+            step / self.steps,
+            peak=config.alpha,
+            final=config.final_alpha,
+            warmup=config.warmup,
+            decay=config.decay,
+        )
+        self._histogram = None
+        if batch.targets is None:
+            return
+        if config.lag.enabled:
+            losses_B = torch.nan_to_num(batch.shard_loss_B.double(), nan=math.inf)
+            self.lag = weighting.meet(self.lag, dist.least(losses_B.min().to(dist.device)).cpu())
+        if config.entropy.enabled and config.entropy.skip > 0:
+            covered_T = batch.targets.covered_T & batch.valid_BS.flatten()
+            counts = weighting.entropy_histogram(batch.targets.entropy_T, covered_T, self.vocab_size)
+            self._histogram = dist.sum(counts.to(dist.device)).cpu()
+
+    def weigh(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """alpha_T, zero where a token has no targets, and the lag factor per sample (nan: no targets)."""
+        assert batch.targets is not None
+        config, length = self.config, batch.ids_BS.shape[1]
+        alpha_T = self._peak * batch.targets.covered_T.float()
+        lag_B = torch.where(batch.shard_loss_B.isnan(), torch.nan, 1.0)
+        if config.lag.enabled:
+            lag_B = torch.where(
+                batch.shard_loss_B.isnan(),
+                torch.nan,
+                weighting.lag_factor(batch.shard_loss_B, self.lag, config.lag.power),
+            )
+        alpha_T = alpha_T * torch.nan_to_num(lag_B, nan=0.0).repeat_interleave(length)
+        if config.entropy.enabled:
+            alpha_T = alpha_T * weighting.entropy_factor(
+                batch.targets.entropy_T,
+                self.vocab_size,
+                scale=config.entropy.scale,
+                skip=config.entropy.skip,
+                histogram=self._histogram,
+            )
+        return alpha_T, lag_B
+
+    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sum over valid tokens of alpha * soft + (1 - alpha) * hard (nats), and expert counts [MoE layers, E]."""
+        labels_T, valid_T = batch.labels_BS.flatten(), batch.valid_BS.flatten()
+        alpha_T, ids_TK, probs_TK, w_soft_T = torch.zeros(len(valid_T)), None, None, None
+        if batch.targets is not None:
+            alpha_T, lag_B = self.weigh(batch)
+            alpha_T = alpha_T.to(valid_T.device)
+            ids_TK, probs_TK = batch.targets.ids_TK, batch.targets.probs_TK
+            w_soft_T = alpha_T * valid_T
+        w_hard_T = (1.0 - alpha_T) * valid_T
+        parts = []
+
+        def head(hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
+            parts.append(
+                mixed_loss(
+                    hidden_TD, weight_VD, labels_T, w_hard_T, ids_TK, probs_TK, w_soft_T, chunk=self.head_chunk
+                )
+            )
+            return parts[0].loss_sum
+
+        loss_sum, routing = model(batch.ids_BS, batch.documents_BS, head)
+        out, num_valid = parts[0], valid_T.sum()
+        hard_sum = (out.hard_T * valid_T).sum()
+        self._hard += torch.stack([hard_sum.double(), num_valid.double()])
+        add = self.meters.add
+        add("loss", loss_sum.detach(), num_valid)
+        add("hard_loss", hard_sum, num_valid)
+        if batch.targets is not None:
+            covered_T = (batch.targets.covered_T & valid_T).to(out.hard_T.device)
+            num_covered = covered_T.sum()
+            add("soft_loss", (out.soft_T * covered_T).sum(), num_covered)
+            add("mass", (out.mass_T * covered_T).sum(), num_covered)
+            add("agreement", (out.agree_T & covered_T).sum(), num_covered)
+            add("alpha", (alpha_T * valid_T).sum(), num_valid)
+            add("coverage", num_covered, num_valid)
+            met_B = ~lag_B.isnan()
+            add("lag", torch.nan_to_num(lag_B).sum(), met_B.sum())
+            add("teacher_loss", torch.nan_to_num(batch.shard_loss_B).sum(), met_B.sum())
+            bins_T = (alpha_T[valid_T] * ALPHA_BINS).long().clamp(0, ALPHA_BINS - 1)
+            self.meters.histogram("alpha", torch.bincount(bins_T, minlength=ALPHA_BINS))
+        return loss_sum, routing.counts_LE
+
+    def end(self, dist: Dist) -> None:
+        """Lets the running average of the student's own loss follow; collective."""
+        if self.config.lag.enabled:
+            hard_sum, num_valid = dist.sum(self._hard).cpu()
+            self.lag = weighting.update_lag(
+                self.lag, hard_sum / num_valid.clamp(min=1), self.config.lag.smoothing
+            )
+
+    def state(self) -> dict[str, Any]:
+        """The weighting's state as JSON-able numbers, exact."""
+        return {"lag": [None if math.isinf(x) else x for x in map(float, self.lag)]}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        values = [math.inf if x is None else x for x in state["lag"]]
+        self.lag = weighting.LagState(*(torch.tensor(x, dtype=torch.float64) for x in values))

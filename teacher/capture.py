@@ -1,0 +1,96 @@
+"""Soft targets taken out of the forward passes of a teacher in training.
+
+Per chunk of the head: logits -> atoms of the codec, the entropy and the label's log-probability; per micro-batch: one
+`put` into the writer of its corpus. Probabilities are normalised over all of V at temperature 1.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from distill.cache import Atoms, CacheWriter, Codec
+from distill.data.join import Batch
+from losses.mixed import Tap
+
+
+class Capture:
+    """Selects and hands on; `seconds` is the time that the training thread spent on it.
+
+    Args:
+        writers: one per corpus, in the stream's order of corpora.
+        seed: of the codec's counter-based randomness.
+        teacher: identity that goes into every shard.
+        tokens_per_step: of the whole optimizer step, for the shards' tokens_seen.
+    """
+
+    def __init__(self, codec: Codec, writers: list[CacheWriter], seed: int, teacher: str, tokens_per_step: int):
+        self.codec, self.writers, self.seed = codec, writers, seed
+        self.teacher, self.tokens_per_step = teacher, tokens_per_step
+        self.seconds = 0.0
+
+    def begin(self, batch: Batch) -> Tap:
+        """The tap for one micro-batch's pass over the head."""
+        batch_size, length = batch.ids_BS.shape
+        sample_ids_T = torch.as_tensor(batch.sample_ids_B).repeat_interleave(length)
+        positions_T = torch.arange(length).repeat(batch_size)
+        self._atoms: list[Atoms] = []
+        self._entropy: list[Tensor] = []
+
+        @torch.no_grad()
+        def tap(start: int, logits_TV: Tensor, lse_T: Tensor) -> None:
+            began = time.perf_counter()
+            rows = slice(start, start + len(lse_T))
+            device = logits_TV.device
+            self._atoms.append(
+                self.codec.select(
+                    logits_TV,
+                    lse_T,
+                    seed=self.seed,
+                    sample_ids_T=sample_ids_T[rows].to(device),
+                    positions_T=positions_T[rows].to(device),
+                )
+            )
+            self._entropy.append(lse_T - (torch.exp(logits_TV - lse_T[:, None]) * logits_TV).sum(-1))
+            self.seconds += time.perf_counter() - began
+
+        return tap
+
+    def put(self, batch: Batch, hard_T: Tensor, step: int) -> None:
+        """Hands the micro-batch's targets to the writers; waits or skips when their queue is full."""
+        began = time.perf_counter()
+        atoms, entropy_T = Atoms.cat(self._atoms), torch.cat(self._entropy)
+        length = batch.ids_BS.shape[1]
+        for corpus, writer in enumerate(self.writers):
+            rows_B = torch.as_tensor(batch.corpus_B == corpus)
+            if not rows_B.any():
+                continue
+            whole = bool(rows_B.all())
+            rows_T = rows_B.repeat_interleave(length)
+            writer.put(
+                batch.sample_ids_B[rows_B.numpy()],
+                batch.digests_B[rows_B.numpy()],
+                atoms if whole else atoms.select(rows_T),
+                -hard_T[rows_T.to(hard_T.device)],
+                entropy_T[rows_T.to(entropy_T.device)],
+                batch.valid_BS.flatten()[rows_T],
+                step=step,
+                tokens_seen=step * self.tokens_per_step,
+                teacher=self.teacher,
+            )
+        self.seconds += time.perf_counter() - began
+
+    def flush(self) -> None:
+        for writer in self.writers:
+            writer.flush()
+
+    def finish(self) -> None:
+        """Publishes everything and says that nothing more will come."""
+        for writer in self.writers:
+            writer.finish()
+
+    def close(self) -> None:
+        for writer in self.writers:
+            writer.close()

@@ -1,0 +1,55 @@
+"""One pretraining step of the teacher: hard loss, and on the same forward pass the capture of its soft targets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.data.join import Batch
+from distill.engine.dist import Dist
+from distill.tracking.meters import Meters
+from losses import mixed_loss
+from teacher.capture import Capture
+
+
+class TeacherStep:
+    """The teacher's half of the training loop's protocol: `begin`, `loss` per micro-batch, `end`, `state`.
+
+    Targets are made before the teacher trains on the batch, so they are never memorised ones.
+    """
+
+    def __init__(self, meters: Meters, head_chunk: int, capture: Capture | None):
+        self.meters, self.head_chunk, self.capture = meters, head_chunk, capture
+
+    def begin(self, batch: Batch, step: int, dist: Dist) -> None:
+        self.step = step
+
+    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sum over valid tokens of the hard loss (nats), and the expert counts [MoE layers, E] of this micro-batch."""
+        labels_T, valid_T = batch.labels_BS.flatten(), batch.valid_BS.flatten()
+        tap = None if self.capture is None else self.capture.begin(batch)
+        parts = []
+
+        def head(hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
+            out = mixed_loss(hidden_TD, weight_VD, labels_T, valid_T.float(), chunk=self.head_chunk, tap=tap)
+            parts.append(out)
+            return out.loss_sum
+
+        loss_sum, routing = model(batch.ids_BS, batch.documents_BS, head)
+        hard_T = parts[0].hard_T
+        if self.capture is not None:
+            self.capture.put(batch, hard_T, self.step)
+        self.meters.add("loss", (hard_T * valid_T).sum(), valid_T.sum())
+        return loss_sum, routing.counts_LE
+
+    def end(self, dist: Dist) -> None:
+        pass
+
+    def state(self) -> dict[str, Any]:
+        """Nothing: all that a resumed teacher needs is its weights and its place in the stream."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        assert not state, state
