@@ -29,7 +29,6 @@ class _Pace:
 
     step: int
     total: int
-    tokens: int
     seconds: float = 0.0
     steps_done: float = 0.0
     tokens_done: float = 0.0
@@ -39,8 +38,8 @@ class _Pace:
         old = math.exp(-seconds / MEMORY)
         self.seconds = self.seconds * old + seconds
         self.steps_done = self.steps_done * old + step - self.step
-        self.tokens_done = self.tokens_done * old + tokens - self.tokens
-        self.step, self.total, self.tokens = step, total, tokens
+        self.tokens_done = self.tokens_done * old + tokens
+        self.step, self.total = step, total
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -79,7 +78,7 @@ class Console:
         self._line = ""
 
     def progress(self, job: str, step: int, total: int, *, tokens: int, text: str = "") -> None:
-        """Steps done of all steps, and the tokens that the job has seen since its own beginning."""
+        """Steps done of all steps, and the tokens of the steps since the job's previous call."""
         now = self._clock()
         pace = self._paces.get(job)
         if pace is None:

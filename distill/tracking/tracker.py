@@ -88,7 +88,7 @@ class Tracker:
                 self._wandb = None
 
     def progress(self, job: str, step: int, total: int, *, tokens: int, text: str = "") -> None:
-        """Show how far a job is: steps done of all, `tokens` seen since the job's beginning, and a short text.
+        """Show how far a job is: steps done of all, `tokens` of the steps since its previous call, a short text.
 
         Cheap enough for every step. Speed is that of the job's own turns; the time left covers all jobs begun.
         """
@@ -97,15 +97,14 @@ class Tracker:
 
     def message(self, text: str) -> None:
         """Print text for good, without tearing the live line."""
-        if self._enabled:
-            self._console.message(text)
+        self._console.message(text)
 
     def close(self) -> None:
-        """Flush and close every sink; a second call does nothing."""
+        """Flush and close every file and wandb; only `message` works afterwards. A second call does nothing."""
+        self._console.close()
         if not self._enabled:
             return
         self._enabled = False
-        self._console.close()
         self._metrics.close()
         self._histograms.close()
         if self._wandb is not None and (problem := self._wandb.close()):
