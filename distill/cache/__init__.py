@@ -1,0 +1,35 @@
+"""The cache of soft targets: the only code that knows bytes on disk.
+
+Names are loaded on first use, so that `CacheHeader` and the ledger start without torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distill.cache.codecs import Codec, make_codec
+    from distill.cache.header import CacheHeader
+    from distill.cache.reader import CacheReader, ReadResult
+    from distill.cache.targets import Atoms, SoftTargets
+    from distill.cache.writer import CacheWriter
+
+__all__ = ["Atoms", "CacheHeader", "CacheReader", "CacheWriter", "Codec", "ReadResult", "SoftTargets", "make_codec"]
+
+_HOMES = {
+    "Atoms": "targets",
+    "CacheHeader": "header",
+    "CacheReader": "reader",
+    "CacheWriter": "writer",
+    "Codec": "codecs",
+    "ReadResult": "reader",
+    "SoftTargets": "targets",
+    "make_codec": "codecs",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

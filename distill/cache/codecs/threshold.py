@@ -1,0 +1,66 @@
+"""Keep what is large, sample what is small: the default codec, of least expected squared error at its size.
+
+Every p >= tau is kept, in a byte whose rounding is unbiased. Every smaller p is kept with probability p / tau at
+weight tau, by systematic sampling: on the running mass of the small ids in units of tau, one uniform offset u per
+token marks the points u, u + 1, u + 2, ...; an id is kept where a point falls into its interval. Each interval is
+shorter than 1, so no id is kept twice, and the number of tail atoms is within one of tail mass / tau.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distill.cache.codecs import blocks
+from distill.cache.codecs.base import Codec
+from distill.cache.codecs.logcode import LogCode
+from distill.cache.codecs.uniform import token_keys, uniforms
+from distill.cache.targets import Atoms
+from distill.config.errors import CacheError
+
+
+class Threshold(Codec):
+    unbiased = True
+
+    def __init__(self, tau: float):
+        if not 1 / 250 <= tau < 1:
+            raise CacheError(f"codec threshold: tau is {tau}; allowed is 0.004 <= tau < 1")
+        self.tau = tau
+        # Heads start a hair below tau, so that rounding can never make a tail interval as long as 1.
+        self.code = LogCode(tau * (1 - 2**-16))
+
+    def _select(self, logits_TV: Tensor, lse_T: Tensor, seed: int, sample_ids_T: Tensor, positions_T: Tensor) -> Atoms:
+        p_TV = blocks.probabilities(logits_TV, lse_T)
+        tokens, width = p_TV.shape
+        keys_T = token_keys(seed, sample_ids_T, positions_T)
+
+        head = blocks.at_least(p_TV, float(self.code.levels[0]))
+        head_token, head_id = head // width, head % width
+        head_p = p_TV.view(-1)[head]
+        codes = self.code.unbiased(head_p, uniforms(keys_T[head_token], head_id + 1))
+        p_TV.view(-1)[head] = 0.0
+
+        # Points below each running mass; their differences are the points in each block.
+        mass = blocks.cumulate(p_TV) / self.tau
+        offset_T = uniforms(keys_T, 0)
+        points = (mass - offset_T[:, None]).ceil_().clamp_(min=0)
+        tails_T = points[:, -1].long()
+        total = int(tails_T.sum())
+        in_block = points.diff(dim=-1, prepend=points.new_zeros(tokens, 1)).long().view(-1)
+        block = torch.arange(len(in_block), device=p_TV.device).repeat_interleave(in_block, output_size=total)
+        first = (tails_T.cumsum(0) - tails_T).double() - offset_T
+        token = block // mass.shape[1]
+        point = torch.arange(total, device=p_TV.device) - first[token]
+        before = torch.where(block % mass.shape[1] > 0, mass.view(-1)[(block - 1).clamp(min=0)], 0.0)
+        tail = blocks.locate(p_TV, block, (point - before) * self.tau)
+        return Atoms(
+            heads_T=torch.bincount(head_token, minlength=tokens).int(),
+            tails_T=tails_T.int(),
+            head_ids_N=head_id.int(),
+            codes_N=codes,
+            tail_ids_M=(tail % width).int(),
+            rest_T=codes.new_empty(0),
+        )
+
+    def weights(self, atoms: Atoms) -> tuple[Tensor, float]:
+        return self.code.decode(atoms.codes_N), self.tau

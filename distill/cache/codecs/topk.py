@@ -1,0 +1,44 @@
+"""The k largest probabilities and the mass of all others: the biased baseline of every other toolkit.
+
+Decoded rows are scaled so that 1 - sum(probs_TK) is the stored residual mass; the sum of k rounded values would
+otherwise miss it by more than the residual of a peaked row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distill.cache.codecs.base import Codec
+from distill.cache.codecs.logcode import LogCode
+from distill.cache.targets import Atoms
+from distill.config.errors import CacheError
+
+
+class TopK(Codec):
+    unbiased = False
+
+    def __init__(self, k: int, vocab_size: int):
+        if not 1 <= k <= min(255, vocab_size):
+            raise CacheError(f"codec topk: k is {k}; allowed is 1 to {min(255, vocab_size)}")
+        self.k = k
+        self.code = LogCode(1e-6)
+
+    def _select(self, logits_TV: Tensor, lse_T: Tensor, seed: int, sample_ids_T: Tensor, positions_T: Tensor) -> Atoms:
+        top_TK, ids_TK = logits_TV.topk(self.k, dim=-1, sorted=False)
+        p_TK = (top_TK.double() - lse_T.double()[:, None]).exp().nan_to_num_(0.0)
+        counts_T = torch.full((len(p_TK),), self.k, dtype=torch.int32, device=p_TK.device)
+        return Atoms(
+            heads_T=counts_T,
+            tails_T=torch.zeros_like(counts_T),
+            head_ids_N=ids_TK.reshape(-1).int(),
+            codes_N=self.code.nearest(p_TK.reshape(-1)),
+            tail_ids_M=counts_T.new_empty(0),
+            rest_T=self.code.nearest(1 - p_TK.sum(-1)),
+        )
+
+    def weights(self, atoms: Atoms) -> tuple[Tensor, float]:
+        probs_N = self.code.decode(atoms.codes_N)
+        row_N = torch.repeat_interleave(atoms.heads_T.long(), output_size=len(probs_N))
+        sum_T = torch.zeros(len(atoms.heads_T), device=probs_N.device).index_add_(0, row_N, probs_N)
+        return probs_N * ((1 - self.code.decode(atoms.rest_T)) / sum_T)[row_N], 0.0

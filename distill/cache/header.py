@@ -1,0 +1,113 @@
+"""cache.json: what a cache is about. Starts without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distill.cache.layout import FORMAT, HEADER, MAX_VOCAB
+from distill.cache.seal import seal, unseal
+from distill.config.errors import CacheError
+from distill.config.schema import CodecConfig, CodecName
+
+PARAMETERS = {CodecName.threshold: "tau", CodecName.multinomial: "draws", CodecName.topk: "k"}
+"""The one field of `CodecConfig` that each codec reads."""
+
+
+def codec_name(config: CodecConfig) -> CodecName:
+    """The codec's name; CacheError when there is none such."""
+    name = config.name.value if isinstance(config.name, CodecName) else str(config.name)
+    if name not in CodecName.__members__:
+        raise CacheError(f"codec is {name!r}; allowed are {', '.join(CodecName.__members__)}")
+    return CodecName[name]
+
+
+def _codec_json(config: CodecConfig) -> dict[str, Any]:
+    name = codec_name(config)
+    return {"name": name.value, PARAMETERS[name]: getattr(config, PARAMETERS[name])}
+
+
+@dataclass(frozen=True)
+class CacheHeader:
+    """The identity of a cache. Two headers are the same cache when `check` finds no difference."""
+
+    vocab_size: int
+    """V of the teacher's head; at most 2**24."""
+    tokenizer: str
+    """Digest of the tokenizer."""
+    corpus: str
+    """Digest of the packed corpus."""
+    sample_tokens: int
+    """Tokens S of a sample."""
+    samples: int
+    """Samples of the corpus; ids are 0 to samples - 1."""
+    codec: CodecConfig
+    seed: int
+    """Of the codec's randomness."""
+    stream: dict[str, Any] = field(default_factory=dict)
+    """The teacher's planned stream of samples, as the caller describes it; any JSON."""
+    ranks: str = ""
+    """Digest of the rank table; filled in by whoever creates the cache."""
+    format: int = FORMAT
+    folder: str = field(default="", compare=False)
+    """Where it was read from, for messages; not stored."""
+
+    def json(self) -> dict[str, Any]:
+        """What is stored, in the order of the file."""
+        record = {"format": self.format}
+        record |= {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("format", "folder")
+        }
+        return record | {"codec": _codec_json(self.codec)}
+
+    def dump(self) -> bytes:
+        """The bytes of cache.json; CacheError when the vocabulary does not fit the format."""
+        if not 1 <= self.vocab_size <= MAX_VOCAB:
+            raise CacheError(f"vocab_size is {self.vocab_size}; a cache holds vocabularies up to {MAX_VOCAB}")
+        return seal(self.json(), indent=1)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> CacheHeader:
+        """Reads and verifies `folder`/cache.json.
+
+        Raises:
+            CacheError: no such cache, a damaged file, an unknown format version or codec.
+        """
+        path = Path(folder) / HEADER
+        try:
+            record = unseal(path.read_bytes())
+        except FileNotFoundError:
+            raise CacheError(f"{folder}: no cache here ({HEADER} is missing)") from None
+        except OSError as error:
+            raise CacheError(f"{path}: {error.strerror}") from error
+        except ValueError as error:
+            raise CacheError(f"{path} is damaged: {error}") from error
+        if record.get("format") != FORMAT:
+            raise CacheError(f"{path}: format version is {record.get('format')}; this program reads {FORMAT}")
+        codec = record.pop("codec")
+        if codec["name"] not in CodecName.__members__:
+            raise CacheError(f"{path}: codec is {codec['name']!r}; allowed are {', '.join(CodecName.__members__)}")
+        config = CodecConfig(**codec | {"name": CodecName[codec["name"]]})
+        return cls(**record, codec=config, folder=str(folder))
+
+    def check(self, **expected: Any) -> None:
+        """Compares fields with what a run needs.
+
+        Raises:
+            CacheError: lists every field that differs, with both values.
+        """
+        here = json.loads(json.dumps(self.json()))
+        if "codec" in expected:
+            expected["codec"] = _codec_json(expected["codec"])
+        expected = json.loads(json.dumps(expected))  # a tuple of the caller's is a list here
+        assert expected.keys() <= here.keys(), f"no such fields: {expected.keys() - here.keys()}"
+        wrong = [
+            f"{name} is {here[name]!r} in the cache, {value!r} in this run"
+            for name, value in expected.items()
+            if here[name] != value
+        ]
+        if wrong:
+            raise CacheError(f"cache {self.folder or '(new)'} does not fit: " + "; ".join(wrong))

@@ -1,0 +1,51 @@
+"""The table of corpus-frequency ranks: common ids get small numbers, which cost few bits. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from distill.cache.layout import RANKS
+from distill.cache.seal import digest
+from distill.config.errors import CacheError
+
+
+def rank_table(counts_V: NDArray[Any] | None, vocab_size: int) -> bytes:
+    """The table's file: ids by falling count, equal counts by id; without counts, rank = id.
+
+    Raises:
+        CacheError: counts of another vocabulary.
+    """
+    if counts_V is None:
+        ids_by_rank = np.arange(vocab_size)
+    else:
+        if counts_V.shape != (vocab_size,):
+            raise CacheError(f"counts_V has shape {counts_V.shape}; the vocabulary has {vocab_size} ids")
+        ids_by_rank = np.argsort(-counts_V.astype(np.int64), kind="stable")
+    return safetensors.numpy.save({"ids_by_rank": ids_by_rank.astype(np.uint32)})
+
+
+def load_ranks(folder: Path, expected: str, vocab_size: int) -> NDArray[np.uint32]:
+    """ids_by_rank [V], verified against the digest in the header; CacheError when the file is not that one."""
+    path = folder / RANKS
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CacheError(f"{path}: {error.strerror}") from error
+    if digest(data) != expected:
+        raise CacheError(f"{path} is damaged: its digest is {digest(data)}, {expected} in the cache's header")
+    ids_by_rank: NDArray[np.uint32] = safetensors.numpy.load(data)["ids_by_rank"]
+    assert ids_by_rank.shape == (vocab_size,)
+    return ids_by_rank
+
+
+def invert(ids_by_rank: NDArray[np.uint32]) -> NDArray[np.int64]:
+    """rank_of_id [V]."""
+    rank_of_id = np.empty(len(ids_by_rank), np.int64)
+    rank_of_id[ids_by_rank] = np.arange(len(ids_by_rank))
+    return rank_of_id

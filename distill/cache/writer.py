@@ -1,0 +1,341 @@
+"""Takes soft targets off the teacher's hands and publishes them, shard by shard, from a thread of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections import deque
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distill.cache import record
+from distill.cache.files import TEMPORARY, locked, publish, reported
+from distill.cache.header import CacheHeader
+from distill.cache.layout import HEADER, LEDGER, LOCK, RANKS, SHARDS, ledger_path, shard_name
+from distill.cache.ledger import LedgerWriter, ShardRow
+from distill.cache.ranks import invert, load_ranks, rank_table
+from distill.cache.seal import digest
+from distill.cache.shard import build
+from distill.cache.targets import Atoms
+from distill.config.errors import CacheError
+from distill.config.schema import OnFull
+
+Array = NDArray[Any]
+
+
+class _Batch(NamedTuple):
+    """One micro-batch on the CPU."""
+
+    sample_ids_B: Array
+    digests_B: Array
+    atoms: Atoms
+    label_logprob_T: Array
+    entropy_T: Array
+    valid_T: Array
+    step: int
+    tokens_seen: int
+    teacher: str
+
+
+class WriterStats(NamedTuple):
+    """What one writer has done since it was opened."""
+
+    samples: int
+    """Published."""
+    tokens: int
+    """Published that have a target."""
+    bytes: int
+    """Published."""
+    skipped: int
+    """Samples left out because the queue was full."""
+
+
+def create(folder: Path, header: CacheHeader, counts_V: Array | None) -> CacheHeader:
+    """Makes the cache, or checks that the one there is this one; returns its header.
+
+    Raises:
+        CacheError: another cache is there (lists every difference), or it cannot be written.
+    """
+    table = rank_table(counts_V, header.vocab_size)
+    header = dataclasses.replace(header, ranks=digest(table), folder=str(folder))
+    with reported(folder):
+        for name in (SHARDS, LEDGER):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+    with locked(folder / LOCK, "the cache's creation", wait=True):
+        if not (folder / HEADER).exists():
+            publish(folder / RANKS, table)
+            publish(folder / HEADER, header.dump())
+            return header
+        there = CacheHeader.load(folder)
+        expected = header.json()
+        if counts_V is None:
+            del expected["ranks"]
+        there.check(**expected | {"codec": header.codec})
+        return there
+
+
+class CacheWriter:
+    """One writer of a cache; usable as a context manager, which publishes nothing more after an exception."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        header: CacheHeader,
+        *,
+        writer: str,
+        counts_V: Array | None = None,
+        shard_samples: int = 256,
+        queue: int = 64,
+        on_full: OnFull = OnFull.block,
+        seen_before: bool = False,
+    ):
+        """Opens the cache, or creates it, and resumes this writer's ledger.
+
+        writer: name of the ledger and prefix of the shards; one live process only.
+        counts_V: corpus frequency of every id, for the rank table; None takes the table that is there, or none.
+        shard_samples: publish as soon as so many samples wait. queue: micro-batches that may wait for the thread.
+        seen_before: the teacher has trained on these samples (backfill).
+
+        Raises:
+            CacheError: another cache is there, another process has this name, a damaged ledger, or no permission.
+        """
+        self.folder = Path(folder)
+        path = ledger_path(self.folder, writer)
+        self.header = create(self.folder, header, counts_V)
+        self.writer = writer
+        self._shard_samples, self._queue, self._on_full = shard_samples, queue, OnFull(on_full)
+        self._seen_before = seen_before
+        ids_by_rank = load_ranks(self.folder, self.header.ranks, self.header.vocab_size)
+        self._rank_of_id = invert(ids_by_rank)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(locked(path.with_suffix(LOCK), f"the writer's name {writer!r}", wait=False))
+            self._ledger = LedgerWriter(path)
+            stack.callback(self._ledger.close)
+            self._remove_leftovers()
+            self._resources = stack.pop_all()
+
+        # All below is shared with the thread, under the condition's lock.
+        self._change = threading.Condition()
+        self._waiting: deque[_Batch] = deque()
+        self._request: str | None = None
+        """What the caller waits for once nothing waits: flush, finish, stop; or at once: abort."""
+        self._error: BaseException | None = None
+        self._error_raised = self._closed = False
+        self._stats = WriterStats(0, 0, 0, 0)
+        self._thread = threading.Thread(target=self._run, name=f"cache-writer-{writer}", daemon=True)
+        self._thread.start()
+
+    def _remove_leftovers(self) -> None:
+        """What a kill left: temporary files, and a shard whose row was never written."""
+        known = {row.shard for row in self._ledger.rows}
+        for path in (self.folder / SHARDS).glob(f"{self.writer}-*"):
+            number = path.name.removesuffix(TEMPORARY).removeprefix(f"{self.writer}-").partition(".")[0]
+            if number.isdigit() and path.name not in known:
+                with reported(path):
+                    path.unlink()
+
+    @property
+    def stats(self) -> WriterStats:
+        with self._change:
+            return self._stats
+
+    def put(
+        self,
+        sample_ids_B: Array,
+        digests_B: Array,
+        atoms: Atoms,
+        label_logprob_T: Tensor | Array,
+        entropy_T: Tensor | Array,
+        valid_T: Tensor | Array,
+        *,
+        step: int,
+        tokens_seen: int,
+        teacher: str,
+    ) -> bool:
+        """Hands over one micro-batch of T = B * S tokens; False if it was skipped because the queue is full.
+
+        digests_B: uint64 of each sample's tokens. label_logprob_T, entropy_T: float nats of the teacher. valid_T:
+        bool, tokens that have a label; others are stored as having no target. step: the teacher's, before its update.
+
+        Raises:
+            CacheError: the thread has failed (names file and reason), or these targets cannot be stored.
+        """
+        batch = _Batch(
+            np.array(sample_ids_B, np.int64),
+            np.array(digests_B, np.uint64),
+            atoms.cpu(),
+            _own(label_logprob_T, np.float32),
+            _own(entropy_T, np.float32),
+            _own(valid_T, np.bool_),
+            step,
+            tokens_seen,
+            teacher,
+        )
+        self._validate(batch)
+        with self._change:
+            assert not self._closed, "put after close"
+            if self._on_full is OnFull.block:
+                self._change.wait_for(lambda: self._error or len(self._waiting) < self._queue)
+            self._raise_error()
+            if len(self._waiting) >= self._queue:
+                self._stats = self._stats._replace(skipped=self._stats.skipped + len(batch.sample_ids_B))
+                return False
+            self._waiting.append(batch)
+            self._change.notify_all()
+            return True
+
+    def flush(self) -> None:
+        """Publishes all that was accepted, in a short shard if need be, and returns when it is on disk."""
+        self._ask("flush")
+
+    def finish(self) -> None:
+        """`flush`, and a closing row: this writer's stream is complete."""
+        self._ask("finish")
+
+    def close(self) -> None:
+        """`flush`, stop the thread, give up the writer's name. Raises what the thread met, unless that was raised."""
+        if self._closed:
+            return
+        try:
+            if not self._error_raised:
+                self._ask("stop")
+        finally:
+            self._release()
+
+    def __enter__(self) -> CacheWriter:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is None:
+            self.close()
+        elif not self._closed:
+            with self._change:
+                self._waiting.clear()
+                self._request = "abort"
+                self._change.notify_all()
+            self._release()
+
+    def _validate(self, batch: _Batch) -> None:
+        width, ids = self.header.sample_tokens, batch.sample_ids_B
+        tokens = len(ids) * width
+        lengths = [len(batch.digests_B) * width, len(batch.label_logprob_T), len(batch.entropy_T), len(batch.valid_T)]
+        lengths.append(len(batch.atoms.heads_T))
+        assert lengths == [tokens] * 5, f"{len(ids)} samples of {width} tokens, but lengths are {lengths}"
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self.header.samples:
+            raise CacheError(f"cache {self.folder}: sample ids must lie in 0 to {self.header.samples - 1}")
+        broken_T = batch.valid_T & ~(np.isfinite(batch.label_logprob_T) & np.isfinite(batch.entropy_T))
+        if broken_T.any():
+            sample = ids[np.flatnonzero(broken_T)[0] // width]
+            raise CacheError(f"cache {self.folder}: the teacher's log-probabilities of sample {sample} are not finite")
+
+    def _ask(self, request: str) -> None:
+        """Hands a request to the thread and waits until it is done, or the thread has failed."""
+        with self._change:
+            assert not self._closed, f"{request} after close"
+            self._raise_error()
+            self._request = request
+            self._change.notify_all()
+            self._change.wait_for(lambda: self._error or self._request is None)
+            self._raise_error()
+
+    def _raise_error(self) -> None:
+        if self._error:
+            self._error_raised = True
+            raise self._error
+
+    def _release(self) -> None:
+        self._thread.join()
+        self._closed = True
+        self._resources.close()
+
+    def _run(self) -> None:
+        """The thread: alone with the ledger, and the only one who makes shards."""
+        pending: list[_Batch] = []
+        try:
+            while True:
+                with self._change:
+                    self._change.wait_for(lambda: self._waiting or self._request)
+                    batch = self._waiting.popleft() if self._waiting else None
+                    request = None if batch else self._request
+                    self._change.notify_all()
+                if batch:
+                    # A shard has one teacher.
+                    if pending and pending[0].teacher != batch.teacher:
+                        self._publish(pending)
+                        pending = []
+                    pending.append(batch)
+                    if sum(len(b.sample_ids_B) for b in pending) >= self._shard_samples:
+                        self._publish(pending)
+                        pending = []
+                    continue
+                if pending and request != "abort":
+                    self._publish(pending)
+                    pending = []
+                if request == "finish":
+                    self._ledger.finish(self.writer)
+                with self._change:
+                    self._request = None
+                    self._change.notify_all()
+                if request in ("stop", "abort"):
+                    return
+        except BaseException as error:
+            with self._change:
+                self._error = error
+                self._waiting.clear()
+                self._change.notify_all()
+
+    def _publish(self, batches: list[_Batch]) -> None:
+        """Encode, then file, then ledger row: whatever is interrupted is not there."""
+        sample_ids, digests = (np.concatenate([b[i] for b in batches]) for i in (0, 1))
+        label_logprob, entropy, valid = (np.concatenate([b[i] for b in batches]) for i in (3, 4, 5))
+        atoms = Atoms.cat([b.atoms for b in batches])
+        for ids in (atoms.head_ids_N, atoms.tail_ids_M):
+            if len(ids) and int(ids.max()) >= self.header.vocab_size:
+                raise CacheError(
+                    f"cache {self.folder}: id {int(ids.max())} in a vocabulary of {self.header.vocab_size}"
+                )
+        payload = record.encode(atoms, label_logprob, entropy, valid, self.header.sample_tokens, self._rank_of_id)
+        tokens = int(valid.sum())
+        facts: dict[str, Any] = {
+            "teacher": batches[0].teacher,
+            "first_step": min(b.step for b in batches),
+            "last_step": max(b.step for b in batches),
+            "tokens_seen": batches[-1].tokens_seen,
+            "loss": -float(label_logprob[valid].mean(dtype=np.float64)) if tokens else None,
+            "tokens": tokens,
+        }
+        metadata = facts | {"seed": self.header.seed, "seen_before": self._seen_before}
+        data, index_bytes = build(sample_ids, digests, payload, {key: str(value) for key, value in metadata.items()})
+        name = shard_name(self.writer, self._ledger.seq)
+        publish(self.folder / SHARDS / name, data)
+        self._ledger.append(
+            ShardRow(
+                writer=self.writer,
+                seq=self._ledger.seq,
+                shard=name,
+                samples=len(sample_ids),
+                first_sample=int(sample_ids.min()),
+                last_sample=int(sample_ids.max()),
+                atoms=int(np.sum(atoms.heads_T.numpy()[valid], dtype=np.int64) + atoms.tails_T.numpy()[valid].sum()),
+                bytes=len(data),
+                file_digest=digest(data),
+                index_bytes=index_bytes,
+                index_digest=digest(memoryview(data)[:index_bytes]),
+                **facts,
+            )
+        )
+        with self._change:
+            s = self._stats
+            self._stats = s._replace(
+                samples=s.samples + len(sample_ids), tokens=s.tokens + tokens, bytes=s.bytes + len(data)
+            )
+
+
+def _own(values: Tensor | Array, dtype: Any) -> Array:
+    """A copy that the caller cannot change any more."""
+    return np.array(values.detach().cpu() if isinstance(values, Tensor) else values, dtype)
