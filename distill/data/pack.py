@@ -1,0 +1,115 @@
+"""Packing: documents of a corpus -> [bos] + tokens + [eos] -> the fixed-length samples of both splits."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distill.config.errors import DataError
+from distill.data.packed import SplitWriter
+from distill.data.source import Corpus, Document, Ranges
+from distill.data.tokenizer import Tokenizer
+
+BATCH_CHARACTERS = 1 << 20
+BATCH_DOCUMENTS = 1024
+QUIET_SECONDS = 2.0
+
+
+def pack(corpus: Corpus, tokenizer: Tokenizer, sample_tokens: int, folder: Path, scratch: Path) -> None:
+    """Writes the splits `train` and, if there is one, `held_out` of a corpus into `folder`, in one pass over its text.
+
+    Raises:
+        DataError: a document cannot be read, or a split is shorter than one sample.
+    """
+    splits = {"train": False, "held_out": True} if corpus.has_held_out else {"train": False}
+    writers = {
+        held_out: SplitWriter(folder, split, sample_tokens, tokenizer.vocab_size) for split, held_out in splits.items()
+    }
+    tokens = {False: 0, True: 0}
+    progress = _Progress(corpus.name)
+    for batch in _batches(corpus.documents(scratch)):
+        masked = any(document.ranges is not None for document in batch)
+        encoded = tokenizer.encode_batch([document.text for document in batch], offsets=masked)
+        for document, (ids, offsets) in zip(batch, encoded):
+            loss = np.ones(len(ids), np.bool_)
+            if document.ranges is not None:
+                loss = carries_loss(document.ranges, np.array(offsets, np.int64).reshape(-1, 2))
+            ids_n, loss_n = _framed(ids, loss, tokenizer)
+            writers[document.held_out].add(ids_n, loss_n)
+            tokens[document.held_out] += len(ids_n)
+        progress.at(sum(tokens.values()))
+    progress.end()
+    for split, held_out in splits.items():
+        if tokens[held_out] <= sample_tokens:
+            cure = f"raise {corpus.key}.held_out, set it to 0, or name held_out_files" if held_out else "add text"
+            raise DataError(
+                f"{corpus.key}: the {split} split has {tokens[held_out]} tokens; one sample takes {sample_tokens + 1} "
+                f"(data.sample_tokens is {sample_tokens}): {cure}"
+            )
+        writers[held_out].close()
+
+
+def carries_loss(ranges: Ranges, offsets: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which tokens share a character with one of `ranges`; offsets int64 [n, 2], result bool [n].
+
+    A token that reaches over the edge of a range carries loss: better one token of the prompt than none of the answer.
+    """
+    length = max(int(offsets.max(initial=0)), *(end for _, end in ranges), 0)
+    inside = np.zeros(length + 1, np.int64)
+    for start, end in ranges:
+        inside[start + 1 : end + 1] = 1
+    before = inside.cumsum()  # characters that carry loss before a place
+    return before[offsets[:, 1]] > before[offsets[:, 0]]
+
+
+def _framed(
+    ids: list[int], loss: NDArray[np.bool_], tokenizer: Tokenizer
+) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """bos carries no loss; eos does where the last token does: an answer's end is learned, a prompt's is not."""
+    head = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    tail = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    last = bool(loss[-1]) if len(loss) else False
+    framed = np.concatenate((np.zeros(len(head), np.bool_), loss, np.full(len(tail), last)))
+    return np.array(head + ids + tail, np.int32), framed
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Enough at a time to keep all cores of the tokenizer busy, and no more than memory likes."""
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+class _Progress:
+    """A line on stderr for packing that takes long: rewritten on a terminal, else at doubling intervals."""
+
+    def __init__(self, name: str):
+        self._name, self._began, self._said, self._every = name, time.monotonic(), 0.0, QUIET_SECONDS
+        self._line = "\r{}\033[K" if sys.stderr.isatty() else "{}\n"
+
+    def at(self, tokens: int) -> None:
+        seconds = time.monotonic() - self._began
+        if seconds - self._said < self._every:
+            return
+        self._said = seconds
+        text = f"packing {self._name}: {tokens / 1e6:.1f} M tokens, {tokens / 1e6 / seconds:.2f} M/s"
+        sys.stderr.write(self._line.format(text))
+        sys.stderr.flush()
+        if self._line.endswith("\n"):
+            self._every *= 2
+
+    def end(self) -> None:
+        if self._said and not self._line.endswith("\n"):
+            sys.stderr.write("\n")

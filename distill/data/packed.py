@@ -1,0 +1,189 @@
+"""Packed samples on disk: one Arrow file per split, memory-mapped, and written as a stream.
+
+A split is the concatenation of its documents' tokens. Sample i is the S+1 tokens from i*S on, so that every position of
+a sample has its label, and neighbours share one token. What is too short for a last sample is dropped. Columns, one row
+per sample:
+
+    ids        int32  [S+1]  token ids
+    documents  int32  [S+1]  ordinal of each token's document, counted from 0 within the sample
+    mask       uint8  [S+1]  1 where the token may be a label: it carries loss, and the token before it in the stream
+                             belongs to the same document
+    digest     uint64        xxh3-64 of the little-endian bytes of ids, documents and mask, in this order
+
+Rows come in record batches of equal length (the last may be shorter), so a sample's place is a division.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from numpy.typing import NDArray
+
+from distill.config.errors import DataError
+from distill.config.files import sync_file
+
+COLUMNS: dict[str, np.dtype[Any]] = {"ids": np.dtype("<i4"), "documents": np.dtype("<i4"), "mask": np.dtype("u1")}
+BATCH_TOKENS = 1 << 17
+
+
+class Samples(NamedTuple):
+    """n samples with the column names' meanings above."""
+
+    ids: NDArray[np.int32]
+    """[n, S+1]"""
+    documents: NDArray[np.int32]
+    """[n, S+1]"""
+    mask: NDArray[np.bool_]
+    """[n, S+1]"""
+    digests: NDArray[np.uint64]
+    """[n]"""
+
+
+def digests(columns: dict[str, NDArray[Any]]) -> NDArray[np.uint64]:
+    """The digest [n] of each row of `ids`, `documents` and `mask`, each [n, S+1]."""
+    parts = [np.ascontiguousarray(columns[name], dtype).view(np.uint8) for name, dtype in COLUMNS.items()]
+    return np.array([xxhash.xxh3_64_intdigest(row) for row in np.concatenate(parts, axis=1)], np.uint64)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is known of a finished split without reading its rows."""
+
+    sample_tokens: int
+    samples: int
+    documents: int
+    """Documents that were packed, those in the dropped tail included."""
+    digest: str
+    """xxh3-128 (hex) of the samples' digests in order."""
+
+
+class SplitWriter:
+    """Writes one split to `folder`/`split`.{arrow,counts.npy,json}, which are unfinished before `close`.
+
+    Args:
+        sample_tokens: S.
+        vocab_size: ids are below it.
+    """
+
+    def __init__(self, folder: Path, split: str, sample_tokens: int, vocab_size: int):
+        self._folder, self._split, self._length = folder, split, sample_tokens
+        self._rows = max(1, BATCH_TOKENS // (sample_tokens + 1))
+        lists = [
+            pa.field(name, pa.list_(pa.from_numpy_dtype(dtype), sample_tokens + 1)) for name, dtype in COLUMNS.items()
+        ]
+        self._schema = pa.schema([*lists, pa.field("digest", pa.uint64())])
+        self._writer = pa.ipc.new_file(str(folder / f"{split}.arrow"), self._schema)
+        # Tokens that are not in a written sample: ids, ordinal of the document in the split, mask.
+        self._waiting: list[tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.uint8]]] = []
+        self._tokens_waiting = 0
+        self._counts_V = np.zeros(vocab_size, np.int64)
+        self._digest = xxhash.xxh3_128()
+        self._samples = self._documents = 0
+
+    def add(self, ids: NDArray[np.int32], loss: NDArray[np.bool_]) -> None:
+        """One document: its ids [n], bos and eos included, and which of them carry loss [n]."""
+        mask = loss.astype(np.uint8)
+        mask[:1] = 0  # its predecessor belongs to another document
+        self._waiting.append((ids, np.full(len(ids), self._documents, np.int64), mask))
+        self._documents += 1
+        self._tokens_waiting += len(ids)
+        if self._tokens_waiting > self._rows * self._length:
+            self._write(self._rows)
+
+    def close(self) -> Summary:
+        """Writes the rest; every file is on disk when this returns."""
+        self._write(self._rows)
+        self._write(max(0, self._tokens_waiting - 1) // self._length)
+        self._writer.close()
+        summary = Summary(self._length, self._samples, self._documents, self._digest.hexdigest())
+        np.save(self._folder / f"{self._split}.counts.npy", self._counts_V, allow_pickle=False)
+        (self._folder / f"{self._split}.json").write_text(json.dumps(vars(summary), indent=1))
+        for name in ("arrow", "counts.npy", "json"):
+            sync_file(self._folder / f"{self._split}.{name}")
+        return summary
+
+    def _write(self, rows: int) -> None:
+        """Writes batches of `rows` samples while there are enough tokens."""
+        batches = max(0, self._tokens_waiting - 1) // (rows * self._length) if rows else 0
+        if not batches:
+            return
+        ids, documents, mask = (np.concatenate(part) for part in zip(*self._waiting))
+        window = np.arange(rows)[:, None] * self._length + np.arange(self._length + 1)
+        for first in range(0, batches * rows * self._length, rows * self._length):
+            at = window + first
+            within = documents[at]
+            columns = {"ids": ids[at], "documents": within - within[:, :1], "mask": mask[at]}
+            marks = digests(columns)
+            arrays = [
+                pa.FixedSizeListArray.from_arrays(pa.array(columns[name].astype(dtype).ravel()), self._length + 1)
+                for name, dtype in COLUMNS.items()
+            ]
+            self._writer.write_batch(pa.record_batch([*arrays, pa.array(marks)], schema=self._schema))
+            self._counts_V += np.bincount(columns["ids"][:, 1:].ravel(), minlength=len(self._counts_V))
+            self._digest.update(marks.astype("<u8").tobytes())
+            self._samples += rows
+        done = batches * rows * self._length
+        self._waiting = [(ids[done:], documents[done:], mask[done:])]
+        self._tokens_waiting -= done
+
+
+class PackedCorpus:
+    """One finished split, read through a memory map; safe in several threads.
+
+    Attributes:
+        name: of the corpus, for messages.
+        digest: hex identity of all the packed content, whatever files and machine it came from.
+        sample_tokens: S.
+
+    Raises:
+        DataError: the files are missing or damaged.
+    """
+
+    def __init__(self, folder: Path, split: str, name: str):
+        self.name, self._path = name, folder / f"{split}.arrow"
+        try:
+            summary = Summary(**json.loads((folder / f"{split}.json").read_bytes()))
+            self._stored_counts_V = np.load(folder / f"{split}.counts.npy", allow_pickle=False)
+            self._reader = pa.ipc.open_file(pa.memory_map(str(self._path)))
+            self._batches = self._reader.num_record_batches
+            self._rows = self._reader.get_batch(0).num_rows if self._batches else 1
+        except (OSError, ValueError, TypeError, pa.ArrowException) as error:
+            raise DataError(f"{self._path}: not a packed corpus: {error}; remove {folder} to pack it anew") from error
+        self._samples, self.sample_tokens, self.digest = summary.samples, summary.sample_tokens, summary.digest
+
+    def __len__(self) -> int:
+        return self._samples
+
+    def counts_V(self, vocab_size: int) -> NDArray[np.int64]:
+        """How often each id stands where a label may stand, masked or not; int64 [vocab_size]."""
+        stored = self._stored_counts_V
+        assert vocab_size >= len(stored), f"{vocab_size} ids wanted, the corpus has {len(stored)}"
+        return np.pad(stored, (0, vocab_size - len(stored)))
+
+    def take(self, sample_ids: NDArray[np.int64]) -> Samples:
+        """The samples of these ids, in their order; an id may come twice.
+
+        Raises:
+            DataError: a sample's bytes are not those that were written.
+        """
+        ids_B = np.asarray(sample_ids, np.int64)
+        assert ids_B.ndim == 1 and (not len(ids_B) or 0 <= ids_B.min() <= ids_B.max() < len(self)), ids_B
+        columns = {name: np.empty((len(ids_B), self.sample_tokens + 1), dtype) for name, dtype in COLUMNS.items()}
+        stored = np.empty(len(ids_B), np.uint64)
+        batch_B, row_B = np.divmod(ids_B, self._rows)
+        for batch in np.unique(batch_B):
+            record = self._reader.get_batch(int(batch))
+            wanted = batch_B == batch
+            for name, column in columns.items():
+                flat = record.column(name).flatten().to_numpy()
+                column[wanted] = flat.reshape(record.num_rows, -1)[row_B[wanted]]
+            stored[wanted] = record.column("digest").to_numpy()[row_B[wanted]]
+        if (wrong := np.flatnonzero(digests(columns) != stored)).size:
+            raise DataError(f"{self._path}: sample {ids_B[wrong[0]]} is damaged; remove its folder to pack it anew")
+        return Samples(columns["ids"], columns["documents"], columns["mask"].view(np.bool_), stored)

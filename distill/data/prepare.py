@@ -1,0 +1,136 @@
+"""From a `DataConfig` to a tokenizer and packed corpora: found if they are there, else made.
+
+In the folder: `tokenizer-<key>/tokenizer.json` and `<corpus>-<key>/`, where the key is a digest of all that decides the
+content. Each appears whole, under a name that says what it is, so any number of processes may prepare at once: all make
+the same, one is kept.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+import xxhash
+
+from distill.config.errors import DataError
+from distill.config.files import sync_folder
+from distill.config.schema import DataConfig
+from distill.data import tokenizer as tokenizers
+from distill.data.pack import pack
+from distill.data.packed import PackedCorpus
+from distill.data.source import Corpus
+from distill.data.tokenizer import Tokenizer
+
+FORMAT = 1
+"""Goes into every key: raise it when equal configurations would give other bytes."""
+
+TRAIN_CHARACTERS = 1 << 24
+"""Text that a tokenizer is trained on, at most; the corpora share it equally and give what comes first."""
+
+ABANDONED_SECONDS = 3600.0
+"""A temporary folder in which nothing was written for so long belongs to nobody."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    tokenizer: Tokenizer
+    train: dict[str, PackedCorpus]
+    """By name, in the order of the configuration."""
+    held_out: dict[str, PackedCorpus]
+    """The same, without corpora that hold nothing out."""
+
+
+def prepare(config: DataConfig, folder: Path, model_vocab_size: int) -> Prepared:
+    """Tokenizer and packed corpora of a configuration, kept in `folder`.
+
+    Raises:
+        ConfigError: no room in the vocabulary that is to be trained.
+        DataError: text or tokenizer cannot be read, the tokenizer has more ids than the model, a split is shorter
+            than one sample.
+    """
+    corpora = {name: Corpus(name, corpus) for name, corpus in config.corpora.items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
+        tokenizer = _tokenizer(config, folder, list(corpora.values()))
+        if tokenizer.vocab_size > model_vocab_size:
+            raise DataError(
+                f"the tokenizer {config.tokenizer.file or '(trained)'} has {tokenizer.vocab_size} ids; "
+                f"model.vocab_size is {model_vocab_size}, at least as many are needed"
+            )
+        prepared = Prepared(tokenizer, {}, {})
+        for name, corpus in corpora.items():
+            special = (tokenizer.bos_id, tokenizer.eos_id)
+            key = _key("corpus", tokenizer.digest, special, config.sample_tokens, corpus.identity)
+            place = folder / f"{name}-{key}"
+            _publish(place, partial(pack, corpus, tokenizer, config.sample_tokens))
+            prepared.train[name] = PackedCorpus(place, "train", name)
+            if corpus.has_held_out:
+                prepared.held_out[name] = PackedCorpus(place, "held_out", name)
+    except OSError as error:
+        raise DataError(f"data.dir is {folder}; cannot be written: {error.strerror or error}") from error
+    return prepared
+
+
+def _tokenizer(config: DataConfig, folder: Path, corpora: list[Corpus]) -> Tokenizer:
+    if config.tokenizer.file is not None:
+        return tokenizers.load(config.tokenizer)
+    t = config.tokenizer
+    key = _key("tokenizer", t.vocab_size, t.bos, t.eos, TRAIN_CHARACTERS, [c.identity for c in corpora])
+    place = folder / f"tokenizer-{key}"
+
+    def make(new: Path, scratch: Path) -> None:
+        share = TRAIN_CHARACTERS // len(corpora)
+        texts = chain.from_iterable(_train_texts(corpus, scratch, share) for corpus in corpora)
+        tokenizers.train(t, texts).save(new / "tokenizer.json")
+
+    _publish(place, make)
+    return tokenizers.load(t, place / "tokenizer.json")
+
+
+def _train_texts(corpus: Corpus, scratch: Path, characters: int) -> Iterator[str]:
+    for document in corpus.documents(scratch):
+        if not document.held_out:
+            yield document.text[:characters]
+            characters -= len(document.text)
+            if characters <= 0:
+                return
+
+
+def _key(*parts: object) -> str:
+    return xxhash.xxh3_64_hexdigest(repr((FORMAT, *parts)).encode())
+
+
+def _publish(place: Path, make: Callable[[Path, Path], None]) -> None:
+    """Makes folder `place` unless it is there: `make(new, scratch)` fills a temporary one, which is renamed."""
+    if place.is_dir():
+        return
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent) as temporary:
+        new, scratch = Path(temporary, "new"), Path(temporary, "scratch")
+        new.mkdir()
+        scratch.mkdir()
+        make(new, scratch)
+        sync_folder(new)
+        try:
+            new.rename(place)
+        except OSError:
+            if not place.is_dir():  # else another process was first, with the same content
+                raise
+        sync_folder(place.parent)
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what killed processes left behind; not what another process may be writing now."""
+    for temporary in folder.glob(".*.tmp"):
+        try:
+            newest = max(path.stat().st_mtime for path in (temporary, *temporary.rglob("*")))
+        except FileNotFoundError:
+            continue  # its owner finished meanwhile
+        if time.time() - newest > ABANDONED_SECONDS:
+            shutil.rmtree(temporary, ignore_errors=True)

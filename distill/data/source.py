@@ -1,0 +1,194 @@
+"""Documents of a corpus, in a fixed order, each belonging to the training or the held-out split.
+
+The split is drawn by a hash of the text (standard library: of the file's name), so equal texts fall on the same side
+and no order, addition or removal of other documents moves one across.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import sysconfig
+import tokenize
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from distill.config.errors import DataError
+from distill.config.schema import CorpusConfig, Source
+from distill.data.tables import READERS, rows, suffix
+
+Ranges = list[tuple[int, int]]
+"""[start, end) characters of a text."""
+
+NO_SOURCE = {"__pycache__", "dist-packages", "idle_test", "site-packages", "test", "tests"}
+"""Folders of the standard library that are left out: tests, and what is not the standard library."""
+
+
+@dataclass(frozen=True)
+class Document:
+    text: str
+    """Never empty; whole in UTF-8."""
+    ranges: Ranges | None
+    """Characters that carry loss; None: all."""
+    held_out: bool
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    name: str
+    """What orders, splits and identifies it."""
+    held_out: bool | None
+    """None: decided document by document."""
+
+
+class Corpus:
+    """The documents that one `CorpusConfig` names.
+
+    Raises:
+        DataError: no file matches, or one is named for both splits.
+    """
+
+    def __init__(self, name: str, config: CorpusConfig):
+        self.name, self.config = name, config
+        self.key = f"data.corpora.{name}"
+        self._files = self._stdlib() if config.source is Source.stdlib else self._named()
+
+    @property
+    def identity(self) -> str:
+        """Hex digest of what decides the documents: names, sizes and times of the files, and the configuration.
+
+        Texts are not read for it: that a finished packing is found must not take as long as packing.
+        """
+        c, digest = self.config, xxhash.xxh3_128()
+        digest.update(repr((c.source.value, c.text_key, c.mask_key, c.held_out, c.max_documents)).encode())
+        for file in self._files:
+            try:
+                stat = file.path.stat()
+            except OSError as error:
+                raise DataError(f"{file.path}: cannot be read: {error.strerror}") from error
+            digest.update(repr((file.name, file.held_out, stat.st_size, stat.st_mtime_ns)).encode())
+        return digest.hexdigest()
+
+    @property
+    def has_held_out(self) -> bool:
+        return self.config.held_out > 0 or bool(self.config.held_out_files)
+
+    def documents(self, scratch: Path) -> Iterator[Document]:
+        """Every document that has text, in order; `scratch` is a folder for the readers' own files.
+
+        Raises:
+            DataError: a file or a document that cannot be read as configured; names file, key and value.
+        """
+        # The limit holds for `files` and `held_out_files` each; the standard library's files are limited already.
+        left = dict.fromkeys((True, False, None), self.config.max_documents)
+        for file in self._files:
+            limit = left[file.held_out]
+            if limit == 0:
+                continue
+            for read, document in enumerate(self._read(file, scratch), 1):
+                if document.text:
+                    yield document
+                if limit is not None:
+                    left[file.held_out] = limit - read
+                    if read == limit:
+                        break
+
+    # ------------------------------------------------------------ files
+
+    def _stdlib(self) -> list[_File]:
+        root = Path(sysconfig.get_path("stdlib"))
+        names = []
+        for folder, folders, files in os.walk(root):
+            folders[:] = [f for f in folders if f not in NO_SOURCE]
+            # _sysconfigdata is written when Python is built: it says where, and differs on every machine.
+            found = (f for f in files if f.endswith(".py") and not f.startswith("_sysconfigdata"))
+            names += [(Path(folder) / f).relative_to(root).as_posix() for f in found]
+        if not names:
+            raise DataError(f"{self.key}.source is stdlib; {root} holds no source files: use source=files")
+        return [_File(root / name, name, self._share(name)) for name in sorted(names)[: self.config.max_documents]]
+
+    def _named(self) -> list[_File]:
+        held_out = self._match("held_out_files", self.config.held_out_files)
+        files = self._match("files", self.config.files)
+        if both := [str(path) for path in files if path in set(held_out)]:
+            raise DataError(f"{self.key}: {', '.join(both)} is in files and in held_out_files; it must be in one")
+        rest = False if held_out else None
+        return [_File(p, str(p), rest) for p in files] + [_File(p, str(p), True) for p in held_out]
+
+    def _match(self, key: str, patterns: list[str]) -> list[Path]:
+        """Files in the order of the patterns, sorted within each, none twice."""
+        found: dict[Path, None] = {}
+        for pattern in patterns:
+            pattern = os.path.expanduser(pattern)
+            names = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
+            paths = [Path(name).resolve() for name in names if os.path.isfile(name)]
+            if not paths:
+                raise DataError(f"{self.key}.{key} has {pattern!r}; no file matches (working folder: {os.getcwd()})")
+            found.update(dict.fromkeys(paths))
+        return list(found)
+
+    # ------------------------------------------------------------ documents
+
+    def _read(self, file: _File, scratch: Path) -> Iterator[Document]:
+        if suffix(file.path) in READERS:
+            yield from self._rows(file, scratch)
+            return
+        if self.config.mask_key is not None:
+            raise DataError(f"{self.key}.mask_key is {self.config.mask_key!r}; {file.path} is text and has no columns")
+        text = _read_text(file.path, source_code=self.config.source is Source.stdlib)
+        yield Document(text, None, self._share(text) if file.held_out is None else file.held_out)
+
+    def _rows(self, file: _File, scratch: Path) -> Iterator[Document]:
+        c = self.config
+        columns = [c.text_key] if c.mask_key is None else [c.text_key, c.mask_key]
+        keys = [f"{self.key}.text_key", f"{self.key}.mask_key"]
+        for number, row in enumerate(rows(file.path, columns, keys, scratch), 1):
+            where = f"{file.path}, row {number}"
+            text = row[0]
+            if not isinstance(text, str):
+                raise DataError(f"{where}: column {c.text_key!r} is {_short(text)}; a text is needed")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise DataError(f"{where}: column {c.text_key!r} is not valid Unicode: {error.reason}") from error
+            ranges = None if c.mask_key is None else _ranges(row[1], len(text), f"{where}: column {c.mask_key!r}")
+            yield Document(text, ranges, self._share(text) if file.held_out is None else file.held_out)
+
+    def _share(self, identity: str) -> bool:
+        """True for `held_out` of all strings, always the same ones."""
+        return xxhash.xxh3_64_intdigest(identity.encode()) < self.config.held_out * 2**64
+
+
+def _read_text(path: Path, source_code: bool) -> str:
+    try:
+        if source_code:  # honours a coding line
+            with tokenize.open(path) as file:
+                return file.read()
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    except (UnicodeDecodeError, SyntaxError) as error:
+        raise DataError(f"{path}: not text in UTF-8: {error}; allowed: {', '.join(READERS)}, or text") from error
+    if "\0" in text:
+        raise DataError(f"{path}: not text: it holds NUL; allowed: {', '.join(READERS)}, or text")
+    return text
+
+
+def _ranges(value: object, length: int, where: str) -> Ranges:
+    need = f"a list of [start, end) with 0 <= start <= end <= {length}, the characters of the text, is needed"
+    if not isinstance(value, list):
+        raise DataError(f"{where} is {_short(value)}; {need}")
+    for pair in value:
+        right = isinstance(pair, list) and len(pair) == 2 and all(type(end) is int for end in pair)
+        if not right or not 0 <= pair[0] <= pair[1] <= length:
+            raise DataError(f"{where} has {_short(pair)}; {need}")
+    return [(start, end) for start, end in value]
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

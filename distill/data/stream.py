@@ -1,0 +1,149 @@
+"""The order in which training meets samples: pure functions of position, so that resuming is arithmetic.
+
+Corpora are mixed by a fixed pattern of `PATTERN` positions, repeated, in which each has its exact quota, evenly
+spread. How many samples of a corpus lie before a position is therefore closed-form; it gives the epoch and the place in
+it, and a keyed permutation of that epoch gives the sample. The permutation is a Feistel network over the least power of
+two that holds the corpus, walked until it falls inside (Black, Rogaway: Ciphers with arbitrary finite domains, 2002).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from distill.config.errors import CacheError, ConfigError
+from distill.config.schema import ReplayOrder
+
+Ints = NDArray[np.int64]
+Words = NDArray[np.uint64]
+
+PATTERN = 1 << 14
+ROUNDS = 8
+FORMAT = 1
+"""Of a description: raise it when the same one would give another order."""
+
+
+class Stream:
+    """An endless order of samples; every sample of a corpus comes once in each of its epochs.
+
+    Args:
+        sizes: samples of each corpus, by name; their order numbers the corpora.
+        weights: share of each in the mixture, up to a common factor.
+        seed: of the permutations.
+
+    Raises:
+        ConfigError: a weight is not positive, or too small for even one of `PATTERN` positions.
+    """
+
+    def __init__(self, sizes: dict[str, int], weights: dict[str, float], seed: int):
+        assert sizes and sizes.keys() == weights.keys() and min(sizes.values()) > 0, (sizes, weights)
+        self.names, self.sizes, self.weights, self.seed = list(sizes), dict(sizes), dict(weights), seed
+        self._sizes_C = np.array([sizes[name] for name in self.names])
+        # By name, so that a corpus is met in the same order whatever it is mixed with.
+        self._keys_C = np.array(
+            [xxhash.xxh3_64_intdigest(name.encode(), seed % 2**64) for name in self.names], np.uint64
+        )
+        self._quota_C = _quotas([weights[name] for name in self.names], self.names)
+        spread = [(np.arange(quota) + 0.5) / quota for quota in self._quota_C]
+        corpus = np.repeat(np.arange(len(spread)), self._quota_C)
+        order = np.lexsort((corpus, np.concatenate(spread)))
+        self._corpus_P = corpus[order]
+        # The how-manieth of its corpus within the pattern.
+        self._rank_P = np.concatenate([np.arange(quota) for quota in self._quota_C])[order]
+
+    def at(self, positions: Ints) -> tuple[Ints, Ints]:
+        """Corpus index and sample id at each position >= 0; int64, of the shape of `positions`."""
+        positions = np.asarray(positions, np.int64)
+        assert not positions.size or positions.min() >= 0, positions
+        turn, place = np.divmod(positions, PATTERN)
+        corpus = self._corpus_P[place]
+        epoch, index = np.divmod(turn * self._quota_C[corpus] + self._rank_P[place], self._sizes_C[corpus])
+        sample_ids = np.empty_like(positions)
+        for c, size in enumerate(self._sizes_C):
+            mine = corpus == c
+            key = _mix(epoch[mine].astype(np.uint64) ^ self._keys_C[c])
+            sample_ids[mine] = _permute(index[mine].astype(np.uint64), key, int(size))
+        return corpus, sample_ids
+
+    def describe(self) -> dict[str, Any]:
+        """All that the order depends on, as JSON."""
+        corpora = [[name, self.sizes[name], self.weights[name]] for name in self.names]
+        return {"order": FORMAT, "seed": self.seed, "corpora": corpora}
+
+    @classmethod
+    def from_description(cls, description: dict[str, Any]) -> Stream:
+        """The stream that `describe` described; further keys are the caller's own.
+
+        Raises:
+            CacheError: it is no description, or of another version.
+        """
+        if description.get("order") != FORMAT:
+            raise CacheError(f"the recorded stream's order is {description.get('order')!r}; this program has {FORMAT}")
+        try:
+            corpora = description["corpora"]
+            sizes, weights = {n: int(s) for n, s, _ in corpora}, {n: float(w) for n, _, w in corpora}
+            return cls(sizes, weights, int(description["seed"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CacheError(f"the recorded stream is not readable: {description}") from error
+
+
+def replay(order: ReplayOrder, planned: int) -> Callable[[Ints], Ints]:
+    """Maps a student's positions to those of a teacher that had `planned`; beyond them it starts over.
+
+    same: as the teacher met them; newest: backwards; late_first: from half-way on, then the first half.
+    """
+    assert planned > 0, planned
+    late = planned // 2
+    return {
+        ReplayOrder.same: lambda positions: positions % planned,
+        ReplayOrder.newest: lambda positions: planned - 1 - positions % planned,
+        ReplayOrder.late_first: lambda positions: (positions % planned + late) % planned,
+    }[order]
+
+
+def _quotas(weights: list[float], names: list[str]) -> Ints:
+    """Positions of the pattern for each corpus: largest remainders, earlier corpora first where they tie."""
+    for name, weight in zip(names, weights):
+        if not (weight > 0 and math.isfinite(weight)):
+            raise ConfigError(f"data.corpora.{name}.weight is {weight}; it must be positive")
+    exact = np.array(weights) / math.fsum(weights) * PATTERN
+    quotas = np.floor(exact).astype(np.int64)
+    quotas[np.argsort(quotas - exact, kind="stable")[: PATTERN - quotas.sum()]] += 1
+    for name, weight, quota in zip(names, weights, quotas):
+        if quota == 0:
+            raise ConfigError(
+                f"data.corpora.{name}.weight is {weight} of {math.fsum(weights)} in all; at least 1/{PATTERN} is needed"
+            )
+    return quotas
+
+
+def _mix(words: Words) -> Words:
+    """SplitMix64's finaliser (Steele, Lea, Flood 2014): every bit of the input moves about half of the output's."""
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+def _permute(index: Words, key: Words, size: int) -> Words:
+    """The place of `index` [n] (below `size`) in the permutation of range(size) that `key` [n] names."""
+    bits = max((size - 1).bit_length(), 2)
+    low = np.uint64(bits // 2)
+    low_mask, high_mask = np.uint64((1 << bits // 2) - 1), np.uint64((1 << (bits - bits // 2)) - 1)
+    index = index.copy()
+    todo = np.arange(len(index))
+    while todo.size:
+        left, right = index[todo] >> low, index[todo] & low_mask
+        round_key = key[todo]
+        for _ in range(ROUNDS // 2):
+            round_key = round_key + np.uint64(0x9E3779B97F4A7C15)
+            left ^= _mix(right ^ round_key) & high_mask
+            round_key = round_key + np.uint64(0x9E3779B97F4A7C15)
+            right ^= _mix(left ^ round_key) & low_mask
+        index[todo] = left << low | right
+        todo = todo[index[todo] >= size]
+    return index
