@@ -1,0 +1,143 @@
+"""Charts as HTML figures around inline SVG.
+
+Curves live in a stretched square of 1000 units inside an SVG as wide as the page's column, so that a chart fits any
+width while its text and strokes keep their size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+import numpy as np
+
+from distill.tracking import scale
+from distill.tracking.console import short
+from distill.tracking.table import percent
+
+STYLES = 8
+COLUMNS = 100
+"""Most columns of a heat map."""
+
+
+@dataclass
+class Curve:
+    """x [N] ascending and y [N] of one arm; `style` picks its colour."""
+
+    label: str
+    style: int
+    x: np.ndarray
+    y: np.ndarray
+
+
+@dataclass
+class Frame:
+    """What surrounds a chart: words and units."""
+
+    title: str
+    unit: str
+    x_unit: str
+    note: str = ""
+    wide: bool = False
+
+
+def line_chart(frame: Frame, curves: Sequence[Curve], *, smoothed: bool, zero: bool) -> str:
+    """Curves over one another, each of at most `scale.POINTS` points; smoothed ones have the raw values behind them."""
+    raw, main = [], []
+    for curve in curves:
+        x, y = scale.means(curve.x, curve.y) if smoothed else scale.extremes(curve.x, curve.y)
+        shown = scale.smooth(y) if smoothed else y
+        main.append((x, shown))
+        raw.append(scale.extremes(curve.x, curve.y) if shown is not curve.y else None)
+    low, high = scale.span([*main, *(points for points in raw if points)], zero=zero)
+    # A little room on the right, for the last dot.
+    right = 1.01 * max(float(curve.x[-1]) for curve in curves)
+    body = [
+        _polyline("raw", curve, points, right, low, high) for curve, points in zip(curves, raw, strict=True) if points
+    ]
+    # Few points are measurements far apart: show where they are. The first arms matter most and are drawn last.
+    body += [
+        _polyline("main dots" if len(points[0]) <= 40 else "main", curve, points, right, low, high)
+        for curve, points in reversed(list(zip(curves, main, strict=True)))
+    ]
+    finals = [_number(float(y[-1]), high - low) for _, y in main]
+    legend = "".join(
+        f'<li class="s{curve.style % STYLES}"><i></i>{escape(curve.label)} <b>{final}</b></li>'
+        for curve, final in zip(curves, finals, strict=True)
+    )
+    return _figure(frame, f'<ul class="legend">{legend}</ul>', "".join(body), right, low, high)
+
+
+def heat_map(frame: Frame, label: str, x: np.ndarray, counts: np.ndarray, mean: Curve | None) -> str:
+    """Histograms over time: columns end at x [C], rows are the equal bins over [0, 1] of counts [C, bins].
+
+    The depth of colour goes with the square root of a column's share in a bin. mean: a curve drawn over it.
+    """
+    groups = np.array_split(np.arange(len(x)), min(len(x), COLUMNS))
+    ends = [float(x[group[-1]]) for group in groups]
+    shares = [counts[group].sum(0) / counts[group].sum() for group in groups]
+    right, most = ends[-1], max(float(share.max()) for share in shares)
+    bins = counts.shape[1]
+    cells, start = [], 0.0
+    for end, share in zip(ends, shares, strict=True):
+        left = round(1000 * start / right, 1)
+        width = round(1000 * end / right, 1) - left
+        cells += [
+            f'<rect x="{left:.1f}" y="{1000 * (1 - (i + 1) / bins):g}" width="{width:.1f}" height="{1000 / bins:g}" '
+            f'fill-opacity="{(part / most) ** 0.5:.2f}" data-share="{percent(part)}" '
+            f'data-bin="{i / bins:.2f} to {(i + 1) / bins:.2f}"/>'
+            for i, part in enumerate(share)
+            if part > 0.0005
+        ]
+        start = end
+    body = f'<g class="cells">{"".join(cells)}</g>'
+    legend = f'<li class="ramp">0<i></i>{percent(most)} of the tokens</li>'
+    if mean is not None:
+        points = scale.means(mean.x, mean.y)
+        body += _polyline("mean", mean, points, right, 0.0, 1.0)
+        legend += '<li class="line"><i></i>mean</li>'
+    title = Frame(f"{frame.title}: {label}", frame.unit, frame.x_unit, frame.note, frame.wide)
+    return _figure(title, f'<ul class="legend">{legend}</ul>', body, right, 0.0, 1.0)
+
+
+def _figure(frame: Frame, legend: str, body: str, right: float, low: float, high: float) -> str:
+    y_ticks, x_ticks = scale.ticks(low, high), scale.ticks(0.0, right)
+    axes = []
+    for value, text in zip(y_ticks, scale.labels(y_ticks), strict=True):
+        at = f"{100 * (high - value) / (high - low):.2f}%"
+        axes.append(f'<line x1="0" x2="100%" y1="{at}" y2="{at}"/><text class="y" x="0" y="{at}" dx="-8">{text}</text>')
+    for value, text in zip(x_ticks, scale.labels(x_ticks), strict=True):
+        at = f"{100 * value / right:.2f}%"
+        axes.append(f'<line class="tick" x1="{at}" x2="{at}" y1="100%" y2="100%"/>')
+        axes.append(f'<text class="x" x="{at}" y="100%" dy="18">{text}</text>')
+    note = f"<p>{escape(frame.note)}</p>" if frame.note else ""
+    return (
+        f'<figure class="{"chart wide" if frame.wide else "chart"}"><figcaption><h3>{escape(frame.title)} '
+        f"<small>{escape(frame.unit)}</small></h3>{note}{legend}</figcaption>"
+        f'<div class="plot" data-right="{right:g}" data-low="{low:.9g}" data-high="{high:.9g}" '
+        f'data-unit="{escape(frame.x_unit)}"><svg role="img" aria-label="{escape(frame.title)}">{"".join(axes)}'
+        f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none">{body}</svg></svg></div>'
+        f'<p class="x-unit">{escape(frame.x_unit)}</p></figure>\n'
+    )
+
+
+def _polyline(
+    kind: str, curve: Curve, points: tuple[np.ndarray, np.ndarray], right: float, low: float, high: float
+) -> str:
+    x, y = 1000 * points[0] / right, 1000 * (high - points[1]) / (high - low)
+    pairs = [f"{a:.1f},{b:.1f}" for a, b in zip(x.tolist(), y.tolist(), strict=True)]
+    style = f"s{curve.style % STYLES}"
+    # A line of no length with round ends is a dot that stays round when the square is stretched.
+    dots = "".join(f"M{pair}h0" for pair in pairs) if "dots" in kind else ""
+    line = f'<polyline class="{kind} {style}" data-label="{escape(curve.label)}" points="{" ".join(pairs)}"/>'
+    return line + (f'<path class="dots {style}" d="{dots}"/>' if dots else "")
+
+
+def _number(value: float, width: float) -> str:
+    """A value with as many digits as tell it from others on an axis `width` long."""
+    if abs(value) >= 10_000:
+        return short(value)
+    digits = max(0, min(6, int(np.ceil(2.3 - np.log10(width)))))
+    text = f"{value:.{digits}f}" if width >= 1e-3 else f"{value:.3g}"
+    return text.replace("-", "−", 1) if text.startswith("-") else text

@@ -1,0 +1,78 @@
+"""From numbers to a chart's coordinates: thinning, smoothing, ranges, ticks and their text."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from distill.tracking.console import short
+
+POINTS = 600
+"""Most points of a drawn curve: about what a chart has pixels for."""
+
+
+def extremes(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most POINTS of the points [N]: the lowest and highest of each stretch, so that no spike is lost."""
+    if len(x) <= POINTS:
+        return x, y
+    kept = set()
+    for part in np.array_split(np.arange(len(x)), POINTS // 2):
+        kept |= {part[0] + int(np.argmin(y[part])), part[0] + int(np.argmax(y[part]))}
+    chosen = np.array(sorted(kept))
+    return x[chosen], y[chosen]
+
+
+def means(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most POINTS points: the last x and the mean y of each stretch of the points [N]."""
+    if len(x) <= POINTS:
+        return x, y
+    parts = np.array_split(np.arange(len(x)), POINTS)
+    return np.array([x[part[-1]] for part in parts]), np.array([y[part].mean() for part in parts])
+
+
+def smooth(y: np.ndarray) -> np.ndarray:
+    """y [N] under a triangle that reaches over 4 % of the points to either side; short curves stay as they are."""
+    reach = len(y) // 25
+    if reach < 2:
+        return y
+    kernel = reach - np.abs(np.arange(1 - reach, reach))
+    return np.convolve(y, kernel, "same") / np.convolve(np.ones(len(y)), kernel, "same")
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About `count` round numbers (1, 2 or 5 times a power of ten apart) in [low, high]."""
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = min((power * factor for factor in (1, 2, 5, 10)), key=lambda step: abs(math.log(step / rough)))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+def labels(values: list[float]) -> list[str]:
+    """Texts of evenly spaced ticks, all with the same number of decimals."""
+    if max(map(abs, values), default=0.0) >= 10_000:
+        return [short(value) for value in values]
+    step = values[1] - values[0] if len(values) > 1 else abs(values[0]) if values else 1.0
+    digits = max(0, -math.floor(math.log10(step) + 1e-9)) if step > 0 else 0
+    if digits > 4:
+        return [f"{value:.2g}" if value else "0" for value in values]
+    return [f"{value:.{digits}f}".replace("-", "−") for value in values]
+
+
+def span(curves: list[tuple[np.ndarray, np.ndarray]], *, zero: bool) -> tuple[float, float]:
+    """Range of y for (x, y) curves, with some air.
+
+    The first twentieth of x does not count, nor the outermost hundredths of y: how far a loss falls in its first
+    steps, or a single spike, would flatten everything else. zero: the range starts at 0.
+    """
+    start = max(x[-1] for x, _ in curves) / 20
+    late = [y[x >= start] if (x >= start).any() else y for x, y in curves]
+    low = min(float(np.quantile(y, 0.01)) for y in late)
+    high = max(float(np.quantile(y, 0.99)) for y in late)
+    if zero and low >= 0:
+        low = 0.0
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
+        low, high = low - (abs(low) * 0.1 or 1.0), high + (abs(high) * 0.1 or 1.0)
+    air = 0.06 * (high - low)
+    return (low if zero and low == 0 else low - air), high + air
