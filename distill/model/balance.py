@@ -1,0 +1,43 @@
+"""Load balancing without an auxiliary loss: a bias per expert that follows the load (arXiv 2408.15664)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from distill.model.transformer import Transformer
+
+
+@torch.no_grad()
+def update_bias(model: Transformer, counts_LE: Tensor, rate: float) -> None:
+    """Moves each router's bias one step against its load: delta = rate * sign(mean(c) - c), less delta's mean.
+
+    Args:
+        counts_LE: tokens per expert of each MoE layer over the whole optimizer step and all ranks.
+        rate: step in units of sigmoid(logit).
+    """
+    for router, counts_E in zip(model.routers, counts_LE, strict=True):
+        load_E = counts_E.float()
+        delta_E = rate * torch.sign(load_E.mean() - load_E)
+        router.bias += delta_E - delta_E.mean()
+
+
+def load_stats(counts_LE: Tensor) -> dict[str, Tensor]:
+    """How even the experts' load is; fp32 scalars on the device of the counts, none for a model without MoE layers.
+
+    Returns:
+        `load_entropy`: entropy of the load over log E, mean over layers (1: even). `load_max`: largest load of an
+        expert over its layer's mean, worst layer. `dead_experts`: experts without a token, over all layers.
+    """
+    layers, experts = counts_LE.shape
+    if not layers:
+        return {}
+    share_LE = counts_LE.float() / counts_LE.sum(1, keepdim=True).clamp(min=1)
+    entropy_L = -torch.xlogy(share_LE, share_LE).sum(1) / math.log(max(experts, 2))
+    return {
+        "load_entropy": entropy_L.mean(),
+        "load_max": share_LE.max() * experts,
+        "dead_experts": (counts_LE == 0).sum().float(),
+    }

@@ -1,0 +1,50 @@
+"""Sizes and costs of a configuration by formula; no model is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from distill.config.schema import ModelConfig
+from distill.model.layout import moe_layers, rope_layers
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of parameters; the router bias is a buffer and not among them."""
+
+    total: int
+    active: int
+    """Used by one token, the whole embedding table counted."""
+    active_without_embedding: int
+    embedding: int
+    """The input embedding alone; the head is as large again."""
+
+
+def count_parameters(config: ModelConfig) -> Counts:
+    """Parameters in all and per token."""
+    size, moe = config.hidden_size, len(moe_layers(config))
+    attention = 2 * size * (config.heads + config.kv_heads) * config.head_dim
+    embedding = config.vocab_size * size
+    always = 2 * embedding + config.layers * (attention + 2 * size) + size
+    always += (config.layers - moe) * 3 * size * config.dense_hidden
+    expert = 3 * size * config.expert_hidden
+    always += moe * (config.experts * size + expert)  # router and shared expert
+    active = always + moe * config.active_experts * expert
+    return Counts(always + moe * config.experts * expert, active, active - embedding, embedding)
+
+
+def flops_per_token(config: ModelConfig, sample_tokens: int) -> float:
+    """Floating-point operations of a forward pass, mean per token of a one-document sample; training takes 3 times it.
+
+    A multiply-add is 2. Matrix products and attention over the visible positions are counted; norms, softmax and
+    activations are not.
+    """
+    norms = (2 * config.layers + 1) * config.hidden_size
+    products = count_parameters(config).active_without_embedding - norms
+    chunk = min(config.chunk_size or sample_tokens, sample_tokens)
+    chunks, rest = divmod(sample_tokens, chunk)
+    full_pairs = sample_tokens * (sample_tokens + 1) / 2
+    chunk_pairs = chunks * chunk * (chunk + 1) / 2 + rest * (rest + 1) / 2
+    pairs = sum(chunk_pairs if rope else full_pairs for rope in rope_layers(config))
+    # Scores and mixing: two multiply-adds per pair, head and channel.
+    return 2 * products + 4 * config.heads * config.head_dim * pairs / sample_tokens
