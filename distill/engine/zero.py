@@ -43,21 +43,25 @@ class Engine:
         if tensors is not None:
             load_weights(model, tensors)
         model.to(dist.device)
+        optimizer = optim.build(model, optim_config)
+        self._clip, self._norm = optim_config.clip, torch.zeros(())
+        if config.zero == 0:
+            # Stage 0 keeps the norm to itself, so we clip; in this hook gradients are already summed over ranks.
+            optimizer.register_step_pre_hook(self._clip_gradients)
         self._ds, *_ = deepspeed.initialize(
             model=model,
-            optimizer=optim.build(model, optim_config),
+            optimizer=optimizer,
             config={
                 "train_micro_batch_size_per_gpu": 1,
                 # One engine.step() is one update, whatever the number of backward passes before it.
                 "managed_gradient_accumulation": False,
-                "gradient_clipping": optim_config.clip,
+                "gradient_clipping": optim_config.clip if config.zero else 0.0,
                 "zero_optimization": {"stage": config.zero},
                 "zero_allow_untested_optimizer": True,
                 "bf16": {"enabled": precision is Precision.bf16},
                 "steps_per_print": None,
             },
         )
-        self.clip = optim_config.clip
         self._steps_before = 0.0 if tensors is None else float(tensors["optimizer_steps"])
         self._start_moments()
         if tensors is not None:
@@ -82,12 +86,8 @@ class Engine:
             self._ds.backward(loss(self._ds) * scale, scale_wrt_gas=False)
         for group in self._ds.optimizer.param_groups:
             group["lr"] = lr
-        if self.zero == 0:
-            norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
-            self._ds.step()
-            return norm
         self._ds.step()
-        return torch.as_tensor(self._ds.get_global_grad_norm(), dtype=torch.float32)
+        return self._norm if self.zero == 0 else torch.as_tensor(self._ds.get_global_grad_norm()).float()
 
     def state(self) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         """Names of all whole tensors that a checkpoint needs, and how to get each; the getters are collective."""
@@ -102,6 +102,12 @@ class Engine:
     def close(self) -> None:
         """Lets go of DeepSpeed's hooks and buffers; the process group stays for the next job."""
         self._ds.destroy()
+
+    def _clip_gradients(self, *_: Any) -> None:
+        parameters = list(self.model.parameters())
+        self._norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        if self._clip > 0:
+            nn.utils.clip_grads_with_norm_(parameters, self._clip, self._norm)
 
     def _get(self, parameter: nn.Parameter, key: str | None) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state

@@ -1,0 +1,117 @@
+"""The engine against plain PyTorch: any cut of a batch is the same step, any resume is the same run."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from distill.config.schema import LrSchedule, OptimConfig
+from distill.engine.optim import decay_group, learning_rate
+from tests.workers import engine as worker
+
+
+def launch(world, *arguments):
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    env |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    start = [sys.executable, "-m"]
+    if world > 1:
+        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(world), "-m"]
+    command = [*start, "tests.workers.engine", *map(str, arguments)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    out = tmp_path_factory.mktemp("engine")
+    for mode in ("cut", "resume"):
+        for world in (1, 2):
+            launch(world, out, mode)
+    return {path.stem: load_file(path) for path in out.glob("*.safetensors")}
+
+
+def reference(name):
+    """Mean over the batch's valid tokens, clipped, plain optimizer: nothing of ours but the model itself."""
+    net, config = worker.model().float(), worker.optim(name)
+    decays = {n: getattr(config.weight_decay, decay_group(n)) for n, _ in net.named_parameters()}
+    groups = [{"params": [p], "weight_decay": decays[n]} for n, p in net.named_parameters()]
+    optimizer = (
+        torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), eps=1e-3)
+        if name == "adamw"
+        else torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
+    )
+    norms = []
+    for step in range(worker.STEPS):
+        ids, labels, valid = worker.data(step)
+        loss_T = F.cross_entropy(net.logits(ids).flatten(0, 1), labels.flatten(), reduction="none")
+        optimizer.zero_grad()
+        (loss_T[valid.flatten()].sum() / valid.sum()).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip))
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * (1 - 0.1 * step)
+        optimizer.step()
+    return {n: p.detach() for n, p in net.named_parameters()}, torch.stack(norms)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("zero", [0, 1])
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_any_cut_of_a_batch_is_one_step_of_plain_pytorch(results, world, zero, name, accumulation):
+    want, norms = reference(name)
+    got = results[f"cut-{world}"]
+    prefix = f"{zero}/{name}/{accumulation}"
+    assert norms.max() > 1.2 > norms.min()  # clipping acts on some steps only, so a wrong scale cannot hide
+    torch.testing.assert_close(got[f"{prefix}/norms"], norms, rtol=2e-6, atol=1e-6)
+    for key, value in want.items():
+        torch.testing.assert_close(got[f"{prefix}/param/{key}"], value, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("saved", [(1, 0), (1, 1), (2, 0), (2, 1)])
+@pytest.mark.parametrize("loaded", [(1, 0), (1, 1), (2, 0), (2, 1)])
+def test_resume_is_bitwise_alike_and_close_in_another_world_or_stage(results, name, saved, loaded):
+    whole = {
+        k.split("/", 3)[3]: v for k, v in results[f"cut-{loaded[0]}"].items() if k.startswith(f"{loaded[1]}/{name}/1/")
+    }
+    prefix = f"ck-{saved[0]}-{saved[1]}-{name}/{loaded[1]}/"
+    resumed = {k.removeprefix(prefix): v for k, v in results[f"resume-{loaded[0]}"].items() if k.startswith(prefix)}
+    assert resumed.keys() == whole.keys() - {"norms"}
+    for key, value in resumed.items():
+        if saved == loaded:
+            assert torch.equal(value, whole[key]), key
+        else:
+            torch.testing.assert_close(value, whole[key], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "step", "want"),
+    [
+        ("constant", 50, 1.0),
+        ("constant", 4, 0.5),
+        ("linear", 10, 1.0),
+        ("linear", 55, 0.55),
+        ("cosine", 55, 0.55),
+        ("wsd", 79, 1.0),
+        ("wsd", 90, 0.55),
+        ("wsd", 99, 0.145),
+    ],
+)
+def test_learning_rate_by_hand(kind, step, want):
+    config = OptimConfig(lr=1.0, schedule=LrSchedule[kind], warmup=0.1, decay=0.2, final_lr=0.1)
+    assert learning_rate(config, step, 100) == pytest.approx(want)
+
+
+def test_every_parameter_of_the_model_has_its_decay_group():
+    groups = {n: decay_group(n) for n, _ in worker.model().named_parameters()}
+    assert {n for n, g in groups.items() if g == "norms"} == {
+        n for n, p in worker.model().named_parameters() if p.ndim == 1
+    }
+    assert [n for n, g in groups.items() if g == "embedding"] == ["embed.weight"]
+    assert [n for n, g in groups.items() if g == "head"] == ["head.weight"]
+    assert {n.split(".")[-2] for n, g in groups.items() if g == "router"} == {"router"}
+    assert sum(g == "matrices" for g in groups.values()) > 8

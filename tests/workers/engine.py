@@ -1,0 +1,123 @@
+"""Run under 1 or 2 ranks by tests/unit/test_engine.py: trains a tiny Transformer through the engine, writes what came out.
+
+python -m tests.workers.engine OUT MODE      MODE: cut | resume
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as torch_dist
+from safetensors.torch import save_file
+
+from distill.config.schema import EngineConfig, ModelConfig, OptimConfig, OptimizerName, Precision, WeightDecay
+from distill.engine import checkpoint
+from distill.engine import dist as engine_dist
+from distill.engine.zero import Engine
+from distill.model import Transformer
+from losses import mixed_loss
+
+MODEL = ModelConfig(
+    vocab_size=64, hidden_size=16, layers=2, heads=2, kv_heads=1, head_dim=8, expert_hidden=16, dense_hidden=32,
+    experts=4, moe_step=1, chunk_size=8,
+)  # fmt: skip
+STEPS, BATCH, LENGTH = 4, 4, 12
+
+
+def model():
+    torch.manual_seed(0)
+    return Transformer(MODEL)
+
+
+def data(step):
+    """ids, labels and a mask whose rows differ much in their number of valid tokens."""
+    g = torch.Generator().manual_seed(100 + step)
+    ids = torch.randint(64, (BATCH, LENGTH), generator=g)
+    labels = torch.randint(64, (BATCH, LENGTH), generator=g)
+    valid = torch.arange(LENGTH) < torch.tensor([12, 1, 5, 9])[:, None]
+    return ids, labels, valid
+
+
+def optim(name):
+    lr = 1e-2 if name == "adamw" else 0.5
+    # A large eps: near zero gradients AdamW would otherwise turn rounding into whole steps.
+    return OptimConfig(
+        optimizer=OptimizerName[name], lr=lr, eps=1e-3, clip=1.2, weight_decay=WeightDecay(matrices=0.1, head=0.3)
+    )
+
+
+def micro_loss(rows):
+    ids, labels, valid = rows
+
+    def loss(net):
+        weights = valid.flatten().float()
+
+        def head(hidden, weight):
+            return mixed_loss(hidden, weight, labels.flatten(), weights).loss_sum
+
+        return net(ids, None, head)[0]
+
+    return loss
+
+
+def train(engine, dist, first, stop, accumulation):
+    norms = []
+    share = BATCH // dist.world
+    for step in range(first, stop):
+        mine = [x[dist.rank * share : (dist.rank + 1) * share] for x in data(step)]
+        micro = share // accumulation
+        cuts = [[x[i * micro : (i + 1) * micro] for x in mine] for i in range(accumulation)]
+        valid = dist.sum(mine[2].sum())
+        norms.append(engine.step([micro_loss(c) for c in cuts], valid, lr=optim_lr(engine, step)).float())
+    return torch.stack(norms)
+
+
+def optim_lr(engine, step):
+    return engine.base_lr * (1 - 0.1 * step)
+
+
+def build(dist, zero, name, tensors=None):
+    engine = Engine(model(), optim(name), EngineConfig(zero=zero), Precision.fp32, dist, tensors)
+    engine.base_lr = optim(name).lr
+    return engine
+
+
+def collect(engine):
+    return {key: get().detach().clone() for key, get in engine.state() if key != "optimizer_steps"}
+
+
+def main():
+    out, mode = Path(sys.argv[1]), sys.argv[2]
+    dist = engine_dist.start(EngineConfig(threads=1))
+    found = {}
+    if mode == "cut":
+        for zero in (0, 1):
+            for name in ("adamw", "sgd"):
+                for accumulation in (1, 2):
+                    engine = build(dist, zero, name)
+                    norms = train(engine, dist, 0, STEPS, accumulation)
+                    for key, value in {**collect(engine), "norms": norms}.items():
+                        found[f"{zero}/{name}/{accumulation}/{key}"] = value
+                    engine.close()
+                # Half-way, saved for whoever resumes it.
+                engine = build(dist, zero, name)
+                train(engine, dist, 0, 2, 1)
+                checkpoint.save(out / f"ck-{dist.world}-{zero}-{name}", 2, {"m": engine}, {"at": 2}, dist, 1)
+                engine.close()
+    else:
+        for source in sorted(out.glob("ck-*")):
+            name = source.name.rsplit("-", 1)[1]
+            for zero in (0, 1):
+                found_checkpoint = checkpoint.newest(source)
+                engine = build(dist, zero, name, found_checkpoint.tensors("m"))
+                train(engine, dist, found_checkpoint.state["at"], STEPS, 1)
+                for key, value in collect(engine).items():
+                    found[f"{source.name}/{zero}/{key}"] = value
+                engine.close()
+    if dist.is_main:
+        save_file(found, out / f"{mode}-{dist.world}.safetensors")
+    torch_dist.barrier()
+
+
+if __name__ == "__main__":
+    main()
