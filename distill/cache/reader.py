@@ -82,6 +82,21 @@ class CacheReader:
         """There is a writer, and every writer seen so far has said that its stream is complete."""
         return bool(self._ledgers) and all(ledger.finished for ledger in self._ledgers.values())
 
+    def frontier(self, writers: int) -> int | None:
+        """The teacher's step before which everything is published or left out for good; None: all of it.
+
+        writers: how many the teacher has; one that has not published yet holds the frontier at 0.
+        """
+        done = {ledger.path.stem: ledger.finished for ledger in self._ledgers.values()}
+        if len(done) >= writers and all(done.values()):
+            return None
+        last = {name: 0 for name, finished in done.items() if not finished}
+        for row in self._rows:
+            if row.writer in last:
+                # Samples of this very step may still be in the next shard.
+                last[row.writer] = max(last[row.writer], row.last_step)
+        return min(last.values()) if last and len(done) >= writers else 0
+
     def covers(self, sample_ids: Array) -> NDArray[np.bool_]:
         """For each sample id, whether there are targets; CacheError for an id that the corpus does not have."""
         sample_ids = np.asarray(sample_ids)
@@ -98,7 +113,7 @@ class CacheReader:
         Raises:
             CacheError: a digest that differs, or damaged bytes; names cache or file, and sample.
         """
-        covered_B = self.covers(sample_ids_B)
+        covered_B, digests_B = self.covers(sample_ids_B), np.asarray(digests_B, np.uint64)
         samples, width = len(covered_B), self.header.sample_tokens
         loss_B = torch.full((samples,), torch.nan)
         step_B = torch.full((samples,), -1)
@@ -133,6 +148,7 @@ class CacheReader:
             "samples": covered,
             "coverage": covered / max(self.header.samples, 1),
             "shards": len(rows),
+            "tokens": tokens,
             "bytes": sum(row.bytes for row in rows),
             "bytes_per_token": sum(row.bytes for row in rows) / max(tokens, 1),
             "atoms_per_token": sum(row.atoms for row in rows) / max(tokens, 1),

@@ -26,7 +26,7 @@ def probabilities(logits_TV: Tensor, lse_T: Tensor) -> Tensor:
 
 def cumulate(p_TV: Tensor) -> Tensor:
     """Running mass float64 [T, blocks], each block included; NaN (a broken teacher) counts as no mass."""
-    return p_TV.view(len(p_TV), -1, WIDTH).sum(-1, dtype=torch.float32).double().nan_to_num_(0.0).cumsum(-1)
+    return p_TV.unflatten(1, (p_TV.shape[1] // WIDTH, WIDTH)).sum(-1).double().nan_to_num_(0.0).cumsum(-1)
 
 
 def at_least(p_TV: Tensor, low: float) -> Tensor:
@@ -45,4 +45,4 @@ def locate(p_TV: Tensor, block: Tensor, within: Tensor) -> Tensor:
     inner = p_TV.view(-1, WIDTH)[block].double().cumsum_(-1)
     # The two sums of a block differ in their last bits; a draw beyond the second one belongs to its last id.
     within = torch.minimum(within, torch.nextafter(inner[:, -1], torch.zeros_like(within)))
-    return block * WIDTH + (inner <= within[:, None]).sum(-1)
+    return block * WIDTH + torch.searchsorted(inner, within[:, None], right=True).squeeze(1)

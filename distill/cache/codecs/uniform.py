@@ -1,7 +1,8 @@
 """Random numbers as a function of where they are used, so that no order of work can change a record.
 
-A number is a hash of (seed, sample id, position, draw): two rounds of the finaliser of splitmix64 (Steele, Lea and
-Flood, OOPSLA 2014) over a counter, in the wrapping int64 arithmetic of torch, which is the same on every device.
+A number is a hash of (seed, sample id, position, draw): the generator splitmix64 (Steele, Lea and Flood, OOPSLA 2014)
+with a state made by its own finaliser from the first three, asked for its draw-th number; in the wrapping int64
+arithmetic of torch, which is the same on every device.
 """
 
 from __future__ import annotations
@@ -16,21 +17,21 @@ _MUL_2 = 0x94D049BB133111EB - 2**64
 
 def _shift(bits: Tensor, count: int) -> Tensor:
     """Logical right shift; int64's own copies the sign."""
-    return (bits >> count) & ((1 << (64 - count)) - 1)
+    return (bits >> count).bitwise_and_((1 << (64 - count)) - 1)
 
 
 def _mix(bits: Tensor) -> Tensor:
-    bits = (bits ^ _shift(bits, 30)) * _MUL_1
-    bits = (bits ^ _shift(bits, 27)) * _MUL_2
-    return bits ^ _shift(bits, 31)
+    bits = _shift(bits, 30).bitwise_xor_(bits).mul_(_MUL_1)
+    bits = _shift(bits, 27).bitwise_xor_(bits).mul_(_MUL_2)
+    return _shift(bits, 31).bitwise_xor_(bits)
 
 
 def token_keys(seed: int, sample_ids_T: Tensor, positions_T: Tensor) -> Tensor:
     """One int64 key for each token; equal for equal (seed, sample id, position) and otherwise unrelated."""
-    start = torch.tensor((seed * _GOLDEN + 2**63) % 2**64 - 2**63, device=sample_ids_T.device)
-    return _mix(_mix(_mix(start) + sample_ids_T.long() * _GOLDEN) + positions_T.long() * _GOLDEN)
+    start = _mix(torch.tensor([seed % 2**63])).item()
+    return _mix(_mix(sample_ids_T.long() * _GOLDEN + start) + positions_T.long() * _GOLDEN)
 
 
 def uniforms(keys: Tensor, draws: Tensor | int) -> Tensor:
-    """float64 in [0, 1), 53 bits, for each pair of key and draw index (broadcast against each other)."""
-    return _shift(_mix(_mix(keys + draws * _GOLDEN)), 11).double() * 2.0**-53
+    """float64 in [0, 1), 53 bits, for each pair of key and draw index >= 0 (broadcast against each other)."""
+    return _shift(_mix(keys + (draws + 1) * _GOLDEN), 11).double().mul_(2.0**-53)
