@@ -338,4 +338,6 @@ class CacheWriter:
 
 def _own(values: Tensor | Array, dtype: Any) -> Array:
     """A copy that the caller cannot change any more."""
-    return np.array(values.detach().cpu() if isinstance(values, Tensor) else values, dtype)
+    if isinstance(values, Tensor):
+        values = (values.float() if values.is_floating_point() else values).cpu().numpy()  # numpy has no bfloat16
+    return np.array(values, dtype)

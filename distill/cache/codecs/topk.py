@@ -38,7 +38,9 @@ class TopK(Codec):
         )
 
     def weights(self, atoms: Atoms) -> tuple[Tensor, float]:
-        probs_N = self.code.decode(atoms.codes_N)
+        # In fp64, so that the order of the atoms does not show.
+        probs_N = self.code.decode(atoms.codes_N).double()
         row_N = torch.repeat_interleave(atoms.heads_T.long(), output_size=len(probs_N))
-        sum_T = torch.zeros(len(atoms.heads_T), device=probs_N.device).index_add_(0, row_N, probs_N)
-        return probs_N * ((1 - self.code.decode(atoms.rest_T)) / sum_T)[row_N], 0.0
+        sum_T = probs_N.new_zeros(len(atoms.heads_T)).index_add_(0, row_N, probs_N)
+        scale_T = (1 - self.code.decode(atoms.rest_T).double()) / sum_T
+        return (probs_N * scale_T[row_N]).float(), 0.0
