@@ -136,8 +136,8 @@ def _polyline(
 
 def _number(value: float, width: float) -> str:
     """A value with as many digits as tell it from others on an axis `width` long."""
-    if abs(value) >= 10_000:
+    if abs(value) >= 10_000 or value == 0:
         return short(value)
     digits = max(0, min(6, int(np.ceil(2.3 - np.log10(width)))))
-    text = f"{value:.{digits}f}" if width >= 1e-3 else f"{value:.3g}"
+    text = f"{value:.{digits}f}" if width >= 1e-2 else f"{value:.3g}"
     return text.replace("-", "−", 1) if text.startswith("-") else text

@@ -82,9 +82,9 @@ class Console:
         now = self._clock()
         pace = self._paces.get(job)
         if pace is None:
-            pace = self._paces[job] = _Pace(
-                step, total, tokens, shown=now if self._mode is ConsoleMode.lines else -math.inf
-            )
+            pace = self._paces[job] = _Pace(step, total)
+            if self._mode is ConsoleMode.lines:
+                pace.shown = now
         else:
             pace.advance(step, total, tokens, now - self._last)
         self._last = now

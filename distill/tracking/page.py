@@ -89,11 +89,17 @@ summary { cursor: pointer; }
 pre { background: var(--sheet); border-radius: 8px; padding: 18px 20px; margin-top: 10px; overflow-x: auto; font:
   12.5px/1.5
   ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-@media (max-width: 720px) { main { padding: 28px 18px 64px; } .grid { grid-template-columns: minmax(0, 1fr); gap:
-  30px; }
-  .wide .plot { height: 260px; } .share { width: 64px; } th, td { padding-right: 16px; } th:first-child,
-  td:first-child {
-  min-width: 0; } }
+@media (max-width: 720px) {
+  main { padding: 28px 18px 64px; }
+  .grid { grid-template-columns: minmax(0, 1fr); gap: 30px; }
+  .wide .plot { height: 260px; }
+  .share { display: none; }
+  table { width: 100%; }
+  th { white-space: normal; vertical-align: bottom; }
+  th, td { padding-right: 14px; }
+  th:last-child, td:last-child { padding-right: 0; }
+  th:first-child, td:first-child { min-width: 0; }
+}
 @media print { :root { color-scheme: light; --paper: #fff; --sheet: #fff; --ink: #000; --soft: #555; --rule: #ddd;
   --s0: #000;
   --s1: #d55e00; --s2: #0072b2; --s3: #009e73; --s4: #b8568f; --s5: #c98a00; --s6: #3a9bd9; --s7: #7a6a53; --heat:

@@ -49,9 +49,9 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("bytes_per_token", "Size of the cache", "bytes per token", smoothed=False, zero=True),
     ),
     "Experts": (
-        Panel("expert_entropy", "Entropy of the expert load", "1: all equally busy"),
+        Panel("expert_entropy", "Entropy of the expert load", "", "Highest when all experts are equally busy."),
         Panel("expert_max_load", "Busiest expert", "times the mean load"),
-        Panel("dead_experts", "Idle experts", "count", zero=True),
+        Panel("dead_experts", "Idle experts", "count", smoothed=False, zero=True),
     ),
     "Optimiser and speed": (
         Panel("lr", "Learning rate", "", smoothed=False, zero=True),

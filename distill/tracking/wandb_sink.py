@@ -21,7 +21,7 @@ class WandbSink:
     """
 
     def __init__(self, folder: Path, config: TrackingConfig, run_config: Mapping[str, Any], *, resume: bool):
-        # wandb's own crash reports would be a network call even offline; it reads this when it is imported.
+        # wandb's reports of its own crashes are a network call even offline; it must be set before wandb starts.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         id_file = folder / "wandb" / "run_id"
         id_file.parent.mkdir(exist_ok=True)
