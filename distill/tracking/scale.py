@@ -56,7 +56,7 @@ def labels(values: list[float]) -> list[str]:
     step = values[1] - values[0] if len(values) > 1 else abs(values[0]) if values else 1.0
     digits = max(0, -math.floor(math.log10(step) + 1e-9)) if step > 0 else 0
     if digits > 4:
-        return [f"{value:.2g}" if value else "0" for value in values]
+        return [f"{value:.2g}".replace("e-0", "e-") for value in values]
     return [f"{value:.{digits}f}".replace("-", "−") for value in values]
 
 

@@ -131,7 +131,9 @@ def test_wandb_offline_writes_a_run_without_a_word_or_a_network_call(tmp_path, m
     files = sorted(tmp_path.glob(f"wandb/offline-run-*/run-{ids[0]}.wandb"))
     assert files
     stored = files[0].read_bytes()
-    assert all(word in stored for word in (b"teacher/loss", b"1.25", b"teacher/step", b"teacher/alpha_histogram", b"17"))
+    assert all(
+        word in stored for word in (b"teacher/loss", b"1.25", b"teacher/step", b"teacher/alpha_histogram", b"17")
+    )
     assert heard == [] and capfd.readouterr() == ("", "")
 
 

@@ -1,0 +1,89 @@
+import json
+
+import pytest
+
+from distill.tracking import table
+
+SUMMARY = {
+    "job": "codistill",
+    "teacher_loss": 3.168,
+    "distilled_loss": 3.182,
+    "hard_loss": 3.299,
+    "constant_loss": 3.448,
+    "bytes_per_token": 9.83,
+    "capture_overhead": 0.031,
+    "coverage": 1.0,
+    "gap_closed": 0.893,
+    "seconds": 623.2,
+}
+
+# Worked out by hand: the gap is 3.299 - 3.168 = 0.131; 0.117 / 0.131 = 89 %, -0.149 / 0.131 = -114 %.
+TEXT = """\
+Distillation closed 89 % of the gap between hard labels and the teacher.
+
+arm         held-out loss    against hard  gap closed
+           nats per token  nats per token
+─────────────────────────────────────────────────────
+teacher             3.168          −0.131
+distilled           3.182          −0.117        89 %
+hard                3.299
+constant            3.448          +0.149      −114 %
+
+job               codistill
+cache             9.8 bytes per token
+capture overhead  3.1 % of the teacher's step
+coverage          100 % of the samples
+wall time         10:23 min"""
+
+
+def test_the_whole_table():
+    assert table.render(SUMMARY) == TEXT
+
+
+def test_rows_that_are_given_are_shown_as_they_are():
+    rows = [{"arm": "hard", "loss": 3.3}, {"arm": "mine", "loss": 3.2, "gap_closed": 0.054}]
+    lines = table.render({}, rows).splitlines()
+    assert [line.split() for line in lines[3:]] == [["hard", "3.300"], ["mine", "3.200", "−0.100", "5.4", "%"]]
+
+
+def test_nothing_is_wider_than_80_columns():
+    rows = [{"arm": "a_very_long_name_of_an_arm_that_nobody_would_give", "loss": 123.456, "gap_closed": -12.3456}]
+    assert max(map(len, table.render(SUMMARY, [*rows, {"arm": "hard", "loss": 1.0}]).splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"distilled_loss": 3.310}, "Distillation did harm: 0.011 nats worse than hard labels."),
+        ({"distilled_loss": 3.155}, "The student overtook its teacher: distillation closed 110 % of the gap."),
+        ({"teacher_loss": 3.400}, "The teacher is no better than hard labels (+0.101 nats): there is no gap to close."),
+    ],
+)
+def test_the_sentence_says_how_it_came_out(changes, words):
+    assert table.sentence(SUMMARY | changes) == words
+
+
+def test_other_jobs():
+    assert table.sentence({"job": "teacher", "teacher_loss": 3.1684}) == (
+        "The teacher ended at 3.168 nats per token on held-out text."
+    )
+    text = table.render(
+        {"job": "evaluate", "heldout_loss": 2.5, "tokens": 20_480, "accuracy": 0.4449, "extra": {"a": 7}}
+    )
+    assert text.splitlines() == [
+        "2.500 nats per token on held-out text.",
+        "",
+        "job            evaluate",
+        "held-out loss  2.500 nats per token",
+        "tokens         20.5k",
+        "accuracy       44 % of the tokens",
+        "extra.a        7",
+    ]
+
+
+def test_values_that_are_missing_or_not_finite_do_no_harm():
+    summary = json.loads(
+        '{"teacher_loss": 3.0, "hard_loss": null, "distilled_loss": NaN, "ece": NaN, "agreement": null}'
+    )
+    assert table.render(summary).splitlines()[0] == "The teacher ended at 3.000 nats per token on held-out text."
+    assert table.render({}) == ""
