@@ -153,7 +153,7 @@ class PackedCorpus:
             self._reader = pa.ipc.open_file(pa.memory_map(str(self._path)))
             self._batches = self._reader.num_record_batches
             self._rows = self._reader.get_batch(0).num_rows if self._batches else 1
-        except (OSError, ValueError, TypeError, pa.ArrowException) as error:
+        except (OSError, EOFError, ValueError, TypeError, pa.ArrowException) as error:
             raise DataError(f"{self._path}: not a packed corpus: {error}; remove {folder} to pack it anew") from error
         self._samples, self.sample_tokens, self.digest = summary.samples, summary.sample_tokens, summary.digest
 
@@ -177,13 +177,16 @@ class PackedCorpus:
         columns = {name: np.empty((len(ids_B), self.sample_tokens + 1), dtype) for name, dtype in COLUMNS.items()}
         stored = np.empty(len(ids_B), np.uint64)
         batch_B, row_B = np.divmod(ids_B, self._rows)
-        for batch in np.unique(batch_B):
-            record = self._reader.get_batch(int(batch))
-            wanted = batch_B == batch
-            for name, column in columns.items():
-                flat = record.column(name).flatten().to_numpy()
-                column[wanted] = flat.reshape(record.num_rows, -1)[row_B[wanted]]
-            stored[wanted] = record.column("digest").to_numpy()[row_B[wanted]]
+        try:
+            for batch in np.unique(batch_B):
+                record = self._reader.get_batch(int(batch))
+                wanted = batch_B == batch
+                for name, column in columns.items():
+                    flat = record.column(name).flatten().to_numpy()
+                    column[wanted] = flat.reshape(record.num_rows, -1)[row_B[wanted]]
+                stored[wanted] = record.column("digest").to_numpy()[row_B[wanted]]
+        except (OSError, ValueError, LookupError, pa.ArrowException) as error:
+            raise DataError(f"{self._path}: is damaged: {error}; remove its folder to pack it anew") from error
         if (wrong := np.flatnonzero(digests(columns) != stored)).size:
             raise DataError(f"{self._path}: sample {ids_B[wrong[0]]} is damaged; remove its folder to pack it anew")
         return Samples(columns["ids"], columns["documents"], columns["mask"].view(np.bool_), stored)

@@ -1,0 +1,63 @@
+"""Batches made ahead by one thread."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Prefetch(Generic[T]):
+    """Iterates over fn(start), ..., fn(stop - 1), computed in order by a thread that stays at most `depth` ahead.
+
+    An exception of `fn` is raised where its result was due. Leaving the `with` block stops the thread: it finishes at
+    most the call that it is in.
+    """
+
+    def __init__(self, fn: Callable[[int], T], start: int, stop: int, depth: int = 2):
+        self._fn, self._range = fn, range(start, stop)
+        self._ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[T]:
+        for _ in self._range:
+            result, error = self._ready.get()
+            if error is not None:
+                raise error
+            yield result  # type: ignore[misc]
+
+    def close(self) -> None:
+        self._stopped.set()
+        while True:  # frees the thread if it waits for a place
+            try:
+                self._ready.get_nowait()
+            except queue.Empty:
+                break
+        # A call may wait for another machine; that must not hold up the message of an error.
+        self._thread.join(timeout=1.0)
+
+    def _work(self) -> None:
+        for index in self._range:
+            if self._stopped.is_set():
+                return
+            try:
+                item: tuple[T | None, BaseException | None] = (self._fn(index), None)
+            except BaseException as error:
+                item = (None, error)
+            self._ready.put(item)
+            if item[1] is not None:
+                return
+
+    def __enter__(self) -> Prefetch[T]:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
