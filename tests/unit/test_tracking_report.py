@@ -109,7 +109,10 @@ def test_a_full_run(tmp_path):
         "teacher 3.0200", "distilled 3.0200", "hard 3.0200", "constant 3.0200"
     ]  # fmt: skip
     assert all(len(line["points"].split()) == 5 for line in held_out.all("polyline"))
-    assert [line["data-label"] for line in page.figure("Mean alpha").all("polyline")] == ["constant", "distilled"]
+    assert [line["data-label"] for line in page.figure("Mean alpha").all("polyline", "main")] == [
+        "constant",
+        "distilled",
+    ]
     # One colour for an arm wherever it appears.
     styles = {(e["data-label"], e["class"].split()[-1]) for e in page.all("polyline") if "mean" not in e["class"]}
     assert len(styles) == 4
