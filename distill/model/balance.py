@@ -28,8 +28,8 @@ def load_stats(counts_LE: Tensor) -> dict[str, Tensor]:
     """How even the experts' load is; fp32 scalars on the device of the counts, none for a model without MoE layers.
 
     Returns:
-        `load_entropy`: entropy of the load over log E, mean over layers (1: even). `load_max`: largest load of an
-        expert over its layer's mean, worst layer. `dead_experts`: experts without a token, over all layers.
+        `expert_entropy`: entropy of the load over log E, mean over layers (1: even). `expert_max_load`: largest load
+        of an expert over its layer's mean, worst layer. `dead_experts`: experts without a token, over all layers.
     """
     layers, experts = counts_LE.shape
     if not layers:
@@ -37,7 +37,7 @@ def load_stats(counts_LE: Tensor) -> dict[str, Tensor]:
     share_LE = counts_LE.float() / counts_LE.sum(1, keepdim=True).clamp(min=1)
     entropy_L = -torch.xlogy(share_LE, share_LE).sum(1) / math.log(max(experts, 2))
     return {
-        "load_entropy": entropy_L.mean(),
-        "load_max": share_LE.max() * experts,
+        "expert_entropy": entropy_L.mean(),
+        "expert_max_load": share_LE.max() * experts,
         "dead_experts": (counts_LE == 0).sum().float(),
     }

@@ -13,7 +13,7 @@ from distill.config.schema import OnMissing, ReplayOrder, TrainConfig
 from distill.data.join import Joiner, check_cache
 from distill.data.stream import Stream, replay
 from distill.run.run import Run
-from distill.run.trainer import Trainer
+from distill.run.trainer import Positions, Step, Trainer
 from distill.tracking.meters import Meters
 from student.step import StudentStep
 from teacher.capture import Capture
@@ -55,9 +55,9 @@ def teacher(run: Run) -> tuple[Trainer, Capture | None]:
     stream = Stream(sizes, weights, config.data.seed)
     planned = {**stream.describe(), "planned": steps * part.train.batch, "batch": part.train.batch, "writers": run.dist.world}
     capture = open_capture(run, planned, cache_folders(run)) if part.capture else None
-    trainer = _trainer(run, "teacher", steps, stream, ReplayOrder.same, steps * part.train.batch, None)
-    trainer.program = TeacherStep(Meters(), part.train.head_chunk, capture)
-    return trainer, capture
+    step = TeacherStep(Meters(run.dist.device), part.train.head_chunk, capture)
+    positions = replay(ReplayOrder.same, steps * part.train.batch)
+    return _trainer(run, "teacher", step, steps, stream, positions, None), capture
 
 
 def open_capture(run: Run, planned: dict[str, object], folders: dict[str, Path]) -> Capture:
@@ -117,20 +117,19 @@ def student(run: Run, readers: list[CacheReader] | None) -> Trainer:
     else:
         weights = {name: config.data.corpora[name].weight for name in sizes}
         stream, planned = Stream(sizes, weights, config.data.seed), steps * part.train.batch
-    trainer = _trainer(run, "student", steps, stream, part.replay.order, planned, readers)
-    trainer.program = StudentStep(
-        Meters(), part.train.head_chunk, part.weighting, part.model.vocab_size, steps
+    step = StudentStep(
+        Meters(run.dist.device), part.train.head_chunk, part.weighting, part.model.vocab_size, steps
     )
-    return trainer
+    return _trainer(run, "student", step, steps, stream, replay(part.replay.order, planned), readers)
 
 
 def _trainer(
     run: Run,
     role: str,
+    step: Step,
     steps: int,
     stream: Stream,
-    order: ReplayOrder,
-    planned: int,
+    positions: Positions,
     readers: list[CacheReader] | None,
 ) -> Trainer:
     part = getattr(run.config, role)
@@ -138,12 +137,14 @@ def _trainer(
     return Trainer(
         role,
         run.engine(role),
+        step,
         part.train,
         part.optim,
         steps,
         stream,
-        replay(order, planned),
+        positions,
         Joiner(list(run.data.train.values()), readers, on_missing),
+        run.config.data.sample_tokens,
         run.tracker,
         run.dist,
         lambda model: run.quick_loss(model, part.train),

@@ -56,9 +56,10 @@ def ready(trainer: Trainer, readers: list[CacheReader], goal: int) -> int:
     does not depend on when it looks.
     """
     stream = readers[0].header.stream
-    frontier = min(reader.frontier(stream["writers"]) for reader in readers)
-    if frontier is None:
+    frontiers = [f for reader in readers if (f := reader.frontier(stream["writers"])) is not None]
+    if not frontiers:
         return goal
+    frontier = min(frontiers)
     batch = trainer.config.batch
     for block in range(trainer.at, goal, 256):
         stop = min(block + 256, goal)

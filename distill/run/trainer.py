@@ -59,6 +59,7 @@ class Trainer:
         stream: Stream,
         positions: Positions,
         joiner: Joiner,
+        sample_tokens: int,
         tracker: Tracker,
         dist: Dist,
         held_out: Callable[[Any], float],
@@ -68,7 +69,7 @@ class Trainer:
         self.tracker, self.dist, self.held_out = tracker, dist, held_out
         self.at = 0
         self.seconds = 0.0
-        self.timed_tokens = 0
+        self.sample_tokens = sample_tokens
         self._window = [0.0, 0]  # seconds and tokens since the last logged row
 
     def state(self) -> dict[str, Any]:
@@ -87,7 +88,7 @@ class Trainer:
                 self._one(batch)
                 now = time.perf_counter()
                 self._window[0] += now - began
-                self._window[1] += batch.ids_BS.numel() * self.dist.world
+                self._window[1] += self.config.batch * self.sample_tokens
                 self._report()
                 began = time.perf_counter()
 
@@ -110,10 +111,10 @@ class Trainer:
         self.program.end(self.dist)
         self.at += 1
         meters = self.program.meters
-        meters.add("grad_norm", norm, torch.ones_like(norm))
-        meters.add("lr", torch.tensor(lr), torch.tensor(1.0))
+        meters.add("grad_norm", norm, 1.0)
+        meters.add("lr", lr, 1.0)
         for name, value in load_stats(counts_LE).items():
-            meters.add(name, value, torch.ones_like(value))
+            meters.add(name, value, 1.0)
 
     def _update(self, batch: Batch, lr: float) -> tuple[Tensor, Tensor]:
         valid = self.dist.sum(batch.valid_BS.sum().to(self.dist.device))
@@ -146,7 +147,7 @@ class Trainer:
             seconds, tokens = self._window
             self.seconds += seconds
             self._window = [0.0, 0]
-            row |= {"tokens": at * self.config.batch * self.joiner.sample_tokens, "tokens_per_second": tokens / seconds}
+            row |= {"tokens": at * self.config.batch * self.sample_tokens, "tokens_per_second": tokens / seconds}
             text = f"loss {row['loss']:.3f}" if "loss" in row else ""
             self.tracker.progress(self.role, at, total, tokens=int(tokens), text=text)
         if evaluate_now:
