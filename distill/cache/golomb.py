@@ -25,20 +25,25 @@ def low_bits(values: Ints, orders: Ints) -> Ints:
 
 
 def choose_orders(values: Ints, runs: Ints) -> Ints:
-    """The cheapest order of each run among a few near its mean; ALL_ZERO where a run is empty or all zeros."""
-    ends = np.cumsum(runs)
-    total = np.concatenate([[0], np.cumsum(values)])
-    sums = total[ends] - total[ends - runs]
-    guess = np.frexp(sums / np.maximum(runs, 1))[1].astype(np.int64)
+    """The cheapest order of each run among four near its mean bit length; ALL_ZERO if it is empty or all zeros."""
+    length = low_bits(values, np.zeros_like(values))
+    total = run_sums(length, runs)
+    guess = total // np.maximum(runs, 1)
     best, cheapest = np.full(len(runs), ALL_ZERO, np.int64), np.full(len(runs), np.iinfo(np.int64).max)
-    for step in range(-4, 1):
+    for step in range(-2, 2):
         orders = np.clip(guess + step, 0, 23)
         each = np.repeat(orders, runs)
-        total = np.concatenate([[0], np.cumsum(2 * low_bits(values, each) - each + 1)])
-        bits = total[ends] - total[ends - runs]
-        better = (sums > 0) & (bits < cheapest)
+        bits = run_sums(2 * low_bits(values, each) - each + 1, runs)
+        better = (total > 0) & (bits < cheapest)
         best[better], cheapest[better] = orders[better], bits[better]
     return best
+
+
+def run_sums(values: Ints, runs: Ints) -> Ints:
+    """Sum of each run; 0 for an empty one."""
+    total = np.concatenate([[0], np.cumsum(values)])
+    ends = np.cumsum(runs)
+    return total[ends] - total[ends - runs]
 
 
 def encode(values: Ints, runs: Ints, orders: Ints, samples: int) -> tuple[Bytes, Ints, Bytes, Ints]:

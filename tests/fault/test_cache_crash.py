@@ -1,0 +1,192 @@
+"""Writers that are killed, starved of disk, shut out, or doubled."""
+
+import errno
+import multiprocessing
+import os
+import random
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from distill.cache import CacheReader, CacheWriter, make_codec
+from distill.config.errors import CacheError
+from distill.config.schema import CodecConfig, OnFull
+from tests.workers.cache import SAMPLES, S, batch, digests, header, put, same_row, write_until_killed
+
+FORK = multiprocessing.get_context("fork")
+
+
+def published_is_whole(folder):
+    """Every covered sample reads, and says what its teacher said."""
+    reader = CacheReader(folder)
+    ids = np.flatnonzero(reader.covers(np.arange(SAMPLES)))
+    targets = reader.read(ids, digests(ids)).targets
+    if len(ids):
+        want = batch(ids)
+        assert torch.equal(targets.covered_T, want.valid)
+        ids_TK, probs_TK = make_codec(CodecConfig(), 64).decode(want.atoms)
+        for t in range(0, len(ids) * S, 7):
+            assert same_row(targets, t, ids_TK[t], probs_TK[t]) or not want.valid[t]
+    return reader
+
+
+def test_kill_at_any_moment(tmp_path):
+    rng = random.Random(0)
+    shards = 0
+    for repeat in range(8):
+        ready = FORK.Event()
+        child = FORK.Process(target=write_until_killed, args=(tmp_path, ready, repeat))
+        child.start()
+        assert ready.wait(20)
+        time.sleep(rng.uniform(0, 0.15))
+        child.kill()
+        child.join()
+        reader = published_is_whole(tmp_path)
+        assert reader.stats()["shards"] >= shards
+        shards = reader.stats()["shards"]
+    assert shards > 8
+    CacheWriter(tmp_path, header(), writer="w").close()
+    assert len(list((tmp_path / "shards").iterdir())) == shards
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("step", ["fsync", "rename"])
+def test_stopped_between_any_two_steps(tmp_path, monkeypatch, step):
+    """The n-th fsync or rename never happens, for every n: what is seen is a prefix of what was published."""
+    real = getattr(os, step)
+    seen = []
+    for allowed in range(30):
+        folder = tmp_path / str(allowed)
+        left = [allowed]
+
+        def limited(*args, left=left, **kwargs):
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(errno.EIO, "stopped here")
+            return real(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, step, limited)
+            try:
+                with CacheWriter(folder, header(), writer="w", shard_samples=1) as writer:
+                    for i in range(3):
+                        put(writer, [i])
+            except CacheError as error:
+                assert "stopped here" in str(error)
+        with CacheWriter(folder, header(), writer="w") as writer:
+            reader = published_is_whole(folder)
+            put(writer, [30])
+        seen.append(reader.stats()["samples"])
+        assert not list(folder.rglob("*.tmp")) and reader.refresh() == 1
+    assert seen == sorted(seen) and set(seen) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("on_full", list(OnFull))
+@pytest.mark.parametrize("room", [100, 3000, 3500, 3900, 4500])
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, monkeypatch, room, on_full):
+    """Wherever it fills up: nothing hangs, nothing half-written is seen, and with room again work goes on."""
+    write, left = os.write, [10**9]
+
+    def limited(fd, data):
+        take = min(len(data), left[0])
+        if not take:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        left[0] -= take
+        return write(fd, data[:take])
+
+    monkeypatch.setattr(os, "write", limited)
+    writer = CacheWriter(tmp_path, header(), writer="w", shard_samples=1, queue=1, on_full=on_full)
+    left[0] = room
+    with pytest.raises(CacheError, match=r"(safetensors|w\.jsonl): No space left"):
+        for i in range(10):
+            put(writer, [i])
+        writer.flush()
+    with pytest.raises(CacheError, match="No space left"):
+        writer.flush()
+    with pytest.raises(CacheError, match="No space left"):
+        put(writer, [11])
+    writer.close()
+    left[0] = 10**9
+    assert not list(tmp_path.rglob("*.tmp"))
+    before = published_is_whole(tmp_path).stats()["samples"]
+    assert before == writer.stats.samples
+    with CacheWriter(tmp_path, header(), writer="w") as writer:
+        put(writer, [SAMPLES - 1])
+    assert published_is_whole(tmp_path).stats()["samples"] == before + 1
+
+
+def test_close_raises_what_nobody_has_heard(tmp_path, monkeypatch):
+    writer = CacheWriter(tmp_path, header(), writer="w")
+    monkeypatch.setattr(
+        os, "rename", lambda *_: (_ for _ in ()).throw(PermissionError(errno.EACCES, "Permission denied"))
+    )
+    put(writer, [1])
+    with pytest.raises(CacheError, match=r"w-000000\.safetensors: Permission denied"):
+        writer.close()
+    writer.close()
+
+
+@pytest.mark.parametrize("what", ["cache.json", "ranks", "w.jsonl", "w.lock", ".lock"])
+def test_no_permission_to_create(tmp_path, monkeypatch, what):
+    real = os.open
+
+    def guarded(path, flags, *args):
+        if what in str(path) and flags & os.O_CREAT:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path, flags, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", guarded)
+        with pytest.raises(CacheError, match=rf"{what}.*: Permission denied"):
+            CacheWriter(tmp_path, header(), writer="w")
+    with CacheWriter(tmp_path, header(), writer="w") as writer:
+        put(writer, [1])
+    assert published_is_whole(tmp_path).stats()["samples"] == 1
+
+
+def test_a_folder_that_is_a_file(tmp_path):
+    (tmp_path / "cache").touch()
+    with pytest.raises(CacheError, match=r"cache: (Not a directory|File exists)"):
+        CacheWriter(tmp_path / "cache", header(), writer="w")
+
+
+def test_one_name_one_live_writer(tmp_path):
+    ready = FORK.Event()
+    child = FORK.Process(target=write_until_killed, args=(tmp_path, ready, 0))
+    child.start()
+    assert ready.wait(20)
+    with pytest.raises(CacheError, match=rf"process \(pid {child.pid}\) holds the writer's name 'w'"):
+        CacheWriter(tmp_path, header(), writer="w")
+    CacheWriter(tmp_path, header(), writer="w2").close()
+    child.kill()
+    child.join()
+    with CacheWriter(tmp_path, header(), writer="w"), pytest.raises(CacheError, match="holds the writer's name"):
+        CacheWriter(tmp_path, header(), writer="w")
+    CacheWriter(tmp_path, header(), writer="w").close()
+
+
+def test_readers_follow_a_writer_in_another_process(tmp_path):
+    CacheWriter(tmp_path, header(), writer="w").close()
+    ready = FORK.Event()
+    child = FORK.Process(target=write_until_killed, args=(tmp_path, ready, 0))
+    reader = CacheReader(tmp_path)
+    child.start()
+    try:
+        new, end = 0, time.monotonic() + 20
+        while new < 15 and time.monotonic() < end:
+            new += reader.refresh()
+            ids = np.flatnonzero(reader.covers(np.arange(SAMPLES)))
+            assert len(reader.read(ids, digests(ids)).targets.covered_T) == len(ids) * S
+        assert new >= 15
+    finally:
+        child.kill()
+        child.join()
+
+
+def test_an_error_of_our_own_in_the_thread_is_not_swallowed(tmp_path, monkeypatch):
+    monkeypatch.setattr("distill.cache.writer.build", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), CacheWriter(tmp_path, header(), writer="w") as writer:
+        put(writer, [1])
+        writer.flush()
