@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PADDING_WORTH_A_CALL = 4096
-"""Query-key pairs that cost about as much as one more attention call (measured on CPU at small sizes)."""
+CALL, ROW = 4096, 64
+"""Cost of one more attention call, and of projecting one padded row, in query-key pairs (measured on CPU, small sizes)."""
 
 
 class Plan(NamedTuple):
@@ -116,8 +116,8 @@ def _blocks(length_N: Tensor) -> tuple[tuple[int, int], ...]:
     for length, count in zip(*(t.tolist() for t in torch.unique_consecutive(length_N, return_counts=True))):
         if blocks:
             runs, longest = blocks[-1]
-            wasted += count * (longest**2 - length**2)
-            if wasted <= PADDING_WORTH_A_CALL:
+            wasted += count * (longest - length) * (longest + length + ROW)
+            if wasted <= CALL:
                 blocks[-1] = (runs + count, longest)
                 continue
         blocks.append((count, length))
