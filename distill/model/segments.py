@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 CALL, ROW = 4096, 64
-"""Cost of one more attention call, and of projecting one padded row, in query-key pairs (measured on CPU, small sizes)."""
+"""What one more attention call, and one padded row to project, cost in query-key pairs (measured on CPU, small)."""
 
 
 class Plan(NamedTuple):
