@@ -139,5 +139,5 @@ def _number(value: float, width: float) -> str:
     if abs(value) >= 10_000 or value == 0:
         return short(value)
     digits = max(0, min(6, int(np.ceil(2.3 - np.log10(width)))))
-    text = f"{value:.{digits}f}" if width >= 1e-2 else f"{value:.3g}"
+    text = f"{value:.{digits}f}" if width >= 1e-2 else f"{value:.3g}".replace("e-0", "e-")
     return text.replace("-", "−", 1) if text.startswith("-") else text

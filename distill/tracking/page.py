@@ -70,6 +70,7 @@ figcaption p, .x-unit { font-size: 13px; color: var(--soft); }
 .plot line.tick { transform: translateY(-4px); stroke: var(--soft); }
 polyline, path { fill: none; stroke: var(--mine); stroke-linejoin: round; stroke-linecap: round; vector-effect:
   non-scaling-stroke; }
+polyline, path { pointer-events: none; }
 .main { stroke-width: 2; }
 .raw { stroke-width: 1; opacity: 0.22; }
 path.dots { stroke-width: 7; }
