@@ -16,24 +16,32 @@ from losses.calibration import bin_confidence, expected_calibration_error
 
 
 class Evaluation(NamedTuple):
-    """Over all valid held-out tokens. loss: nats per token. ece, accuracy, agreement: shares; agreement None: no teacher."""
+    """Over all valid held-out tokens; loss in nats per token, ece, accuracy and agreement as shares."""
 
     loss: float
     perplexity: float
     ece: float
     accuracy: float
     agreement: float | None
+    """None: no teacher was given."""
     tokens: int
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterable[Batch], dist: Dist, *, bins: int = 15, chunk: int = 4096, teacher: nn.Module | None = None
+    model: nn.Module,
+    batches: Iterable[Batch],
+    dist: Dist,
+    *,
+    bins: int = 15,
+    chunk: int = 4096,
+    teacher: nn.Module | None = None,
 ) -> Evaluation:
     """Every rank gives its own batches; the result is that of all of them. Collective.
 
     Args:
         bins: equal-width confidence bins of the expected calibration error.
+        chunk: tokens whose logits live at one time.
         teacher: agreement is the share of tokens on which both put the same id first.
     """
     training = model.training
@@ -43,27 +51,11 @@ def evaluate(
     for batch in batches:
         batch = batch.to(dist.device)
         labels_T, valid_T = batch.labels_BS.flatten(), batch.valid_BS.flatten()
-        best, confidence, teacher_best = [], [], []
-
-        def tap(start: int, logits_TV: Tensor, lse_T: Tensor) -> None:
-            top_T, ids_T = logits_TV.max(-1)
-            best.append(ids_T)
-            confidence.append((top_T - lse_T).exp())
-
-        def head(hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
-            return mixed_loss(hidden_TD, weight_VD, labels_T, valid_T.float(), chunk=chunk, tap=tap).loss_sum
-
-        def teacher_head(hidden_TD: Tensor, weight_VD: Tensor) -> None:
-            for hidden_tD in hidden_TD.split(chunk):
-                teacher_best.append((hidden_tD @ weight_VD.T).argmax(-1))
-
-        loss_sum, _ = model(batch.ids_BS, batch.documents_BS, head)
-        best_T, confidence_T = torch.cat(best), torch.cat(confidence)
+        loss_sum, best_T, confidence_T = _predict(model, batch, chunk)
         hit_T = best_T == labels_T
         agreed = torch.zeros_like(loss_sum)
         if teacher is not None:
-            teacher(batch.ids_BS, batch.documents_BS, teacher_head)
-            agreed = ((torch.cat(teacher_best) == best_T) & valid_T).sum()
+            agreed = ((_predict(teacher, batch, chunk)[1] == best_T) & valid_T).sum()
         sums += torch.stack([x.double() for x in (loss_sum, valid_T.sum(), (hit_T & valid_T).sum(), agreed)])
         calibration += bin_confidence(confidence_T[valid_T], hit_T[valid_T], bins)
     model.train(training)
@@ -72,3 +64,20 @@ def evaluate(
     loss = loss_sum / tokens
     agreement = agreed / tokens if teacher is not None else None
     return Evaluation(loss, math.exp(loss), ece, hits / tokens, agreement, int(tokens))
+
+
+def _predict(model: nn.Module, batch: Batch, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss summed over valid tokens, and per token the most probable id and its probability."""
+    labels_T, valid_T = batch.labels_BS.flatten(), batch.valid_BS.flatten()
+    best, confidence = [], []
+
+    def tap(start: int, logits_TV: Tensor, lse_T: Tensor) -> None:
+        top_T, ids_T = logits_TV.max(-1)
+        best.append(ids_T)
+        confidence.append((top_T - lse_T).exp())
+
+    def head(hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
+        return mixed_loss(hidden_TD, weight_VD, labels_T, valid_T.float(), chunk=chunk, tap=tap).loss_sum
+
+    loss_sum, _ = model(batch.ids_BS, batch.documents_BS, head)
+    return loss_sum, torch.cat(best), torch.cat(confidence)

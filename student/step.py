@@ -21,15 +21,18 @@ class StudentStep:
     """The student's half of the training loop's protocol: `begin`, `loss` per micro-batch, `end`, `state`."""
 
     def __init__(self, meters: Meters, head_chunk: int, config: WeightingConfig, vocab_size: int, steps: int):
+        assert meters.device is not None, "the state of the weighting lives where the meters do"
         self.meters, self.head_chunk, self.config = meters, head_chunk, config
         self.vocab_size, self.steps = vocab_size, steps
-        self.lag = weighting.init_lag(vocab_size)
-        self._hard = torch.zeros(2, dtype=torch.float64)
+        self.lag = weighting.init_lag(vocab_size, meters.device)
+        self.covered = torch.zeros(2, dtype=torch.float64, device=meters.device)
+        """Valid tokens met so far: those with targets, and all."""
 
     def begin(self, batch: Batch, step: int, dist: Dist) -> None:
         """Takes note of the whole optimizer step's targets on this rank; collective where a factor needs all ranks."""
         config = self.config
-        self._hard = torch.zeros(2, dtype=torch.float64, device=dist.device)
+        # Of this optimizer step on this rank: hard loss, tokens with targets, valid tokens.
+        self._sums = torch.zeros(3, dtype=torch.float64, device=dist.device)
         self._peak = weighting.schedule(
             config.schedule.value,
             step / self.steps,
@@ -43,11 +46,11 @@ class StudentStep:
             return
         if config.lag.enabled:
             losses_B = torch.nan_to_num(batch.shard_loss_B.double(), nan=math.inf)
-            self.lag = weighting.meet(self.lag, dist.least(losses_B.min().to(dist.device)).cpu())
+            self.lag = weighting.meet(self.lag, dist.least(losses_B.min().to(dist.device)))
         if config.entropy.enabled and config.entropy.skip > 0:
             covered_T = batch.targets.covered_T & batch.valid_BS.flatten()
             counts = weighting.entropy_histogram(batch.targets.entropy_T, covered_T, self.vocab_size)
-            self._histogram = dist.sum(counts.to(dist.device)).cpu()
+            self._histogram = dist.sum(counts.to(dist.device))
 
     def weigh(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """alpha_T, zero where a token has no targets, and the lag factor per sample (nan: no targets)."""
@@ -86,16 +89,14 @@ class StudentStep:
 
         def head(hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
             parts.append(
-                mixed_loss(
-                    hidden_TD, weight_VD, labels_T, w_hard_T, ids_TK, probs_TK, w_soft_T, chunk=self.head_chunk
-                )
+                mixed_loss(hidden_TD, weight_VD, labels_T, w_hard_T, ids_TK, probs_TK, w_soft_T, chunk=self.head_chunk)
             )
             return parts[0].loss_sum
 
         loss_sum, routing = model(batch.ids_BS, batch.documents_BS, head)
         out, num_valid = parts[0], valid_T.sum()
         hard_sum = (out.hard_T * valid_T).sum()
-        self._hard += torch.stack([hard_sum.double(), num_valid.double()])
+        num_covered = torch.zeros_like(num_valid)
         add = self.meters.add
         add("loss", loss_sum.detach(), num_valid)
         add("hard_loss", hard_sum, num_valid)
@@ -108,24 +109,35 @@ class StudentStep:
             add("alpha", (alpha_T * valid_T).sum(), num_valid)
             add("coverage", num_covered, num_valid)
             met_B = ~lag_B.isnan()
-            add("lag", torch.nan_to_num(lag_B).sum(), met_B.sum())
-            add("teacher_loss", torch.nan_to_num(batch.shard_loss_B).sum(), met_B.sum())
-            bins_T = (alpha_T[valid_T] * ALPHA_BINS).long().clamp(0, ALPHA_BINS - 1)
-            self.meters.histogram("alpha", torch.bincount(bins_T, minlength=ALPHA_BINS))
+            shard_loss_B = torch.nan_to_num(batch.shard_loss_B)
+            add("lag_factor", torch.nan_to_num(lag_B).sum(), met_B.sum())
+            add("teacher_loss", shard_loss_B.sum(), met_B.sum())
+            if self.config.lag.enabled:
+                add("lag", ((shard_loss_B - self.lag.best_teacher_loss) * met_B).sum(), met_B.sum())
+                add("student_loss", self.lag.student_loss, 1.0)
+            bins_T = (alpha_T * ALPHA_BINS).long().clamp(0, ALPHA_BINS - 1)
+            # index_add_, not bincount: that would wait for the device.
+            self.meters.histogram("alpha", alpha_T.new_zeros(ALPHA_BINS).index_add_(0, bins_T, valid_T.float()))
+        self._sums += torch.stack([hard_sum.double(), num_covered.double(), num_valid.double()])
         return loss_sum, routing.counts_LE
 
     def end(self, dist: Dist) -> None:
-        """Lets the running average of the student's own loss follow; collective."""
-        if self.config.lag.enabled:
-            hard_sum, num_valid = dist.sum(self._hard).cpu()
-            self.lag = weighting.update_lag(
-                self.lag, hard_sum / num_valid.clamp(min=1), self.config.lag.smoothing
-            )
+        """Lets coverage and the running average of the student's own loss follow; collective."""
+        sums = dist.sum(self._sums)
+        self.covered += sums[1:]
+        self.lag = weighting.update_lag(self.lag, sums[0] / sums[2].clamp(min=1), self.config.lag.smoothing)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the valid tokens met so far that had targets."""
+        return float(self.covered[0] / self.covered[1].clamp(min=1))
 
     def state(self) -> dict[str, Any]:
         """The weighting's state as JSON-able numbers, exact."""
-        return {"lag": [None if math.isinf(x) else x for x in map(float, self.lag)]}
+        lag = [None if math.isinf(x) else x for x in map(float, self.lag)]
+        return {"lag": lag, "covered": self.covered.tolist()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         values = [math.inf if x is None else x for x in state["lag"]]
-        self.lag = weighting.LagState(*(torch.tensor(x, dtype=torch.float64) for x in values))
+        self.lag = weighting.LagState(*(torch.tensor(x).to(self.covered) for x in values))
+        self.covered = torch.tensor(state["covered"]).to(self.covered)

@@ -37,6 +37,13 @@ class Atoms(NamedTuple):
         """Atoms of the tokens of all parts, in order."""
         return cls(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
+    def select(self, keep_T: Tensor) -> Atoms:
+        """Atoms of the tokens where `keep_T` (bool) holds, in order."""
+        heads_N, tails_M = (keep_T.repeat_interleave(counts.long()) for counts in (self.heads_T, self.tails_T))
+        rest_T = self.rest_T[keep_T] if len(self.rest_T) else self.rest_T
+        head_ids_N, codes_N = self.head_ids_N[heads_N], self.codes_N[heads_N]
+        return Atoms(self.heads_T[keep_T], self.tails_T[keep_T], head_ids_N, codes_N, self.tail_ids_M[tails_M], rest_T)
+
     def cpu(self) -> Atoms:
         return Atoms(*(column.cpu() for column in self))
 

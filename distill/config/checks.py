@@ -56,7 +56,7 @@ def check(run: RunConfig) -> Iterator[str]:
     if run.job is Job.evaluate and run.init_from is None:
         yield "init_from is null; job=evaluate needs the folder of the model to evaluate"
     if run.job is Job.codistill and run.init_from is not None:
-        yield f"init_from is {run.init_from}; job=codistill trains two models: use teacher.init_from or student.init_from"
+        yield f"init_from is {run.init_from}; job=codistill trains two models: set teacher. or student.init_from"
     if trains_teacher and trains_student and run.teacher.model.vocab_size != run.student.model.vocab_size:
         yield (
             f"student.model.vocab_size is {run.student.model.vocab_size} and teacher.model.vocab_size is "

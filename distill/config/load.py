@@ -1,13 +1,18 @@
 """From a command line to a `RunConfig`, or to one `ConfigError` that lists everything wrong with it.
 
-Hydra stops at the first fault, and lets `+` add keys that the schema does not have. So the command line is gone through
-first, each override alone: group choices against the files of `conf/`, keys and types against the schema. What is sound is
-composed, values that are still missing and rules between fields are added to the list, and only then does Hydra run.
+Hydra stops at the first fault, and lets `+` add keys that the schema does not have. So the command line is gone
+through first, each override alone: group choices against the files of `conf/`, keys and types against the schema. What
+is sound is composed, missing values and broken rules between fields join the list, and only then does Hydra run.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import functools
+import types
+import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +84,12 @@ def _load(cfg: DictConfig) -> tuple[list[str], RunConfig | None]:
     plain = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(plain, dict)
     plain.pop("hydra", None)
-    problems = list(_foreign_keys(plain, OmegaConf.structured(RunConfig), ""))
+    problems = list(_foreign_keys(plain))
     if problems:
         return problems, None
     try:
         # Merged again onto the schema: Hydra's `+` may have added keys that only this refuses.
-        typed = OmegaConf.merge(OmegaConf.structured(RunConfig), plain)
+        typed = OmegaConf.merge(_schema(), plain)
         missing = sorted(OmegaConf.missing_keys(typed))
         if missing:
             return [f"{key} has no value; set {key}=..." for key in missing], None
@@ -108,7 +113,7 @@ def _overrides(arguments: list[str]) -> list[str]:
     return kept
 
 
-def _override_problems(text: str, repository: Any) -> Any:
+def _override_problems(text: str, repository: Any) -> Iterator[str]:
     try:
         override: Override = OverridesParser.create().parse_override(text)
     except HydraException as error:
@@ -116,7 +121,7 @@ def _override_problems(text: str, repository: Any) -> Any:
         return
     group = override.key_or_group
     choices = repository.get_group_options(group)
-    if choices or group in _groups(repository):
+    if choices or (CONF / group).is_dir():
         for value in _values(override):
             if value is not None and str(value) not in choices:
                 yield f"{group} is {value}; allowed: {', '.join(sorted(choices))}"
@@ -125,26 +130,27 @@ def _override_problems(text: str, repository: Any) -> Any:
         yield f"{text!r} deletes a key; every key of the schema is needed"
         return
     path = group if override.package is None else f"{group}@{override.package}"
-    schema = OmegaConf.structured(RunConfig)
-    unknown = _unknown_key(path, schema)
+    unknown = _unknown_key(path)
     if unknown:
         yield unknown
         return
     for value in _values(override):
         try:
-            OmegaConf.merge(schema, _nested(path, value))
+            OmegaConf.merge(_schema(), _nested(path, value))
         except OmegaConfBaseException as error:
             yield f"{path} is {_shown(value)}; {str(error).splitlines()[0]}"
+
+
+@functools.cache
+def _schema() -> DictConfig:
+    """The schema as OmegaConf has it; `merge` copies it, and building it costs half a second."""
+    return OmegaConf.structured(RunConfig)
 
 
 def _nested(path: str, value: Any) -> dict[str, Any]:
     for part in reversed(path.split(".")):
         value = {part: value}
     return value
-
-
-def _groups(repository: Any) -> set[str]:
-    return {p.name for p in CONF.iterdir() if p.is_dir()}
 
 
 def _values(override: Override) -> list[Any]:
@@ -166,40 +172,44 @@ def _sweeps(texts: list[str]) -> list[list[str]]:
     return combinations
 
 
-def _unknown_key(path: str, schema: DictConfig) -> str | None:
-    node: Any = schema
+def _unknown_key(path: str) -> str | None:
+    """Walks a dotted key through the schema's dataclasses; a sentence about where it leaves them, or None."""
+    kind: Any = RunConfig
     walked: list[str] = []
     for part in path.split("."):
-        if not isinstance(node, DictConfig):
+        if typing.get_origin(kind) is dict:  # free names: corpora, arms
+            kind = typing.get_args(kind)[1]
+        elif isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            fields = _fields(kind)
+            if part not in fields:
+                near = difflib.get_close_matches(part, fields, n=3) or sorted(fields)
+                return f"{'.'.join([*walked, part])} is no key; allowed{' there' * bool(walked)}: {', '.join(near)}"
+            kind = fields[part]
+        else:
             return f"{path}: {'.'.join(walked)} is a value and has no key {part!r}"
-        element = OmegaConf.get_type(node)
-        known = [str(k) for k in node]
-        if part not in known:
-            if element is dict:  # free names: corpora, arms
-                node = OmegaConf.structured(node._metadata.element_type)
-                walked.append(part)
-                continue
-            near = difflib.get_close_matches(part, known, n=3) or sorted(known)
-            where = ".".join([*walked, part])
-            return f"{where} is no key; allowed{' there' if walked else ''}: {', '.join(near)}"
-        node = node._get_node(part)
-        if not isinstance(node, DictConfig):
-            pass
-        elif node._is_none():
-            kind = node._metadata.ref_type
-            node = OmegaConf.structured(kind)
         walked.append(part)
     return None
 
 
-def _foreign_keys(plain: dict[Any, Any], schema: DictConfig, prefix: str) -> Any:
+@functools.cache
+def _fields(kind: type) -> dict[str, Any]:
+    """Name and type of a dataclass' fields; `X | None` counts as X."""
+    return {
+        name: next((t for t in typing.get_args(hint) if t is not type(None)), hint)
+        if isinstance(hint, types.UnionType)
+        else hint
+        for name, hint in typing.get_type_hints(kind).items()
+    }
+
+
+def _foreign_keys(plain: dict[Any, Any], prefix: str = "") -> Iterator[str]:
     """Keys of a composed configuration that the schema lacks, at any depth."""
     for key, value in plain.items():
-        unknown = _unknown_key(f"{prefix}{key}", OmegaConf.structured(RunConfig))
+        unknown = _unknown_key(f"{prefix}{key}")
         if unknown:
             yield unknown
         elif isinstance(value, dict):
-            yield from _foreign_keys(value, schema, f"{prefix}{key}.")
+            yield from _foreign_keys(value, f"{prefix}{key}.")
 
 
 def _shown(value: Any) -> str:

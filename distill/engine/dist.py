@@ -75,8 +75,7 @@ def start(config: EngineConfig) -> Dist:
     rank, world, local = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     threads = config.threads
     if threads == 0:
-        on_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-        threads = max(1, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) // on_node)
+        threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
     torch.set_num_threads(threads)
     device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
     if on_gpu:

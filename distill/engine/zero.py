@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,12 +93,12 @@ class Engine:
     def state(self) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         """Names of all whole tensors that a checkpoint needs, and how to get each; the getters are collective."""
         for name, parameter in self.model.named_parameters():
-            yield f"param/{name}", lambda p=parameter: self._get(p, None)
-            for key in self.moments:
-                yield f"{key}/{name}", lambda p=parameter, k=key: self._get(p, k)
+            for key in ("param", *self.moments):
+                yield f"{key}/{name}", partial(self._get, parameter, key)
         for name, buffer in _persistent_buffers(self.model):
-            yield f"buffer/{name}", lambda b=buffer: b.detach()
-        yield "optimizer_steps", lambda: torch.tensor(float(self._ds.global_steps + self._steps_before))
+            yield f"buffer/{name}", buffer.detach
+        steps = self._steps_before + self._ds.global_steps
+        yield "optimizer_steps", partial(torch.tensor, float(steps))
 
     def close(self) -> None:
         """Lets go of DeepSpeed's hooks and buffers; the process group stays for the next job."""
@@ -109,12 +110,14 @@ class Engine:
         if self._clip > 0:
             nn.utils.clip_grads_with_norm_(parameters, self._clip, self._norm)
 
-    def _get(self, parameter: nn.Parameter, key: str | None) -> Tensor:
+    def _get(self, parameter: nn.Parameter, key: str) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         if self.zero == 0:
-            return parameter.detach() if key is None else self._ds.optimizer.state[parameter][key]
-        return safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
+            return parameter.detach() if key == "param" else self._ds.optimizer.state[parameter][key]
+        if key == "param":
+            return safe_get_full_fp32_param(parameter)
+        return safe_get_full_optimizer_state(parameter, key)
 
     def _start_moments(self) -> None:
         """Gives every parameter its optimizer state before the first step.

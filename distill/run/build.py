@@ -53,10 +53,11 @@ def teacher(run: Run) -> tuple[Trainer, Capture | None]:
     sizes = {name: len(corpus) for name, corpus in run.data.train.items()}
     weights = {name: config.data.corpora[name].weight for name in sizes}
     stream = Stream(sizes, weights, config.data.seed)
-    planned = {**stream.describe(), "planned": steps * part.train.batch, "batch": part.train.batch, "writers": run.dist.world}
+    batch = part.train.batch
+    planned = {**stream.describe(), "planned": steps * batch, "batch": batch, "writers": run.dist.world}
     capture = open_capture(run, planned, cache_folders(run)) if part.capture else None
     step = TeacherStep(Meters(run.dist.device), part.train.head_chunk, capture)
-    positions = replay(ReplayOrder.same, steps * part.train.batch)
+    positions = replay(ReplayOrder.same, steps * batch)
     return _trainer(run, "teacher", step, steps, stream, positions, None), capture
 
 
@@ -117,9 +118,7 @@ def student(run: Run, readers: list[CacheReader] | None) -> Trainer:
     else:
         weights = {name: config.data.corpora[name].weight for name in sizes}
         stream, planned = Stream(sizes, weights, config.data.seed), steps * part.train.batch
-    step = StudentStep(
-        Meters(run.dist.device), part.train.head_chunk, part.weighting, part.model.vocab_size, steps
-    )
+    step = StudentStep(Meters(run.dist.device), part.train.head_chunk, part.weighting, part.model.vocab_size, steps)
     return _trainer(run, "student", step, steps, stream, replay(part.replay.order, planned), readers)
 
 

@@ -1,7 +1,7 @@
 """job=codistill: teacher and student train in turns; the cache is the only channel between them.
 
-A round: the teacher trains and publishes, the student trains on what is published and its order allows. With
-late_first it starts when the teacher is half-way, keeps pace, and comes back to the first half when the teacher is done.
+A round: the teacher trains and publishes, the student trains on what is published and its order allows. With late_first
+it starts when the teacher is half-way, keeps pace, and comes back to the first half when the teacher is done.
 Control arms follow, each a student run of its own in a folder below: same init, same samples, same number of steps.
 """
 
@@ -14,9 +14,10 @@ from distill.config.schema import ArmConfig, CodistillConfig, Job, ReplayConfig,
 from distill.run import build, student
 from distill.run.overhead import capture_overhead
 from distill.run.run import Run
-from distill.run.teacher import cache_figures
+from distill.run.teacher import bytes_per_token
 from distill.run.trainer import Trainer
 from distill.tracking import table
+from student.step import StudentStep
 
 
 def train(run: Run) -> None:
@@ -25,6 +26,7 @@ def train(run: Run) -> None:
     assert capture is not None
     readers = build.open_readers(run)
     learner = build.student(run, readers)
+    assert isinstance(learner.program, StudentStep)
     trainers = {"teacher": teacher, "student": learner}
     run.restore(trainers)
     rounds = config.codistill.rounds
@@ -48,7 +50,6 @@ def train(run: Run) -> None:
 
     teacher_loss = run.evaluate(teacher.engine.model).loss
     result = run.evaluate(learner.engine.model, teacher.engine.model)
-    figures = cache_figures(run)
     overhead = capture_overhead(run, teacher)
     for trainer in trainers.values():
         trainer.engine.close()
@@ -58,15 +59,16 @@ def train(run: Run) -> None:
     summary: dict[str, Any] = {
         "job": "codistill",
         **losses,
-        **figures,
+        "bytes_per_token": bytes_per_token(run),
         "capture_overhead": overhead,
+        "coverage": learner.program.coverage,
         "agreement": result.agreement,
         "ece": result.ece,
     }
     if "hard_loss" in losses:
         summary["gap_closed"] = gap_closed(losses, "distilled_loss")
     summary["seconds"] = run.seconds
-    run.tracker.message(table.render(summary, _rows(losses)))
+    run.tracker.message(table.render(summary))
     run.finish(summary)
 
 
@@ -107,13 +109,3 @@ def arm_config(run: Run, arm: ArmConfig) -> RunConfig:
 def gap_closed(losses: dict[str, float], arm: str) -> float:
     """Share of the way from the hard-label student to the teacher."""
     return (losses["hard_loss"] - losses[arm]) / (losses["hard_loss"] - losses["teacher_loss"])
-
-
-def _rows(losses: dict[str, float]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for key, loss in losses.items():
-        row: dict[str, Any] = {"arm": key.removesuffix("_loss"), "loss": loss}
-        if "hard_loss" in losses and key not in ("hard_loss", "teacher_loss"):
-            row["gap_closed"] = gap_closed(losses, key)
-        rows.append(row)
-    return rows

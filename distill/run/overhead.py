@@ -23,10 +23,8 @@ def capture_overhead(run: Run, trainer: Trainer) -> float:
     assert isinstance(program, TeacherStep)
     folder = run.folder / "overhead.tmp"
     shutil.rmtree(folder, ignore_errors=True)
-    batch_samples = trainer.config.batch
-    planned = {"planned": 0, "batch": batch_samples, "writers": run.dist.world}
     names = build.cache_folders(run)
-    capture = build.open_capture(run, planned, {name: folder / name for name in names})
+    capture = build.open_capture(run, {}, {name: folder / name for name in names})
     ratios = []
     try:
         for pair in range(PAIRS + 1):

@@ -1,7 +1,7 @@
 """A run: its folder, its data, its records, and how it starts, resumes and ends.
 
-Everything of a run lies in its folder: `config.yaml`, `data/`, `metrics.jsonl`, `checkpoints/`, `cache/`, `report.html`,
-and `summary.json`, which is written last and says that the run is finished.
+Everything of a run lies in its folder: `config.yaml`, `data/`, `metrics.jsonl`, `checkpoints/`, `cache/`,
+`report.html`, and `summary.json`, which says that the run is finished.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ class Run:
         if self.finished:
             return
         self.restored = checkpoint.newest(self.checkpoints) if config.resume else None
-        state = self.restored.state if self.restored else {"seconds": 0.0, "roles": {}}
+        state: dict[str, Any] = self.restored.state if self.restored else {"seconds": 0.0, "roles": {}}
         self.seconds_before: float = state["seconds"]
         if dist.is_main:
             checkpoint.clear_half_written(self.checkpoints)
@@ -211,12 +211,14 @@ def load_model(folder: Path, role: str, want: ModelConfig | None) -> Transformer
     else:
         found = checkpoint.find(folder)
         name = role if role in found.engines else found.engines[0]
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), found.state["models"][name]))
-        model = Transformer(config)
+        stored = OmegaConf.merge(OmegaConf.structured(ModelConfig), found.state["models"][name])
+        model = Transformer(cast(ModelConfig, OmegaConf.to_object(stored)))
         load_weights(model, found.tensors(name, ("param/", "buffer/")))
     if want is not None:
         here, there = to_plain(want), to_plain(model.config)
-        shape = [k for k in here if here[k] != there[k] and not k.endswith(("_id", "_ids", "init_std", "max_positions"))]
+        shape = [
+            k for k in here if here[k] != there[k] and not k.endswith(("_id", "_ids", "init_std", "max_positions"))
+        ]
         if shape:
             raise ConfigError(*[f"{role}.model.{k} is {here[k]}; the model in {folder} has {there[k]}" for k in shape])
     return model

@@ -12,6 +12,7 @@ from distill.config.errors import CacheError
 from distill.run import build
 from distill.run.run import Run, load_model
 from distill.run.trainer import Trainer
+from student.step import StudentStep
 
 POLL_SECONDS = 0.2
 
@@ -24,6 +25,8 @@ def train(run: Run) -> None:
             _await_cache(run)
         readers = build.open_readers(run)
     trainer = build.student(run, readers)
+    program = trainer.program
+    assert isinstance(program, StudentStep)
     run.restore({"student": trainer})
     every = config.student.train.checkpoint_every or trainer.steps
     while trainer.at < trainer.steps:
@@ -42,6 +45,7 @@ def train(run: Run) -> None:
             "job": "student",
             "student_loss": result.loss,
             "ece": result.ece,
+            "coverage": program.coverage,
             "steps": trainer.steps,
             "tokens": tokens,
             "seconds": run.seconds,
@@ -74,7 +78,7 @@ def _await_cache(run: Run) -> None:
     deadline = time.monotonic() + run.config.cache.follow_timeout
     while run.dist.is_main and not all((f / "cache.json").exists() for f in build.cache_folders(run).values()):
         if time.monotonic() > deadline:
-            raise CacheError(f"cache.dir is {run.config.cache.dir}; no cache appeared there within cache.follow_timeout")
+            raise CacheError(f"cache.dir is {run.config.cache.dir}; no cache appeared within cache.follow_timeout")
         time.sleep(POLL_SECONDS)
     run.dist.barrier()
 

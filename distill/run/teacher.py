@@ -22,17 +22,13 @@ def train(run: Run) -> None:
     if capture:
         capture.finish()
         capture.close()
-        summary |= cache_figures(run)
+        summary["bytes_per_token"] = bytes_per_token(run)
         summary["capture_overhead"] = capture_overhead(run, trainer)
     trainer.engine.close()
     run.finish({**summary, "seconds": run.seconds})
 
 
-def cache_figures(run: Run) -> dict[str, float]:
-    """Bytes per captured token over all caches, and the share of the corpus' samples that they hold."""
+def bytes_per_token(run: Run) -> float:
+    """Bytes of all published shards per token with a target in them, over all caches."""
     stats = [reader.stats() for reader in build.open_readers(run)]
-    tokens = sum(s["tokens"] for s in stats)
-    return {
-        "bytes_per_token": sum(s["bytes"] for s in stats) / max(tokens, 1),
-        "coverage": sum(s["samples"] for s in stats) / sum(len(c) for c in run.data.train.values()),
-    }
+    return float(sum(s["bytes"] for s in stats) / max(sum(s["tokens"] for s in stats), 1))

@@ -1,4 +1,4 @@
-"""Run under 1 or 2 ranks by tests/unit/test_engine.py: trains a tiny Transformer through the engine, writes what came out.
+"""Run under 1 or 2 ranks by tests/unit/test_engine.py: trains a tiny Transformer through the engine.
 
 python -m tests.workers.engine OUT MODE      MODE: cut | resume
 """
