@@ -128,12 +128,12 @@ class LedgerWriter:
     def _repair(self) -> None:
         reader = LedgerReader(self.path)
         self.rows = reader.poll()
-        self.seq, self.finished, self._size = reader.seq, reader.finished, reader.offset
+        self.seq, self.finished = reader.seq, reader.finished
         with reported(self.path):
-            torn = os.fstat(self._fd).st_size - self._size
+            torn = os.fstat(self._fd).st_size - reader.offset
             if torn:
                 log.warning("%s: removed a torn last row of %d bytes", self.path, torn)
-                os.ftruncate(self._fd, self._size)
+                os.ftruncate(self._fd, reader.offset)
                 os.fsync(self._fd)
 
     def append(self, row: ShardRow) -> None:
@@ -148,16 +148,10 @@ class LedgerWriter:
             self.finished = True
 
     def _append(self, record: dict[str, object]) -> None:
-        line = seal(record)
+        """A part that an error leaves behind is a torn row: the writer must be opened anew, which removes it."""
         with reported(self.path):
-            try:
-                write_all(self._fd, line)
-                os.fsync(self._fd)
-            except OSError:
-                # Part of a row in the middle of a ledger would damage it for good.
-                os.ftruncate(self._fd, self._size)
-                raise
-        self._size += len(line)
+            write_all(self._fd, seal(record))
+            os.fsync(self._fd)
         self.seq += 1
 
     def close(self) -> None:

@@ -101,7 +101,8 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, monkeypatch, room
     left[0] = room
     with pytest.raises(CacheError, match=r"(safetensors|w\.jsonl): No space left"):
         for i in range(10):
-            put(writer, [i])
+            while not put(writer, [i]):
+                time.sleep(0.001)
         writer.flush()
     with pytest.raises(CacheError, match="No space left"):
         writer.flush()

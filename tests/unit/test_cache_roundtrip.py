@@ -157,6 +157,16 @@ def test_the_page_is_enough_to_read_a_shard(tmp_path):
         )
 
 
+def test_constant_counts_cost_nothing(tmp_path):
+    """topk: so many heads in every token, no tails."""
+    codec = CodecConfig(CodecName.topk)
+    with CacheWriter(tmp_path, header(codec), writer="w") as writer:
+        put(writer, [4, 2], codec)
+    with safe_open(tmp_path / "shards" / "w-000000.safetensors", "np") as file:
+        orders = file.get_tensor("orders")
+    assert (orders[:, [0, 1, 3]] == 255).all() and (orders[:, 4:] == [codec.k, 0]).all()
+
+
 def test_ids_beyond_seventeen_bits(tmp_path):
     vocab = 202_048
     counts = np.random.default_rng(0).integers(0, 1000, vocab)
