@@ -127,7 +127,7 @@ def _publish(place: Path, make: Callable[[Path, Path], None]) -> None:
 
 def _sweep(folder: Path) -> None:
     """Removes what killed processes left behind; not what another process may be writing now."""
-    for temporary in folder.glob(".*.tmp"):
+    for temporary in folder.glob(f".*-{'[0-9a-f]' * 16}.*.tmp"):
         try:
             newest = max(path.stat().st_mtime for path in (temporary, *temporary.rglob("*")))
         except FileNotFoundError:
