@@ -221,4 +221,6 @@ def _sentence(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     key = getattr(error, "full_key", None)
     text = lines[0] if lines else type(error).__name__
+    if error.__cause__ is not None:
+        text += f" ({str(error.__cause__).splitlines()[0]})"
     return f"{key}: {text}" if key and key not in text else text

@@ -22,7 +22,9 @@ def capture_overhead(run: Run, trainer: Trainer) -> float:
     program = trainer.program
     assert isinstance(program, TeacherStep)
     folder = run.folder / "overhead.tmp"
-    shutil.rmtree(folder, ignore_errors=True)
+    if run.dist.is_main:
+        shutil.rmtree(folder, ignore_errors=True)
+    run.dist.barrier()
     names = build.cache_folders(run)
     capture = build.open_capture(run, {}, {name: folder / name for name in names})
     ratios = []
@@ -36,8 +38,9 @@ def capture_overhead(run: Run, trainer: Trainer) -> float:
                 trainer.rehearse(batch)
                 seconds[on] = time.perf_counter() - began
             ratios.append(seconds[True] / seconds[False] - 1.0)
-        capture.flush()
     finally:
         capture.close()
-        shutil.rmtree(folder, ignore_errors=True)
+    run.dist.barrier()
+    if run.dist.is_main:
+        shutil.rmtree(folder)
     return statistics.median(ratios[1:])  # the first pair warms up

@@ -1,0 +1,117 @@
+"""Kill -9 at any moment, the same command with resume=true, and the run ends with bitwise the same losses."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.cli import TINY, command, environment, losses, run, write_corpus
+
+STEPS = ["teacher.train.steps=60", "student.train.steps=60", "teacher.train.checkpoint_every=6",
+         "student.train.checkpoint_every=6"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    return [write_corpus(folder), f"data.dir={folder}/packed"]
+
+
+def kill_when(arguments, folder, grown):
+    """Starts a run and kills it as soon as `grown()` holds; returns whether it was killed before its end."""
+    process = subprocess.Popen(
+        command(*arguments, f"hydra.run.dir={folder}", "resume=true"),
+        env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while process.poll() is None and not grown():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    alive = process.poll() is None
+    os.killpg(process.pid, signal.SIGKILL) if alive else None
+    process.wait()
+    return alive
+
+
+def size(path):
+    return path.stat().st_size if path.exists() else 0
+
+
+@pytest.mark.parametrize("order", ["late_first"])
+def test_a_codistillation_killed_at_random_moments_ends_bitwise_alike(tmp_path, data, order):
+    arguments = [*TINY, *data, *STEPS, "job=codistill", "codistill.rounds=10", f"student.replay.order={order}",
+                 "experiment=smoke", "tracking=off", "~codistill.arms.constant"]  # fmt: skip
+    run(*arguments, f"hydra.run.dir={tmp_path}/whole")
+    chance, folder = random.Random(0), tmp_path / "killed"
+    total, kills = size(tmp_path / "whole" / "metrics.jsonl"), 0
+    for share in (0.15, 0.5, 0.9):
+        goal = total * share + chance.randrange(200)
+        kills += kill_when(arguments, folder, lambda goal=goal: size(folder / "metrics.jsonl") > goal)
+    assert kills >= 2
+    # Whatever half-written files lie there.
+    (folder / "checkpoints" / "step-00000099.tmp").mkdir(exist_ok=True)
+    (folder / "cache" / "shards" / "teacher-00000-99999999.safetensors.tmp").write_bytes(b"half")
+    run(*arguments, f"hydra.run.dir={folder}", "resume=true")
+    assert losses(folder) == losses(tmp_path / "whole")
+    assert losses(folder / "arms" / "hard") == losses(tmp_path / "whole" / "arms" / "hard")
+    again = run(*arguments, f"hydra.run.dir={folder}", "resume=true")
+    assert "finished" in again.stdout
+
+
+def test_a_student_follows_a_live_teacher_and_both_may_be_killed(tmp_path, data):
+    teacher = [*TINY, *data, *STEPS, "job=teacher"]
+    student = [*TINY, *data, *STEPS, "job=student", "cache.follow=true", f"cache.dir={tmp_path}/t/cache",
+               "student.replay.order=late_first"]  # fmt: skip
+    run(*teacher, f"hydra.run.dir={tmp_path}/whole")
+    run(*student[:-2], f"cache.dir={tmp_path}/whole/cache", student[-1], f"hydra.run.dir={tmp_path}/alone")
+
+    following = subprocess.Popen(
+        command(*student, f"hydra.run.dir={tmp_path}/s"), env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    ledger = tmp_path / "t" / "cache" / "ledger" / "teacher-00000.jsonl"
+    assert kill_when(teacher, tmp_path / "t", lambda: size(ledger) > 3000)
+    restarted = subprocess.Popen(command(*teacher, f"hydra.run.dir={tmp_path}/t", "resume=true"), env=environment())
+    time.sleep(3)
+    following.kill()
+    following.wait()
+    run(*student, f"hydra.run.dir={tmp_path}/s", "resume=true")
+    assert restarted.wait(timeout=120) == 0
+    assert losses(tmp_path / "t") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "s") == losses(tmp_path / "alone")
+
+
+def test_a_damaged_checkpoint_costs_steps_not_the_run(tmp_path, data):
+    arguments = [*TINY, *data, "job=student", "student.cached=false", "student.train.steps=20",
+                 "student.train.checkpoint_every=4", "student.train.keep_checkpoints=3"]  # fmt: skip
+    run(*arguments, f"hydra.run.dir={tmp_path}/whole")
+    folder = tmp_path / "cut"
+    kill_when(arguments, folder, lambda: (folder / "checkpoints" / "step-00000012").exists())
+    newest = max((folder / "checkpoints").glob("step-*[0-9]"))
+    victim = newest / "student-00000.safetensors"
+    victim.write_bytes(victim.read_bytes()[:-100])
+    done = run(*arguments, f"hydra.run.dir={folder}", "resume=true")
+    assert "damaged checkpoint" in done.stderr + done.stdout
+    assert losses(folder) == losses(tmp_path / "whole")
+
+
+def test_bad_resumes_are_refused_with_both_values(tmp_path, data):
+    arguments = [
+        *TINY,
+        *data,
+        "job=student",
+        "student.cached=false",
+        "student.train.steps=4",
+        f"hydra.run.dir={tmp_path}/r",
+    ]
+    run(*arguments)
+    before = (tmp_path / "r" / "metrics.jsonl").read_bytes()
+    changed = run(*arguments, "student.model.hidden_size=24", "resume=true", code=2)
+    assert "student.model.hidden_size is 24; the run in" in changed.stderr and "started with 16" in changed.stderr
+    twice = run(*arguments, code=2)
+    assert "holds a run: set resume=true" in twice.stderr
+    for done in (changed, twice):
+        assert "Traceback" not in done.stderr
+    assert (tmp_path / "r" / "metrics.jsonl").read_bytes() == before

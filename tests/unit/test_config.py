@@ -1,0 +1,129 @@
+import subprocess
+import sys
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from distill.config.errors import ConfigError
+from distill.config.load import CONF, load, precheck, to_dict
+from distill.config.schema import Job
+from tests.cli import environment
+
+
+def problems(*arguments):
+    with pytest.raises(ConfigError) as caught:
+        precheck(list(arguments))
+    return caught.value.problems
+
+
+def loaded(*arguments):
+    precheck(list(arguments))
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return load(compose("config", overrides=list(arguments)))
+
+
+def test_all_faults_of_a_command_line_come_at_once_each_with_key_value_and_what_is_allowed():
+    found = problems(
+        "job=techer",
+        "student.optim.lrr=3",
+        "+foo=1",
+        "++loss.alhpa=0.3",
+        "cache=mysterious",
+        "experiment=nope",
+        "student.optim.lr=abc",
+        "teacher.train.batch=7.5",
+        "cache.codec.name=zip",
+        "bad==",
+        "data.corpora.main.sorce=files",
+        "+student.model.rope_scaling.factr=3",
+        "precision=fp9",
+        "~seed",
+    )
+    text = "\n".join(found)
+    for part in (
+        "job is techer; Invalid value 'techer', expected one of [teacher, student, codistill, evaluate]",
+        "student.optim.lrr is no key; allowed there: lr",
+        "foo is no key; allowed: cache,",
+        "loss is no key",
+        "cache is mysterious; allowed: multinomial, threshold, topk",
+        "experiment is nope; allowed: demo, smoke",
+        "student.optim.lr is abc; Value 'abc' of type 'str' could not be converted to Float",
+        "teacher.train.batch is 7.5; Value '7.5' of type 'float' could not be converted to Integer",
+        "cache.codec.name is zip; Invalid value 'zip', expected one of [threshold, multinomial, topk]",
+        "'bad==' is not an override",
+        "data.corpora.main.sorce is no key; allowed there: source",
+        "student.model.rope_scaling.factr is no key; allowed there: factor",
+        "precision is fp9",
+    ):
+        assert part in text, (part, text)
+    assert len(found) == 14
+
+
+def test_rules_between_fields_come_at_once_with_both_values():
+    text = "\n".join(
+        problems(
+            "job=codistill",
+            "teacher.model.vocab_size=512",
+            "student.model.vocab_size=640",
+            "student.model.heads=3",
+            "teacher.train.batch=6",
+            "teacher.train.accumulation=4",
+            "student.optim.betas=[0.9]",
+            "data.tokenizer.vocab_size=600",
+            "cache.follow=true",
+            "init_from=/nowhere",
+        )
+    )
+    for part in (
+        "student.model.vocab_size is 640 and teacher.model.vocab_size is 512",
+        "student.model.heads is 3; it must be a multiple of kv_heads, 2",
+        "teacher.train.batch is 6; it must be a multiple of accumulation, 4",
+        "student.optim.betas is [0.9]; two numbers",
+        "data.tokenizer.vocab_size is 600; teacher.model.vocab_size allows 512",
+        "cache.follow is true with job=codistill",
+        "init_from is /nowhere; no such folder",
+        "job=codistill trains two models",
+    ):
+        assert part in text, (part, text)
+
+
+def test_a_missing_value_is_named():
+    assert problems() == ["job has no value; set job=..."]
+
+
+def test_every_value_of_a_sweep_is_checked():
+    assert problems("--multirun", "job=teacher", "seed=1,x", "student.optim.lr=0.1,-1") == [
+        "seed is x; Value 'x' of type 'str' could not be converted to Integer",
+        "student.optim.lr is -1.0; it must be positive",
+    ]
+
+
+@pytest.mark.parametrize("model", ["behemoth", "maverick", "scout", "tiny_behemoth", "tiny_maverick", "tiny_scout"])
+def test_every_model_preset_loads(model):
+    run = loaded("job=teacher", f"model@teacher.model={model}", "data.tokenizer.vocab_size=300")
+    assert run.teacher.model.layers > 0 and run.teacher.model.vocab_size > 0
+
+
+@pytest.mark.parametrize("experiment", ["smoke", "demo"])
+@pytest.mark.parametrize("job", ["teacher", "codistill"])
+def test_every_experiment_loads_and_prints(experiment, job):
+    run = loaded(f"job={job}", f"experiment={experiment}", "seed=7")
+    assert run.job is Job[job] and run.data.seed == 7
+    assert to_dict(run)["job"] == job
+
+
+def test_the_command_line_tells_faults_without_traceback_or_torch_and_exits_with_2():
+    script = (
+        "import sys; from distill.__main__ import main; code = main(); "
+        "print('torch' in sys.modules, file=sys.stderr); sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "job=teacher", "student.optim.lrr=1", "seed=x"],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=60,
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    lines = done.stderr.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["error", "error", "False"], lines
