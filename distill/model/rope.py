@@ -48,8 +48,6 @@ class RopeTable:
             self._grow(1 << (longest - 1).bit_length(), position_T.device)
         return self.cos_SC[position_T].unsqueeze(1), self.sin_SC[position_T].unsqueeze(1)
 
-    # A table made under inference mode could never be saved for a later backward pass.
-    @torch.inference_mode(False)
     def _grow(self, positions: int, device: torch.device) -> None:
         angle_SP = torch.arange(positions, dtype=torch.float32, device="cpu")[:, None] * self.frequencies
         cos_SP, sin_SP = angle_SP.cos(), angle_SP.sin()

@@ -150,6 +150,11 @@ def test_llama3_frequencies(high):
         assert ratio[34] == pytest.approx(1, rel=1e-5) and ratio[35] == pytest.approx(1 / 16, rel=1e-5)
 
 
+def test_a_wavelength_on_the_hard_step_is_finite():
+    turns = (8192 / (2 * math.pi / torch.ones(1))).item()  # of the first pair, exactly
+    assert frequencies(4, 100.0, RopeScaling(16.0, turns, turns, 8192)).isfinite().all()
+
+
 # ---------------------------------------------------------------- packing
 
 

@@ -195,7 +195,8 @@ def test_damaged_or_absent_files(folder, model, tmp_path):
     assert f"{second.name}: {gone} is in model.safetensors.index.json but not in the file" in said
 
 
-def test_an_index_may_not_point_out_of_the_folder(folder):
+def test_an_index_may_not_point_out_of_the_folder(folder, tmp_path):
+    save_file({"model.norm.weight": torch.ones(32)}, tmp_path / "model.safetensors")
     index = {"weight_map": {"model.norm.weight": "../model.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "../model.safetensors is named by" in refusal(folder)
