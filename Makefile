@@ -1,6 +1,8 @@
 # Every target is one call of a module; logic lives in Python.
 PYTHON ?= python3
 BIN := .venv/bin
+# On a GPU machine: make setup CONSTRAINTS=
+CONSTRAINTS ?= constraints-cpu.txt
 RUN := $(BIN)/python -m distill
 .DEFAULT_GOAL := help
 .PHONY: help setup smoke demo test lint bench config clean
@@ -10,9 +12,9 @@ help: ## Show this list
 
 setup: .venv/.done ## Create .venv with everything that smoke, test and bench need
 
-.venv/.done: pyproject.toml constraints-cpu.txt
+.venv/.done: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints-cpu.txt -e '.[dev]'
+	$(BIN)/pip install -q $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
 	@touch $@
 
 smoke: setup ## The main job, small: teacher, captured targets, three students, a table (ARGS="seed=7 ...")

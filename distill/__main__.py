@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -19,7 +20,8 @@ from distill.config.schema import Job, RunConfig
 def compose_and_run(cfg: DictConfig) -> None:
     try:
         run_job(load(cfg))
-    except UserError as error:
+    except (UserError, OSError) as error:
+        # Here, not only in main: on its way there Hydra would print the whole command line.
         sys.exit(_told(error))
 
 
@@ -54,11 +56,16 @@ def main() -> int:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     if int(os.environ.get("RANK", "0")) > 0:
         sys.argv.append("hydra.run.dir=.")  # or each rank would leave an empty folder with its own time stamp
-    compose_and_run()
+    try:
+        compose_and_run()
+    except OSError as error:  # Hydra makes the run folder before it calls us
+        return _told(error)
     return 0
 
 
-def _told(error: UserError) -> int:
+def _told(error: UserError | OSError) -> int:
+    if isinstance(error, OSError) and not (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        raise error  # nothing that a person could mend: the traceback is for us
     for line in str(error).splitlines():
         print(f"error: {line}", file=sys.stderr)
     return 2

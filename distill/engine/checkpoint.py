@@ -74,8 +74,8 @@ def save(root: Path, step: int, engines: dict[str, Engine], state: dict[str, Any
             for old in _folders(root)[keep:]:
                 shutil.rmtree(old)
         dist.barrier()
-    except OSError as error:
-        raise CheckpointError(f"{temporary}: cannot write the checkpoint: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{temporary}: cannot write the checkpoint: {error}") from error
     return final
 
 

@@ -115,6 +115,8 @@ def student(run: Run, readers: list[CacheReader] | None) -> Trainer:
     if readers:
         recorded = readers[0].header.stream
         stream, planned = Stream.from_description(recorded), int(recorded["planned"])
+        if stream.names != list(sizes):
+            raise ConfigError(f"data.corpora are {', '.join(sizes)}; the teacher's were {', '.join(stream.names)}")
     else:
         weights = {name: config.data.corpora[name].weight for name in sizes}
         stream, planned = Stream(sizes, weights, config.data.seed), steps * part.train.batch

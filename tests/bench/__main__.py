@@ -1,0 +1,54 @@
+"""`make bench` (ONLY=name for one): prints a table and writes runs/bench/<name>.json."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+
+
+def machine() -> dict[str, object]:
+    cpu = next(
+        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": gpu,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def main() -> int:
+    names = sorted(p.stem for p in HERE.glob("*.py") if not p.stem.startswith("_"))
+    wanted = sys.argv[1:] or names
+    unknown = [name for name in wanted if name not in names]
+    if unknown:
+        print(f"error: ONLY is {' '.join(unknown)}; allowed: {', '.join(names)}", file=sys.stderr)
+        return 2
+    out = Path("runs/bench")
+    out.mkdir(parents=True, exist_ok=True)
+    for name in wanted:
+        figures = importlib.import_module(f"tests.bench.{name}").run()
+        record = {"figures": figures, "machine": machine(), "command": f"make bench ONLY={name}"}
+        (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        width = max(map(len, figures))
+        print(f"\n{name}")
+        for key, value in figures.items():
+            print(f"  {key:<{width}}  {value:.4g}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
