@@ -37,7 +37,7 @@ def test_kill_at_any_moment(tmp_path):
     shards = 0
     for repeat in range(8):
         ready = FORK.Event()
-        child = FORK.Process(target=write_until_killed, args=(tmp_path, ready, repeat))
+        child = FORK.Process(target=write_until_killed, args=(tmp_path, ready, repeat), daemon=True)
         child.start()
         assert ready.wait(20)
         time.sleep(rng.uniform(0, 0.15))
@@ -155,7 +155,7 @@ def test_a_folder_that_is_a_file(tmp_path):
 
 def test_one_name_one_live_writer(tmp_path):
     ready = FORK.Event()
-    child = FORK.Process(target=write_until_killed, args=(tmp_path, ready, 0))
+    child = FORK.Process(target=write_until_killed, args=(tmp_path, ready, 0), daemon=True)
     child.start()
     assert ready.wait(20)
     with pytest.raises(CacheError, match=rf"process \(pid {child.pid}\) holds the writer's name 'w'"):
@@ -171,7 +171,7 @@ def test_one_name_one_live_writer(tmp_path):
 def test_readers_follow_a_writer_in_another_process(tmp_path):
     CacheWriter(tmp_path, header(), writer="w").close()
     ready = FORK.Event()
-    child = FORK.Process(target=write_until_killed, args=(tmp_path, ready, 0))
+    child = FORK.Process(target=write_until_killed, args=(tmp_path, ready, 0), daemon=True)
     reader = CacheReader(tmp_path)
     child.start()
     try:

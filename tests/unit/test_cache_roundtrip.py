@@ -231,6 +231,8 @@ def test_a_reader_follows_a_growing_cache(tmp_path):
         put(writer, [21])
         writer.flush()
         assert reader.refresh() == 1 and not reader.finished
+        writer.finish()
+        assert reader.refresh() == 0 and reader.finished
 
 
 def test_one_shard_has_one_teacher(tmp_path):
@@ -246,6 +248,8 @@ def test_after_an_exception_nothing_more_is_published(tmp_path):
         put(writer, [1])
         writer.flush()
         put(writer, [2])
+        while writer._waiting:
+            pass
         raise ZeroDivisionError
     assert CacheReader(tmp_path).covers(np.array([1, 2])).tolist() == [True, False]
     with pytest.raises(AssertionError, match="after close"):
