@@ -108,6 +108,15 @@ def test_chunks_do_not_matter(config):
         assert a.dtype == b.dtype and torch.equal(a, b)
 
 
+@pytest.mark.parametrize("config", CODECS, ids=str)
+def test_chunks_of_our_own_do_not_matter(config, monkeypatch):
+    logits_TV = 2 * torch.randn(96, 203, generator=torch.Generator().manual_seed(2))
+    whole = select(config, logits_TV)
+    for size in (1, 7 * 203):
+        monkeypatch.setattr("distill.cache.codecs.base._CPU_CHUNK", size)
+        assert all(map(torch.equal, whole, select(config, logits_TV)))
+
+
 @pytest.mark.parametrize("config", CODECS[:3], ids=str)
 def test_seed_sample_and_position_each_matter(config):
     logits_TV = torch.randn(1, 400).expand(40, -1)

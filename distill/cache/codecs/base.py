@@ -9,6 +9,10 @@ from torch import Tensor
 
 from distill.cache.targets import Atoms, pad
 
+_CPU_CHUNK = 2**22
+"""Probabilities at one time. Their memory (16 MiB) is used again; a larger block would be paged in anew each time, at
+three times the cost of computing it."""
+
 
 class Codec(ABC):
     """A rule that turns dense distributions into atoms, and atoms into probabilities."""
@@ -25,6 +29,12 @@ class Codec(ABC):
         logits_TV: any float type; lse_T: log-sum-exp of the whole row; sample_ids_T and positions_T (within the
         sample): integers that, with the seed, fix all randomness. A row with NaN gets no sampled atoms.
         """
+        tokens, vocab = logits_TV.shape
+        if logits_TV.device.type == "cpu" and tokens * vocab > _CPU_CHUNK:
+            rows = max(1, _CPU_CHUNK // vocab)
+            inputs = (logits_TV, lse_T, sample_ids_T, positions_T)
+            parts = [[x[t : t + rows] for x in inputs] for t in range(0, tokens, rows)]
+            return Atoms.cat([self._select(z_TV, lse, seed, ids, places) for z_TV, lse, ids, places in parts])
         return self._select(logits_TV, lse_T, seed, sample_ids_T, positions_T)
 
     @abstractmethod
