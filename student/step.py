@@ -139,5 +139,5 @@ class StudentStep:
 
     def load_state(self, state: dict[str, Any]) -> None:
         values = [math.inf if x is None else x for x in state["lag"]]
-        self.lag = weighting.LagState(*(torch.tensor(x).to(self.covered) for x in values))
-        self.covered = torch.tensor(state["covered"]).to(self.covered)
+        self.lag = weighting.LagState(*(self.covered.new_tensor(x) for x in values))
+        self.covered = self.covered.new_tensor(state["covered"])

@@ -126,13 +126,15 @@ def _override_problems(text: str, repository: Any) -> Iterator[str]:
             if value is not None and str(value) not in choices:
                 yield f"{group} is {value}; allowed: {', '.join(sorted(choices))}"
         return
-    if override.is_delete():
-        yield f"{text!r} deletes a key; every key of the schema is needed"
-        return
     path = group if override.package is None else f"{group}@{override.package}"
     unknown = _unknown_key(path)
     if unknown:
         yield unknown
+        return
+    if override.is_delete():
+        parent = path.rpartition(".")[0]
+        if not parent or _unknown_key(f"{parent}.any name"):  # only where names are free may one be left out
+            yield f"{text!r} deletes a key; every key of the schema is needed"
         return
     for value in _values(override):
         try:
