@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from distill.config.files import replacing
+
 Row = dict[str, Any]
 
 
@@ -33,14 +35,9 @@ class JsonLines:
 
         Either way the new file is written beside the old one and renamed, so that a crash leaves one of the two.
         """
-        beside = path.with_name(path.name + ".new")
-        with beside.open("w", encoding="utf-8") as file:
+        with replacing(path) as beside, beside.open("w", encoding="utf-8") as file:
             if keep is not None:
                 file.writelines(_line(row) for row in read(path) if keep(row))
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-        _sync_folder(path.parent)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Row) -> None:
@@ -55,11 +52,3 @@ class JsonLines:
 
 def _line(row: Row) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

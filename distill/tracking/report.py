@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from distill.config.files import write_text
 from distill.tracking import charts, table
 from distill.tracking.page import page
 from distill.tracking.runs import Arm, RunData, load
@@ -70,12 +70,8 @@ def write(folder: Path) -> Path:
     """
     data = load(folder)
     body = _header(data) + _result(data) + _charts(data.arms) + _configs(data.configs)
-    path, beside = folder / "report.html", folder / "report.html.new"
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(page(f"{data.name} · codistill", body))
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    path = folder / "report.html"
+    write_text(path, page(f"{data.name} · codistill", body))
     return path
 
 
