@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distill.config.errors import CacheError
+from distill.config.files import sync
 
 TEMPORARY = ".tmp"
 """Suffix of files that are not published; a leftover may be removed by whoever would write it."""
@@ -42,20 +43,12 @@ def publish(path: Path, data: bytes) -> None:
             finally:
                 os.close(fd)
             os.rename(temporary, path)
-            sync_folder(path.parent)
+            sync(path.parent)
         except OSError:
             # A full disk is relieved of the part that was written; if even that fails, the first error counts.
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
-
-
-def sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 @contextlib.contextmanager

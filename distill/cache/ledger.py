@@ -13,9 +13,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill.cache.files import reported, sync_folder, write_all
+from distill.cache.files import reported, write_all
 from distill.cache.seal import seal, unseal
 from distill.config.errors import CacheError
+from distill.config.files import sync
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ class LedgerWriter:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             with reported(path):
-                sync_folder(path.parent)
+                sync(path.parent)
             self._repair()
         except BaseException:
             os.close(self._fd)

@@ -8,17 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames and removals in a folder outlast a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sync_file(path: Path) -> None:
-    """Makes a closed file's bytes outlast a power cut."""
+def sync(path: Path) -> None:
+    """Makes a closed file's bytes, or a folder's renames and removals, outlast a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -32,9 +23,9 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        sync_file(temporary)
+        sync(temporary)
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -26,7 +26,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from distill.config.errors import DataError
-from distill.config.files import sync_file
+from distill.config.files import sync
 
 COLUMNS: dict[str, np.dtype[Any]] = {"ids": np.dtype("<i4"), "documents": np.dtype("<i4"), "mask": np.dtype("u1")}
 BATCH_TOKENS = 1 << 17
@@ -105,7 +105,7 @@ class SplitWriter:
         np.save(self._folder / f"{self._split}.counts.npy", self._counts_V, allow_pickle=False)
         (self._folder / f"{self._split}.json").write_text(json.dumps(vars(summary), indent=1))
         for name in ("arrow", "counts.npy", "json"):
-            sync_file(self._folder / f"{self._split}.{name}")
+            sync(self._folder / f"{self._split}.{name}")
         return summary
 
     def _write(self, rows: int) -> None:

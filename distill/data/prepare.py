@@ -19,7 +19,7 @@ from pathlib import Path
 import xxhash
 
 from distill.config.errors import DataError
-from distill.config.files import sync_folder
+from distill.config.files import sync
 from distill.config.schema import DataConfig
 from distill.data import tokenizer as tokenizers
 from distill.data.pack import pack
@@ -116,13 +116,13 @@ def _publish(place: Path, make: Callable[[Path, Path], None]) -> None:
         new.mkdir()
         scratch.mkdir()
         make(new, scratch)
-        sync_folder(new)
+        sync(new)
         try:
             new.rename(place)
         except OSError:
             if not place.is_dir():  # else another process was first, with the same content
                 raise
-        sync_folder(place.parent)
+        sync(place.parent)
 
 
 def _sweep(folder: Path) -> None:

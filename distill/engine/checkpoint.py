@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from distill.config.errors import CheckpointError
-from distill.config.files import sync_file, sync_folder, write_text
+from distill.config.files import sync, write_text
 from distill.engine.dist import Dist
 from distill.engine.zero import Engine
 
@@ -54,7 +54,7 @@ def save(root: Path, step: int, engines: dict[str, Engine], state: dict[str, Any
                     share[key] = tensor.detach().cpu().contiguous().clone()
             path = temporary / f"{name}-{dist.rank:05d}.safetensors"
             save_file(share, path)
-            sync_file(path)
+            sync(path)
             files[path.name] = {"bytes": path.stat().st_size, "xxh3": _digest(path)}
         every = dist.gather(files)
         if dist.is_main:
@@ -70,7 +70,7 @@ def save(root: Path, step: int, engines: dict[str, Engine], state: dict[str, Any
             if final.exists():  # of a run that was resumed from an older one
                 shutil.rmtree(final)
             temporary.rename(final)
-            sync_folder(root)
+            sync(root)
             for old in _folders(root)[keep:]:
                 shutil.rmtree(old)
         dist.barrier()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from distill.config.errors import CheckpointError
+from distill.config.files import sync
 from distill.model.hf_config import config_from_json, config_to_json
 from distill.model.transformer import Transformer
 
@@ -127,9 +127,9 @@ def save(
     try:
         _write(model, partial, max_shard_bytes)
         for path in (*partial.iterdir(), partial):
-            _sync(path)
+            sync(path)
         partial.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -224,11 +224,3 @@ def _write(model: Transformer, folder: Path, max_shard_bytes: int) -> None:
 
 def _dump(data: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

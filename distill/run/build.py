@@ -62,8 +62,18 @@ def teacher(run: Run) -> tuple[Trainer, Capture | None]:
 
 
 def open_capture(run: Run, planned: dict[str, object], folders: dict[str, Path]) -> Capture:
-    """One writer per corpus on every rank; the rank that comes first creates the cache."""
+    """One writer per corpus on every rank; the rank that comes first creates the cache.
+
+    A cache that holds another run's targets is refused: they would give way to this run's, sample by sample.
+    """
     config, train = run.config, run.config.teacher.train
+    taken = [f for f in folders.values() if not config.resume and any((f / "ledger").glob("*.jsonl"))]
+    run.dist.barrier()
+    if taken:
+        raise ConfigError(
+            f"cache.dir is {taken[0]}; it holds targets of another run: choose another folder, or go on with that run "
+            "(its hydra.run.dir and resume=true)"
+        )
     vocab_size = config.teacher.model.vocab_size
     writers = []
     for turn in (True, False):

@@ -1,5 +1,6 @@
 """The jobs through the real command line, on models of a few thousand parameters."""
 
+import itertools
 import json
 
 import pytest
@@ -18,8 +19,8 @@ def corpus(tmp_path_factory):
 def codistilled(tmp_path_factory, corpus):
     folder = tmp_path_factory.mktemp("codistill") / "run"
     done = run(
-        "experiment=smoke", *TINY, corpus, "job=codistill", "teacher.train.steps=40", "student.train.steps=40", "codistill.rounds=10",
-        "student.replay.order=late_first", f"hydra.run.dir={folder}",
+        "experiment=smoke", *TINY, corpus, "job=codistill", "teacher.train.steps=40", "student.train.steps=40",
+        "codistill.rounds=10", "student.replay.order=late_first", f"hydra.run.dir={folder}",
     )  # fmt: skip
     return folder, done
 
@@ -57,7 +58,7 @@ def test_late_first_waits_for_half_the_teacher_and_then_interleaves(codistilled)
     order = [r["job"] for r in rows(codistilled[0])]
     first = order.index("student")
     assert order[:first].count("teacher") > len([j for j in order if j == "teacher"]) // 2 - 1
-    changes = sum(a != b for a, b in zip(order, order[1:]))
+    changes = sum(a != b for a, b in itertools.pairwise(order))
     assert changes >= 6  # teacher and student in turns, not one after the other
 
 
