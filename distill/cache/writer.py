@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+import torch
 from torch import Tensor
 
 from distill.cache import record
@@ -255,6 +256,7 @@ class CacheWriter:
 
     def _run(self) -> None:
         """The thread: alone with the ledger, and the only one who makes shards."""
+        torch.set_num_threads(1)
         pending: list[_Batch] = []
         try:
             while True:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
+
+import torch
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Generic, TypeVar
@@ -43,6 +45,7 @@ class Prefetch(Generic[T]):
         self._thread.join(timeout=1.0)
 
     def _work(self) -> None:
+        torch.set_num_threads(1)
         for index in self._range:
             if self._stopped.is_set():
                 return

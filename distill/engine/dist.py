@@ -77,6 +77,7 @@ def start(config: EngineConfig) -> Dist:
     if threads == 0:
         threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
     torch.set_num_threads(threads)
+    torch.get_num_threads()  # settles this thread: helper threads set their own number, which later ones would inherit
     device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
