@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import queue
 import threading
-
-import torch
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Generic, TypeVar
+
+import torch
 
 T = TypeVar("T")
 

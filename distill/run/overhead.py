@@ -1,4 +1,4 @@
-"""What capture costs the teacher: its own step with and without, in turns on the same batches."""
+"""What capture costs the teacher: its own training with and without, in turns on the same batches."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import shutil
 import statistics
 import time
 
+from distill.data.join import Prefetch
 from distill.run import build
 from distill.run.run import Run
 from distill.run.trainer import Trainer
 from teacher.step import TeacherStep
 
-PAIRS = 20
+PAIRS = 3
 
 
 def capture_overhead(run: Run, trainer: Trainer) -> float:
-    """Median over pairs of (step with capture / step without) - 1, a share; call it when training is done.
+    """Median over pairs of blocks of (seconds with capture / seconds without) - 1, a share; for when training is done.
 
-    The steps are real ones, optimizer and writer thread included, at learning rate 0 into a cache that is thrown away.
+    The steps are real ones, optimizer, prefetch and writer thread included, at learning rate 0. A block is as long as
+    it takes to publish one shard, into a cache that is thrown away.
     """
     program = trainer.program
     assert isinstance(program, TeacherStep)
@@ -25,22 +27,27 @@ def capture_overhead(run: Run, trainer: Trainer) -> float:
     if run.dist.is_main:
         shutil.rmtree(folder, ignore_errors=True)
     run.dist.barrier()
-    names = build.cache_folders(run)
-    capture = build.open_capture(run, {}, {name: folder / name for name in names})
-    ratios = []
-    try:
-        for pair in range(PAIRS + 1):
-            batch = trainer.batch(pair % trainer.steps)
-            seconds = {}
-            for on in (True, False) if pair % 2 else (False, True):
-                program.capture = capture if on else None
-                began = time.perf_counter()
+    capture = build.open_capture(run, {}, {name: folder / name for name in build.cache_folders(run)})
+    length = -(-run.config.cache.shard_samples * run.dist.world // trainer.config.batch)
+
+    def block(on: bool, steps: int) -> float:
+        program.capture = capture if on else None
+        began = time.perf_counter()
+        with Prefetch(lambda step: trainer.batch(step % trainer.steps), 0, steps) as batches:
+            for batch in batches:
                 trainer.rehearse(batch)
-                seconds[on] = time.perf_counter() - began
+        capture.flush()
+        return time.perf_counter() - began
+
+    try:
+        block(True, 2)  # warms up
+        ratios = []
+        for pair in range(PAIRS):
+            seconds = {on: block(on, length) for on in ((True, False) if pair % 2 else (False, True))}
             ratios.append(seconds[True] / seconds[False] - 1.0)
     finally:
         capture.close()
     run.dist.barrier()
     if run.dist.is_main:
         shutil.rmtree(folder)
-    return statistics.median(ratios[1:])  # the first pair warms up
+    return statistics.median(ratios)
