@@ -24,7 +24,7 @@ demo: setup ## The main job, longer and on a wider gap (at most 40 minutes on 2 
 	$(RUN) job=codistill experiment=demo $(ARGS)
 
 test: setup lint ## Linters, types, import contracts, all tests (ARGS for pytest)
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 lint: setup ## ruff, mypy, import contracts
 	$(BIN)/ruff check .

@@ -127,6 +127,9 @@ class StudentStep:
         self.covered += sums[1:]
         self.lag = weighting.update_lag(self.lag, sums[0] / sums[2].clamp(min=1), self.config.lag.smoothing)
 
+    def figures(self) -> dict[str, float]:
+        return {}
+
     @property
     def coverage(self) -> float:
         """Share of the valid tokens met so far that had targets."""

@@ -17,7 +17,7 @@ from losses.mixed import Tap
 
 
 class Capture:
-    """Selects and hands on; `seconds` is the time that the training thread spent on it.
+    """Selects and hands on; `seconds` is what the training thread spent on it, in `puts` micro-batches.
 
     Args:
         writers: one per corpus, in the stream's order of corpora.
@@ -30,6 +30,7 @@ class Capture:
         self.codec, self.writers, self.seed = codec, writers, seed
         self.teacher, self.tokens_per_step = teacher, tokens_per_step
         self.seconds = 0.0
+        self.puts = 0
 
     def begin(self, batch: Batch) -> Tap:
         """The tap for one micro-batch's pass over the head."""
@@ -68,19 +69,30 @@ class Capture:
             if not rows_B.any():
                 continue
             whole = bool(rows_B.all())
-            rows_T = rows_B.repeat_interleave(length)
+            rows_T = rows_B.repeat_interleave(length).to(hard_T.device)
             writer.put(
                 batch.sample_ids_B[rows_B.numpy()],
                 batch.digests_B[rows_B.numpy()],
                 atoms if whole else atoms.select(rows_T),
-                -hard_T[rows_T.to(hard_T.device)],
-                entropy_T[rows_T.to(entropy_T.device)],
+                -hard_T[rows_T],
+                entropy_T[rows_T],
                 batch.valid_BS.flatten()[rows_T],
                 step=step,
                 tokens_seen=step * self.tokens_per_step,
                 teacher=self.teacher,
             )
         self.seconds += time.perf_counter() - began
+        self.puts += 1
+
+    def figures(self) -> dict[str, float]:
+        stats = [writer.stats for writer in self.writers]
+        found = {"skipped_samples": float(sum(s.skipped for s in stats))}
+        if self.puts:
+            found["capture_seconds"] = self.seconds / self.puts
+        tokens = sum(s.tokens for s in stats)
+        if tokens:
+            found["bytes_per_token"] = sum(s.bytes for s in stats) / tokens
+        return found
 
     def flush(self) -> None:
         for writer in self.writers:

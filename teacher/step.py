@@ -46,6 +46,10 @@ class TeacherStep:
     def end(self, dist: Dist) -> None:
         pass
 
+    def figures(self) -> dict[str, float]:
+        """Of this process's capture since it started: bytes per published token, seconds a step, samples left out."""
+        return {} if self.capture is None else self.capture.figures()
+
     def state(self) -> dict[str, Any]:
         """Nothing: all that a resumed teacher needs is its weights and its place in the stream."""
         return {}

@@ -124,6 +124,9 @@ def _train(key: str, t: TrainConfig) -> Iterator[str]:
         yield from _at_least(f"{key}.{name}", getattr(t, name), 1)
     for name in ("eval_every", "checkpoint_every", "balance_rate"):
         yield from _at_least(f"{key}.{name}", getattr(t, name), 0)
+    if t.log_every >= 1 and t.checkpoint_every % t.log_every:
+        # Else the row that spans a checkpoint would be averaged over the steps since the resume alone.
+        yield f"{key}.checkpoint_every is {t.checkpoint_every}; it must be a multiple of log_every, {t.log_every}"
     if t.steps is not None:
         yield from _at_least(f"{key}.steps", t.steps, 1)
     elif t.epochs <= 0:

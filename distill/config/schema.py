@@ -261,6 +261,8 @@ class ArmConfig:
 
     lr: float | None = None
     """Peak learning rate; null: the student's."""
+    schedule: LrSchedule | None = None
+    """Of the learning rate; null: the student's."""
     order: ReplayOrder = ReplayOrder.same
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
     cached: bool = True

@@ -92,7 +92,8 @@ def arm_config(run: Run, arm: ArmConfig) -> RunConfig:
     """A student's run on the codistilled cache, with the arm's own learning rate, order and weighting."""
     config = run.config
     part = config.student
-    optim = part.optim if arm.lr is None else dataclasses.replace(part.optim, lr=arm.lr)
+    lr = part.optim.lr if arm.lr is None else arm.lr
+    optim = dataclasses.replace(part.optim, lr=lr, schedule=arm.schedule or part.optim.schedule)
     own = dataclasses.replace(
         part, optim=optim, weighting=arm.weighting, cached=arm.cached, replay=ReplayConfig(order=arm.order)
     )

@@ -28,13 +28,17 @@ Positions = Callable[[np.ndarray], np.ndarray]
 
 
 class Step(Protocol):
-    """What teacher and student put into the loop; `begin` and `end` may be collective, `loss` is not."""
+    """What teacher and student put into the loop; `begin` and `end` may be collective, `loss` is not.
+
+    `figures` adds what the host knows to a logged row.
+    """
 
     meters: Meters
 
     def begin(self, batch: Batch, step: int, dist: Dist) -> None: ...
     def loss(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]: ...
     def end(self, dist: Dist) -> None: ...
+    def figures(self) -> dict[str, float]: ...
     def state(self) -> dict[str, Any]: ...
     def load_state(self, state: dict[str, Any]) -> None: ...
 
@@ -148,6 +152,7 @@ class Trainer:
             self.seconds += seconds
             self._window = [0.0, 0]
             row |= {"tokens": at * self.config.batch * self.sample_tokens, "tokens_per_second": tokens / seconds}
+            row |= self.program.figures()
             text = f"loss {row['loss']:.3f}" if "loss" in row else ""
             self.tracker.progress(self.role, at, total, tokens=int(tokens), text=text)
         if evaluate_now:

@@ -58,7 +58,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("lr", "Learning rate", "", smoothed=False, zero=True),
         Panel("grad_norm", "Gradient norm", "before clipping", zero=True),
         Panel("tokens_per_second", "Speed", "tokens per second", zero=True),
-        Panel("capture_seconds", "Time in capture", "seconds per step", zero=True),
+        Panel("capture_seconds", "Time in capture", "seconds per micro-batch", zero=True),
     ),
 }  # fmt: skip
 
