@@ -50,16 +50,18 @@ def precheck(arguments: list[str]) -> None:
         arguments: Hydra's, without the program's name; flags (`--multirun`, `--cfg job`) are left to Hydra.
     """
     problems: list[str] = []
-    texts = [a for a in _overrides(arguments) if not a.lower().startswith(("hydra.", "+hydra.", "++hydra."))]
+    overrides, own = _split(arguments)
+    texts = [a for a in overrides if not a.lower().startswith(("hydra.", "+hydra.", "++hydra."))]
     sound: list[str] = []
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        repository = GlobalHydra.instance().config_loader()
         for text in texts:
-            found = list(_override_problems(text, repository))
+            found = list(_override_problems(text, [CONF, *own]))
             problems += found
             if not found:
                 sound.append(text)
+        if own:
+            sound.append(f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in own)}]")
         for combination in _sweeps(sound):
             try:
                 composed = compose("config", overrides=combination)
@@ -100,27 +102,32 @@ def _load(cfg: DictConfig) -> tuple[list[str], RunConfig | None]:
     return list(check(run)), run
 
 
-def _overrides(arguments: list[str]) -> list[str]:
-    takes_value = {"--cfg", "-c", "--package", "-p", "--config-name", "-cn", "--config-dir", "-cd", "--info", "-i"}
-    kept, skip = [], False
-    for argument in arguments:
-        if skip:
-            skip = False
-        elif argument.startswith("-") and not argument.startswith("--="):
-            skip = argument in takes_value
-        else:
-            kept.append(argument)
-    return kept
+def _split(arguments: list[str]) -> tuple[list[str], list[Path]]:
+    """The overrides among Hydra's arguments, and the user's own configuration folders (`--config-dir`)."""
+    with_value = ("--cfg", "-c", "--package", "-p", "--config-name", "-cn", "--config-dir", "-cd", "--info", "-i")
+    overrides: list[str] = []
+    own: list[Path] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("-"):
+            overrides.append(argument)
+            continue
+        flag, _, value = argument.partition("=")
+        if flag in with_value and not value:
+            value = next(rest, "")
+        if flag in ("--config-dir", "-cd"):
+            own.append(Path(value).absolute())
+    return overrides, own
 
 
-def _override_problems(text: str, repository: Any) -> Iterator[str]:
+def _override_problems(text: str, folders: list[Path]) -> Iterator[str]:
     try:
         override: Override = OverridesParser.create().parse_override(text)
     except HydraException as error:
         yield f"{text!r} is not an override: {_sentence(error)}"
         return
     group = override.key_or_group
-    choices = repository.get_group_options(group)
+    choices = {file.stem for folder in folders for file in (folder / group).glob("*.yaml")}
     if choices or (CONF / group).is_dir():
         for value in _values(override):
             if value is not None and str(value) not in choices:
