@@ -28,6 +28,10 @@ class StudentStep:
         self.covered = torch.zeros(2, dtype=torch.float64, device=meters.device)
         """Valid tokens met so far: those with targets, and all."""
 
+    def know_best(self, teacher_loss: float) -> None:
+        """Tells the weighting the best teacher of a cache that is complete, before the first step."""
+        self.lag = weighting.meet(self.lag, self.covered.new_tensor(teacher_loss))
+
     def begin(self, batch: Batch, step: int, dist: Dist) -> None:
         """Takes note of the whole optimizer step's targets on this rank; collective where a factor needs all ranks."""
         config = self.config

@@ -251,7 +251,7 @@ class WeightingConfig:
 
 @dataclass
 class ReplayConfig:
-    order: ReplayOrder = ReplayOrder.same
+    order: ReplayOrder = ReplayOrder.late_first
     """Order over the teacher's stream: as the teacher met it, backwards, or its second half first."""
 
 

@@ -27,6 +27,8 @@ def train(run: Run) -> None:
     trainer = build.student(run, readers)
     program = trainer.program
     assert isinstance(program, StudentStep)
+    if readers and not config.cache.follow:
+        program.know_best(min(float(np.nanmin(r.stats()["loss"], initial=np.inf)) for r in readers))
     run.restore({"student": trainer})
     every = config.student.train.checkpoint_every or trainer.steps
     while trainer.at < trainer.steps:

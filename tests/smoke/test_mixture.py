@@ -1,4 +1,4 @@
-"""A mixture of corpora, from the user's own experiment file: one cache for each corpus, and a student that reads both."""
+"""A mixture of corpora from the user's own experiment file, one cache for each; caches that do not fit."""
 
 import json
 
