@@ -20,7 +20,7 @@ setup: .venv/.done ## Create .venv with everything that smoke, test and bench ne
 smoke: setup ## The main job, small: teacher, captured targets, three students, a table (ARGS="seed=7 ...")
 	$(RUN) job=codistill experiment=smoke $(ARGS)
 
-demo: setup ## The main job, longer and on a wider gap (at most 40 minutes on 2 cores)
+demo: setup ## The main job with four times the tokens (a quarter of an hour on 2 cores)
 	$(RUN) job=codistill experiment=demo $(ARGS)
 
 test: setup lint ## Linters, types, import contracts, all tests (ARGS for pytest)

@@ -37,6 +37,7 @@ def train(run: Run) -> None:
                 capture.finish()
             else:
                 capture.flush()
+            run.dist.barrier()  # every rank's shards are out before any rank looks
             for reader in readers:
                 reader.refresh()
             goal = student.ready(learner, readers, learner.steps)
@@ -65,8 +66,10 @@ def train(run: Run) -> None:
         "agreement": result.agreement,
         "ece": result.ece,
     }
-    if "hard_loss" in losses:
-        summary["gap_closed"] = gap_closed(losses, "distilled_loss")
+    if "hard" in config.codistill.arms:
+        # null where the teacher is no better than hard labels: there is no gap.
+        closed = {row["arm"]: row.get("gap_closed") for row in table.arms(losses)}
+        summary["gap_closed"] = closed["distilled"]
     summary["seconds"] = run.seconds
     run.tracker.message(table.render(summary))
     run.finish(summary)
@@ -105,8 +108,3 @@ def arm_config(run: Run, arm: ArmConfig) -> RunConfig:
         cache=dataclasses.replace(config.cache, dir=str(build.cache_root(run))),
         tracking=dataclasses.replace(config.tracking, report=False),
     )
-
-
-def gap_closed(losses: dict[str, float], arm: str) -> float:
-    """Share of the way from the hard-label student to the teacher."""
-    return (losses["hard_loss"] - losses[arm]) / (losses["hard_loss"] - losses["teacher_loss"])

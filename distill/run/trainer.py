@@ -72,15 +72,14 @@ class Trainer:
         self.steps, self.stream, self.positions, self.joiner = steps, stream, positions, joiner
         self.tracker, self.dist, self.held_out = tracker, dist, held_out
         self.at = 0
-        self.seconds = 0.0
         self.sample_tokens = sample_tokens
         self._window = [0.0, 0]  # seconds and tokens since the last logged row
 
     def state(self) -> dict[str, Any]:
-        return {"step": self.at, "seconds": self.seconds, "program": self.program.state()}
+        return {"step": self.at, "program": self.program.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.at, self.seconds = state["step"], state["seconds"]
+        self.at = state["step"]
         self.program.load_state(state["program"])
 
     def advance(self, stop: int) -> None:
@@ -149,7 +148,6 @@ class Trainer:
         if log_now:
             row, histograms = self.program.meters.flush(self.dist.sum if self.dist.world > 1 else None)
             seconds, tokens = self._window
-            self.seconds += seconds
             self._window = [0.0, 0]
             row |= {"tokens": at * self.config.batch * self.sample_tokens, "tokens_per_second": tokens / seconds}
             row |= self.program.figures()

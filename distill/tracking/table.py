@@ -99,7 +99,7 @@ _FACTS = {
     "heldout_loss": ("held-out loss", lambda value: f"{value:.3f} nats per token"),
     "bytes_per_token": ("cache", lambda value: f"{value:.1f} bytes per token"),
     "capture_overhead": ("capture overhead", lambda value: f"{percent(value)} of the teacher's step"),
-    "coverage": ("coverage", lambda value: f"{percent(value)} of the samples"),
+    "coverage": ("coverage", lambda value: f"{percent(value)} of the student's tokens"),
     "agreement": ("agreement", lambda value: f"{percent(value)} of the tokens"),
     "accuracy": ("accuracy", lambda value: f"{percent(value)} of the tokens"),
     "ece": ("calibration error", percent),
