@@ -64,8 +64,6 @@ def check(run: RunConfig) -> Iterator[str]:
         )
     if run.job is Job.codistill and not run.teacher.capture:
         yield "teacher.capture is false; job=codistill trains the student on what the teacher captures"
-    if run.job is Job.codistill and run.engine.zero == 0 and run.precision is Precision.bf16:
-        yield "job=codistill with bf16 needs engine.zero 1"
     if run.cache.follow and run.job is not Job.student:
         yield f"cache.follow is true with job={run.job.value}; only job=student follows another run's cache"
     if run.job is Job.student and run.student.cached and run.cache.dir is None:
