@@ -67,9 +67,8 @@ def train(run: Run) -> None:
         "ece": result.ece,
     }
     if "hard" in config.codistill.arms:
-        # null where the teacher is no better than hard labels: there is no gap.
-        closed = {row["arm"]: row.get("gap_closed") for row in table.arms(losses)}
-        summary["gap_closed"] = closed["distilled"]
+        gap = losses["hard_loss"] - teacher_loss
+        summary["gap_closed"] = (losses["hard_loss"] - result.loss) / gap if gap else None
     summary["seconds"] = run.seconds
     run.tracker.message(table.render(summary))
     run.finish(summary)

@@ -20,7 +20,8 @@ def codistilled(tmp_path_factory, corpus):
     folder = tmp_path_factory.mktemp("codistill") / "run"
     done = run(
         "experiment=smoke", *TINY, corpus, "job=codistill", "teacher.train.steps=40", "student.train.steps=40",
-        "codistill.rounds=10", "student.replay.order=late_first", f"hydra.run.dir={folder}",
+        "codistill.rounds=10", "student.replay.order=late_first",
+        "codistill.arms.hard.order=same", f"hydra.run.dir={folder}",
     )  # fmt: skip
     return folder, done
 
@@ -128,7 +129,7 @@ def test_two_ranks_train_the_same_teacher(launcher, tmp_path, corpus, codistille
 
 def test_multirun_trains_each_value_in_its_own_folder(tmp_path, corpus, codistilled):
     run(
-        *TINY, corpus, "--multirun", "job=student", "student.cached=false", "student.train.steps=2", "seed=1,2",
+        "--multirun", *TINY, corpus, "job=student", "student.cached=false", "student.train.steps=2", "seed=1,2",
         f"hydra.sweep.dir={tmp_path}/sweep", f"data.dir={codistilled[0]}/data",
     )  # fmt: skip
     first, second = (losses(tmp_path / "sweep" / n) for n in "01")
