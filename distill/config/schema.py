@@ -1,8 +1,9 @@
 """Types, defaults and meaning of every configuration key; values live in `conf/`, construction in code.
 
-Shape letters and words are those of the README's glossary. Losses are in nats per token. Fields are plain
-dataclasses so that Hydra and OmegaConf type-check YAML and command line alike. Treat a loaded `RunConfig`
-as immutable. No torch here: tools that only look at a config must start at once.
+Shape letters and words are those of the README's glossary. Losses are in nats per token. Fields are plain dataclasses
+so that Hydra and OmegaConf type-check YAML and command line alike. Treat a loaded `RunConfig` as immutable. No torch
+here: tools that only look at a config must start at once. Longer than other files, so that the whole surface is read in
+one place.
 """
 
 from __future__ import annotations
@@ -25,14 +26,9 @@ class OptimizerName(Enum):
     sgd = "sgd"
 
 
-class LrSchedule(Enum):
-    constant = "constant"
-    linear = "linear"
-    cosine = "cosine"
-    wsd = "wsd"
+class Schedule(Enum):
+    """Of the learning rate and of alpha; wsd: warm-up, stable, decay."""
 
-
-class AlphaSchedule(Enum):
     constant = "constant"
     linear = "linear"
     cosine = "cosine"
@@ -174,7 +170,7 @@ class OptimConfig:
     weight_decay: WeightDecay = field(default_factory=WeightDecay)
     clip: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
-    schedule: LrSchedule = LrSchedule.wsd
+    schedule: Schedule = Schedule.wsd
     warmup: float = 0.02
     """Share of the steps spent rising linearly from 0."""
     decay: float = 0.2
@@ -236,7 +232,7 @@ class EntropyFactor:
 class WeightingConfig:
     """alpha_T = schedule(step) x lag x entropy; loss = alpha * soft + (1 - alpha) * hard."""
 
-    schedule: AlphaSchedule = AlphaSchedule.constant
+    schedule: Schedule = Schedule.constant
     alpha: float = 0.5
     """Largest alpha of the schedule."""
     final_alpha: float = 0.0
@@ -261,7 +257,7 @@ class ArmConfig:
 
     lr: float | None = None
     """Peak learning rate; null: the student's."""
-    schedule: LrSchedule | None = None
+    schedule: Schedule | None = None
     """Of the learning rate; null: the student's."""
     order: ReplayOrder = ReplayOrder.same
     weighting: WeightingConfig = field(default_factory=WeightingConfig)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from distill.config.schema import LrSchedule, OptimConfig, OptimizerName
+from distill.config.schema import OptimConfig, OptimizerName, Schedule
 
 
 def decay_group(name: str) -> str:
@@ -50,13 +50,13 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     warmup = round(config.warmup * steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup
-    if config.schedule is LrSchedule.constant:
+    if config.schedule is Schedule.constant:
         return config.lr
     final = config.lr * config.final_lr
-    if config.schedule is LrSchedule.wsd:
+    if config.schedule is Schedule.wsd:
         falling = max(1, round(config.decay * steps))
         left = min(1.0, (steps - step) / falling)
         return final + (config.lr - final) * left
     progress = (step - warmup) / max(1, steps - warmup)
-    left = 1.0 - progress if config.schedule is LrSchedule.linear else 0.5 * (1.0 + math.cos(math.pi * progress))
+    left = 1.0 - progress if config.schedule is Schedule.linear else 0.5 * (1.0 + math.cos(math.pi * progress))
     return final + (config.lr - final) * left

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from distill.config.schema import LrSchedule, OptimConfig
+from distill.config.schema import OptimConfig, Schedule
 from distill.engine.optim import decay_group, learning_rate
 from tests.workers import engine as worker
 
@@ -102,7 +102,7 @@ def test_resume_is_bitwise_alike_and_close_in_another_world_or_stage(results, na
     ],
 )
 def test_learning_rate_by_hand(kind, step, want):
-    config = OptimConfig(lr=1.0, schedule=LrSchedule[kind], warmup=0.1, decay=0.2, final_lr=0.1)
+    config = OptimConfig(lr=1.0, schedule=Schedule[kind], warmup=0.1, decay=0.2, final_lr=0.1)
     assert learning_rate(config, step, 100) == pytest.approx(want)
 
 
