@@ -9,12 +9,12 @@ one place.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 
 from omegaconf import MISSING
 
 
-class Job(Enum):
+class Job(StrEnum):
     teacher = "teacher"
     student = "student"
     codistill = "codistill"
