@@ -162,6 +162,8 @@ def _data(run: RunConfig) -> Iterator[str]:
     yield from _at_least("data.sample_tokens", d.sample_tokens, 1)
     if not d.corpora:
         yield "data.corpora is empty; name at least one corpus"
+    if d.corpora and not any(c.held_out > 0 or c.held_out_files for c in d.corpora.values()):
+        yield "data.corpora.*.held_out is 0 for all; one of them must hold out text for evaluation"
     for name, corpus in d.corpora.items():
         key = f"data.corpora.{name}"
         if not name.replace("_", "").replace("-", "").isalnum():

@@ -71,6 +71,8 @@ def test_rules_between_fields_come_at_once_with_both_values():
             "student.optim.betas=[0.9]",
             "data.tokenizer.vocab_size=600",
             "cache.follow=true",
+            "data.corpora.main.held_out=0",
+            "student.train.checkpoint_every=25",
             "init_from=/nowhere",
         )
     )
@@ -83,6 +85,8 @@ def test_rules_between_fields_come_at_once_with_both_values():
         "cache.follow is true with job=codistill",
         "init_from is /nowhere; no such folder",
         "job=codistill trains two models",
+        "data.corpora.*.held_out is 0 for all",
+        "student.train.checkpoint_every is 25; it must be a multiple of log_every, 10",
     ):
         assert part in text, (part, text)
 
