@@ -31,9 +31,9 @@ def check(run: RunConfig) -> Iterator[str]:
         yield from _optim(f"{role}.optim", part.optim)
         yield from _train(f"{role}.train", part.train)
         yield from _folder(f"{role}.init_from", part.init_from)
-    yield from _weighting("student.weighting", run.student.weighting, run)
+    yield from _weighting("student.weighting", run.student.weighting)
     for name, arm in run.codistill.arms.items():
-        yield from _arm(f"codistill.arms.{name}", arm, run)
+        yield from _arm(f"codistill.arms.{name}", arm)
     yield from _data(run)
     yield from _cache(run)
 
@@ -133,7 +133,7 @@ def _train(key: str, t: TrainConfig) -> Iterator[str]:
         yield f"{key}.batch is {t.batch}; it must be a multiple of accumulation, {t.accumulation} (and of the ranks)"
 
 
-def _weighting(key: str, w: WeightingConfig, run: RunConfig) -> Iterator[str]:
+def _weighting(key: str, w: WeightingConfig) -> Iterator[str]:
     for name in ("alpha", "final_alpha", "warmup", "decay"):
         yield from _share(f"{key}.{name}", getattr(w, name))
     if w.warmup + w.decay > 1 and w.schedule.value == "wsd":
@@ -148,13 +148,13 @@ def _weighting(key: str, w: WeightingConfig, run: RunConfig) -> Iterator[str]:
         yield f"{key}.entropy is enabled but does nothing; set scale=true or skip above 0"
 
 
-def _arm(key: str, arm: ArmConfig, run: RunConfig) -> Iterator[str]:
+def _arm(key: str, arm: ArmConfig) -> Iterator[str]:
     name = key.rsplit(".", 1)[-1]
     if not name.replace("_", "").replace("-", "").isalnum():
         yield f"{key}: an arm's name becomes a folder; letters, digits, '-' and '_' only"
     if arm.lr is not None and arm.lr <= 0:
         yield f"{key}.lr is {arm.lr}; it must be positive"
-    yield from _weighting(f"{key}.weighting", arm.weighting, run)
+    yield from _weighting(f"{key}.weighting", arm.weighting)
 
 
 def _data(run: RunConfig) -> Iterator[str]:
