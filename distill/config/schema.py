@@ -13,6 +13,10 @@ from enum import Enum, StrEnum
 
 from omegaconf import MISSING
 
+from distill.config.model import BaseSizes, ModelConfig, Parametrization, RopeScaling, VisionConfig
+
+__all__ = ["BaseSizes", "ModelConfig", "Parametrization", "RopeScaling", "VisionConfig"]  # and all that is below
+
 
 class Job(StrEnum):
     teacher = "teacher"
@@ -78,70 +82,6 @@ class ConsoleMode(Enum):
     bar = "bar"
     lines = "lines"
     off = "off"
-
-
-# ---------------------------------------------------------------- model
-
-
-@dataclass
-class RopeScaling:
-    """llama3 frequency scaling; low == high is a hard step without a smooth band."""
-
-    factor: float = 16.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 1.0
-    original_positions: int = 8192
-
-
-@dataclass
-class ModelConfig:
-    """One Transformer of the Llama 4 family: teacher and student differ only in these numbers.
-
-    Names of the released `config.json` are given where ours differ.
-    """
-
-    vocab_size: int = MISSING
-    """Rows of the embedding and the head; may exceed the tokenizer's (padding ids are never targets)."""
-    hidden_size: int = MISSING
-    layers: int = MISSING
-    heads: int = MISSING
-    """Query heads H (num_attention_heads)."""
-    kv_heads: int = MISSING
-    """Key/value heads G (num_key_value_heads)."""
-    head_dim: int = MISSING
-    expert_hidden: int = MISSING
-    """Width F of each routed expert and of the shared expert (intermediate_size)."""
-    dense_hidden: int = MISSING
-    """Width of the dense layers' feed-forward (intermediate_size_mlp)."""
-    experts: int = MISSING
-    """Routed experts E (num_local_experts)."""
-    active_experts: int = 1
-    """Routed experts per token A (num_experts_per_tok)."""
-    moe_step: int = 1
-    """Every moe_step-th layer is MoE, the last of each group (interleave_moe_layer_step); 0: none."""
-    moe_layers: list[int] | None = None
-    """Explicit indices of the MoE layers; null derives them from moe_step."""
-    nope_step: int = 4
-    """Every nope_step-th layer has no positional embedding (no_rope_layer_interval); 0: all layers have RoPE."""
-    rope_layers: list[bool] | None = None
-    """Per layer, true where RoPE is applied (no_rope_layers, which is inverted); null derives from nope_step."""
-    chunk_size: int | None = 8192
-    """RoPE layers attend within chunks of this many positions (attention_chunk_size); null: full causal."""
-    qk_norm: bool = True
-    """Weightless RMS norm of q and k after RoPE, RoPE layers only (use_qk_norm)."""
-    temperature_tuning: bool = True
-    """Scale queries of NoPE layers with position (attn_temperature_tuning)."""
-    floor_scale: float = 8192.0
-    attn_scale: float = 0.1
-    rope_theta: float = 500000.0
-    rope_scaling: RopeScaling | None = None
-    max_positions: int = 262144
-    norm_eps: float = 1e-5
-    init_std: float = 0.02
-    """Standard deviation of every initial weight matrix (initializer_range)."""
-    bos_id: int | None = 200000
-    eos_ids: list[int] = field(default_factory=lambda: [200001])
-    pad_id: int | None = 200018
 
 
 # ---------------------------------------------------------------- optimisation

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,6 +29,17 @@ class Experts(nn.Module):
         return self.grouped_fn(F.silu(gate_RF) * up_RF, self.down_proj, ends_E)
 
 
+class Routed(NamedTuple):
+    """What one MoE layer's router did with T tokens."""
+
+    logits_TE: Tensor
+    """Attached to the graph."""
+    experts_TA: Tensor
+    """int64, the selected experts."""
+    ends_E: Tensor
+    """int32, where each expert's rows end among all T * A."""
+
+
 class MoE(nn.Module):
     """shared(h) + sum over the selected experts of expert(weight * h): the weight scales the expert's *input*."""
 
@@ -37,8 +50,8 @@ class MoE(nn.Module):
         self.experts = Experts(config.experts, size, hidden, grouped_fn)
         self.shared_expert = SwiGLU(size, hidden, linear_fn)
 
-    def forward(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Output [T, D], router logits [T, E], and the ends int32 [E] of the experts' rows among all T * A."""
+    def forward(self, hidden_TD: Tensor) -> tuple[Tensor, Routed]:
+        """Output [T, D], and what the router did."""
         logits_TE, experts_TA, weight_TA = self.router(hidden_TD)
         # Stable: tokens of an expert keep their order, so the bits depend on nothing but the input.
         expert_R, source_R = experts_TA.flatten().sort(stable=True)
@@ -49,4 +62,4 @@ class MoE(nn.Module):
         y_RD = self.experts(scaled_RD.index_select(0, source_R), ends_E)
         y_TAD = y_RD.index_select(0, row_R).unflatten(0, experts_TA.shape)
         routed_TD = y_TAD.squeeze(1) if y_TAD.shape[1] == 1 else y_TAD.sum(1)
-        return self.shared_expert(hidden_TD) + routed_TD, logits_TE, ends_E
+        return self.shared_expert(hidden_TD) + routed_TD, Routed(logits_TE, experts_TA, ends_E)

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from distill.config.schema import ModelConfig
 from distill.model.attention import Attention, Layout, temperature
-from distill.model.experts import MoE
+from distill.model.experts import MoE, Routed
 from distill.model.layout import moe_layers, rope_layers
 from distill.model.linear import GroupedFn, LinearFn, SwiGLU, grouped_mm
 from distill.model.norm import RMSNorm
@@ -30,6 +31,8 @@ class Routing(NamedTuple):
     """int64, tokens given to each expert; a row sums to T * A."""
     logits_LTE: tuple[Tensor, ...]
     """Router logits [T, E] of each MoE layer, attached to the graph."""
+    experts_LTA: tuple[Tensor, ...]
+    """int64, the selected experts [T, A] of each MoE layer."""
 
 
 class Layer(nn.Module):
@@ -45,13 +48,13 @@ class Layer(nn.Module):
             MoE(config, linear_fn, grouped_fn) if moe else SwiGLU(config.hidden_size, config.dense_hidden, linear_fn)
         )
 
-    def forward(self, hidden_TD: Tensor, layout: Layout) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """New hidden states, and (router logits, ends) where the layer is MoE."""
+    def forward(self, hidden_TD: Tensor, layout: Layout) -> tuple[Tensor, Routed | None]:
+        """New hidden states, and what the router did where the layer is MoE."""
         hidden_TD = hidden_TD + self.self_attn(self.input_layernorm(hidden_TD), layout)
         normed_TD = self.post_attention_layernorm(hidden_TD)
         if isinstance(self.feed_forward, MoE):
-            out_TD, logits_TE, ends_E = self.feed_forward(normed_TD)
-            return hidden_TD + out_TD, (logits_TE, ends_E)
+            out_TD, routed = self.feed_forward(normed_TD)
+            return hidden_TD + out_TD, routed
         return hidden_TD + self.feed_forward(normed_TD), None
 
 
@@ -90,11 +93,15 @@ class Transformer(nn.Module):
         config: a configuration that passed `distill.config`'s checks.
         linear_fn: product of attention projections and feed-forwards; router, embedding and head never use it.
         grouped_fn: product of the routed experts.
+
+    Attributes:
+        activation_checkpointing: keep only each layer's input for the backward pass and compute the rest again.
     """
 
     def __init__(self, config: ModelConfig, linear_fn: LinearFn = F.linear, grouped_fn: GroupedFn = grouped_mm):
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False
         moe, rope = set(moe_layers(config)), rope_layers(config)
         self.embed = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
@@ -129,16 +136,18 @@ class Transformer(nn.Module):
         """
         rope, nope = self._layouts(ids_BS, documents_BS)
         hidden_TD = self.embed(ids_BS.flatten())
-        logits_LTE: list[Tensor] = []
-        ends_LE: list[Tensor] = []
+        routed: list[Routed] = []
         for layer in self.layers:
-            hidden_TD, routed = layer(hidden_TD, rope if layer.rope else nope)
-            if routed is not None:
-                logits_LTE.append(routed[0])
-                ends_LE.append(routed[1])
+            layout = rope if layer.rope else nope
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                hidden_TD, done = checkpoint(layer, hidden_TD, layout, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden_TD, done = layer(hidden_TD, layout)
+            if done is not None:
+                routed.append(done)
         hidden_TD = self.norm(hidden_TD)
         out = hidden_TD if head_fn is None else self.head(hidden_TD, head_fn)
-        return out, Routing(_counts(ends_LE, self.config.experts, ids_BS.device), tuple(logits_LTE))
+        return out, self._routing(routed, ids_BS.device)
 
     def logits(self, ids_BS: Tensor, documents_BS: Tensor | Segments | None = None) -> Tensor:
         """Next-token logits [B, S, V] in the model's dtype; arguments as in `forward`."""
@@ -158,9 +167,9 @@ class Transformer(nn.Module):
         factor = temperature(full, config.floor_scale, config.attn_scale) if config.temperature_tuning else None
         return Layout(chunked, rotation, None), Layout(full, None, factor)
 
-
-def _counts(ends_LE: list[Tensor], experts: int, device: torch.device) -> Tensor:
-    if not ends_LE:
-        return torch.zeros(0, experts, dtype=torch.int64, device=device)
-    ends = torch.stack(ends_LE).long()
-    return torch.diff(ends, dim=1, prepend=ends.new_zeros(len(ends_LE), 1))
+    def _routing(self, routed: list[Routed], device: torch.device) -> Routing:
+        ends_LE = torch.zeros(0, self.config.experts, dtype=torch.int64, device=device)
+        if routed:
+            ends_LE = torch.stack([layer.ends_E for layer in routed]).long()
+        counts_LE = ends_LE.diff(dim=1, prepend=ends_LE.new_zeros(len(routed), 1))
+        return Routing(counts_LE, tuple(r.logits_TE for r in routed), tuple(r.experts_TA for r in routed))

@@ -6,7 +6,6 @@ Everything of a run lies in its folder: `config.yaml`, `data/`, `metrics.jsonl`,
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from collections.abc import Iterator
@@ -216,16 +215,16 @@ def load_model(folder: Path, role: str, want: ModelConfig | None) -> Transformer
         load_weights(model, found.tensors(name, ("param/", "buffer/")))
     if want is not None:
         here, there = to_plain(want), to_plain(model.config)
-        shape = [
-            k for k in here if here[k] != there[k] and not k.endswith(("_id", "_ids", "init_std", "max_positions"))
-        ]
+        free = ("bos_id", "eos_ids", "pad_id", "init_std", "max_positions", "parametrization", "base")
+        shape = [k for k in here if here[k] != there[k] and k not in free]
         if shape:
             raise ConfigError(*[f"{role}.model.{k} is {here[k]}; the model in {folder} has {there[k]}" for k in shape])
     return model
 
 
 def to_plain(config: ModelConfig) -> dict[str, Any]:
-    return dataclasses.asdict(config)
+    """The configuration as JSON-able values."""
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -35,7 +35,7 @@ def test_moe_equals_the_loop(active, biased):
     hidden_TD = torch.randn(19, 32)
     if biased:
         block.router.bias.copy_(torch.tensor([0.5, -0.5, 0.25, 0.0]))
-    out_TD, logits_TE, ends_E = block(hidden_TD)
+    out_TD, (logits_TE, _, ends_E) = block(hidden_TD)
     key_TE = logits_TE.double().sigmoid() + block.router.bias
     experts_TA = key_TE.argsort(dim=1, descending=True)[:, :active]
     torch.testing.assert_close(out_TD.double(), oracle_moe(block, hidden_TD, experts_TA), atol=2e-5, rtol=0)
