@@ -120,7 +120,7 @@ def _optim(key: str, o: OptimConfig) -> Iterator[str]:
 def _train(key: str, t: TrainConfig) -> Iterator[str]:
     for name in ("batch", "accumulation", "log_every", "keep_checkpoints", "head_chunk", "eval_samples"):
         yield from _at_least(f"{key}.{name}", getattr(t, name), 1)
-    for name in ("eval_every", "checkpoint_every", "balance_rate"):
+    for name in ("eval_every", "checkpoint_every", "balance_rate", "balance_loss", "z_loss"):
         yield from _at_least(f"{key}.{name}", getattr(t, name), 0)
     if t.log_every >= 1 and t.checkpoint_every % t.log_every:
         # Else the row that spans a checkpoint would be averaged over the steps since the resume alone.

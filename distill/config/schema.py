@@ -140,6 +140,12 @@ class TrainConfig:
     """Newest checkpoints that are kept."""
     balance_rate: float = 1e-3
     """Step of the loss-free router bias; 0 switches balancing off."""
+    balance_loss: float = 0.0
+    """Coefficient, per MoE layer, of the sequence-wise balance loss on top of it (1e-4 is usual); 0: none."""
+    z_loss: float = 0.0
+    """Coefficient, per MoE layer, of the routers' z-loss (1e-3 is usual); 0: none."""
+    activation_checkpointing: bool = False
+    """Keep only each layer's input for the backward pass and compute the rest again: less memory, a third more time."""
     head_chunk: int = 4096
     """Tokens whose logits live at one time."""
 

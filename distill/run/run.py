@@ -141,6 +141,7 @@ class Run:
             model = load_model(Path(start), role, part.model)
         else:
             model = Transformer(part.model)
+        model.activation_checkpointing = part.train.activation_checkpointing
         return Engine(model, part.optim, self.config.engine, self.config.precision, self.dist, tensors)
 
     def restore(self, trainers: dict[str, Trainer]) -> None:
