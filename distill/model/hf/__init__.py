@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 
 from distill.model.hf.config import config_from_json, config_to_json
+from distill.model.hf.names import SIGHT
 from distill.model.hf.read import Reader
 from distill.model.hf.write import SaveReport, save
 from distill.model.transformer import Transformer
 
-__all__ = ["Reader", "SaveReport", "config_from_json", "config_to_json", "load", "save"]
+__all__ = ["SIGHT", "Reader", "SaveReport", "config_from_json", "config_to_json", "load", "save"]
 
 
 def load(folder: str | Path, dtype: torch.dtype | None = None, vision: bool = True) -> Transformer:
