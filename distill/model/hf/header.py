@@ -28,24 +28,30 @@ class Stored(NamedTuple):
     shape: list[int]
 
 
-def stored_tensors(folder: Path, problems: list[str]) -> list[Stored]:
+def stored_tensors(folder: Path, problems: list[str]) -> tuple[list[Stored], set[str] | None]:
     """Every tensor of a checkpoint; what is wrong with files, headers and index goes into `problems`.
+
+    Returns:
+        The tensors, and the keys that are lost with files that cannot be read (None: no index says which they are).
 
     Raises:
         CheckpointError: the folder holds no safetensors checkpoint, or its index is not one.
     """
     promised = _files(folder, problems)
     tensors: list[Stored] = []
+    lost: set[str] | None = set()
     for file, keys in promised.items():
-        found = _read(folder / file, problems)
+        inside = Path(file).name == file  # an index may not point out of the folder
+        found = _read(folder / file, inside, problems)
         if found is None:
+            lost = None if keys is None or lost is None else lost | keys
             continue
         tensors += found
         if keys is not None:
             here = {tensor.key for tensor in found}
             problems += [f"{file}: {key} is in {INDEX} but not in the file" for key in sorted(keys - here)]
             problems += [f"{file}: {key} is in the file but {INDEX} does not say so" for key in sorted(here - keys)]
-    return tensors
+    return tensors, lost
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -72,10 +78,7 @@ def _files(folder: Path, problems: list[str]) -> dict[str, set[str] | None]:
         raise CheckpointError(f"{folder / INDEX}: weight_map must map keys to file names")
     files: dict[str, set[str] | None] = {}
     for file in sorted(set(weight_map.values())):
-        if Path(file).name != file or not (folder / file).is_file():
-            problems.append(f"{folder / file} is named by {INDEX} but is no file of the folder")
-        else:
-            files[file] = {key for key, where in weight_map.items() if where == file}
+        files[file] = {key for key, where in weight_map.items() if where == file}
     if SINGLE not in files and (folder / SINGLE).exists():
         problems.append(f"{folder} has {SINGLE} and an {INDEX} that does not name it; remove the one that is not meant")
     return files
@@ -91,8 +94,11 @@ def _instead(folder: Path) -> str:
     return ""
 
 
-def _read(path: Path, problems: list[str]) -> list[Stored] | None:
+def _read(path: Path, inside: bool, problems: list[str]) -> list[Stored] | None:
     """The tensors of one file; None where the header cannot be read."""
+    if not inside or not path.is_file():
+        problems.append(f"{path} is named by {INDEX} but is no file of the folder")
+        return None
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

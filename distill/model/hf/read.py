@@ -26,7 +26,7 @@ DTYPES = ("F64", "F32", "F16", "BF16")
 FP8 = "F8_E4M3"
 _SCALE = "_scale"
 """Behind the key of a weight in FP8: its scale, for the whole matrix or for each row."""
-_BLOCK = 1 << 22
+_BLOCK = 1 << 20
 """Elements of a matrix in FP8 that are scaled at a time."""
 
 
@@ -66,14 +66,15 @@ class Reader:
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         problems: list[str] = []
         stored: dict[str, Stored] = {}
-        for tensor in stored_tensors(self.folder, problems):
+        tensors, lost = stored_tensors(self.folder, problems)
+        for tensor in tensors:
             name = tensor.key.removeprefix(TEXT)
             if name in stored:
                 problems.append(f"{tensor.key} is in {stored[name].file} and in {tensor.file}")
             stored[name] = tensor
         unread = dict(stored)
         self._sources: dict[str, list[_Matrix]] = {}
-        finder = _Finder(stored, unread, is_quantized(data), str(self.folder), problems)
+        finder = _Finder(stored, unread, lost, is_quantized(data), str(self.folder), problems)
         for name, shape in self.shapes.items():
             self._sources[name] = finder.find(hf_name(name), list(shape))
         if "text_config" in data and not vision:
@@ -81,6 +82,7 @@ class Reader:
         problems += [f"{tensor.file}: {tensor.key} is unknown to the model" for tensor in unread.values()]
         if problems:
             raise CheckpointError("\n".join(problems))
+        self._block = torch.empty(0)
         self._files: dict[str, Any] = {}
         self._stack = ExitStack()
 
@@ -136,17 +138,21 @@ class Reader:
             yield e * size, expert
 
     def _scaled(self, matrix: _Matrix, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-        """Blocks of rows that cover the run, in fp32 where they were in FP8, each with its first element."""
+        """Blocks of rows that cover the run, each with its first element; a scaled one gives way to the next."""
         weight_RC = self._mapped(matrix.stored)
         if matrix.scale is None:
             yield 0, weight_RC
             return
         columns = weight_RC.shape[1]
         scale_R = self._mapped(matrix.scale).float().reshape(-1).expand(len(weight_RC))
+        first, last = start // columns, -(-stop // columns)
         step = max(1, _BLOCK // columns)
-        for row in range(start // columns, -(-stop // columns), step):
-            rows = slice(row, min(row + step, -(-stop // columns)))
-            yield row * columns, weight_RC[rows].float().mul_(scale_R[rows, None])
+        if self._block.numel() < step * columns:
+            self._block = torch.empty(step * columns, dtype=torch.float32, device="cpu")
+        for row in range(first, last, step):
+            rows = slice(row, min(row + step, last))
+            block = self._block[: (rows.stop - row) * columns].view(-1, columns)
+            yield row * columns, block.copy_(weight_RC[rows]).mul_(scale_R[rows, None])
 
     def _mapped(self, stored: Stored) -> Tensor:
         """A tensor whose bytes are the file's: nothing is read before it is touched."""
@@ -164,16 +170,24 @@ class _Finder:
     """Finds the stored tensors of each parameter, and notes what is missing or does not fit."""
 
     def __init__(
-        self, stored: dict[str, Stored], unread: dict[str, Stored], quantized: bool, folder: str, problems: list[str]
+        self,
+        stored: dict[str, Stored],
+        unread: dict[str, Stored],
+        lost: set[str] | None,
+        quantized: bool,
+        folder: str,
+        problems: list[str],
     ):
-        self.stored, self.unread = stored, unread
+        self.unread = unread
+        self.lost = None if lost is None else {key.removeprefix(TEXT) for key in lost}
+        self.there = stored.keys() | (self.lost or set())
         self.quantized, self.folder, self.problems = quantized, folder, problems
 
     def find(self, key: str, shape: list[int]) -> list[_Matrix]:
         """The tensor that holds a parameter, or of a fused one those of all experts in order."""
-        if is_fused(key) and key not in self.stored and any(name in self.stored for name in unfused(key, 0)):
+        parts = [name for expert in range(shape[0]) for name in unfused(key, expert)] if is_fused(key) else []
+        if key not in self.there and any(name in self.there for name in parts):
             experts, inputs, outputs = shape
-            parts = [name for expert in range(experts) for name in unfused(key, expert)]
             found = [self._matrix(name, [outputs * experts // len(parts), inputs]) for name in parts]
         else:
             found = [self._matrix(key, shape)]
@@ -182,7 +196,7 @@ class _Finder:
     def _matrix(self, key: str, shape: list[int]) -> _Matrix | None:
         tensor = self.unread.pop(key, None)
         if tensor is None:
-            self.problems.append(f"{self.folder}: {key} {shape} is in no file")
+            self._missing(key, f"{self.folder}: {key} {shape} is in no file")
             return None
         what = f"{tensor.file}: {tensor.key}"
         if tensor.shape != shape:
@@ -193,12 +207,17 @@ class _Finder:
             self.problems.append(f"{what} is stored as {tensor.dtype}; allowed: {', '.join(DTYPES)}")
         return _Matrix(tensor, None)
 
+    def _missing(self, key: str, what: str) -> None:
+        # What went with a damaged file has been told.
+        if self.lost is not None and key not in self.lost:
+            self.problems.append(what)
+
     def _scale(self, key: str, tensor: Stored, what: str) -> Stored | None:
         # Of activations, which are not quantised here.
         self.unread.pop(key.removesuffix("weight") + "input_scale", None)
         scale = self.unread.pop(key + _SCALE, None)
         if scale is None:
-            self.problems.append(f"{what} is stored as {FP8}; {tensor.key}{_SCALE} is in no file")
+            self._missing(key + _SCALE, f"{what} is stored as {FP8}; {tensor.key}{_SCALE} is in no file")
             return None
         rows = tensor.shape[0]
         if scale.shape not in ([], [1], [1, 1], [rows], [rows, 1]):

@@ -44,11 +44,12 @@ def from_fields(vision: Fields, image_token_id: int) -> VisionConfig:
         norm_eps=_EPS,
         image_token_id=image_token_id,
     )
-    if (out := vision.number("vision_output_dim")) != config.adapter_out:
-        vision.fault("vision_output_dim", f"is {out}; projector_output_dim is {config.adapter_out}: they must be equal")
-    if not vision.faults:
+    out = vision.number("vision_output_dim")
+    if not vision.faults:  # else a stand-in would be held against what is sound
         for problem in (*_impossible(config), *misfits(config)):
             vision.problems.append(vision.where + problem)
+        if out != config.adapter_out:
+            vision.fault("vision_output_dim", f"is {out}; it must be projector_output_dim, {config.adapter_out}")
     vision.rest(_INERT)
     return config
 
