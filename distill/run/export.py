@@ -56,7 +56,8 @@ def export(config: RunConfig, folder: Path, dist: Dist) -> None:
     data = Prepared(tokenizer, {}, {})
     if biased:
         data = home.held_out(tokenizer, folder / "data", model.config.vocab_size)
-    run = Run(dataclasses.replace(config, data=home.data), folder, dist, data)
+    tracking = dataclasses.replace(config.tracking, report=False)  # there is no curve to draw
+    run = Run(dataclasses.replace(config, data=home.data, tracking=tracking), folder, dist, data)
     also = partial(_copy, source)
     if not home.is_hf:
         model.config = _with_ids_of(tokenizer, model.config)
