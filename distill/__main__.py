@@ -28,12 +28,15 @@ def compose_and_run(cfg: DictConfig) -> None:
 def run_job(config: RunConfig) -> None:
     # Imported only now: a wrong configuration must be told before torch and DeepSpeed are loaded.
     from distill.engine import dist
-    from distill.run import codistill, student, teacher
+    from distill.run import codistill, export, student, teacher
     from distill.run.run import Run
 
     ranks = dist.start(config.engine)
     # Each rank composes its own time stamp; the main rank's folder is the run's.
     folder = Path(ranks.from_main(HydraConfig.get().runtime.output_dir))
+    if config.job is Job.export:
+        export.export(config, folder, ranks)
+        return
     run = Run(config, folder, ranks)
     if run.finished:
         print(f"{folder}: finished; nothing to resume")

@@ -62,6 +62,8 @@ def check(run: RunConfig) -> Iterator[str]:
 
     if run.job is Job.evaluate and run.init_from is None:
         yield "init_from is null; job=evaluate needs the folder of the model to evaluate"
+    if run.job is Job.export:
+        yield from _export(run)
     if run.job is Job.codistill and run.init_from is not None:
         yield f"init_from is {run.init_from}; job=codistill trains two models: set teacher. or student.init_from"
     if trains_teacher and trains_student and run.teacher.model.vocab_size != run.student.model.vocab_size:
@@ -75,6 +77,21 @@ def check(run: RunConfig) -> Iterator[str]:
         yield f"cache.follow is true with job={run.job.value}; only job=student follows another run's cache"
     if run.job is Job.student and run.student.cached and run.cache.dir is None:
         yield "cache.dir is null; job=student reads the cache of a teacher's run (or set student.cached=false)"
+
+
+def _export(run: RunConfig) -> Iterator[str]:
+    if run.init_from is None:
+        yield "init_from is null; job=export needs the run, checkpoint or folder of the model to export"
+    if run.export.dir is None:
+        yield "export.dir is null; job=export needs the folder to write"
+    elif Path(run.export.dir).exists() and not (Path(run.export.dir).is_dir() and _is_empty(Path(run.export.dir))):
+        yield f"export.dir is {run.export.dir}; it exists and is not empty: choose a new folder"
+    if run.export.max_shard_gb <= 0:
+        yield f"export.max_shard_gb is {run.export.max_shard_gb}; it must be positive"
+
+
+def _is_empty(folder: Path) -> bool:
+    return next(folder.iterdir(), None) is None
 
 
 def _model(key: str, m: ModelConfig, sample_tokens: int) -> Iterator[str]:

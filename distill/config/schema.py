@@ -25,6 +25,12 @@ class Job(StrEnum):
     student = "student"
     codistill = "codistill"
     evaluate = "evaluate"
+    export = "export"
+
+
+class Role(StrEnum):
+    teacher = "teacher"
+    student = "student"
 
 
 class OptimizerName(Enum):
@@ -372,6 +378,20 @@ class EvaluateConfig:
 
 
 @dataclass
+class ExportConfig:
+    dir: str | None = None
+    """Folder that the Hugging Face checkpoint is written to; it must not exist, or be empty."""
+    role: Role = Role.student
+    """Which model of a run that trained two."""
+    dtype: Precision = Precision.fp32
+    """Of the weights in the files."""
+    drop_router_bias: bool = False
+    """Leave out a router bias that is not zero: the format has none. What it costs on held-out text is measured."""
+    max_shard_gb: float = 5.0
+    """Largest file in GB (10^9 bytes), exceeded only by a single larger tensor."""
+
+
+@dataclass
 class RunConfig:
     job: Job = MISSING
     seed: int = 0
@@ -379,12 +399,14 @@ class RunConfig:
     resume: bool = False
     """Go on from the run folder's newest valid checkpoint, or start if there is none."""
     init_from: str | None = None
-    """First weights of the model that the job trains or evaluates (job=codistill: use teacher. / student.init_from)."""
+    """First weights of the model that the job trains, or the model that it evaluates or exports: a run, a checkpoint or
+    a Hugging Face folder (job=codistill: use teacher. / student.init_from)."""
     data: DataConfig = field(default_factory=DataConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     codistill: CodistillConfig = field(default_factory=CodistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     precision: Precision = Precision.fp32

@@ -78,6 +78,23 @@ def prepare(config: DataConfig, folder: Path, model_vocab_size: int) -> Prepared
     return prepared
 
 
+def reopen(config: DataConfig, folder: Path, tokenizer: Tokenizer) -> Prepared | None:
+    """What `prepare` left in `folder`, found by the corpora's names alone: their files may be gone.
+
+    Returns:
+        None where a corpus has no place there, or several, as in a folder that differing runs share.
+    """
+    prepared = Prepared(tokenizer, {}, {})
+    for name, corpus in config.corpora.items():
+        places = list(folder.glob(f"{name}-{'[0-9a-f]' * 16}"))
+        if len(places) != 1:
+            return None
+        prepared.train[name] = PackedCorpus(places[0], "train", name)
+        if corpus.held_out > 0 or corpus.held_out_files:
+            prepared.held_out[name] = PackedCorpus(places[0], "held_out", name)
+    return prepared
+
+
 def _tokenizer(config: DataConfig, folder: Path, corpora: list[Corpus]) -> Tokenizer:
     if config.tokenizer.file is not None:
         return tokenizers.load(config.tokenizer)

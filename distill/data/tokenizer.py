@@ -64,6 +64,10 @@ class Tokenizer:
         """The text of ids, special tokens included."""
         return self._library.decode(list(ids), skip_special_tokens=False)
 
+    def token(self, token_id: int) -> str | None:
+        """What the tokenizer calls an id; None where it has no such id."""
+        return self._library.id_to_token(token_id) if token_id >= 0 else None
+
     def save(self, path: str | Path) -> None:
         """Writes a complete `tokenizer.json` at one stroke; equal tokenizers have equal bytes."""
         write_text(Path(path), self._json)

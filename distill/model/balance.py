@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from distill.model.layout import moe_layers
 from distill.model.transformer import Transformer
 
 
@@ -22,6 +23,20 @@ def update_bias(model: Transformer, counts_LE: Tensor, rate: float) -> None:
         load_E = counts_E.float()
         delta_E = rate * torch.sign(load_E.mean() - load_E)
         router.bias += delta_E - delta_E.mean()
+
+
+def degenerate_routers(model: Transformer) -> list[int]:
+    """Layers whose router cannot tell tokens apart: all rows of its weight are equal, and so is all of its bias.
+
+    Every token then ties between all experts and goes to the same ones; training on does not show it, since the loss
+    still falls (see the derivation that accompanies arXiv 2601.20205).
+    """
+    found = []
+    for layer, router in zip(moe_layers(model.config), model.routers, strict=True):
+        choice = router.active < len(router.weight)
+        if choice and bool((router.weight == router.weight[0]).all() and (router.bias == router.bias[0]).all()):
+            found.append(layer)
+    return found
 
 
 def load_stats(counts_LE: Tensor) -> dict[str, Tensor]:

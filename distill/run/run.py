@@ -26,11 +26,15 @@ from distill.engine import checkpoint
 from distill.engine.dist import Dist
 from distill.engine.zero import Engine, load_weights
 from distill.model import Transformer, hf
+from distill.model.balance import degenerate_routers
 from distill.model.freeze import freeze
+from distill.model.layout import moe_layers, rope_layers
 from distill.run.trainer import Trainer
 from distill.tracking import report
 from distill.tracking.tracker import Tracker
 from student.evaluate import Evaluation, evaluate
+
+TOKENIZER = "tokenizer.json"
 
 # May differ between a run and its resumption: they change nothing that is computed.
 _FREE = (
@@ -116,6 +120,8 @@ class Run:
                 prepared = prepare(data, folder, min(sizes))
             self.dist.barrier()
         assert prepared is not None
+        if self.dist.is_main:  # whoever exports a model of this run needs no data
+            prepared.tokenizer.save(self.folder / TOKENIZER)
         return prepared
 
     @property
@@ -142,6 +148,11 @@ class Run:
             model = load_model(Path(start), role, part.model)
         else:
             model = Transformer(part.model)
+        if self.restored is None and (layers := degenerate_routers(model)):
+            raise ConfigError(
+                f"{role}.init_from is {start}; the routers of layers {layers} have equal rows and an equal bias: every "
+                "token would go to the same experts, and no loss would show it. Give these routers random weights"
+            )
         model.activation_checkpointing = part.train.activation_checkpointing
         freeze(model, part.train.freeze)
         return Engine(model, part.optim, self.config.engine, self.config.precision, self.dist, tensors)
@@ -206,23 +217,49 @@ def load_model(folder: Path, role: str, want: ModelConfig | None) -> Transformer
 
     Args:
         role: which model of a checkpoint that holds several.
-        want: refuse another size, naming the keys that differ; None takes what is there.
+        want: refuse another architecture, naming the keys that differ; of a model with sight the text model alone is
+            taken where `want` has none. None takes what is there.
     """
+    sight = want is None or want.vision is not None
     if (folder / "config.json").exists():
-        model = hf.load(folder)
+        model = hf.load(folder, vision=sight)
     else:
         found = checkpoint.find(folder)
         name = role if role in found.engines else found.engines[0]
         stored = OmegaConf.merge(OmegaConf.structured(ModelConfig), found.state["models"][name])
-        model = Transformer(cast(ModelConfig, OmegaConf.to_object(stored)))
-        load_weights(model, found.tensors(name, ("param/", "buffer/")))
+        config = cast(ModelConfig, OmegaConf.to_object(stored))
+        tensors = found.tensors(name, ("param/", "buffer/"))
+        if not sight:
+            config.vision = None
+            tensors = {key: t for key, t in tensors.items() if not key.removeprefix("param/").startswith(hf.SIGHT)}
+        model = Transformer(config)
+        load_weights(model, tensors)
     if want is not None:
-        here, there = to_plain(want), to_plain(model.config)
-        free = ("bos_id", "eos_ids", "pad_id", "init_std", "max_positions", "parametrization", "base")
-        shape = [k for k in here if here[k] != there[k] and k not in free]
-        if shape:
-            raise ConfigError(*[f"{role}.model.{k} is {here[k]}; the model in {folder} has {there[k]}" for k in shape])
+        unlike = list(_unlike(_architecture(want), _architecture(model.config)))
+        if unlike:
+            raise ConfigError(*[f"{role}.model.{k} is {a}; the model in {folder} has {b}" for k, a, b in unlike])
+        model.config = want  # the same model, as the run spells it
     return model
+
+
+def _architecture(config: ModelConfig) -> dict[str, Any]:
+    """What a model must share with another to take its weights and compute the same, however either spells it."""
+    plain = to_plain(config)
+    free = ("bos_id", "eos_ids", "pad_id", "init_std", "max_positions", "parametrization", "base")
+    for key in (*free, "moe_step", "nope_step"):
+        del plain[key]
+    if config.chunk_size is not None and config.chunk_size >= config.max_positions:
+        plain["chunk_size"] = None  # the Hugging Face format has no null here
+    return plain | {"moe_layers": moe_layers(config), "rope_layers": rope_layers(config)}
+
+
+def _unlike(here: dict[str, Any], there: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Key and both values, wherever two of them differ."""
+    for key, value in here.items():
+        if isinstance(value, dict) and isinstance(there[key], dict):
+            yield from _unlike(value, there[key], f"{prefix}{key}.")
+        elif value != there[key]:
+            yield prefix + key, value, there[key]
 
 
 def to_plain(config: ModelConfig) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from distill.config.schema import RopeScaling
 from distill.model import Transformer, hf
+from distill.model.hf.names import hf_name
 
 transformers = pytest.importorskip("transformers")
 transformers.utils.logging.disable_progress_bar()
@@ -83,7 +84,7 @@ def test_logits_and_gradients(tmp_path, name):
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0, msg=lambda m, a=attention: f"{a}: {m}")
     for out in (logits, expected):
         F.cross_entropy(out[:, :-1].flatten(0, 1), ids_BS[:, 1:].flatten()).backward()
-    found = {hf._hf_name(n): p.grad for n, p in ours.named_parameters()}
+    found = {hf_name(n): p.grad for n, p in ours.named_parameters()}
     for key, parameter in theirs.named_parameters():
         relative = (found[key] - parameter.grad).norm() / parameter.grad.norm()
         assert relative < 1e-5, f"{key}: relative gradient error {relative:.1e}"

@@ -23,6 +23,24 @@ def loaded(*arguments):
         return load(compose("config", overrides=list(arguments)))
 
 
+def test_export_needs_a_model_and_a_new_folder(tmp_path):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").touch()
+    (tmp_path / "empty").mkdir()
+    assert problems("job=export", "export.max_shard_gb=0") == [
+        "init_from is null; job=export needs the run, checkpoint or folder of the model to export",
+        "export.dir is null; job=export needs the folder to write",
+        "export.max_shard_gb is 0.0; it must be positive",
+    ]
+    model = f"init_from={tmp_path}/used"
+    for used in ("used", "used/file"):
+        (line,) = problems("job=export", model, f"export.dir={tmp_path}/{used}")
+        assert line == f"export.dir is {tmp_path}/{used}; it exists and is not empty: choose a new folder"
+    for new in ("empty", "nowhere"):
+        run = loaded("job=export", model, f"export.dir={tmp_path}/{new}", "export.role=teacher", "export.dtype=bf16")
+        assert run.export.role.value == "teacher" and run.export.dtype.value == "bf16"
+
+
 def test_all_faults_of_a_command_line_come_at_once_each_with_key_value_and_what_is_allowed():
     found = problems(
         "job=techer",
@@ -42,7 +60,7 @@ def test_all_faults_of_a_command_line_come_at_once_each_with_key_value_and_what_
     )
     text = "\n".join(found)
     for part in (
-        "job is techer; Invalid value 'techer', expected one of [teacher, student, codistill, evaluate]",
+        "job is techer; Invalid value 'techer', expected one of [teacher, student, codistill, evaluate, export]",
         "student.optim.lrr is no key; allowed there: lr",
         "foo is no key; allowed: cache,",
         "loss is no key",

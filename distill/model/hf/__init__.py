@@ -1,0 +1,39 @@
+"""Hugging Face checkpoints: a folder of safetensors and `config.json`, in and out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from distill.model.hf.config import config_from_json, config_to_json
+from distill.model.hf.names import SIGHT
+from distill.model.hf.read import Reader
+from distill.model.hf.write import SaveReport, save
+from distill.model.transformer import Transformer
+
+__all__ = ["SIGHT", "Reader", "SaveReport", "config_from_json", "config_to_json", "load", "save"]
+
+
+def load(folder: str | Path, dtype: torch.dtype | None = None, vision: bool = True) -> Transformer:
+    """The model of a folder, on the CPU, router bias zero.
+
+    Reads one file or shards with an index, text alone or with sight, experts fused or one by one, in FP8 with scales
+    or not. Every header is checked before any weight is read, and each tensor is copied straight to its place.
+
+    Args:
+        dtype: of the parameters; None: torch's default.
+        vision: False takes the text model alone of a folder that has both.
+
+    Raises:
+        CheckpointError: naming every file, key and shape that does not fit.
+    """
+    with Reader(folder, vision) as reader, torch.no_grad():
+        with torch.device("meta"):
+            model = Transformer(reader.config).to(dtype or torch.get_default_dtype())
+        model.to_empty(device="cpu")
+        for name, parameter in model.named_parameters():
+            reader.read(name, parameter.view(-1))
+        for router in model.routers:
+            router.bias.zero_()
+    return model

@@ -1,0 +1,198 @@
+"""job=export: a trained model as a Hugging Face folder, with its tokenizer, that transformers loads and generates with.
+
+The tokenizer and the held-out text are those of the run that made the model; nothing is packed anew if they are there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from omegaconf import OmegaConf
+
+from distill.config.errors import ConfigError
+from distill.config.files import write_text
+from distill.config.schema import DataConfig, ModelConfig, Precision, RunConfig, VisionConfig
+from distill.data import tokenizer as tokenizers
+from distill.data.prepare import Prepared, prepare, reopen
+from distill.data.tokenizer import Tokenizer
+from distill.engine.dist import Dist
+from distill.model import hf
+from distill.run.run import TOKENIZER, Run, load_model
+
+_COPIED = (
+    TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
+    "generation_config.json", "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+"""Of a Hugging Face folder that is exported again."""
+
+
+def export(config: RunConfig, folder: Path, dist: Dist) -> None:
+    """Writes `export.dir`, and in the run folder what came of it.
+
+    Raises:
+        ConfigError: no tokenizer is found, or the model's router bias is not zero and may not be dropped.
+        CheckpointError: the model cannot be read, or the format cannot hold it.
+    """
+    e = config.export
+    assert config.init_from is not None and e.dir is not None
+    if dist.world > 1:
+        raise ConfigError(f"job=export is started on {dist.world} ranks; one process writes the whole model")
+    source = Path(config.init_from)
+    home = _Home.of(source, config.data)
+    model = load_model(source, e.role.value, None)
+    biased = any(bool(router.bias.any()) for router in model.routers)
+    if biased and not e.drop_router_bias:
+        raise ConfigError(
+            f"export.drop_router_bias is false; {source} was balanced with a router bias, which the format cannot "
+            "hold: with true it is left out, and what that costs on held-out text is measured"
+        )
+    tokenizer = home.tokenizer()
+    data = Prepared(tokenizer, {}, {})
+    if biased:
+        data = home.held_out(tokenizer, folder / "data", model.config.vocab_size)
+    tracking = dataclasses.replace(config.tracking, report=False)  # there is no curve to draw
+    run = Run(dataclasses.replace(config, data=home.data, tracking=tracking), folder, dist, data)
+    also = partial(_copy, source)
+    if not home.is_hf:
+        model.config = _with_ids_of(tokenizer, model.config)
+        also = partial(_write_tokenizer, tokenizer, model.config, home.images)
+    dtype = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}[e.dtype]
+    report = hf.save(
+        model,
+        e.dir,
+        dtype=dtype,
+        drop_router_bias=biased,
+        heldout_loss=(lambda m: run.evaluate(m).loss) if biased else None,
+        max_shard_bytes=int(e.max_shard_gb * 1e9),
+        also=also,
+    )
+    files = sorted(path.name for path in Path(e.dir).glob("*.safetensors"))
+    parameters = sum(p.numel() for p in model.parameters())
+    run.tracker.message(f"exported {parameters:,} parameters in {e.dtype.value} to {e.dir} ({len(files)} files)")
+    summary = {"job": "export", "dir": str(e.dir), "parameters": parameters, "dtype": e.dtype.value, "files": files}
+    run.finish({**summary, **report._asdict(), "seconds": run.seconds})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Home:
+    """Where a model comes from, and what it was made with."""
+
+    source: Path
+    is_hf: bool
+    """Its folder is a Hugging Face folder, with a tokenizer of its own."""
+    data: DataConfig
+    """The run's; without a run the command's own."""
+    images: dict[str, Any]
+    """The run's data.images, as far as it has any."""
+    packed: Path | None
+    """Folder of the run's packed corpora; None: it is gone, or there is no run."""
+    file: Path
+    """The tokenizer."""
+
+    @staticmethod
+    def of(source: Path, own: DataConfig) -> _Home:
+        """Of a run, a checkpoint in one, one elsewhere, or a Hugging Face folder.
+
+        Raises:
+            ConfigError: there is no tokenizer.
+        """
+        if (source / "config.json").exists() and (source / TOKENIZER).exists():
+            return _Home(source, True, own, {}, None, source / TOKENIZER)
+        place = source.absolute()
+        run = next((f for f in (place, *list(place.parents)[:2]) if (f / "config.yaml").exists()), None)
+        if run is None or (source / "config.json").exists():
+            if own.tokenizer.file is None:
+                raise ConfigError(
+                    f"init_from is {source}; neither a run nor a {TOKENIZER} is there: name the model's tokenizer with "
+                    "data.tokenizer.file"
+                )
+            return _Home(source, False, own, {}, None, Path(own.tokenizer.file))
+        recorded = OmegaConf.load(run / "config.yaml").data
+        data = cast(DataConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), recorded)))
+        images = cast(dict[str, Any], OmegaConf.to_container(recorded)).get("images") or {}
+        homes = [run, run.parent.parent] if run.parent.name == "arms" else [run]  # an arm has its run's data
+        packed = Path(data.dir) if data.dir else next((h / "data" for h in homes if (h / "data").is_dir()), None)
+        file = next((h / TOKENIZER for h in homes if (h / TOKENIZER).exists()), None)
+        if file is None:
+            raise ConfigError(f"init_from is {source}; {run / TOKENIZER} is missing")
+        return _Home(source, False, data, images, packed, file)
+
+    def tokenizer(self) -> Tokenizer:
+        """It, with the bos and eos that the data were packed with (of a Hugging Face folder: none)."""
+        config = dataclasses.replace(self.data.tokenizer, bos=None, eos=None) if self.is_hf else self.data.tokenizer
+        return tokenizers.load(config, self.file)
+
+    def held_out(self, tokenizer: Tokenizer, folder: Path, vocab_size: int) -> Prepared:
+        """The corpora, as the run packed them; else packed in `folder`."""
+        found = None if self.packed is None else reopen(self.data, self.packed, tokenizer)
+        return found or prepare(self.data, self.packed or folder, vocab_size)
+
+
+def _copy(source: Path, target: Path) -> None:
+    for name in _COPIED:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+
+
+def _with_ids_of(tokenizer: Tokenizer, config: ModelConfig) -> ModelConfig:
+    """The configuration with the tokenizer's special tokens.
+
+    Further ends of a turn are kept where the tokenizer's own eos is among them. A padding id that the tokenizer does
+    not know becomes its eos, as is usual for text that is generated.
+    """
+    eos = tokenizer.eos_id
+    eos_ids = config.eos_ids if eos in config.eos_ids else [] if eos is None else [eos]
+    known = config.pad_id is not None and tokenizer.token(config.pad_id) is not None
+    return dataclasses.replace(
+        config, bos_id=tokenizer.bos_id, eos_ids=list(eos_ids), pad_id=config.pad_id if known else eos
+    )
+
+
+def _write_tokenizer(tokenizer: Tokenizer, config: ModelConfig, images: dict[str, Any], folder: Path) -> None:
+    tokenizer.save(folder / TOKENIZER)
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": config.pad_id}
+    special = {name: tokenizer.token(i) for name, i in ids.items() if i is not None}
+    _dump(special, folder / "special_tokens_map.json")
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.max_positions,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "padding_side": "left",  # else a padded batch would go on from its padding
+        "clean_up_tokenization_spaces": False,
+    }
+    _dump(settings | special, folder / "tokenizer_config.json")
+    if config.vision is not None:
+        _write_processor(config.vision, images, folder)
+
+
+def _write_processor(vision: VisionConfig, images: dict[str, Any], folder: Path) -> None:
+    """How transformers makes tiles of pictures and tokens of tiles; where the run does not say, as released."""
+    mean = [0.5] * 3
+    pixels = {
+        "image_processor_type": "Llama4ImageProcessor",
+        "processor_class": "Llama4Processor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "resample": 2,
+        "rescale_factor": 1 / 255,
+        "image_mean": mean,
+        "image_std": mean,
+        "size": {"height": vision.tile_size, "width": vision.tile_size},
+        "max_patches": images.get("max_tiles", 16),
+        "resize_to_max_canvas": images.get("resize_to_max_canvas", False),
+    }
+    _dump(pixels, folder / "preprocessor_config.json")
+    tokens = {"patch_size": vision.patch_size, "pixel_shuffle_ratio": 1 / vision.shuffle}
+    _dump({"processor_class": "Llama4Processor", **tokens}, folder / "processor_config.json")
+
+
+def _dump(data: dict[str, Any], path: Path) -> None:
+    write_text(path, json.dumps(data, indent=2) + "\n")
