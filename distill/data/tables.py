@@ -67,4 +67,6 @@ def _batches(path: Path, scratch: Path) -> Iterator[dict[str, list[Any]]]:
         cache_dir=str(scratch),
         **options,
     )
+    if stream.features is not None:
+        stream = stream.decode(False)  # pictures stay the bytes of their files
     yield from stream.iter(batch_size=ROWS)
