@@ -13,12 +13,14 @@ from torch.utils.checkpoint import checkpoint
 from distill.config.schema import ModelConfig
 from distill.model.attention import Attention, Layout, temperature
 from distill.model.experts import MoE, Routed
+from distill.model.images import Images
 from distill.model.layout import moe_layers, rope_layers
 from distill.model.linear import GroupedFn, LinearFn, SwiGLU, grouped_mm
 from distill.model.norm import RMSNorm
 from distill.model.rope import RopeTable
 from distill.model.router import Router
 from distill.model.segments import Segments
+from distill.model.vision import Projector, Unseen, VisionModel, check_images, place
 
 HeadFn = Callable[[Tensor, Tensor], Any]
 """(normed hidden [T, D], unembedding weight [V, D]) -> anything."""
@@ -84,10 +86,11 @@ class Head(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Decoder of the Llama 4 family (text): MoE, layers with and without positions, chunked attention.
+    """Decoder of the Llama 4 family: MoE, layers with and without positions, chunked attention; sight if configured.
 
-    Weights are drawn from torch's global generator (matrices normal with `init_std`, norms 1); under a meta device
-    nothing is drawn. Names are those of the released checkpoints but for embed, norm and head (see `hf`).
+    Weights are drawn from torch's global generator (matrices normal with `init_std`, norms 1), the text model's first,
+    so that sight does not change them; under a meta device nothing is drawn. Names are those of the released
+    checkpoints but for embed, layers, norm and head (see `hf`).
 
     Args:
         config: a configuration that passed `distill.config`'s checks.
@@ -95,7 +98,8 @@ class Transformer(nn.Module):
         grouped_fn: product of the routed experts.
 
     Attributes:
-        activation_checkpointing: keep only each layer's input for the backward pass and compute the rest again.
+        activation_checkpointing: keep only each layer's input (the vision tower's too) for the backward pass and
+            compute the rest again.
     """
 
     def __init__(self, config: ModelConfig, linear_fn: LinearFn = F.linear, grouped_fn: GroupedFn = grouped_mm):
@@ -113,6 +117,10 @@ class Transformer(nn.Module):
         for parameter in self.parameters():
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=config.init_std)
+        self.vision_model: VisionModel | None = None
+        if config.vision is not None:
+            self.vision_model = VisionModel(config.vision, config.init_std)
+            self.multi_modal_projector = Projector(config.vision, config.hidden_size, config.init_std)
 
     @property
     def routers(self) -> list[Router]:
@@ -120,7 +128,11 @@ class Transformer(nn.Module):
         return [layer.feed_forward.router for layer in self.layers if isinstance(layer.feed_forward, MoE)]
 
     def forward(
-        self, ids_BS: Tensor, documents_BS: Tensor | Segments | None = None, head_fn: HeadFn | None = None
+        self,
+        ids_BS: Tensor,
+        documents_BS: Tensor | Segments | None = None,
+        head_fn: HeadFn | None = None,
+        images: Images | None = None,
     ) -> tuple[Any, Routing]:
         """Hidden states of every token, through `head_fn` if there is one.
 
@@ -130,12 +142,20 @@ class Transformer(nn.Module):
                 `Segments` built from it; None: each row is one document. Positions, chunks and attention are the
                 document's own: packed documents do not see each other.
             head_fn: called with the normed hidden states [T, D] and the unembedding weight [V, D].
+            images: their features take the place of the embedding where `patch_BS` says so.
 
         Returns:
             What head_fn returned, or without it the normed hidden states [T, D] with T = B * S; and the routing.
+
+        Raises:
+            DataError: images that do not fit the model or the batch.
         """
+        if images is not None:
+            check_images(images, self.config.vision, ids_BS)
         rope, nope = self._layouts(ids_BS, documents_BS)
         hidden_TD = self.embed(ids_BS.flatten())
+        if self.vision_model is not None:
+            hidden_TD = self._see(hidden_TD, images)
         routed: list[Routed] = []
         for layer in self.layers:
             layout = rope if layer.rope else nope
@@ -149,10 +169,20 @@ class Transformer(nn.Module):
         out = hidden_TD if head_fn is None else self.head(hidden_TD, head_fn)
         return out, self._routing(routed, ids_BS.device)
 
-    def logits(self, ids_BS: Tensor, documents_BS: Tensor | Segments | None = None) -> Tensor:
+    def logits(
+        self, ids_BS: Tensor, documents_BS: Tensor | Segments | None = None, images: Images | None = None
+    ) -> Tensor:
         """Next-token logits [B, S, V] in the model's dtype; arguments as in `forward`."""
-        logits_TV, _ = self(ids_BS, documents_BS, F.linear)
+        logits_TV, _ = self(ids_BS, documents_BS, F.linear, images)
         return logits_TV.unflatten(0, ids_BS.shape)
+
+    def _see(self, hidden_TD: Tensor, images: Images | None) -> Tensor:
+        """The embeddings with the images in them; every parameter of sight gets a gradient, with images or without."""
+        assert self.vision_model is not None
+        if images is None or not len(images.tiles_NCHW):
+            return Unseen.apply(hidden_TD, *self.vision_model.parameters(), *self.multi_modal_projector.parameters())
+        features_NPO = self.vision_model(images.tiles_NCHW, self.activation_checkpointing)
+        return place(hidden_TD, self.multi_modal_projector(features_NPO), images.patch_BS)
 
     def _layouts(self, ids_BS: Tensor, documents_BS: Tensor | Segments | None) -> tuple[Layout, Layout]:
         """Layouts of the layers with and without rotary positions."""
