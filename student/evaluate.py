@@ -79,5 +79,5 @@ def _predict(model: nn.Module, batch: Batch, chunk: int) -> tuple[Tensor, Tensor
     def head(hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
         return mixed_loss(hidden_TD, weight_VD, labels_T, valid_T.float(), chunk=chunk, tap=tap).loss_sum
 
-    loss_sum, _ = model(batch.ids_BS, batch.documents_BS, head)
+    loss_sum, _ = model(batch.ids_BS, batch.documents_BS, head, batch.images)
     return loss_sum, torch.cat(best), torch.cat(confidence)

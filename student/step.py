@@ -97,7 +97,7 @@ class StudentStep:
             )
             return parts[0].loss_sum
 
-        loss_sum, routing = model(batch.ids_BS, batch.documents_BS, head)
+        loss_sum, routing = model(batch.ids_BS, batch.documents_BS, head, batch.images)
         out, num_valid = parts[0], valid_T.sum()
         hard_sum = (out.hard_T * valid_T).sum()
         num_covered = torch.zeros_like(num_valid)

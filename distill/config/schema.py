@@ -235,7 +235,7 @@ class StudentConfig:
 IMAGE_TOKENS = (
     "<|image_start|>", "<|image_end|>", "<|tile_x_separator|>", "<|tile_y_separator|>", "<|image|>", "<|patch|>"
 )  # fmt: skip
-"""A tokenizer of pictures has them. In a trained one they follow bos and eos, in this order: from id 2, or 0 without."""
+"""A tokenizer for pictures has them. In a trained one they follow bos and eos: with both they are ids 2 to 7."""
 
 
 @dataclass
@@ -262,13 +262,16 @@ class CorpusConfig:
     mask_key: str | None = None
     """Column with [start, end) character ranges of the text that carry loss; null: all of it."""
     image_key: str | None = None
-    """Column with a document's pictures: a path (from the file's folder), bytes, a dict of both, or a list of these; the
-    text has `<|image|>` where each belongs. Picture files are not looked at again once a corpus is packed."""
+    """Column with a document's pictures: a path (from the file's folder), bytes, a dict of both, or a list of these;
+    the text has `<|image|>` where each belongs. Picture files are not looked at again once a corpus is packed."""
     held_out: float = 0.05
     """Share of the files (stdlib), documents (files) or pictures (digits) kept for evaluation; documents with pictures
     are drawn by them, so that those about the same pictures stay together."""
     max_documents: int | None = None
     """Stop after so many documents; null: all."""
+    whole_documents: bool = False
+    """Begin a new sample rather than cut a document that fits in one, so that no text is parted from its picture; the
+    room that is left carries no loss."""
     weight: float = 1.0
     """Share of this corpus in a mixture, up to a common factor."""
 

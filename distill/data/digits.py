@@ -51,7 +51,7 @@ def read(limit: int | None = None) -> Iterator[Digit]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError("source is digits; scikit-learn has them and is not installed: pip install scikit-learn") from error
+        raise DataError("source is digits; scikit-learn, which has them, is not installed") from error
     found = load_digits()
     for number, (image, label) in enumerate(itertools.islice(zip(found.images, found.target), limit)):
         rng = np.random.default_rng([DRAWING, number])

@@ -183,7 +183,8 @@ class Corpus:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise DataError(f"{where}: column {c.text_key!r} is not valid Unicode: {error.reason}") from error
-            ranges, pictures = None, ()
+            ranges: Ranges | None = None
+            pictures: tuple[Picture, ...] = ()
             if c.mask_key is not None:
                 ranges = _ranges(values["mask_key"], len(text), f"{where}: column {c.mask_key!r}")
             if c.image_key is not None:

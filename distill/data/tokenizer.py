@@ -61,7 +61,9 @@ class Tokenizer:
     def _special(self, role: str, token: str | None) -> int | None:
         token_id = None if token is None else self._library.token_to_id(token)
         if token is not None and token_id is None:
-            raise DataError(f"{self._name}: has no token {token!r} (data.tokenizer.{role}); name one that it has, or null")
+            raise DataError(
+                f"{self._name}: has no token {token!r} (data.tokenizer.{role}); name one that it has, or null"
+            )
         return token_id
 
     def image_ids(self) -> ImageIds:
@@ -70,7 +72,7 @@ class Tokenizer:
         Raises:
             DataError: names those that the tokenizer lacks.
         """
-        found = [self._library.token_to_id(token) for token in IMAGE_TOKENS]
+        found: list[Any] = [self._library.token_to_id(token) for token in IMAGE_TOKENS]
         if missing := [token for token, token_id in zip(IMAGE_TOKENS, found) if token_id is None]:
             raise DataError(f"{self._name}: has no {', '.join(missing)}; a corpus with pictures needs them")
         return ImageIds(*found)
