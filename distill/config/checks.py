@@ -9,6 +9,7 @@ from distill.config.schema import (
     IMAGE_TOKENS,
     ArmConfig,
     CodecName,
+    ImageConfig,
     Job,
     ModelConfig,
     OptimConfig,
@@ -18,6 +19,7 @@ from distill.config.schema import (
     RunConfig,
     Source,
     TrainConfig,
+    VisionConfig,
     WeightingConfig,
 )
 
@@ -186,7 +188,7 @@ def _data(run: RunConfig) -> Iterator[str]:
             yield from _at_least(f"{key}.max_documents", corpus.max_documents, 1)
     if d.tokenizer.file is None:
         specials = sum(t is not None for t in (d.tokenizer.bos, d.tokenizer.eos))
-        if any(corpus.has_pictures for corpus in d.corpora.values()):
+        if d.has_pictures:
             specials += len(IMAGE_TOKENS)
         yield from _at_least("data.tokenizer.vocab_size", d.tokenizer.vocab_size, 256 + specials)
         for role in ("teacher", "student"):
@@ -202,26 +204,31 @@ def _pictures(run: RunConfig) -> Iterator[str]:
     for name, corpus in d.corpora.items():
         if corpus.image_key is not None and corpus.source is not Source.files:
             yield f"data.corpora.{name}.image_key is {corpus.image_key!r}; source={corpus.source.value} takes none"
-    seen = [name for name, corpus in d.corpora.items() if corpus.has_pictures]
-    if not seen:
+    if not d.has_pictures:
         return
+    patch_id = None
+    if d.tokenizer.file is None:
+        patch_id = sum(t is not None for t in (d.tokenizer.bos, d.tokenizer.eos)) + IMAGE_TOKENS.index("<|patch|>")
     # job=evaluate takes its models as they were saved: they are checked when they are there.
     roles = {Job.teacher: ["teacher"], Job.student: ["student"], Job.codistill: ["teacher", "student"]}
     for role in roles.get(run.job, []):
-        key, vision = f"{role}.model.vision", getattr(run, role).model.vision
-        if vision is None:
-            yield f"{key} is null; data.corpora.{seen[0]} has pictures (use vision@{key}=...)"
-            continue
-        if vision.tile_size != images.tile_size:
-            yield f"{key}.tile_size is {vision.tile_size}; data.images.tile_size is {images.tile_size}"
-        elif vision.patch_size * vision.shuffle >= 1 and vision.tile_tokens != images.tile_tokens:
-            yield (
-                f"{key} makes {vision.tile_tokens} tokens of a tile, (tile_size / patch_size / shuffle)^2; "
-                f"data.images.tile_tokens is {images.tile_tokens}"
-            )
-        token_id = sum(t is not None for t in (d.tokenizer.bos, d.tokenizer.eos)) + IMAGE_TOKENS.index("<|patch|>")
-        if d.tokenizer.file is None and vision.image_token_id != token_id:
-            yield f"{key}.image_token_id is {vision.image_token_id}; the trained tokenizer's <|patch|> is {token_id}"
+        yield from sight(f"{role}.model.vision", getattr(run, role).model.vision, images, patch_id)
+
+
+def sight(key: str, vision: VisionConfig | None, images: ImageConfig, patch_id: int | None) -> Iterator[str]:
+    """What keeps a model from seeing a run's pictures; patch_id: the tokenizer's `<|patch|>`, None: not known yet."""
+    if vision is None:
+        yield f"{key} is null; data.corpora have pictures"
+        return
+    if vision.tile_size != images.tile_size:
+        yield f"{key}.tile_size is {vision.tile_size}; data.images.tile_size is {images.tile_size}"
+    elif vision.patch_size * vision.shuffle >= 1 and vision.tile_tokens != images.tile_tokens:
+        yield (
+            f"{key} makes {vision.tile_tokens} tokens of a tile, (tile_size / patch_size / shuffle)^2; "
+            f"data.images.tile_tokens is {images.tile_tokens}"
+        )
+    if patch_id is not None and vision.image_token_id != patch_id:
+        yield f"{key}.image_token_id is {vision.image_token_id}; the tokenizer's <|patch|> is {patch_id}"
 
 
 def _cache(run: RunConfig) -> Iterator[str]:

@@ -306,6 +306,10 @@ class DataConfig:
     dir: str | None = None
     """Where packed corpora are kept and found again; null: `data/` in the run folder."""
 
+    @property
+    def has_pictures(self) -> bool:
+        return any(corpus.has_pictures for corpus in self.corpora.values())
+
 
 @dataclass
 class CodecConfig:

@@ -66,7 +66,12 @@ def prepare(config: DataConfig, folder: Path, model_vocab_size: int) -> Prepared
             )
         prepared = Prepared(tokenizer, {}, {})
         for name, corpus in corpora.items():
-            parts = ["corpus", tokenizer.digest, (tokenizer.bos_id, tokenizer.eos_id), config.sample_tokens]
+            parts: list[object] = [
+                "corpus",
+                tokenizer.digest,
+                (tokenizer.bos_id, tokenizer.eos_id),
+                config.sample_tokens,
+            ]
             parts.append(corpus.identity)
             if corpus.config.has_pictures:
                 parts.append(astuple(config.images))
@@ -86,14 +91,15 @@ def _tokenizer(config: DataConfig, folder: Path, corpora: list[Corpus]) -> Token
     if config.tokenizer.file is not None:
         return tokenizers.load(config.tokenizer)
     t = config.tokenizer
-    pictures = any(corpus.config.has_pictures for corpus in corpora)
-    parts = [t.vocab_size, t.bos, t.eos, TRAIN_CHARACTERS, [c.identity for c in corpora]]
-    place = folder / f"tokenizer-{_key('tokenizer', *parts, *[IMAGE_TOKENS] * pictures)}"
+    parts: list[object] = [t.vocab_size, t.bos, t.eos, TRAIN_CHARACTERS, [c.identity for c in corpora]]
+    if config.has_pictures:
+        parts.append(IMAGE_TOKENS)
+    place = folder / f"tokenizer-{_key('tokenizer', *parts)}"
 
     def make(new: Path, scratch: Path) -> None:
         share = TRAIN_CHARACTERS // len(corpora)
         texts = chain.from_iterable(_train_texts(corpus, scratch, share) for corpus in corpora)
-        tokenizers.train(t, texts, pictures).save(new / "tokenizer.json")
+        tokenizers.train(t, texts, config.has_pictures).save(new / "tokenizer.json")
 
     _publish(place, make)
     return tokenizers.load(t, place / "tokenizer.json")

@@ -158,5 +158,5 @@ def _trainer(
         run.config.data.sample_tokens,
         run.tracker,
         run.dist,
-        lambda model: run.quick_loss(model, part.train),
+        lambda model: run.glance(model, part.train),
     )
