@@ -45,6 +45,14 @@ class ReplayOrder(Enum):
     late_first = "late_first"
 
 
+class Freeze(Enum):
+    """Half of a model with sight that does not train; the projector between them always does."""
+
+    none = "none"
+    vision = "vision"
+    text = "text"
+
+
 class CodecName(Enum):
     threshold = "threshold"
     multinomial = "multinomial"
@@ -93,11 +101,12 @@ class WeightDecay:
     """Decoupled weight decay of each parameter group, per unit of learning rate."""
 
     matrices: float = 0.1
-    """Attention projections, experts, shared experts, dense feed-forward."""
+    """Attention projections, experts, shared experts, dense feed-forward; all matrices of sight."""
     embedding: float = 0.0
     head: float = 0.1
     router: float = 0.0
     norms: float = 0.0
+    """Norm weights; biases, class and positional embeddings of sight."""
 
 
 @dataclass
@@ -140,7 +149,9 @@ class TrainConfig:
     keep_checkpoints: int = 1
     """Newest checkpoints that are kept."""
     balance_rate: float = 1e-3
-    """Step of the loss-free router bias; 0 switches balancing off."""
+    """Step of the loss-free router bias; 0 switches balancing off. A frozen text model's stays as it is."""
+    freeze: Freeze = Freeze.none
+    """Keep the vision tower and its adapter, or the whole text model, as they are; needs model.vision."""
     head_chunk: int = 4096
     """Tokens whose logits live at one time."""
 

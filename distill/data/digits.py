@@ -24,6 +24,9 @@ SIDE = 32
 SCALE = 3
 """Pixels per pixel of the original, which has 8 x 8."""
 
+SHIFT = 2
+"""Pixels from the middle, at most."""
+
 # Before the answer comes punctuation and after it a sign, so that in any byte-level BPE a digit is one token, and the
 # words before it tell that a digit is next but not which.
 CAPTIONS = (
@@ -61,10 +64,11 @@ def read(limit: int | None = None) -> Iterator[Digit]:
 
 
 def _draw(image: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """The 8 x 8 values from 0 to 16 as larger pixels somewhere on a black sheet."""
+    """The 8 x 8 values from 0 to 16 as larger pixels on a black sheet, about the middle of its left or right half."""
     ink = np.kron(image * 255 / 16, np.ones((SCALE, SCALE))).round().astype(np.uint8)
     sheet = np.zeros((SIDE, SIDE * (2 if rng.integers(8) == 0 else 1)), np.uint8)
-    top, left = (int(rng.integers(side - len(ink) + 1)) for side in sheet.shape)
+    top, left = (SIDE - len(ink)) // 2 + rng.integers(-SHIFT, SHIFT + 1, 2)
+    left += SIDE * rng.integers(sheet.shape[1] // SIDE)
     sheet[top : top + len(ink), left : left + len(ink)] = ink
     return sheet
 

@@ -112,9 +112,9 @@ def _table(rows: Sequence[dict[str, object]], styles: dict[str, int]) -> str:
         )
     heads: tuple[str, ...] = ("arm", f"held-out loss, {NATS}", "against hard labels" if hard is not None else "", "")
     if any("gap_closed" in row for row in rows):
-        heads: tuple[str, ...] = (*heads[:3], "gap to the teacher closed")
+        heads = (*heads[:3], "gap to the teacher closed")
     if accurate:
-        heads: tuple[str, ...] = (*heads, "accuracy")
+        heads = (*heads, "accuracy")
     head = "".join(f"<th>{text}</th>" for text in heads)
     return f'<div class="scroll"><table><tr>{head}</tr>{"".join(lines)}</table></div>\n'
 
