@@ -28,7 +28,7 @@ def train(run: Run) -> None:
     program = trainer.program
     assert isinstance(program, StudentStep)
     if readers and not config.cache.follow:
-        program.know_best(min(float(np.nanmin(r.stats()["loss"], initial=np.inf)) for r in readers))
+        program.know_best([float(np.nanmin(r.stats()["loss"], initial=np.inf)) for r in readers])
     run.restore({"student": trainer})
     every = config.student.train.checkpoint_every or trainer.steps
     while trainer.at < trainer.steps:
