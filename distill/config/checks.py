@@ -241,8 +241,9 @@ def _pictures(run: RunConfig) -> Iterator[str]:
     for name in ("tile_size", "tile_tokens", "max_tiles"):
         yield from _at_least(f"data.images.{name}", getattr(images, name), 1)
     for name, corpus in d.corpora.items():
-        if corpus.image_key is not None and corpus.source is not Source.files:
-            yield f"data.corpora.{name}.image_key is {corpus.image_key!r}; source={corpus.source.value} takes none"
+        for key in ("mask_key", "image_key"):
+            if (column := getattr(corpus, key)) is not None and corpus.source is not Source.files:
+                yield f"data.corpora.{name}.{key} is {column!r}; source={corpus.source.value} takes none"
     if not d.has_pictures:
         return
     patch_id = None

@@ -275,7 +275,9 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": f"only words in {i}"}) + "\n" for i in range(60)))
     text = CorpusConfig(Source.files, [str(folder / "a.jsonl")], held_out=0.0)
-    return prepared(folder, {"text": text, "seen": parquet(folder / "b.parquet", rows())}, 16)
+    corpora = {"text": text, "seen": parquet(folder / "b.parquet", rows())}
+    corpora["other"] = parquet(folder / "c.parquet", rows()[::-1])
+    return prepared(folder, corpora, 16)
 
 
 def told(images: Images | None, batch_size: int, length: int = 16) -> list[list[bytes | None]]:
@@ -295,7 +297,7 @@ def test_batches_of_any_order_and_mixture_and_their_micro_batches(data):
     rng = np.random.default_rng(0)
     for _ in range(20):
         size = int(rng.integers(2, 9))
-        corpus_B = rng.integers(0, 2, size)
+        corpus_B = rng.integers(0, 3, size)
         ids_B = np.array([rng.integers(len(corpora[c])) for c in corpus_B])
         batch = joiner.batch(corpus_B, ids_B)
         alone = [joiner.batch(corpus_B[b : b + 1], ids_B[b : b + 1]) for b in range(size)]
