@@ -39,19 +39,20 @@ def schedule(kind: str, progress: float, *, peak: float, final: float, warmup: f
 class LagState(NamedTuple):
     """student_loss: running average of the student's hard loss; best_teacher_loss: least mean loss of a shard met.
 
-    Both are fp64 scalars in nats. "Met", not "published": the state is then a function of the student's own position,
-    and a run that follows a live teacher weighs alike however the two are timed, killed or resumed.
+    Both are fp64 nats, one of each corpus, since what is a good loss on one says nothing about another. "Met", not
+    "published": the state is then a function of the student's own position, and a run that follows a live teacher
+    weighs alike however the two are timed, killed or resumed.
     """
 
     student_loss: Tensor
     best_teacher_loss: Tensor
 
 
-def init_lag(vocab_size: int, device: torch.device | str = "cpu") -> LagState:
-    """A student that knows nothing (uniform, log V nats) and has met no shard."""
+def init_lag(vocab_size: int, device: torch.device | str = "cpu", corpora: int = 1) -> LagState:
+    """A student that knows nothing (uniform, log V nats) and has met no shard; [corpora] of each number."""
     return LagState(
-        torch.tensor(math.log(vocab_size), dtype=torch.float64, device=device),
-        torch.tensor(math.inf, dtype=torch.float64, device=device),
+        torch.full((corpora,), math.log(vocab_size), dtype=torch.float64, device=device),
+        torch.full((corpora,), math.inf, dtype=torch.float64, device=device),
     )
 
 
@@ -61,12 +62,15 @@ def meet(state: LagState, least_shard_loss: Tensor) -> LagState:
 
 
 def update_lag(state: LagState, hard_mean: Tensor, smoothing: float) -> LagState:
-    """Takes note of the student's own mean hard loss, after a batch."""
-    return state._replace(student_loss=smoothing * state.student_loss + (1.0 - smoothing) * hard_mean)
+    """Takes note of the student's own mean hard loss, after a batch; nan (no tokens) changes nothing."""
+    moved = smoothing * state.student_loss + (1.0 - smoothing) * hard_mean
+    return state._replace(student_loss=torch.where(moved.isnan(), state.student_loss, moved))
 
 
 def lag_factor(shard_loss_B: Tensor, state: LagState, power: float) -> Tensor:
     """clip((student - shard) / (student - best), 0, 1) ** power, per sample; nan (no targets) gives 0.
+
+    state: of each sample's corpus [B], or one for all.
 
     1 where the targets come from the best teacher met, 0 where the teacher that made them was no better than the
     student is now. A student ahead of every teacher gets 0.

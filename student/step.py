@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,23 +21,31 @@ ALPHA_BINS = 20
 class StudentStep:
     """The student's half of the training loop's protocol: `begin`, `loss` per micro-batch, `end`, `state`."""
 
-    def __init__(self, meters: Meters, train: TrainConfig, config: WeightingConfig, vocab_size: int, steps: int):
+    def __init__(
+        self,
+        meters: Meters,
+        train: TrainConfig,
+        config: WeightingConfig,
+        vocab_size: int,
+        steps: int,
+        corpora: int = 1,
+    ):
         assert meters.device is not None, "the state of the weighting lives where the meters do"
         self.meters, self.train, self.config = meters, train, config
         self.vocab_size, self.steps = vocab_size, steps
-        self.lag = weighting.init_lag(vocab_size, meters.device)
+        self.lag = weighting.init_lag(vocab_size, meters.device, corpora)
         self.covered = torch.zeros(2, dtype=torch.float64, device=meters.device)
         """Valid tokens met so far: those with targets, and all."""
 
-    def know_best(self, teacher_loss: float) -> None:
-        """Tells the weighting the best teacher of a cache that is complete, before the first step."""
+    def know_best(self, teacher_loss: Sequence[float]) -> None:
+        """Tells the weighting the best teacher of each complete cache, before the first step."""
         self.lag = weighting.meet(self.lag, self.covered.new_tensor(teacher_loss))
 
     def begin(self, batch: Batch, step: int, dist: Dist) -> None:
         """Takes note of the whole optimizer step's targets on this rank; collective where a factor needs all ranks."""
         config = self.config
-        # Of this optimizer step on this rank: hard loss, tokens with targets, valid tokens.
-        self._sums = torch.zeros(3, dtype=torch.float64, device=dist.device)
+        # Of this optimizer step on this rank and each corpus: hard loss, tokens with targets, valid tokens.
+        self._sums_C3 = torch.zeros(len(self.lag.student_loss), 3, dtype=torch.float64, device=dist.device)
         self._peak = weighting.schedule(
             config.schedule.value,
             step / self.steps,
@@ -50,7 +59,9 @@ class StudentStep:
             return
         if config.lag.enabled:
             losses_B = torch.nan_to_num(batch.shard_loss_B.double(), nan=math.inf)
-            self.lag = weighting.meet(self.lag, dist.least(losses_B.min().to(dist.device)))
+            least_C = torch.full(self.lag.student_loss.shape, math.inf, dtype=torch.float64)
+            least_C.scatter_reduce_(0, torch.as_tensor(batch.corpus_B), losses_B, "amin")
+            self.lag = weighting.meet(self.lag, dist.least(least_C.to(dist.device)))
         if config.entropy.enabled and config.entropy.skip > 0:
             covered_T = batch.targets.covered_T & batch.valid_BS.flatten()
             counts = weighting.entropy_histogram(batch.targets.entropy_T, covered_T, self.vocab_size)
@@ -63,11 +74,8 @@ class StudentStep:
         alpha_T = self._peak * batch.targets.covered_T.float()
         lag_B = torch.where(batch.shard_loss_B.isnan(), torch.nan, 1.0)
         if config.lag.enabled:
-            lag_B = torch.where(
-                batch.shard_loss_B.isnan(),
-                torch.nan,
-                weighting.lag_factor(batch.shard_loss_B, self.lag, config.lag.power),
-            )
+            factor_B = weighting.lag_factor(batch.shard_loss_B, self._lag_of(batch), config.lag.power)
+            lag_B = torch.where(batch.shard_loss_B.isnan(), torch.nan, factor_B)
         alpha_T = alpha_T * torch.nan_to_num(lag_B, nan=0.0).repeat_interleave(length)
         if config.entropy.enabled:
             alpha_T = alpha_T * weighting.entropy_factor(
@@ -78,6 +86,14 @@ class StudentStep:
                 histogram=self._histogram,
             )
         return alpha_T, lag_B
+
+    def _lag_of(self, batch: Batch) -> weighting.LagState:
+        """The state of each sample's corpus."""
+        corpus_B = self._corpus(batch)
+        return weighting.LagState(*(part[corpus_B] for part in self.lag))
+
+    def _corpus(self, batch: Batch) -> Tensor:
+        return torch.as_tensor(batch.corpus_B).to(self.covered.device, non_blocking=True)
 
     def loss(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         """Sum over valid tokens of soft, hard and routing loss, weighted (nats), and expert counts [MoE layers, E]."""
@@ -96,13 +112,12 @@ class StudentStep:
             parts.append(mixed_loss(hidden_TD, weight_VD, labels_T, w_hard_T, ids_TK, probs_TK, w_soft_T, chunk=chunk))
             return parts[0].loss_sum
 
-        loss_sum, routing = model(batch.ids_BS, batch.documents_BS, head)
+        loss_sum, routing = model(batch.ids_BS, batch.documents_BS, head, batch.images)
         out, num_valid = parts[0], valid_T.sum()
-        hard_sum = (out.hard_T * valid_T).sum()
-        num_covered = torch.zeros_like(num_valid)
+        covered_T = torch.zeros_like(valid_T)
         add = self.meters.add
         add("loss", loss_sum.detach(), num_valid)
-        add("hard_loss", hard_sum, num_valid)
+        add("hard_loss", (out.hard_T * valid_T).sum(), num_valid)
         if batch.targets is not None:
             covered_T = (batch.targets.covered_T & valid_T).to(out.hard_T.device)
             num_covered = covered_T.sum()
@@ -116,28 +131,33 @@ class StudentStep:
             add("lag_factor", torch.nan_to_num(lag_B).sum(), met_B.sum())
             add("teacher_loss", shard_loss_B.sum(), met_B.sum())
             if self.config.lag.enabled:
-                add("lag", ((shard_loss_B - self.lag.best_teacher_loss) * met_B).sum(), met_B.sum())
-                add("student_loss", self.lag.student_loss, 1.0)
+                best_B = self._lag_of(batch).best_teacher_loss.float()
+                add("lag", torch.where(met_B, shard_loss_B - best_B, 0.0).sum(), met_B.sum())
+                add("student_loss", self.lag.student_loss.mean(), 1.0)
             bins_T = (alpha_T * ALPHA_BINS).long().clamp(0, ALPHA_BINS - 1)
             # index_add_, not bincount: that would wait for the device.
             self.meters.histogram("alpha", alpha_T.new_zeros(ALPHA_BINS).index_add_(0, bins_T, valid_T.float()))
-        self._sums += torch.stack([hard_sum.double(), num_covered.double(), num_valid.double()])
-        penalty, sums = routing_loss(
+        corpus_T = self._corpus(batch).repeat_interleave(batch.ids_BS.shape[1])
+        for corpus, sums_3 in enumerate(self._sums_C3):
+            mine_T = valid_T & (corpus_T == corpus)
+            sums = (out.hard_T * mine_T).sum(), (covered_T & mine_T).sum(), mine_T.sum()
+            sums_3 += torch.stack([part.double() for part in sums])
+        penalty, penalties = routing_loss(
             routing.logits_LTE,
             routing.experts_LTA,
             batch.valid_BS,
             balance=self.train.balance_loss,
             z=self.train.z_loss,
         )
-        for name, value in sums.items():
+        for name, value in penalties.items():
             add(name, value, num_valid)
         return loss_sum + penalty, routing.counts_LE
 
     def end(self, dist: Dist) -> None:
         """Lets coverage and the running average of the student's own loss follow; collective."""
-        sums = dist.sum(self._sums)
-        self.covered += sums[1:]
-        self.lag = weighting.update_lag(self.lag, sums[0] / sums[2].clamp(min=1), self.config.lag.smoothing)
+        sums_C3 = dist.sum(self._sums_C3)
+        self.covered += sums_C3[:, 1:].sum(0)
+        self.lag = weighting.update_lag(self.lag, sums_C3[:, 0] / sums_C3[:, 2], self.config.lag.smoothing)
 
     def figures(self) -> dict[str, float]:
         return {}
@@ -149,10 +169,10 @@ class StudentStep:
 
     def state(self) -> dict[str, Any]:
         """The weighting's state as JSON-able numbers, exact."""
-        lag = [None if math.isinf(x) else x for x in map(float, self.lag)]
+        lag = [[None if math.isinf(x) else x for x in part.tolist()] for part in self.lag]
         return {"lag": lag, "covered": self.covered.tolist()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        values = [math.inf if x is None else x for x in state["lag"]]
+        values = [[math.inf if x is None else x for x in part] for part in state["lag"]]
         self.lag = weighting.LagState(*(self.covered.new_tensor(x) for x in values))
         self.covered = self.covered.new_tensor(state["covered"])

@@ -37,7 +37,7 @@ class TeacherStep:
             parts.append(out)
             return out.loss_sum
 
-        loss_sum, routing = model(batch.ids_BS, batch.documents_BS, head)
+        loss_sum, routing = model(batch.ids_BS, batch.documents_BS, head, batch.images)
         hard_T = parts[0].hard_T
         if self.capture is not None:
             self.capture.put(batch, hard_T, self.step)

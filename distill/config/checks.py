@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distill.config.schema import (
+    IMAGE_TOKENS,
     ArmConfig,
     CodecName,
     Freeze,
+    ImageConfig,
     Job,
     ModelConfig,
     OptimConfig,
@@ -42,6 +44,7 @@ def check(run: RunConfig) -> Iterator[str]:
     for name, arm in run.codistill.arms.items():
         yield from _arm(f"codistill.arms.{name}", arm)
     yield from _data(run)
+    yield from _pictures(run)
     yield from _cache(run)
 
     yield from _at_least("codistill.rounds", run.codistill.rounds, 1)
@@ -49,6 +52,10 @@ def check(run: RunConfig) -> Iterator[str]:
     yield from _at_least("evaluate.calibration_bins", run.evaluate.calibration_bins, 1)
     if run.evaluate.samples is not None:
         yield from _at_least("evaluate.samples", run.evaluate.samples, 1)
+    on = run.evaluate.accuracy_on
+    held_out = [name for name, corpus in run.data.corpora.items() if corpus.held_out > 0 or corpus.held_out_files]
+    if on is not None and on not in held_out:
+        yield f"evaluate.accuracy_on is {on}; allowed: {', '.join(held_out)}, the corpora that hold something out"
     yield from _folder("evaluate.teacher_from", run.evaluate.teacher_from)
     yield from _folder("init_from", run.init_from)
     yield from _at_least("tracking.histogram_every", run.tracking.histogram_every, 1)
@@ -227,8 +234,8 @@ def _data(run: RunConfig) -> Iterator[str]:
             yield f"{key}: a corpus' name becomes a folder; letters, digits, '-' and '_' only"
         if corpus.source is Source.files and not corpus.files:
             yield f"{key}.files is empty; source=files needs paths or globs"
-        if corpus.source is Source.stdlib and (corpus.files or corpus.held_out_files):
-            yield f"{key}.files is {list(corpus.files)}; source=stdlib takes none (use source=files)"
+        if corpus.source is not Source.files and (corpus.files or corpus.held_out_files):
+            yield f"{key}.files is {list(corpus.files)}; source={corpus.source.value} takes none (use source=files)"
         if not 0 <= corpus.held_out < 1:
             yield f"{key}.held_out is {corpus.held_out}; allowed: [0, 1)"
         if corpus.weight <= 0:
@@ -237,11 +244,48 @@ def _data(run: RunConfig) -> Iterator[str]:
             yield from _at_least(f"{key}.max_documents", corpus.max_documents, 1)
     if d.tokenizer.file is None:
         specials = sum(t is not None for t in (d.tokenizer.bos, d.tokenizer.eos))
+        if d.has_pictures:
+            specials += len(IMAGE_TOKENS)
         yield from _at_least("data.tokenizer.vocab_size", d.tokenizer.vocab_size, 256 + specials)
         for role in ("teacher", "student"):
             size = getattr(run, role).model.vocab_size
             if d.tokenizer.vocab_size > size:
                 yield f"data.tokenizer.vocab_size is {d.tokenizer.vocab_size}; {role}.model.vocab_size allows {size}"
+
+
+def _pictures(run: RunConfig) -> Iterator[str]:
+    d, images = run.data, run.data.images
+    for name in ("tile_size", "tile_tokens", "max_tiles"):
+        yield from _at_least(f"data.images.{name}", getattr(images, name), 1)
+    for name, corpus in d.corpora.items():
+        for key in ("mask_key", "image_key"):
+            if (column := getattr(corpus, key)) is not None and corpus.source is not Source.files:
+                yield f"data.corpora.{name}.{key} is {column!r}; source={corpus.source.value} takes none"
+    if not d.has_pictures:
+        return
+    patch_id = None
+    if d.tokenizer.file is None:
+        patch_id = sum(t is not None for t in (d.tokenizer.bos, d.tokenizer.eos)) + IMAGE_TOKENS.index("<|patch|>")
+    # job=evaluate takes its models as they were saved: they are checked when they are there.
+    roles = {Job.teacher: ["teacher"], Job.student: ["student"], Job.codistill: ["teacher", "student"]}
+    for role in roles.get(run.job, []):
+        yield from sight(f"{role}.model.vision", getattr(run, role).model.vision, images, patch_id)
+
+
+def sight(key: str, vision: VisionConfig | None, images: ImageConfig, patch_id: int | None) -> Iterator[str]:
+    """What keeps a model from seeing a run's pictures; patch_id: the tokenizer's `<|patch|>`, None: not known yet."""
+    if vision is None:
+        yield f"{key} is null; data.corpora have pictures"
+        return
+    if vision.tile_size != images.tile_size:
+        yield f"{key}.tile_size is {vision.tile_size}; data.images.tile_size is {images.tile_size}"
+    elif vision.patch_size * vision.shuffle >= 1 and vision.tile_tokens != images.tile_tokens:
+        yield (
+            f"{key} makes {vision.tile_tokens} tokens of a tile, (tile_size / patch_size / shuffle)^2; "
+            f"data.images.tile_tokens is {images.tile_tokens}"
+        )
+    if patch_id is not None and vision.image_token_id != patch_id:
+        yield f"{key}.image_token_id is {vision.image_token_id}; the tokenizer's <|patch|> is {patch_id}"
 
 
 def _cache(run: RunConfig) -> Iterator[str]:

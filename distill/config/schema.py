@@ -80,6 +80,7 @@ class OnMissing(Enum):
 class Source(Enum):
     stdlib = "stdlib"
     files = "files"
+    digits = "digits"
 
 
 class Precision(Enum):
@@ -256,12 +257,18 @@ class StudentConfig:
 # ---------------------------------------------------------------- data, cache
 
 
+IMAGE_TOKENS = (
+    "<|image_start|>", "<|image_end|>", "<|tile_x_separator|>", "<|tile_y_separator|>", "<|image|>", "<|patch|>"
+)  # fmt: skip
+"""A tokenizer for pictures has them. In a trained one they follow bos and eos: with both they are ids 2 to 7."""
+
+
 @dataclass
 class TokenizerConfig:
     file: str | None = None
     """A `tokenizer.json`; null trains a byte-level BPE on the training split."""
     vocab_size: int = 512
-    """Size of the trained BPE, special tokens included; unused with `file`."""
+    """Size of the trained BPE, special tokens included (six more if a corpus has pictures); unused with `file`."""
     bos: str | None = "<|begin_of_text|>"
     """Token put before every document; null: none."""
     eos: str | None = "<|end_of_text|>"
@@ -279,12 +286,37 @@ class CorpusConfig:
     """Column that holds a document's text."""
     mask_key: str | None = None
     """Column with [start, end) character ranges of the text that carry loss; null: all of it."""
+    image_key: str | None = None
+    """Column with a document's pictures: a path (from the file's folder), bytes, a dict of both, or a list of these;
+    the text has `<|image|>` where each belongs. Picture files are not looked at again once a corpus is packed."""
     held_out: float = 0.05
-    """Share of the files (stdlib) or documents (files) kept for evaluation."""
+    """Share of the files (stdlib), documents (files) or pictures (digits) kept for evaluation; documents with pictures
+    are drawn by them, so that those about the same pictures stay together."""
     max_documents: int | None = None
     """Stop after so many documents; null: all."""
+    whole_documents: bool = False
+    """Begin a new sample rather than cut a document that fits in one, so that no text is parted from its picture; the
+    room that is left carries no loss."""
     weight: float = 1.0
     """Share of this corpus in a mixture, up to a common factor."""
+
+    @property
+    def has_pictures(self) -> bool:
+        return self.source is Source.digits or self.image_key is not None
+
+
+@dataclass
+class ImageConfig:
+    """How a picture becomes tiles and tokens; defaults are the released values."""
+
+    tile_size: int = 336
+    """Height and width of a tile in pixels; the models' vision.tile_size."""
+    tile_tokens: int = 144
+    """Tokens that a tile becomes; (tile_size / patch_size / shuffle)^2 of the models."""
+    max_tiles: int = 16
+    """Of a picture's canvas; one more is added when it has several."""
+    resize_to_max_canvas: bool = False
+    """Enlarge a picture as far as some canvas allows; false: only up to the side of a tile."""
 
 
 @dataclass
@@ -293,10 +325,15 @@ class DataConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     sample_tokens: int = 128
     """Tokens S of one packed sample."""
+    images: ImageConfig = field(default_factory=ImageConfig)
     seed: int = 0
     """Of the order of samples."""
     dir: str | None = None
     """Where packed corpora are kept and found again; null: `data/` in the run folder."""
+
+    @property
+    def has_pictures(self) -> bool:
+        return any(corpus.has_pictures for corpus in self.corpora.values())
 
 
 @dataclass
@@ -375,6 +412,8 @@ class EvaluateConfig:
     batch: int = 16
     calibration_bins: int = 15
     """Equal-width confidence bins of the expected calibration error."""
+    accuracy_on: str | None = None
+    """Corpus on whose held-out text the accuracy of every model is reported; null: none is."""
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,11 +13,35 @@ from torch import Tensor
 from distill.cache import CacheReader, ReadResult, SoftTargets
 from distill.config.errors import CacheError
 from distill.config.schema import OnMissing
-from distill.data.packed import PackedCorpus
+from distill.data.packed import PackedCorpus, Samples
 from distill.data.prefetch import Prefetch
 from distill.data.tokenizer import Tokenizer
+from distill.model.images import Images
 
 __all__ = ["Batch", "Joiner", "Prefetch", "check_cache"]
+
+
+class Pictures(NamedTuple):
+    """What the samples of a batch see: each its own tiles, so that samples can be taken apart."""
+
+    tiles_NCHW: Tensor
+    """uint8, sample after sample."""
+    counts_B: Tensor
+    """int64: tiles of each sample."""
+    patch_BS: Tensor
+    """int64: which token of the sample's own tiles fills the position; -1: none."""
+    tile_tokens: int
+
+    def rows(self, start: int, stop: int) -> Pictures:
+        first, last = int(self.counts_B[:start].sum()), int(self.counts_B[:stop].sum())
+        return Pictures(
+            self.tiles_NCHW[first:last], self.counts_B[start:stop], self.patch_BS[start:stop], self.tile_tokens
+        )
+
+    def images(self) -> Images:
+        """The same with the tokens of all tiles counted as one."""
+        before_B1 = (self.counts_B.cumsum(0) - self.counts_B)[:, None] * self.tile_tokens
+        return Images(self.tiles_NCHW, torch.where(self.patch_BS < 0, -1, self.patch_BS + before_B1))
 
 
 @dataclass(frozen=True)
@@ -44,22 +68,34 @@ class Batch:
     """int64: last teacher step of the sample's shard; -1 where not covered."""
     covered_B: Tensor
     """bool: the cache has targets of the sample."""
+    pictures: Pictures | None = None
+    """None: no sample has image tokens."""
+
+    @property
+    def images(self) -> Images | None:
+        """The pictures as the model takes them; None where these samples have none."""
+        if self.pictures is None or not len(self.pictures.tiles_NCHW):
+            return None
+        return self.pictures.images()
 
     def rows(self, start: int, stop: int) -> Batch:
         """The samples from `start` to before `stop`, as views."""
         length = self.ids_BS.shape[1]
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        targets = parts.pop("targets")
+        targets, pictures = parts.pop("targets"), parts.pop("pictures")
         if targets is not None:
             targets = SoftTargets(*(column[start * length : stop * length] for column in targets))
-        return Batch(**{name: part[start:stop] for name, part in parts.items()}, targets=targets)
+        if pictures is not None:
+            pictures = pictures.rows(start, stop)
+        parts = {name: part[start:stop] for name, part in parts.items()}
+        return Batch(**parts, targets=targets, pictures=pictures)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same with its tensors on `device`, but for documents_BS: the model plans with it on the CPU."""
 
         def moved(part: Any) -> Any:
-            if isinstance(part, SoftTargets):
-                return SoftTargets(*map(moved, part))
+            if isinstance(part, SoftTargets | Pictures):
+                return type(part)(*map(moved, part))
             return part.to(device, non_blocking=True) if isinstance(part, Tensor) else part
 
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -109,7 +145,7 @@ class Joiner:
         parts = [(c, rows, sample_ids_B[rows]) for c, rows in enumerate(groups) if len(rows)]
         back = np.argsort(np.concatenate([rows for _, rows, _ in parts]))
         samples = [self._corpora[c].take(ids) for c, _, ids in parts]
-        ids, documents, mask, digests = (np.concatenate(column)[back] for column in zip(*samples))
+        ids, documents, mask, digests = (np.concatenate(column)[back] for column in list(zip(*samples))[:4])
         tokens = torch.from_numpy(ids.astype(np.int64))
         targets, shard_loss_B, step_B = None, torch.full((len(back),), torch.nan), torch.full((len(back),), -1)
         if self._readers is not None:
@@ -127,6 +163,7 @@ class Joiner:
             shard_loss_B=shard_loss_B,
             step_B=step_B,
             covered_B=step_B >= 0,
+            pictures=_pictures(samples, back),
         )
 
     def _read(self, corpus: int, sample_ids: NDArray[np.int64], digests: NDArray[np.uint64]) -> ReadResult:
@@ -140,6 +177,30 @@ class Joiner:
                 f"{self._corpora[corpus].name!r}; cache.on_missing is fail (hard: train it on hard labels)"
             )
         return result
+
+
+def _pictures(samples: list[Samples], back_B: NDArray[np.int64]) -> Pictures | None:
+    """The pictures of all corpora as those of one batch: row i is row `back_B[i]` of theirs, one after another."""
+    found = [part.pictures for part in samples if part.pictures is not None and len(part.pictures.tiles_NCHW)]
+    if not found:
+        return None
+    tiles: list[NDArray[np.uint8]] = []
+    counts, patches = [], []
+    for part in samples:
+        if part.pictures is None:
+            tiles += [found[0].tiles_NCHW[:0]] * len(part.ids)
+            counts.append(np.zeros(len(part.ids), np.int64))
+            patches.append(np.full((len(part.ids), part.ids.shape[1] - 1), -1))
+        else:
+            tiles += np.split(part.pictures.tiles_NCHW, part.pictures.counts_B.cumsum()[:-1])
+            counts.append(part.pictures.counts_B)
+            patches.append(part.pictures.patch_BS)
+    return Pictures(
+        torch.from_numpy(np.concatenate([tiles[b] for b in back_B])),
+        torch.from_numpy(np.concatenate(counts)[back_B]),
+        torch.from_numpy(np.concatenate(patches)[back_B]),
+        found[0].tile_tokens,
+    )
 
 
 def _in_order(results: list[ReadResult], back_B: Tensor, length: int) -> ReadResult:

@@ -4,31 +4,47 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distill.config.errors import DataError
+from distill.config.schema import ImageConfig
+from distill.data import images
 from distill.data.packed import SplitWriter
-from distill.data.source import Corpus, Document, Ranges
-from distill.data.tokenizer import Tokenizer
+from distill.data.source import Corpus, Document, Picture, Ranges
+from distill.data.tiles import TileFormat, Tiles
+from distill.data.tokenizer import ImageIds, Tokenizer
 
 BATCH_CHARACTERS = 1 << 20
+"""And bytes of picture files, together."""
 BATCH_DOCUMENTS = 1024
 QUIET_SECONDS = 2.0
 
 
-def pack(corpus: Corpus, tokenizer: Tokenizer, sample_tokens: int, folder: Path, scratch: Path) -> None:
+def pack(
+    corpus: Corpus, tokenizer: Tokenizer, image_config: ImageConfig, sample_tokens: int, folder: Path, scratch: Path
+) -> None:
     """Writes the splits `train` and, if there is one, `held_out` of a corpus into `folder`, in one pass over its text.
 
     Raises:
-        DataError: a document cannot be read, or a split is shorter than one sample.
+        DataError: a document or a picture cannot be read, the tokenizer lacks the tokens of pictures, or a split is
+            shorter than one sample.
     """
+    image_ids, tile_format, filler_id = None, None, None
+    if corpus.config.has_pictures:
+        image_ids = tokenizer.image_ids()
+        tile_format = TileFormat(image_config.tile_size, image_config.tile_tokens, image_ids.patch)
+    if corpus.config.whole_documents:
+        filler_id = tokenizer.eos_id or 0
     splits = {"train": False, "held_out": True} if corpus.has_held_out else {"train": False}
     writers = {
-        held_out: SplitWriter(folder, split, sample_tokens, tokenizer.vocab_size) for split, held_out in splits.items()
+        held_out: SplitWriter(
+            folder, split, sample_tokens, tokenizer.vocab_size, filler_id=filler_id, tile_format=tile_format
+        )
+        for split, held_out in splits.items()
     }
     tokens = {False: 0, True: 0}
     progress = _Progress(corpus.name)
@@ -40,7 +56,10 @@ def pack(corpus: Corpus, tokenizer: Tokenizer, sample_tokens: int, folder: Path,
             if document.ranges is not None:
                 loss = carries_loss(document.ranges, np.array(offsets, np.int64).reshape(-1, 2))
             ids_n, loss_n = _framed(ids, loss, tokenizer)
-            writers[document.held_out].add(ids_n, loss_n)
+            tiles_NCHW = None
+            if image_ids is not None and document.pictures:
+                ids_n, loss_n, tiles_NCHW = _with_pictures(ids_n, loss_n, document.pictures, image_ids, image_config)
+            writers[document.held_out].add(ids_n, loss_n, tiles_NCHW)
             tokens[document.held_out] += len(ids_n)
         progress.at(sum(tokens.values()))
     progress.end()
@@ -78,13 +97,40 @@ def _framed(
     return np.array(head + ids + tail, np.int32), framed
 
 
+def _with_pictures(
+    ids: NDArray[np.int32],
+    loss: NDArray[np.bool_],
+    pictures: Sequence[Picture],
+    image_ids: ImageIds,
+    config: ImageConfig,
+) -> tuple[NDArray[np.int32], NDArray[np.bool_], Tiles]:
+    """The document with each picture's tokens, which carry no loss, where its marker was; and all tiles in order."""
+    markers = np.flatnonzero(ids == image_ids.image)
+    if len(markers) != len(pictures):
+        raise DataError(
+            f"{pictures[0].where}: the tokenizer makes {len(markers)} image tokens of {len(pictures)} markers; "
+            "in its file the marker must be a token that always stands alone"
+        )
+    parts: list[tuple[NDArray[np.int32], NDArray[np.bool_]]] = []
+    tiles: list[Tiles] = []
+    for picture, last, here in zip(pictures, [-1, *markers], markers):
+        parts.append((ids[last + 1 : here], loss[last + 1 : here]))
+        tiles_NCHW, rows, columns = images.cut(images.decode(picture.data, picture.where), config)
+        tokens = images.layout(rows, columns, config.tile_tokens, image_ids)
+        parts.append((tokens, np.zeros(len(tokens), np.bool_)))
+        tiles.append(tiles_NCHW)
+    parts.append((ids[markers[-1] + 1 :], loss[markers[-1] + 1 :]))
+    ids, loss = (np.concatenate(part) for part in zip(*parts))
+    return ids, loss, np.concatenate(tiles)
+
+
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Enough at a time to keep all cores of the tokenizer busy, and no more than memory likes."""
+    """Enough at a time to keep all cores of the tokenizer busy, and no more than memory likes, pictures included."""
     batch: list[Document] = []
     characters = 0
     for document in documents:
         batch.append(document)
-        characters += len(document.text)
+        characters += len(document.text) + sum(len(picture.data) for picture in document.pictures)
         if characters >= BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS:
             yield batch
             batch, characters = [], 0

@@ -8,7 +8,9 @@ per sample:
     documents  int32  [S+1]  ordinal of each token's document, counted from 0 within the sample
     mask       uint8  [S+1]  1 where the token may be a label: it carries loss, and the token before it in the stream
                              belongs to the same document
-    digest     uint64        xxh3-64 of the little-endian bytes of ids, documents and mask, in this order
+    digest     uint64        xxh3-64 of the little-endian bytes of ids, documents and mask, in this order; sealed with
+                             the tiles (see `tiles`) where there are image tokens among the first S ids
+    images     int64         only in corpora with pictures: image tokens of the split that come before the sample
 
 Rows come in record batches of equal length (the last may be shorter), so a sample's place is a division.
 """
@@ -16,7 +18,7 @@ Rows come in record batches of equal length (the last may be shorter), so a samp
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +29,8 @@ from numpy.typing import NDArray
 
 from distill.config.errors import DataError
 from distill.config.files import sync
+from distill.data import tiles
+from distill.data.tiles import Seen, TileFile, TileFormat, Tiles, TileWriter
 
 COLUMNS: dict[str, np.dtype[Any]] = {"ids": np.dtype("<i4"), "documents": np.dtype("<i4"), "mask": np.dtype("u1")}
 BATCH_TOKENS = 1 << 17
@@ -43,6 +47,8 @@ class Samples(NamedTuple):
     """[n, S+1]"""
     digests: NDArray[np.uint64]
     """[n]"""
+    pictures: Seen | None
+    """None: the corpus has none."""
 
 
 def digests(columns: dict[str, NDArray[Any]]) -> NDArray[np.uint64]:
@@ -61,6 +67,8 @@ class Summary:
     """Documents that were packed, those in the dropped tail included."""
     digest: str
     """xxh3-128 (hex) of the samples' digests in order."""
+    tiles: TileFormat | None = None
+    """None: the corpus has no pictures."""
 
 
 class SplitWriter:
@@ -69,42 +77,75 @@ class SplitWriter:
     Args:
         sample_tokens: S.
         vocab_size: ids are below it.
+        filler_id: documents stay whole: one that would be cut by the end of a sample, and fits in one, begins the next;
+            what is left is filled with this id, which carries no loss. None: documents follow each other, cut anywhere.
+        tile_format: of a corpus with pictures, whose tiles go to `split`.tiles.arrow.
     """
 
-    def __init__(self, folder: Path, split: str, sample_tokens: int, vocab_size: int):
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        sample_tokens: int,
+        vocab_size: int,
+        *,
+        filler_id: int | None = None,
+        tile_format: TileFormat | None = None,
+    ):
         self._folder, self._split, self._length = folder, split, sample_tokens
+        self._filler_id, self._format = filler_id, tile_format
         self._rows = max(1, BATCH_TOKENS // (sample_tokens + 1))
         lists = [
             pa.field(name, pa.list_(pa.from_numpy_dtype(dtype), sample_tokens + 1)) for name, dtype in COLUMNS.items()
         ]
-        self._schema = pa.schema([*lists, pa.field("digest", pa.uint64())])
+        images = [] if tile_format is None else [pa.field("images", pa.int64())]
+        self._schema = pa.schema([*lists, pa.field("digest", pa.uint64()), *images])
         self._writer = pa.ipc.new_file(str(folder / f"{split}.arrow"), self._schema)
+        self._tiles = None if tile_format is None else TileWriter(folder / f"{split}.tiles.arrow", tile_format)
         # Tokens that are not in a written sample: ids, ordinal of the document in the split, mask.
         self._waiting: list[tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.uint8]]] = []
         self._tokens_waiting = 0
+        self._images = 0
+        """Image tokens before those that wait."""
         self._counts_V = np.zeros(vocab_size, np.int64)
         self._digest = xxhash.xxh3_128()
-        self._samples = self._documents = 0
+        self._samples = self._documents = self._ordinal = 0
 
-    def add(self, ids: NDArray[np.int32], loss: NDArray[np.bool_]) -> None:
-        """One document: its ids [n], bos and eos included, and which of them carry loss [n]."""
+    def add(self, ids: NDArray[np.int32], loss: NDArray[np.bool_], tiles_NCHW: Tiles | None = None) -> None:
+        """One document: its ids [n], bos and eos included, which of them carry loss [n], and its pictures' tiles."""
+        place = self._tokens_waiting % self._length
+        # The last of the S + 1 tokens of a sample is a label alone.
+        if self._filler_id is not None and place and place + len(ids) > self._length + 1 >= len(ids):
+            filler = np.full(self._length - place, self._filler_id, np.int32)
+            self._append(filler, np.zeros(len(filler), np.uint8))
         mask = loss.astype(np.uint8)
         mask[:1] = 0  # its predecessor belongs to another document
-        self._waiting.append((ids, np.full(len(ids), self._documents, np.int64), mask))
+        self._append(ids, mask)
         self._documents += 1
-        self._tokens_waiting += len(ids)
+        if self._tiles is not None and tiles_NCHW is not None:
+            self._tiles.add(tiles_NCHW)
         if self._tokens_waiting > self._rows * self._length:
             self._write(self._rows)
+
+    def _append(self, ids: NDArray[np.int32], mask: NDArray[np.uint8]) -> None:
+        self._waiting.append((ids, np.full(len(ids), self._ordinal, np.int64), mask))
+        self._ordinal += 1
+        self._tokens_waiting += len(ids)
 
     def close(self) -> Summary:
         """Writes the rest; every file is on disk when this returns."""
         self._write(self._rows)
         self._write(max(0, self._tokens_waiting - 1) // self._length)
         self._writer.close()
-        summary = Summary(self._length, self._samples, self._documents, self._digest.hexdigest())
+        names = ["arrow", "counts.npy", "json"]
+        summary = Summary(self._length, self._samples, self._documents, self._digest.hexdigest(), self._format)
+        known = {name: value for name, value in asdict(summary).items() if value is not None}
+        if self._tiles is not None:
+            self._tiles.close()
+            names.append("tiles.arrow")
         np.save(self._folder / f"{self._split}.counts.npy", self._counts_V, allow_pickle=False)
-        (self._folder / f"{self._split}.json").write_text(json.dumps(vars(summary), indent=1))
-        for name in ("arrow", "counts.npy", "json"):
+        (self._folder / f"{self._split}.json").write_text(json.dumps(known, indent=1))
+        for name in names:
             sync(self._folder / f"{self._split}.{name}")
         return summary
 
@@ -114,6 +155,9 @@ class SplitWriter:
         if not batches:
             return
         ids, documents, mask = (np.concatenate(part) for part in zip(*self._waiting))
+        before = None  # image tokens before each place, and at the end
+        if self._format is not None:
+            before = self._images + np.concatenate([[0], np.cumsum(ids == self._format.token_id)])
         window = np.arange(rows)[:, None] * self._length + np.arange(self._length + 1)
         for first in range(0, batches * rows * self._length, rows * self._length):
             at = window + first
@@ -124,13 +168,21 @@ class SplitWriter:
                 pa.FixedSizeListArray.from_arrays(pa.array(columns[name].astype(dtype).ravel()), self._length + 1)
                 for name, dtype in COLUMNS.items()
             ]
-            self._writer.write_batch(pa.record_batch([*arrays, pa.array(marks)], schema=self._schema))
+            extra = []
+            if self._tiles is not None and before is not None:
+                starts = before[at[:, 0]]
+                marks = self._tiles.seal(marks, starts, before[at[:, -1]] - starts)
+                extra = [pa.array(starts)]
+            self._writer.write_batch(pa.record_batch([*arrays, pa.array(marks), *extra], schema=self._schema))
             self._counts_V += np.bincount(columns["ids"][:, 1:].ravel(), minlength=len(self._counts_V))
             self._digest.update(marks.astype("<u8").tobytes())
             self._samples += rows
         done = batches * rows * self._length
         self._waiting = [(ids[done:], documents[done:], mask[done:])]
         self._tokens_waiting -= done
+        if self._tiles is not None and before is not None:
+            self._images = int(before[done])
+            self._tiles.forget(self._images)
 
 
 class PackedCorpus:
@@ -148,11 +200,15 @@ class PackedCorpus:
     def __init__(self, folder: Path, split: str, name: str):
         self.name, self._path = name, folder / f"{split}.arrow"
         try:
-            summary = Summary(**json.loads((folder / f"{split}.json").read_bytes()))
+            record = json.loads((folder / f"{split}.json").read_bytes())
+            self._tile_format = TileFormat(**found) if (found := record.pop("tiles", None)) else None
+            summary = Summary(**record)
             self._stored_counts_V = np.load(folder / f"{split}.counts.npy", allow_pickle=False)
             self._reader = pa.ipc.open_file(pa.memory_map(str(self._path)))
             self._batches = self._reader.num_record_batches
             self._rows = self._reader.get_batch(0).num_rows if self._batches else 1
+            if self._tile_format is not None:
+                self._tiles = TileFile(folder / f"{split}.tiles.arrow", self._tile_format)
         except (OSError, EOFError, ValueError, TypeError, pa.ArrowException) as error:
             raise DataError(f"{self._path}: not a packed corpus: {error}; remove {folder} to pack it anew") from error
         self._samples, self.sample_tokens, self.digest = summary.samples, summary.sample_tokens, summary.digest
@@ -176,6 +232,7 @@ class PackedCorpus:
         assert ids_B.ndim == 1 and (not len(ids_B) or 0 <= ids_B.min() <= ids_B.max() < len(self)), ids_B
         columns = {name: np.empty((len(ids_B), self.sample_tokens + 1), dtype) for name, dtype in COLUMNS.items()}
         stored = np.empty(len(ids_B), np.uint64)
+        starts_B, pictures = np.empty(len(ids_B), np.int64), None
         batch_B, row_B = np.divmod(ids_B, self._rows)
         try:
             for batch in np.unique(batch_B):
@@ -185,8 +242,16 @@ class PackedCorpus:
                     flat = record.column(name).flatten().to_numpy()
                     column[wanted] = flat.reshape(record.num_rows, -1)[row_B[wanted]]
                 stored[wanted] = record.column("digest").to_numpy()[row_B[wanted]]
+                if self._tile_format is not None:
+                    starts_B[wanted] = record.column("images").to_numpy()[row_B[wanted]]
+            if self._tile_format is not None:
+                pictures = self._tiles.pictures(columns["ids"][:, :-1], starts_B)
         except (OSError, ValueError, LookupError, pa.ArrowException) as error:
             raise DataError(f"{self._path}: is damaged: {error}; remove its folder to pack it anew") from error
-        if (wrong := np.flatnonzero(digests(columns) != stored)).size:
+        found = digests(columns)
+        if self._tile_format is not None and pictures is not None:
+            marks = map(tiles.digest, pictures.tiles_NCHW)
+            found = tiles.sealed(found, starts_B % self._tile_format.tokens, pictures.counts_B, marks)
+        if (wrong := np.flatnonzero(found != stored)).size:
             raise DataError(f"{self._path}: sample {ids_B[wrong[0]]} is damaged; remove its folder to pack it anew")
-        return Samples(columns["ids"], columns["documents"], columns["mask"].view(np.bool_), stored)
+        return Samples(columns["ids"], columns["documents"], columns["mask"].view(np.bool_), stored, pictures)

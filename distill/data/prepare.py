@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -20,11 +20,11 @@ import xxhash
 
 from distill.config.errors import DataError
 from distill.config.files import sync
-from distill.config.schema import DataConfig
+from distill.config.schema import IMAGE_TOKENS, DataConfig
 from distill.data import tokenizer as tokenizers
 from distill.data.pack import pack
 from distill.data.packed import PackedCorpus
-from distill.data.source import Corpus
+from distill.data.source import MARKER, Corpus
 from distill.data.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -66,10 +66,19 @@ def prepare(config: DataConfig, folder: Path, model_vocab_size: int) -> Prepared
             )
         prepared = Prepared(tokenizer, {}, {})
         for name, corpus in corpora.items():
-            special = (tokenizer.bos_id, tokenizer.eos_id)
-            key = _key("corpus", tokenizer.digest, special, config.sample_tokens, corpus.identity)
-            place = folder / f"{name}-{key}"
-            _publish(place, partial(pack, corpus, tokenizer, config.sample_tokens))
+            parts: list[object] = [
+                "corpus",
+                tokenizer.digest,
+                (tokenizer.bos_id, tokenizer.eos_id),
+                config.sample_tokens,
+            ]
+            parts.append(corpus.identity)
+            if corpus.config.has_pictures:
+                parts.append(astuple(config.images))
+            if corpus.config.whole_documents:
+                parts.append("whole")
+            place = folder / f"{name}-{_key(*parts)}"
+            _publish(place, partial(pack, corpus, tokenizer, config.images, config.sample_tokens))
             prepared.train[name] = PackedCorpus(place, "train", name)
             if corpus.has_held_out:
                 prepared.held_out[name] = PackedCorpus(place, "held_out", name)
@@ -99,13 +108,15 @@ def _tokenizer(config: DataConfig, folder: Path, corpora: list[Corpus]) -> Token
     if config.tokenizer.file is not None:
         return tokenizers.load(config.tokenizer)
     t = config.tokenizer
-    key = _key("tokenizer", t.vocab_size, t.bos, t.eos, TRAIN_CHARACTERS, [c.identity for c in corpora])
-    place = folder / f"tokenizer-{key}"
+    parts: list[object] = [t.vocab_size, t.bos, t.eos, TRAIN_CHARACTERS, [c.identity for c in corpora]]
+    if config.has_pictures:
+        parts.append(IMAGE_TOKENS)
+    place = folder / f"tokenizer-{_key('tokenizer', *parts)}"
 
     def make(new: Path, scratch: Path) -> None:
         share = TRAIN_CHARACTERS // len(corpora)
         texts = chain.from_iterable(_train_texts(corpus, scratch, share) for corpus in corpora)
-        tokenizers.train(t, texts).save(new / "tokenizer.json")
+        tokenizers.train(t, texts, config.has_pictures).save(new / "tokenizer.json")
 
     _publish(place, make)
     return tokenizers.load(t, place / "tokenizer.json")
@@ -114,7 +125,7 @@ def _tokenizer(config: DataConfig, folder: Path, corpora: list[Corpus]) -> Token
 def _train_texts(corpus: Corpus, scratch: Path, characters: int) -> Iterator[str]:
     for document in corpus.documents(scratch):
         if not document.held_out:
-            yield document.text[:characters]
+            yield document.text.replace(MARKER, "\n")[:characters] if document.pictures else document.text[:characters]
             characters -= len(document.text)
             if characters <= 0:
                 return

@@ -1,7 +1,7 @@
 """Documents of a corpus, in a fixed order, each belonging to the training or the held-out split.
 
-The split is drawn by a hash of the text (standard library: of the file's name), so equal texts fall on the same side
-and no order, addition or removal of other documents moves one across.
+The split is drawn by a hash of the text (standard library: of the file's name; where there are pictures: of these), so
+equal texts fall on the same side and no order, addition or removal of other documents moves one across.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import xxhash
 
 from distill.config.errors import DataError
-from distill.config.schema import CorpusConfig, Source
+from distill.config.schema import IMAGE_TOKENS, CorpusConfig, Source
+from distill.data import digits
 from distill.data.tables import READERS, rows, suffix
 
 Ranges = list[tuple[int, int]]
@@ -27,6 +29,17 @@ NO_SOURCE = {"__pycache__", "dist-packages", "idle_test", "site-packages", "test
 """Folders of the standard library that are left out: tests, and what is not the standard library."""
 
 
+MARKER = "<|image|>"
+"""Stands in a text where a picture belongs."""
+
+
+class Picture(NamedTuple):
+    data: bytes
+    """Of its file."""
+    where: str
+    """What messages call it."""
+
+
 @dataclass(frozen=True)
 class Document:
     text: str
@@ -34,6 +47,8 @@ class Document:
     ranges: Ranges | None
     """Characters that carry loss; None: all."""
     held_out: bool
+    pictures: tuple[Picture, ...] = ()
+    """One for each MARKER of the text, in order."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +70,8 @@ class Corpus:
     def __init__(self, name: str, config: CorpusConfig):
         self.name, self.config = name, config
         self.key = f"data.corpora.{name}"
-        self._files = self._stdlib() if config.source is Source.stdlib else self._named()
+        find = {Source.stdlib: self._stdlib, Source.files: self._named, Source.digits: list}
+        self._files: list[_File] = find[config.source]()
 
     @property
     def identity(self) -> str:
@@ -65,6 +81,8 @@ class Corpus:
         """
         c, digest = self.config, xxhash.xxh3_128()
         digest.update(repr((c.source.value, c.text_key, c.mask_key, c.held_out, c.max_documents)).encode())
+        if c.has_pictures:
+            digest.update(repr((c.image_key, digits.DRAWING)).encode())
         for file in self._files:
             try:
                 stat = file.path.stat()
@@ -83,6 +101,8 @@ class Corpus:
         Raises:
             DataError: a file or a document that cannot be read as configured; names file, key and value.
         """
+        if self.config.source is Source.digits:
+            yield from self._digits()
         # The limit holds for `files` and `held_out_files` each; the standard library's files are limited already.
         left = dict.fromkeys((True, False, None), self.config.max_documents)
         for file in self._files:
@@ -133,34 +153,52 @@ class Corpus:
 
     # ------------------------------------------------------------ documents
 
+    def _digits(self) -> Iterator[Document]:
+        for number, digit in enumerate(digits.read(self.config.max_documents), 1):
+            held_out = self._share(digit.picture)
+            # Held out, only the digit itself counts: accuracy is then that of reading it.
+            ranges = [digit.answer] if held_out else None
+            yield Document(digit.text, ranges, held_out, (Picture(digit.picture, f"digit {number}"),))
+
     def _read(self, file: _File, scratch: Path) -> Iterator[Document]:
         if suffix(file.path) in READERS:
             yield from self._rows(file, scratch)
             return
-        if self.config.mask_key is not None:
-            raise DataError(f"{self.key}.mask_key is {self.config.mask_key!r}; {file.path} is text and has no columns")
+        for key in ("mask_key", "image_key"):
+            if (column := getattr(self.config, key)) is not None:
+                raise DataError(f"{self.key}.{key} is {column!r}; {file.path} is text and has no columns")
         text = _read_text(file.path, source_code=self.config.source is Source.stdlib)
         yield Document(text, None, self._share(text) if file.held_out is None else file.held_out)
 
     def _rows(self, file: _File, scratch: Path) -> Iterator[Document]:
         c = self.config
-        columns = [c.text_key] if c.mask_key is None else [c.text_key, c.mask_key]
-        keys = [f"{self.key}.text_key", f"{self.key}.mask_key"]
-        for number, row in enumerate(rows(file.path, columns, keys, scratch), 1):
-            where = f"{file.path}, row {number}"
-            text = row[0]
+        keys = {key: column for key in ("text_key", "mask_key", "image_key") if (column := getattr(c, key)) is not None}
+        names = [f"{self.key}.{key}" for key in keys]
+        for number, row in enumerate(rows(file.path, list(keys.values()), names, scratch), 1):
+            where, values = f"{file.path}, row {number}", dict(zip(keys, row))
+            text = values["text_key"]
             if not isinstance(text, str):
                 raise DataError(f"{where}: column {c.text_key!r} is {_short(text)}; a text is needed")
             try:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise DataError(f"{where}: column {c.text_key!r} is not valid Unicode: {error.reason}") from error
-            ranges = None if c.mask_key is None else _ranges(row[1], len(text), f"{where}: column {c.mask_key!r}")
-            yield Document(text, ranges, self._share(text) if file.held_out is None else file.held_out)
+            ranges: Ranges | None = None
+            pictures: tuple[Picture, ...] = ()
+            if c.mask_key is not None:
+                ranges = _ranges(values["mask_key"], len(text), f"{where}: column {c.mask_key!r}")
+            if c.image_key is not None:
+                pictures = _pictures(values["image_key"], file.path.parent, f"{where}: column {c.image_key!r}")
+                _marked(text, len(pictures), f"{where}: column {c.text_key!r}")
+            held_out = file.held_out
+            if held_out is None:
+                held_out = self._share(b"".join(picture.data for picture in pictures) or text)
+            yield Document(text, ranges, held_out, pictures)
 
-    def _share(self, identity: str) -> bool:
-        """True for `held_out` of all strings, always the same ones."""
-        return xxhash.xxh3_64_intdigest(identity.encode()) < self.config.held_out * 2**64
+    def _share(self, identity: str | bytes) -> bool:
+        """True for `held_out` of all identities, always the same ones."""
+        data = identity.encode() if isinstance(identity, str) else identity
+        return xxhash.xxh3_64_intdigest(data) < self.config.held_out * 2**64
 
 
 def _read_text(path: Path, source_code: bool) -> str:
@@ -187,6 +225,37 @@ def _ranges(value: object, length: int, where: str) -> Ranges:
         if not right or not 0 <= pair[0] <= pair[1] <= length:
             raise DataError(f"{where} has {_short(pair)}; {need}")
     return [(start, end) for start, end in value]
+
+
+def _pictures(value: object, folder: Path, where: str) -> tuple[Picture, ...]:
+    """The files of a row's picture or pictures; None is none."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    return tuple(
+        Picture(_file(value, folder, where), f"{where}, picture {number}") for number, value in enumerate(values, 1)
+    )
+
+
+def _file(value: object, folder: Path, where: str) -> bytes:
+    if isinstance(value, dict):  # as `datasets` has it: the bytes, or else where they are
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        raise DataError(f"{where} has {_short(value)}; a path, bytes, a dict of both, or a list of these is needed")
+    path = folder / value
+    if "\0" in value or not path.is_file():  # else a device or a pipe might never end
+        raise DataError(f"{where} has {_short(value)}; {path} is no file")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{where} has {_short(value)}; {path} cannot be read: {error.strerror}") from error
+
+
+def _marked(text: str, pictures: int, where: str) -> None:
+    if (marks := text.count(MARKER)) != pictures:
+        raise DataError(f"{where} has {MARKER} {marks} times, its row has {pictures} pictures; as many are needed")
+    if foreign := [token for token in IMAGE_TOKENS if token != MARKER and token in text]:
+        raise DataError(f"{where} has {', '.join(foreign)}; beside {MARKER} the tokens of a picture come from packing")
 
 
 def _short(value: object) -> str:

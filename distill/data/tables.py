@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,4 +68,20 @@ def _batches(path: Path, scratch: Path) -> Iterator[dict[str, list[Any]]]:
         cache_dir=str(scratch),
         **options,
     )
+    for column, feature in (stream.features or {}).items():
+        if (plain := _undecoded(feature)) != feature:
+            stream = stream.cast_column(column, plain)
     yield from stream.iter(batch_size=ROWS)
+
+
+def _undecoded(feature: Any) -> Any:
+    """The feature with every picture in it left as the bytes of its file."""
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, list):
+        return [_undecoded(inner) for inner in feature]
+    if hasattr(feature, "feature"):  # lists, as the library calls them
+        return dataclasses.replace(feature, feature=_undecoded(feature.feature))
+    return feature

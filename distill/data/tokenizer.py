@@ -5,16 +5,27 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
 from distill.config.errors import ConfigError, DataError
 from distill.config.files import write_text
-from distill.config.schema import TokenizerConfig
+from distill.config.schema import IMAGE_TOKENS, TokenizerConfig
 
 BYTES = 256
 """Ids that a byte-level alphabet takes before the first merge."""
+
+
+class ImageIds(NamedTuple):
+    """Ids of IMAGE_TOKENS, in their order."""
+
+    start: int
+    end: int
+    tile_x: int
+    tile_y: int
+    image: int
+    patch: int
 
 
 class Tokenizer:
@@ -34,6 +45,7 @@ class Tokenizer:
     def __init__(self, record: dict[str, Any], bos: str | None, eos: str | None, name: str):
         from tokenizers import Tokenizer as Library
 
+        self._name = name
         self._json = json.dumps(record, sort_keys=True, separators=(",", ":"))
         # A post-processor would trim offsets and may add tokens of its own.
         plain = {**record, "post_processor": None, "padding": None, "truncation": None}
@@ -43,14 +55,27 @@ class Tokenizer:
             raise DataError(f"{name}: not a tokenizer.json: {error}") from error
         self.digest: str = xxhash.xxh3_128_hexdigest(self._json.encode())
         self.vocab_size: int = max(self._library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.bos_id = self._special("bos", bos, name)
-        self.eos_id = self._special("eos", eos, name)
+        self.bos_id = self._special("bos", bos)
+        self.eos_id = self._special("eos", eos)
 
-    def _special(self, role: str, token: str | None, name: str) -> int | None:
+    def _special(self, role: str, token: str | None) -> int | None:
         token_id = None if token is None else self._library.token_to_id(token)
         if token is not None and token_id is None:
-            raise DataError(f"{name}: has no token {token!r} (data.tokenizer.{role}); name one that it has, or null")
+            raise DataError(
+                f"{self._name}: has no token {token!r} (data.tokenizer.{role}); name one that it has, or null"
+            )
         return token_id
+
+    def image_ids(self) -> ImageIds:
+        """The ids of the tokens that stand for pictures.
+
+        Raises:
+            DataError: names those that the tokenizer lacks.
+        """
+        found: list[Any] = [self._library.token_to_id(token) for token in IMAGE_TOKENS]
+        if missing := [token for token, token_id in zip(IMAGE_TOKENS, found) if token_id is None]:
+            raise DataError(f"{self._name}: has no {', '.join(missing)}; a corpus with pictures needs them")
+        return ImageIds(*found)
 
     def encode_batch(
         self, texts: Sequence[str], offsets: bool = True
@@ -91,10 +116,11 @@ def load(config: TokenizerConfig, file: str | Path | None = None) -> Tokenizer:
     return Tokenizer(record, config.bos, config.eos, str(path))
 
 
-def train(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
+def train(config: TokenizerConfig, texts: Iterable[str], pictures: bool = False) -> Tokenizer:
     """A byte-level BPE over `texts`, never above `config.vocab_size` ids; equal texts give equal bytes.
 
-    bos and eos are its first ids, then the 256 bytes, then merges: every text has an encoding.
+    bos and eos are its first ids, then IMAGE_TOKENS if it is for `pictures`, then the 256 bytes, then merges: every
+    text has an encoding.
 
     Raises:
         ConfigError: the vocabulary has no room for bytes and special tokens.
@@ -103,6 +129,7 @@ def train(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     specials = [token for token in (config.bos, config.eos) if token is not None]
+    specials += IMAGE_TOKENS if pictures else ()
     if config.vocab_size < BYTES + len(specials):
         raise ConfigError(f"data.tokenizer.vocab_size is {config.vocab_size}; at least {BYTES + len(specials)}")
     library = Library(models.BPE())

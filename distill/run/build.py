@@ -130,7 +130,8 @@ def student(run: Run, readers: list[CacheReader] | None) -> Trainer:
     else:
         weights = {name: config.data.corpora[name].weight for name in sizes}
         stream, planned = Stream(sizes, weights, config.data.seed), steps * part.train.batch
-    step = StudentStep(Meters(run.dist.device), part.train, part.weighting, part.model.vocab_size, steps)
+    meters, vocab_size = Meters(run.dist.device), part.model.vocab_size
+    step = StudentStep(meters, part.train, part.weighting, vocab_size, steps, len(sizes))
     return _trainer(run, "student", step, steps, stream, replay(part.replay.order, planned), readers)
 
 
@@ -158,5 +159,5 @@ def _trainer(
         run.config.data.sample_tokens,
         run.tracker,
         run.dist,
-        lambda model: run.quick_loss(model, part.train),
+        lambda model: run.glance(model, part.train),
     )

@@ -49,17 +49,19 @@ def train(run: Run) -> None:
         run.save(trainers)
     capture.close()
 
-    teacher_loss = run.evaluate(teacher.engine.model).loss
+    taught = run.evaluate(teacher.engine.model)
     result = run.evaluate(learner.engine.model, teacher.engine.model)
     overhead = capture_overhead(run, teacher)
     for trainer in trainers.values():
         trainer.engine.close()
-    losses = {"teacher_loss": teacher_loss, "distilled_loss": result.loss}
+    figures = run.figures("teacher", taught) | run.figures("distilled", result)
     for name, arm in config.codistill.arms.items():
-        losses[f"{name}_loss"] = _arm(run, name, arm)
+        found = _arm(run, name, arm)
+        parts = ("loss", "accuracy", "corpora")
+        figures |= {f"{name}_{part}": found[key] for part in parts if (key := f"student_{part}") in found}
     summary: dict[str, Any] = {
         "job": "codistill",
-        **losses,
+        **figures,
         "bytes_per_token": bytes_per_token(run),
         "capture_overhead": overhead,
         "coverage": learner.program.coverage,
@@ -67,8 +69,8 @@ def train(run: Run) -> None:
         "ece": result.ece,
     }
     if "hard" in config.codistill.arms:
-        gap = losses["hard_loss"] - teacher_loss
-        summary["gap_closed"] = (losses["hard_loss"] - result.loss) / gap if gap else None
+        gap = figures["hard_loss"] - taught.loss
+        summary["gap_closed"] = (figures["hard_loss"] - result.loss) / gap if gap else None
     summary["seconds"] = run.seconds
     run.tracker.message(table.render(summary))
     run.finish(summary)
@@ -81,13 +83,13 @@ def _round_end(trainer: Trainer, rounds: int) -> int:
     return min(trainer.steps, (trainer.at // length + 1) * length)
 
 
-def _arm(run: Run, name: str, arm: ArmConfig) -> float:
-    """Trains one control arm, or finds it trained; its held-out loss in nats."""
+def _arm(run: Run, name: str, arm: ArmConfig) -> dict[str, Any]:
+    """Trains one control arm, or finds it trained; the summary of its run."""
     sub = Run(arm_config(run, arm), run.folder / "arms" / name, run.dist, run.data)
     run.tracker.message(f"arm {name}")
     if not sub.finished:
         student.train(sub)
-    return float(sub.summary()["student_loss"])
+    return sub.summary()
 
 
 def arm_config(run: Run, arm: ArmConfig) -> RunConfig:

@@ -16,12 +16,14 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from distill.config.errors import ConfigError
+from distill.config.checks import sight
+from distill.config.errors import ConfigError, DataError
 from distill.config.files import write_text
 from distill.config.load import to_dict
-from distill.config.schema import ModelConfig, RunConfig, TrainConfig
+from distill.config.schema import DataConfig, Job, ModelConfig, RunConfig, TrainConfig, VisionConfig
 from distill.data.join import Batch, Joiner
 from distill.data.prepare import Prepared, prepare
+from distill.data.tokenizer import Tokenizer
 from distill.engine import checkpoint
 from distill.engine.dist import Dist
 from distill.engine.zero import Engine, load_weights
@@ -120,6 +122,9 @@ class Run:
                 prepared = prepare(data, folder, min(sizes))
             self.dist.barrier()
         assert prepared is not None
+        if self.config.job is not Job.evaluate:
+            for role in self.roles:
+                check_sight(f"{role}.model.vision", getattr(self.config, role).model.vision, data, prepared.tokenizer)
         if self.dist.is_main:  # whoever exports a model of this run needs no data
             prepared.tokenizer.save(self.folder / TOKENIZER)
         return prepared
@@ -189,12 +194,38 @@ class Run:
     def evaluate(self, model: Any, teacher: Any = None) -> Evaluation:
         """On the whole held-out text (`evaluate.samples`)."""
         e = self.config.evaluate
-        return evaluate(model, self.held_out(e.samples, e.batch), self.dist, bins=e.calibration_bins, teacher=teacher)
+        batches, names = self.held_out(e.samples, e.batch), list(self.data.held_out)
+        return evaluate(model, batches, names, self.dist, bins=e.calibration_bins, teacher=teacher)
 
-    def quick_loss(self, model: Any, train: TrainConfig) -> float:
-        """Nats per token on the first held-out samples, for curves."""
+    def glance(self, model: Any, train: TrainConfig) -> dict[str, float]:
+        """The same on the first held-out samples, as a row of metrics, for curves."""
         micro = max(1, train.batch // (self.dist.world * train.accumulation))
-        return evaluate(model, self.held_out(train.eval_samples, micro), self.dist).loss
+        batches, names = self.held_out(train.eval_samples, micro), list(self.data.held_out)
+        return self.heldout(evaluate(model, batches, names, self.dist))
+
+    def heldout(self, result: Evaluation) -> dict[str, float]:
+        """Metrics `heldout_loss` and, of a mixture, `heldout_loss/<corpus>` and `heldout_accuracy/<corpus>`."""
+        row = {"heldout_loss": result.loss}
+        if len(self.data.held_out) > 1:
+            for name, part in result.corpora.items():
+                row |= {f"heldout_loss/{name}": part.loss, f"heldout_accuracy/{name}": part.accuracy}
+        return row
+
+    def figures(self, name: str, result: Evaluation) -> dict[str, Any]:
+        """What a summary says of a model: `<name>_loss`; `<name>_accuracy` on `evaluate.accuracy_on`; and, of a
+        mixture, `<name>_corpora`, loss and accuracy on each corpus."""
+        found: dict[str, Any] = {f"{name}_loss": result.loss}
+        if (on := self.config.evaluate.accuracy_on) is not None:
+            if on not in result.corpora:
+                raise DataError(
+                    f"evaluate.accuracy_on is {on}; none of its held-out labels that were read carries loss"
+                )
+            found[f"{name}_accuracy"] = result.corpora[on].accuracy
+        if len(self.data.held_out) > 1:
+            found[f"{name}_corpora"] = {
+                corpus: {"loss": part.loss, "accuracy": part.accuracy} for corpus, part in result.corpora.items()
+            }
+        return found
 
     def summary(self) -> dict[str, Any]:
         """What a finished run wrote, on every rank."""
@@ -210,6 +241,12 @@ class Run:
             if self.config.tracking.report:
                 self.tracker.message(f"report: {report.write(self.folder)}")
         self.dist.barrier()
+
+
+def check_sight(key: str, vision: VisionConfig | None, data: DataConfig, tokenizer: Tokenizer) -> None:
+    """Refuses a model that cannot see the pictures of a run, or takes another token for them than the tokenizer."""
+    if data.has_pictures and (problems := list(sight(key, vision, data.images, tokenizer.image_ids().patch))):
+        raise ConfigError(*problems)
 
 
 def load_model(folder: Path, role: str, want: ModelConfig | None) -> Transformer:

@@ -10,7 +10,7 @@ import numpy as np
 from distill.cache import CacheReader
 from distill.config.errors import CacheError
 from distill.run import build
-from distill.run.run import Run, load_model
+from distill.run.run import Run, check_sight, load_model
 from distill.run.trainer import Trainer
 from student.step import StudentStep
 
@@ -28,7 +28,7 @@ def train(run: Run) -> None:
     program = trainer.program
     assert isinstance(program, StudentStep)
     if readers and not config.cache.follow:
-        program.know_best(min(float(np.nanmin(r.stats()["loss"], initial=np.inf)) for r in readers))
+        program.know_best([float(np.nanmin(r.stats()["loss"], initial=np.inf)) for r in readers])
     run.restore({"student": trainer})
     every = config.student.train.checkpoint_every or trainer.steps
     while trainer.at < trainer.steps:
@@ -45,7 +45,7 @@ def train(run: Run) -> None:
     run.finish(
         {
             "job": "student",
-            "student_loss": result.loss,
+            **run.figures("student", result),
             "ece": result.ece,
             "coverage": program.coverage,
             "steps": trainer.steps,
@@ -118,9 +118,16 @@ def evaluate(run: Run) -> None:
     teacher = None
     if config.evaluate.teacher_from is not None:
         teacher = load_model(Path(config.evaluate.teacher_from), "teacher", None).to(run.dist.device)
+    for folder, part in ((config.init_from, model), (config.evaluate.teacher_from, teacher)):
+        if part is not None:
+            check_sight(f"vision of the model in {folder}", part.config.vision, config.data, run.data.tokenizer)
     result = run.evaluate(model, teacher)
-    row = {"heldout_loss": result.loss, **{k: v for k, v in result._asdict().items() if k != "loss" and v is not None}}
+    row = {name: value for name, value in result._asdict().items() if name not in ("loss", "corpora")}
+    row = run.heldout(result) | {name: value for name, value in row.items() if value is not None}
     run.tracker.log("evaluate", 0, row, {})
+    width = max(14, *map(len, row))
     for name, value in row.items():
-        run.tracker.message(f"{name:>14}  {value:.4f}" if isinstance(value, float) else f"{name:>14}  {value:,}")
+        run.tracker.message(
+            f"{name:>{width}}  {value:.4f}" if isinstance(value, float) else f"{name:>{width}}  {value:,}"
+        )
     run.finish({"job": "evaluate", **row, "seconds": run.seconds})

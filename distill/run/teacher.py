@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from distill.run import build
 from distill.run.overhead import capture_overhead
 from distill.run.run import Run
@@ -17,7 +19,8 @@ def train(run: Run) -> None:
             # Published before the checkpoint: what a resumed run takes as done is on disk.
             capture.flush()
         run.save({"teacher": trainer})
-    summary = {"job": "teacher", "teacher_loss": run.evaluate(trainer.engine.model).loss, "steps": trainer.steps}
+    result = run.evaluate(trainer.engine.model)
+    summary: dict[str, Any] = {"job": "teacher", **run.figures("teacher", result), "steps": trainer.steps}
     summary["tokens"] = trainer.steps * run.config.teacher.train.batch * run.config.data.sample_tokens
     if capture:
         capture.finish()

@@ -49,7 +49,7 @@ class Trainer:
     Args:
         role: `job` of its rows in metrics.jsonl.
         positions: maps the trainer's own order 0, 1, 2, ... to positions of the stream (replay).
-        held_out: evaluates the model and returns nats per token.
+        held_out: evaluates the model on held-out text and returns what a row says of it.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Trainer:
         sample_tokens: int,
         tracker: Tracker,
         dist: Dist,
-        held_out: Callable[[Any], float],
+        held_out: Callable[[Any], dict[str, float]],
     ):
         self.role, self.engine, self.program, self.config, self.optim = role, engine, step, config, optim
         self.steps, self.stream, self.positions, self.joiner = steps, stream, positions, joiner
@@ -154,5 +154,5 @@ class Trainer:
             text = f"loss {row['loss']:.3f}" if "loss" in row else ""
             self.tracker.progress(self.role, at, total, tokens=int(tokens), text=text)
         if evaluate_now:
-            row["heldout_loss"] = self.held_out(self.engine.model)
+            row |= self.held_out(self.engine.model)
         self.tracker.log(self.role, at, row, histograms)

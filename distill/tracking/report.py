@@ -95,10 +95,12 @@ def _result(data: RunData) -> str:
 
 def _table(rows: Sequence[dict[str, object]], styles: dict[str, int]) -> str:
     hard = next((float(str(row["loss"])) for row in rows if row["arm"] == "hard"), None)
+    accurate = any("accuracy" in row for row in rows)
     lines = []
     for row in rows:
         name = str(row["arm"])
-        loss, difference, closed = table.figures(row, hard)
+        loss, difference, closed, accuracy = table.figures(row, hard)
+        last = f"<td>{accuracy}</td>" if accurate else ""
         style = f"s{styles.get(name, 0) % charts.STYLES}"
         bar = ""
         if closed:
@@ -106,11 +108,13 @@ def _table(rows: Sequence[dict[str, object]], styles: dict[str, int]) -> str:
             bar = f'<span class="share"><i class="{style}" style="width:{width:.1f}%"></i></span>'
         lines.append(
             f'<tr{" class=lead" if name == "distilled" else ""}><td><i class="swatch {style}"></i>{escape(name)}</td>'
-            f"<td>{loss}</td><td>{difference}</td><td>{closed}{bar}</td></tr>"
+            f"<td>{loss}</td><td>{difference}</td><td>{closed}{bar}</td>{last}</tr>"
         )
-    heads = ("arm", f"held-out loss, {NATS}", "against hard labels" if hard is not None else "", "")
+    heads: tuple[str, ...] = ("arm", f"held-out loss, {NATS}", "against hard labels" if hard is not None else "", "")
     if any("gap_closed" in row for row in rows):
         heads = (*heads[:3], "gap to the teacher closed")
+    if accurate:
+        heads = (*heads, "accuracy")
     head = "".join(f"<th>{text}</th>" for text in heads)
     return f'<div class="scroll"><table><tr>{head}</tr>{"".join(lines)}</table></div>\n'
 

@@ -12,15 +12,19 @@ from distill.tracking.console import duration, short
 def render(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] | None = None) -> str:
     """Plain text within 80 columns: one sentence, one line per arm, and the facts of the run.
 
-    summary: what `summary.json` holds: `<arm>_loss` (nats per token), `gap_closed`, `capture_overhead`, `coverage`
-    (shares), `bytes_per_token`, `seconds`; whatever is missing is left out.
-    rows: `{"arm": name, "loss": nats, "gap_closed": share or missing}`; None takes them from the summary.
+    summary: what `summary.json` holds: `<arm>_loss` (nats per token), `<arm>_accuracy`, `gap_closed`,
+    `capture_overhead`, `coverage` (shares), `bytes_per_token`, `seconds`; whatever is missing is left out.
+    rows: `{"arm": name, "loss": nats, "gap_closed": share, "accuracy": share}`, the last two where they apply; None
+    takes them from the summary.
     """
     rows = arms(summary) if rows is None else rows
     hard = next((row["loss"] for row in rows if row["arm"] == "hard"), None)
-    cells = [("arm", "held-out loss", "against hard", "gap closed"), ("", "nats per token", "nats per token", "")]
+    cells = [
+        ("arm", "held-out loss", "against hard", "gap closed", "accuracy"),
+        ("", "nats per token", "nats per token", "", ""),
+    ]
     cells += [(str(row["arm"])[:24], *figures(row, hard)) for row in rows]
-    shown = [i for i in range(4) if i < 2 or any(line[i] for line in cells[2:])]
+    shown = [i for i in range(5) if i < 2 or any(line[i] for line in cells[2:])]
     widths = {i: max(len(line[i]) for line in cells) for i in shown}
     lines = ["  ".join(line[i].rjust(widths[i]) if i else line[i].ljust(widths[i]) for i in shown) for line in cells]
     lines.insert(2, "─" * len(lines[0]))
@@ -32,7 +36,7 @@ def render(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] | None 
 
 
 def arms(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows for `render` from the `<arm>_loss` keys of a summary, in its order."""
+    """Rows for `render` from the `<arm>_loss` and `<arm>_accuracy` keys of a summary, in its order."""
     losses = {
         name.removesuffix("_loss"): value
         for name, value in summary.items()
@@ -43,14 +47,16 @@ def arms(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     for row in rows:
         if row["arm"] not in ("hard", "teacher") and gap > 0:
             row["gap_closed"] = (losses["hard"] - row["loss"]) / gap
+        if _is_number(accuracy := summary.get(f"{row['arm']}_accuracy")):
+            row["accuracy"] = accuracy
     return rows
 
 
-def figures(row: Mapping[str, Any], hard: float | None) -> tuple[str, str, str]:
-    """Loss, difference to hard labels and share of the gap closed, as text; "" for what does not apply."""
+def figures(row: Mapping[str, Any], hard: float | None) -> tuple[str, str, str, str]:
+    """Loss, difference to hard labels, share of the gap closed and accuracy, as text; "" for what does not apply."""
     difference = "" if hard is None or row["arm"] == "hard" else f"{row['loss'] - hard:+.3f}".replace("-", "−")
-    closed = row.get("gap_closed")
-    return f"{row['loss']:.3f}", difference, "" if closed is None else percent(closed)
+    closed, accuracy = ("" if row.get(name) is None else percent(row[name]) for name in ("gap_closed", "accuracy"))
+    return f"{row['loss']:.3f}", difference, closed, accuracy
 
 
 def sentence(summary: Mapping[str, Any]) -> str:
@@ -79,7 +85,8 @@ def facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = []
     for name, value in _flat(summary):
         label, unit = _FACTS.get(name, (name.replace("_", " "), _plain))
-        if name != "gap_closed" and value is not None and not (name.endswith("_loss") and name != "heldout_loss"):
+        tabled = name == "gap_closed" or (name.endswith(("_loss", "_accuracy")) and name != "heldout_loss")
+        if value is not None and not tabled and "_corpora." not in name:
             found.append((label, unit(value) if _is_number(value) else str(value)))
     return found
 

@@ -85,7 +85,7 @@ def test_any_ids_in_any_order(tmp_path, monkeypatch):
     corpus = prepared(tmp_path, corpus_file(tmp_path / "a.jsonl", texts(60))).train["main"]
     whole = everything(corpus)
     ids = np.array([7, 3, 3, len(corpus) - 1, 0, 7])
-    for got, column in zip(corpus.take(ids), whole):
+    for got, column in zip(corpus.take(ids)[:4], whole):
         assert np.array_equal(got, column[ids])
     assert len(corpus.take(np.array([], np.int64)).ids) == 0
     for wrong in (-1, len(corpus)):
@@ -144,7 +144,7 @@ def test_digest_depends_on_tokens_documents_and_mask(tmp_path):
 CODE = """
 import sys, numpy as np
 from pathlib import Path
-from distill.config.schema import *
+from distill.config.schema import CorpusConfig, DataConfig, Source, TokenizerConfig
 from distill.data.prepare import prepare
 corpus = CorpusConfig(Source.files, [sys.argv[2]], held_out=0.2)
 data = prepare(DataConfig({"main": corpus}, TokenizerConfig(vocab_size=300), sample_tokens=16), Path(sys.argv[1]), 300)

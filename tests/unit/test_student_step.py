@@ -1,5 +1,7 @@
 """The student's step weighs by hand-worked alphas, and only what it should."""
 
+import dataclasses
+import json
 import math
 
 import numpy as np
@@ -12,10 +14,15 @@ from distill.data.join import Batch
 from distill.engine.dist import Dist
 from distill.model import Transformer
 from distill.tracking.meters import Meters
+from losses.weighting import LagState
 from student.step import StudentStep
 
 V, S = 32, 4
 ALONE = Dist(0, 1, torch.device("cpu"))
+MODEL = ModelConfig(
+    vocab_size=V, hidden_size=16, layers=1, heads=2, kv_heads=1, head_dim=8, expert_hidden=16, dense_hidden=16,
+    experts=2, chunk_size=8,
+)  # fmt: skip
 
 
 def batch(shard_loss, entropy=2.0):
@@ -72,12 +79,7 @@ def test_entropy_factor_scales_alpha():
 
 def test_the_loss_is_the_weighted_sum_over_valid_tokens_and_state_survives_exactly():
     torch.manual_seed(0)
-    net = Transformer(
-        ModelConfig(
-            vocab_size=V, hidden_size=16, layers=1, heads=2, kv_heads=1, head_dim=8, expert_hidden=16,
-            dense_hidden=16, experts=2, chunk_size=8,
-        )
-    )  # fmt: skip
+    net = Transformer(MODEL)
     program, b = step(alpha=0.5, lag=LagFactor(enabled=True, smoothing=0.9)), batch([3.0, math.nan])
     program.begin(b, 0, ALONE)
     loss, counts = program.loss(net, b)
@@ -96,3 +98,50 @@ def test_the_loss_is_the_weighted_sum_over_valid_tokens_and_state_survives_exact
     other = step(alpha=0.5, lag=LagFactor(enabled=True))
     other.load_state(program.state())
     assert other.lag == program.lag and other.coverage == program.coverage
+
+
+def test_each_corpus_of_a_mixture_has_its_own_lag():
+    torch.manual_seed(0)
+    net = Transformer(MODEL)
+    weighting = WeightingConfig(alpha=1.0, lag=LagFactor(enabled=True, power=1.0))
+    program = StudentStep(Meters("cpu"), 64, weighting, V, 10, corpora=2)
+    b = dataclasses.replace(batch([3.0, 0.5, 2.0, 0.25, math.nan]), corpus_B=np.array([0, 1, 0, 1, 1]))
+    program.lag = own([4.0, 1.0])
+    assert alphas(program, b) == pytest.approx([0.5, 2 / 3, 1.0, 1.0, 0.0])  # (4-3)/(4-2), (1-0.5)/(1-0.25)
+    assert program.lag.best_teacher_loss.tolist() == [2.0, 0.25]
+    train(program, net, b)
+    for corpus, samples in enumerate(([0, 2], [1, 3, 4])):
+        alone = step(alpha=1.0, lag=LagFactor(enabled=True, power=1.0))
+        alone.lag = own([[4.0], [1.0]][corpus])
+        train(alone, net, dataclasses.replace(pick(b, samples), corpus_B=np.zeros(len(samples), np.int64)))
+        assert program.lag.student_loss[corpus].item() == pytest.approx(alone.lag.student_loss.item(), rel=1e-6)
+        assert program.lag.best_teacher_loss[corpus] == alone.lag.best_teacher_loss
+    # A batch without one of the corpora leaves what is known of it alone.
+    before = program.lag
+    train(program, net, pick(b, [0, 2]))
+    assert (
+        program.lag.student_loss[1] == before.student_loss[1] and program.lag.student_loss[0] != before.student_loss[0]
+    )
+    other = StudentStep(Meters("cpu"), 64, weighting, V, 10, corpora=2)
+    other.load_state(json.loads(json.dumps(program.state())))
+    assert all(torch.equal(x, y) for x, y in zip(other.lag, program.lag))
+
+
+def own(losses: list[float]) -> LagState:
+    return LagState(torch.tensor(losses).double(), torch.full((len(losses),), math.inf).double())
+
+
+def train(program: StudentStep, net: Transformer, b: Batch) -> None:
+    program.begin(b, 0, ALONE)
+    program.loss(net, b)
+    program.end(ALONE)
+
+
+def pick(b: Batch, samples: list[int]) -> Batch:
+    """Some samples of a batch, as a batch."""
+    parts = [b.rows(i, i + 1) for i in samples]
+    columns = {f.name: [getattr(part, f.name) for part in parts] for f in dataclasses.fields(Batch)}
+    targets = SoftTargets(*(torch.cat(column) for column in zip(*columns.pop("targets"))))
+    columns.pop("pictures")
+    joined = {n: torch.cat(c) if isinstance(c[0], torch.Tensor) else np.concatenate(c) for n, c in columns.items()}
+    return Batch(**joined, targets=targets)

@@ -1,0 +1,525 @@
+"""Pictures among text, from table rows to batches, against a packer in plain Python; swapped pictures are caught."""
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import xxhash
+
+from distill.cache import CacheHeader, CacheReader, CacheWriter, make_codec
+from distill.config.errors import CacheError, DataError
+from distill.config.schema import (
+    IMAGE_TOKENS,
+    CodecConfig,
+    CorpusConfig,
+    DataConfig,
+    ImageConfig,
+    OnMissing,
+    Source,
+    TokenizerConfig,
+)
+from distill.data import digits, packed, tiles
+from distill.data.join import Joiner, check_cache
+from distill.data.prepare import prepare
+from distill.data.tokenizer import train
+from distill.model.images import Images
+
+SIDE, P = 4, 3
+CONFIG = ImageConfig(tile_size=SIDE, tile_tokens=P, max_tiles=2)
+MARKER = "<|image|>"
+
+
+def pgm(height: int, *halves: int) -> bytes:
+    """A picture of flat grey squares side by side, each of a tile's size: its tiles are these, and last their mix."""
+    row = b"".join(bytes([value]) * SIDE for value in halves)
+    return f"P5 {SIDE * len(halves)} {height} 255\n".encode() + row * height
+
+
+def rows() -> list[tuple[str, list[bytes]]]:
+    """Texts and pictures: none, one, several, side by side, at either end, of one tile and of two."""
+    shades = iter(range(1, 250))
+
+    def one():
+        return pgm(SIDE, next(shades))
+
+    def two():
+        return pgm(SIDE, next(shades), next(shades))
+
+    found = []
+    for i in range(12):
+        found += [
+            (f"no picture, only the words of row {i}", []),
+            (f"{MARKER}first", [one()]),
+            (f"in the {MARKER} middle {i}", [two()]),
+            (f"last {MARKER}", [one()]),
+            (f"{MARKER}{MARKER} and {MARKER}", [two(), one(), two()]),
+        ]
+    return found
+
+
+def parquet(path: Path, documents, ranges=None) -> CorpusConfig:
+    columns = {"text": [text for text, _ in documents], "pictures": [pictures for _, pictures in documents]}
+    if ranges is not None:
+        columns["m"] = ranges
+    pq.write_table(pa.table(columns), path)
+    mask_key = None if ranges is None else "m"
+    return CorpusConfig(Source.files, [str(path)], held_out=0.0, image_key="pictures", mask_key=mask_key)
+
+
+def prepared(folder: Path, corpora, sample_tokens: int, **tokenizer):
+    corpora = corpora if isinstance(corpora, dict) else {"main": corpora}
+    tokens = TokenizerConfig(vocab_size=290, **tokenizer)
+    return prepare(DataConfig(corpora, tokens, sample_tokens=sample_tokens, images=CONFIG), folder, 1000)
+
+
+def expected_tiles(picture: bytes) -> list[int]:
+    """The shade of each tile of a picture made by `pgm`; -1 for the last of several, which mixes them."""
+    width = int(picture.split()[1])
+    shades = list(picture[-width:][::SIDE])
+    return shades if len(shades) == 1 else [*shades, -1]
+
+
+def expected(documents, tokenizer, loss_of=lambda place, text: True):
+    """The stream as (id, document, label?, tile, place in the tile), and the shade of every tile."""
+    start, end, tile_x, tile_y, image, patch = (tokenizer.encode_batch([t])[0][0][0] for t in IMAGE_TOKENS)
+    stream, shades = [], []
+    for number, (text, pictures) in enumerate(documents):
+        pictures = iter(pictures)
+        stream.append((tokenizer.bos_id, number, False, -1, -1))
+        for token, (first, _) in zip(*tokenizer.encode_batch([text])[0]):
+            if token != image:
+                stream.append((token, number, loss_of(first, text), -1, -1))
+                continue
+            own = expected_tiles(next(pictures))
+            tiles_of = [[(patch, number, False, len(shades) + t, place) for place in range(P)] for t in range(len(own))]
+            name = {token: [(token, number, False, -1, -1)] for token in (start, end, tile_x, tile_y, image)}
+            stream += name[start]
+            if len(own) > 1:
+                stream += tiles_of[0] + name[tile_x] + tiles_of[1] + name[tile_y]
+            stream += name[image] + tiles_of[-1] + name[end]
+            shades += own
+        stream.append((tokenizer.eos_id, number, loss_of(len(text) - 1, text), -1, -1))
+    return stream, shades
+
+
+def check(corpus, stream, shades, sample_tokens, patch_id):
+    """Every sample of `corpus` is that part of the stream, with the tiles that its inputs touch and no others."""
+    got = corpus.take(np.arange(len(corpus)))
+    assert len(corpus) == (len(stream) - 1) // sample_tokens > 0
+    assert len(got.pictures.tiles_NCHW) == got.pictures.counts_B.sum()
+    firsts = got.pictures.counts_B.cumsum() - got.pictures.counts_B
+    for i in range(len(corpus)):
+        part = stream[i * sample_tokens : (i + 1) * sample_tokens + 1]
+        ids, documents, mask, numbers, places = (np.array(column) for column in zip(*part))
+        assert got.ids[i].tolist() == ids.tolist()
+        assert got.documents[i].tolist() == (documents - documents[0]).tolist()
+        assert got.mask[i].tolist() == mask.tolist()
+        own = got.pictures.tiles_NCHW[firsts[i] : firsts[i] + got.pictures.counts_B[i]]
+        touched = sorted(set(numbers[:-1].tolist()) - {-1})
+        assert len(own) == len(touched)
+        for tile, number in zip(own, touched):
+            assert shades[number] == -1 or (tile == shades[number]).all()
+        patch = got.pictures.patch_BS[i]
+        assert ((patch >= 0) == (numbers[:-1] >= 0)).all() and ((patch >= 0) == (ids[:-1] == patch_id)).all()
+        for where in np.flatnonzero(patch >= 0):
+            tile, place = divmod(int(patch[where]), P)
+            assert touched[tile] == numbers[where] and place == places[where]
+        record = struct.pack(f"<{len(part)}i", *ids) + struct.pack(f"<{len(part)}i", *(documents - documents[0]))
+        digest = xxhash.xxh3_64_intdigest(record + bytes(mask.tolist()))
+        if touched:
+            marks = b"".join(xxhash.xxh3_128_digest(tile.tobytes()) for tile in own)
+            offset = next(p for n, p in zip(numbers, places) if n >= 0)
+            digest = xxhash.xxh3_64_intdigest(struct.pack("<QI", digest, offset) + marks)
+        assert int(got.digests[i]) == digest
+
+
+# ------------------------------------------------------------ packing
+
+
+@pytest.mark.parametrize("sample_tokens", [*range(1, 20), 64, 200])
+def test_samples_cut_pictures_anywhere(tmp_path, monkeypatch, sample_tokens):
+    monkeypatch.setattr(packed, "BATCH_TOKENS", 40)
+    monkeypatch.setattr(tiles, "BATCH_BYTES", 5 * 3 * SIDE * SIDE)
+    documents = rows()
+    data = prepared(tmp_path, parquet(tmp_path / "a.parquet", documents), sample_tokens)
+    stream, shades = expected(documents, data.tokenizer)
+    check(data.train["main"], stream, shades, sample_tokens, data.tokenizer.image_ids().patch)
+
+
+def test_no_token_of_a_picture_is_ever_a_label_and_what_follows_one_is(tmp_path):
+    data = prepared(tmp_path, parquet(tmp_path / "a.parquet", rows()), 16)
+    got, ids = data.train["main"].take(np.arange(len(data.train["main"]))), data.tokenizer.image_ids()
+    assert not got.mask[np.isin(got.ids, ids)].any()
+    behind = got.mask[:, 1:][got.ids[:, :-1] == ids.end]
+    starts = (got.ids[:, 1:] == ids.start)[got.ids[:, :-1] == ids.end]
+    assert (behind == ~starts).all() and behind.any() and starts.any()
+
+
+def test_character_ranges_count_the_marker(tmp_path):
+    documents = rows()
+    half = [[[len(text) // 2, len(text)]] for text, _ in documents]
+    data = prepared(tmp_path, parquet(tmp_path / "a.parquet", documents, half), 16)
+
+    def loss_of(first: int, text: str) -> bool:
+        # A token carries loss if it reaches into the second half.
+        [(_, offsets)] = data.tokenizer.encode_batch([text])
+        end = next((end for start, end in offsets if start <= first < end), len(text))
+        return end > len(text) // 2
+
+    stream, shades = expected(documents, data.tokenizer, loss_of)
+    check(data.train["main"], stream, shades, 16, data.tokenizer.image_ids().patch)
+
+
+@pytest.mark.parametrize("sample_tokens", [1, 8, 21, 30, 64])
+def test_whole_documents_begin_a_new_sample_rather_than_be_cut(tmp_path, sample_tokens):
+    documents = rows()
+    corpus = parquet(tmp_path / "a.parquet", documents)
+    corpus.whole_documents = True
+    data = prepared(tmp_path, corpus, sample_tokens)
+    plain, shades = expected(documents, data.tokenizer)
+    stream = []
+    for number in range(len(documents)):
+        document = [token for token in plain if token[1] == number]
+        place = len(stream) % sample_tokens
+        if place and place + len(document) > sample_tokens + 1 and len(document) <= sample_tokens + 1:
+            stream += [(data.tokenizer.eos_id, number - 0.5, False, -1, -1)] * (sample_tokens - place)
+        stream += document
+    order = {ordinal: rank for rank, ordinal in enumerate(sorted({token[1] for token in stream}))}
+    stream = [(token[0], order[token[1]], *token[2:]) for token in stream]
+    check(data.train["main"], stream, shades, sample_tokens, data.tokenizer.image_ids().patch)
+    assert (len(stream) > len(plain)) == (sample_tokens > 20)
+
+
+def test_a_corpus_without_pictures_packs_as_if_there_were_none(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"only words in row {i}"}) + "\n" for i in range(50)))
+    text = CorpusConfig(Source.files, [str(path)], held_out=0.0)
+    alone = prepared(tmp_path / "1", text, 16).train["main"]
+    beside = prepared(tmp_path / "2", {"main": text, "seen": parquet(tmp_path / "b.parquet", rows())}, 16)
+    for data in (alone, beside.train["main"]):
+        assert data.take(np.arange(3)).pictures is None
+        assert [p.name for p in data._path.parent.glob("train*")].count("train.tiles.arrow") == 0
+        assert "tiles" not in json.loads((data._path.parent / "train.json").read_text())
+
+
+def test_a_table_of_pictures_may_have_rows_without_any(tmp_path):
+    documents = [(f"row {i} of text", []) for i in range(40)]
+    got = prepared(tmp_path, parquet(tmp_path / "a.parquet", documents), 16).train["main"].take(np.arange(3))
+    assert len(got.pictures.tiles_NCHW) == 0 and (got.pictures.patch_BS == -1).all()
+
+
+# ------------------------------------------------------------ how a table may hold them
+
+
+def test_every_form_of_a_picture_gives_the_same_corpus(tmp_path):
+    documents = [(text, pictures) for text, pictures in rows() if len(pictures) == 1]
+    texts, files = [text for text, _ in documents], [pictures[0] for _, pictures in documents]
+    (tmp_path / "some").mkdir()
+    names = [f"some/{i}.pgm" for i in range(len(files))]
+    for name, data in zip(names, files):
+        (tmp_path / name).write_bytes(data)
+    both = [{"bytes": data if i % 2 else None, "path": name} for i, (name, data) in enumerate(zip(names, files))]
+    tables = {
+        "bytes": {"text": texts, "pictures": files},
+        "lists": {"text": texts, "pictures": [[data] for data in files]},
+        "paths": {"text": texts, "pictures": names},
+        "dicts": {"text": texts, "pictures": both},
+    }
+    for name, table in tables.items():
+        pq.write_table(pa.table(table), tmp_path / f"{name}.parquet")
+    # As the library writes them: it puts the bytes in, and says in the file that they are pictures.
+    whole = [{"bytes": None, "path": str(tmp_path / name)} for name in names]
+    features({"text": texts, "pictures": whole}).to_parquet(tmp_path / "features.parquet")
+    features({"text": texts, "pictures": [[p] for p in whole]}, many=True).to_parquet(tmp_path / "many.parquet")
+    lines = [json.dumps({"text": text, "pictures": name}) for text, name in zip(texts, names)]
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines))
+    found = set()
+    for name in (*(f"{n}.parquet" for n in (*tables, "features", "many")), "lines.jsonl"):
+        corpus = CorpusConfig(Source.files, [str(tmp_path / name)], held_out=0.3, image_key="pictures")
+        data = prepared(tmp_path / "data" / name, corpus, 16)
+        found.add((data.train["main"].digest, data.held_out["main"].digest))
+    assert len(found) == 1
+
+
+def features(table, many: bool = False):
+    import datasets
+
+    image = datasets.Image()
+    kinds = {"text": datasets.Value("string"), "pictures": datasets.Sequence(image) if many else image}
+    return datasets.Dataset.from_dict(table, features=datasets.Features(kinds))
+
+
+def test_rows_about_the_same_picture_fall_on_the_same_side(tmp_path):
+    shades = [bytes(pgm(SIDE, i)) for i in range(1, 101)]
+    documents = [(f"{MARKER} question {turn}, and words enough", [data]) for turn in range(3) for data in shades]
+    corpus = parquet(tmp_path / "a.parquet", documents)
+    corpus.held_out = 0.3
+    data = prepared(tmp_path, corpus, 16)
+    sides = []
+    for split in (data.train, data.held_out):
+        got = split["main"].take(np.arange(len(split["main"])))
+        sides.append(set(got.pictures.tiles_NCHW[:, 0, 0, 0].tolist()))
+    assert not sides[0] & sides[1] and len(sides[0] | sides[1]) >= 98 and 15 < len(sides[1]) < 45
+
+
+# ------------------------------------------------------------ batches
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": f"only words in {i}"}) + "\n" for i in range(60)))
+    text = CorpusConfig(Source.files, [str(folder / "a.jsonl")], held_out=0.0)
+    corpora = {"text": text, "seen": parquet(folder / "b.parquet", rows())}
+    corpora["other"] = parquet(folder / "c.parquet", rows()[::-1])
+    return prepared(folder, corpora, 16)
+
+
+def told(images: Images | None, batch_size: int, length: int = 16) -> list[list[bytes | None]]:
+    """For every position, the bytes of its tile and the place in it; None: text."""
+    if images is None:
+        return [[None] * length] * batch_size
+    tile, place = images.patch_BS // P, images.patch_BS % P
+    return [
+        [None if p < 0 else images.tiles_NCHW[t].numpy().tobytes() + bytes([o]) for p, t, o in zip(*row)]
+        for row in zip(images.patch_BS.tolist(), tile.tolist(), place.tolist())
+    ]
+
+
+def test_batches_of_any_order_and_mixture_and_their_micro_batches(data):
+    corpora = list(data.train.values())
+    joiner = Joiner(corpora, None, OnMissing.hard)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        size = int(rng.integers(2, 9))
+        corpus_B = rng.integers(0, 3, size)
+        ids_B = np.array([rng.integers(len(corpora[c])) for c in corpus_B])
+        batch = joiner.batch(corpus_B, ids_B)
+        alone = [joiner.batch(corpus_B[b : b + 1], ids_B[b : b + 1]) for b in range(size)]
+        want = [told(b.images, 1)[0] for b in alone]
+        assert told(batch.images, size) == want
+        assert all(b.images is None for b, c in zip(alone, corpus_B) if c == 0)
+        start = int(rng.integers(size))
+        stop = int(rng.integers(start + 1, size + 1))
+        part = batch.rows(start, stop)
+        assert told(part.images, stop - start) == want[start:stop]
+        assert (part.images is None) == (not any(any(row) for row in want[start:stop]))
+        assert told(part.rows(0, 1).images, 1) == want[start : start + 1]
+        if batch.images is not None:
+            assert batch.images.tiles_NCHW.dtype == torch.uint8 and batch.images.patch_BS.dtype == torch.int64
+            assert batch.to("meta").images.patch_BS.device.type == "meta"
+    assert joiner.batch(np.zeros(3, np.int64), np.arange(3)).pictures is None
+
+
+def test_images_are_those_that_whole_pictures_in_order_give(data):
+    """The batch's own positions against the model's rule for whole pictures: all image tokens in order."""
+    corpora, patch = list(data.train.values()), data.tokenizer.image_ids().patch
+    joiner, whole = Joiner(corpora, None, OnMissing.hard), 0
+    for i in range(len(corpora[1])):
+        batch = joiner.batch(np.array([1]), np.array([i]))
+        if batch.images is not None and int((batch.ids_BS == patch).sum()) == len(batch.images.tiles_NCHW) * P:
+            want = Images.in_order(batch.images.tiles_NCHW, batch.ids_BS, patch, P)
+            assert torch.equal(batch.images.patch_BS, want.patch_BS)
+            whole += 1
+    assert whole > 3
+
+
+# ------------------------------------------------------------ swapped pictures
+
+
+def test_a_picture_altered_on_disk_is_found_when_it_is_read(tmp_path):
+    data = prepared(tmp_path / "data", parquet(tmp_path / "a.parquet", rows()), 16)
+    [path] = (tmp_path / "data").glob("main-*/train.tiles.arrow")
+    good = path.read_bytes()
+    at = good.index(bytes([77]) * SIDE * SIDE)  # a flat tile of that shade
+    path.write_bytes(good[:at] + b"\x4e" + good[at + 1 :])
+    corpus = packed.PackedCorpus(path.parent, "train", "main")
+    whole = data.train["main"]
+    with pytest.raises(DataError, match=r"train\.arrow: sample \d+ is damaged; remove its folder"):
+        corpus.take(np.arange(len(whole)))
+
+
+def test_every_flipped_bit_of_the_tiles_is_found_or_harmless(tmp_path):
+    data = prepared(tmp_path / "data", parquet(tmp_path / "a.parquet", rows()), 16)
+    corpus = data.train["main"]
+    whole = corpus.take(np.arange(len(corpus)))
+    rng, found = np.random.default_rng(0), 0
+    for name in ("train.tiles.arrow", "train.arrow"):
+        [path] = (tmp_path / "data").glob(f"main-*/{name}")
+        good = path.read_bytes()
+        for at in rng.integers(0, len(good), 100):
+            bad = bytearray(good)
+            bad[at] ^= 1 << int(rng.integers(8))
+            path.write_bytes(bad)
+            try:
+                got = packed.PackedCorpus(path.parent, "train", "main").take(np.arange(len(corpus)))
+                for now, before in zip((*got[:4], *got.pictures), (*whole[:4], *whole.pictures)):
+                    assert np.array_equal(now, before)
+            except DataError as error:
+                assert "train.arrow" in str(error)
+                found += 1
+        path.write_bytes(good)
+    assert found > 100
+
+
+def test_missing_tiles_are_named(tmp_path):
+    corpus = parquet(tmp_path / "a.parquet", rows())
+    prepared(tmp_path / "data", corpus, 16)
+    [path] = (tmp_path / "data").glob("main-*/train.tiles.arrow")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DataError, match=r"train\.arrow: not a packed corpus"):
+        prepared(tmp_path / "data", corpus, 16)
+
+
+def test_a_swapped_picture_is_caught_at_the_join_with_the_teacher_s_targets(tmp_path):
+    documents = rows()
+    swapped = [(text, list(pictures)) for text, pictures in documents]
+    swapped[1], swapped[6] = (swapped[1][0], documents[6][1]), (swapped[6][0], documents[1][1])
+    ours = prepared(tmp_path / "1", parquet(tmp_path / "1.parquet", documents), 16)
+    theirs = prepared(tmp_path / "2", parquet(tmp_path / "2.parquet", swapped), 16)
+    a, b = ours.train["main"], theirs.train["main"]
+    everything = np.arange(len(a))
+    assert np.array_equal(a.take(everything).ids, b.take(everything).ids)  # the texts alone do not tell
+    differ = np.flatnonzero(a.take(everything).digests != b.take(everything).digests)
+    assert 2 <= len(differ) < len(a) / 2 and a.digest != b.digest
+
+    codec = CodecConfig()
+    header = CacheHeader(290, ours.tokenizer.digest, a.digest, 16, len(a), codec, seed=0)
+    batch = Joiner([a], None, OnMissing.hard).batch(np.zeros(len(a), np.int64), everything)
+    with CacheWriter(tmp_path / "cache", header, writer="t", counts_V=a.counts_V(290)) as writer:
+        logits_TV = torch.zeros(len(a) * 16, 290)
+        atoms = make_codec(codec, 290).select(
+            logits_TV, logits_TV.logsumexp(-1), seed=0,
+            sample_ids_T=torch.as_tensor(everything).repeat_interleave(16),
+            positions_T=torch.arange(16).repeat(len(a)),
+        )  # fmt: skip
+        zeros_T = torch.zeros(len(a) * 16)
+        valid_T = batch.valid_BS.flatten()
+        writer.put(everything, batch.digests_B, atoms, zeros_T, zeros_T, valid_T, step=0, tokens_seen=1, teacher="t")
+        writer.finish()
+    reader = CacheReader(tmp_path / "cache")
+    check_cache(reader, ours.tokenizer, a, 290)
+    assert Joiner([a], [reader], OnMissing.fail).batch(np.zeros(len(a), np.int64), everything).covered_B.all()
+    with pytest.raises(CacheError, match=rf"corpus is '{a.digest}' in the cache, '{b.digest}' in this run"):
+        check_cache(reader, theirs.tokenizer, b, 290)
+    joiner = Joiner([b], [reader], OnMissing.hard)
+    for i in everything:
+        if i not in differ:
+            joiner.batch(np.zeros(1, np.int64), np.array([i]))
+            continue
+        with pytest.raises(CacheError, match=rf"sample {i} has digest [0-9a-f]{{16}} in the cache"):
+            joiner.batch(np.zeros(1, np.int64), np.array([i]))
+
+
+# ------------------------------------------------------------ the tokenizer
+
+
+def test_ids_of_a_trained_tokenizer_are_known(tmp_path):
+    corpus = parquet(tmp_path / "a.parquet", rows())
+    assert tuple(prepared(tmp_path, corpus, 16).tokenizer.image_ids()) == (2, 3, 4, 5, 6, 7)
+    assert tuple(prepared(tmp_path, corpus, 16, bos=None).tokenizer.image_ids()) == (1, 2, 3, 4, 5, 6)
+
+
+def test_a_given_tokenizer_needs_the_tokens_of_pictures(tmp_path):
+    corpus = parquet(tmp_path / "a.parquet", rows())
+    train(TokenizerConfig(vocab_size=290), ["words"] * 5).save(tmp_path / "text.json")
+    with pytest.raises(DataError, match=r"text\.json: has no <\|image_start\|>, .*<\|patch\|>; a corpus with pictures"):
+        prepared(tmp_path, corpus, 16, file=str(tmp_path / "text.json"))
+    own = train(TokenizerConfig(vocab_size=290), ["words"] * 5, pictures=True)
+    own.save(tmp_path / "own.json")
+    assert prepared(tmp_path, corpus, 16, file=str(tmp_path / "own.json")).tokenizer.digest == own.digest
+
+
+# ------------------------------------------------------------ faults
+
+
+@pytest.mark.parametrize(
+    ("text", "pictures", "message"),
+    [
+        ("none", [pgm(4, 1)], r"row 2: column 'text' has <\|image\|> 0 times, its row has 1 pictures"),
+        (f"{MARKER}{MARKER}", [pgm(4, 1)], r"row 2: column 'text' has <\|image\|> 2 times, its row has 1 pictures"),
+        (MARKER, [], r"row 2: column 'text' has <\|image\|> 1 times, its row has 0 pictures"),
+        (MARKER, None, r"row 2: column 'text' has <\|image\|> 1 times, its row has 0 pictures"),
+        (f"{MARKER}<|patch|>", [pgm(4, 1)], r"row 2: column 'text' has <\|patch\|>; beside"),
+        (MARKER, [b"GIF89a"], r"a\.parquet, row 2: column 'pictures', picture 1: cannot be decoded|not a picture"),
+        (f"{MARKER} {MARKER}", [pgm(4, 1), b"?"], r"a\.parquet, row 2: column 'pictures', picture 2: not a picture"),
+    ],
+)
+def test_rows_that_do_not_fit_are_named(tmp_path, text, pictures, message):
+    documents = [rows()[1], (text, pictures), *rows()]
+    with pytest.raises(DataError, match=message):
+        prepared(tmp_path / "data", parquet(tmp_path / "a.parquet", documents), 16)
+    assert not list((tmp_path / "data").glob("main-*"))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("gone.png", r"row 1: column 'pictures' has 'gone\.png'; .*gone\.png is no file"),
+        (".", r"row 1: column 'pictures' has '\.'; .* is no file"),
+        ("a\0b", r"is no file"),
+        (7, r"row 1: column 'pictures' has 7; a path, bytes, a dict of both, or a list of these is needed"),
+        ({"url": "x"}, r"row 1: column 'pictures' has None; a path, bytes"),
+        (["gone.png"], r"row 1: column 'pictures' has 'gone\.png'"),
+    ],
+)
+def test_what_names_no_picture_is_refused(tmp_path, value, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": MARKER, "pictures": value}) + "\n")
+    corpus = CorpusConfig(Source.files, [str(path)], held_out=0.0, image_key="pictures")
+    with pytest.raises(DataError, match=message):
+        prepared(tmp_path / "data", corpus, 16)
+
+
+def test_text_files_have_no_column_of_pictures(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    corpus = CorpusConfig(Source.files, [str(tmp_path / "a.txt")], held_out=0.0, image_key="pictures")
+    with pytest.raises(DataError, match=r"main\.image_key is 'pictures'; .*a\.txt is text and has no columns"):
+        prepared(tmp_path / "data", corpus, 16)
+
+
+# ------------------------------------------------------------ the digits
+
+
+def test_digits_are_the_same_every_time_and_captions_tell_the_digit(tmp_path):
+    from sklearn.datasets import load_digits
+
+    found = list(digits.read(60))
+    assert found == list(digits.read(60)) and len({d.picture for d in found}) == 60
+    labels = load_digits().target
+    for number, digit in enumerate(found):
+        start, end = digit.answer
+        assert digit.text[start:end] == str(labels[number]) and digit.text.count(MARKER) == 1
+        assert digit.text.index(MARKER) < start and not digit.text[start - 1].isalnum() and len(digit.text) > end
+    assert {d.text[: d.answer[0]] + "{}" + d.text[d.answer[1] :] for d in found} == set(digits.CAPTIONS)
+    assert {d.picture.split(b"\n")[0] for d in found} == {b"P5 32 32 255", b"P5 64 32 255"}
+
+
+def test_held_out_digits_are_other_pictures_and_ask_for_the_digit_alone(tmp_path):
+    corpus = CorpusConfig(Source.digits, held_out=0.3, max_documents=200, whole_documents=True)
+    config = ImageConfig(tile_size=32, tile_tokens=4, max_tiles=4)
+    data = prepare(
+        DataConfig({"d": corpus}, TokenizerConfig(vocab_size=300), sample_tokens=64, images=config), tmp_path, 300
+    )
+    trained, kept = (split["d"].take(np.arange(len(split["d"]))) for split in (data.train, data.held_out))
+    asked = kept.ids[kept.mask]
+    assert 40 < len(asked) < 80 and {data.tokenizer.decode([i]) for i in asked} == set("0123456789")
+    # Once in every document, and where its picture is seen whole.
+    for i in range(len(kept.ids)):
+        ends = np.flatnonzero(kept.ids[i] == data.tokenizer.image_ids().end)
+        answers = np.flatnonzero(kept.mask[i])
+        assert (kept.documents[i][ends[: len(answers)]] == kept.documents[i][answers]).all()
+    assert (trained.mask.sum() + len(trained.ids)) / trained.ids.size > 0.3
+    seen = [{t.tobytes() for t in part.pictures.tiles_NCHW if t.any()} for part in (trained, kept)]
+    assert not seen[0] & seen[1]
+
+
+def test_digits_without_their_library_are_one_clear_error(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
+    with pytest.raises(DataError, match="source is digits; scikit-learn, which has them, is not installed"):
+        next(digits.read())
