@@ -104,7 +104,7 @@ def test_each_corpus_of_a_mixture_has_its_own_lag():
     torch.manual_seed(0)
     net = Transformer(MODEL)
     weighting = WeightingConfig(alpha=1.0, lag=LagFactor(enabled=True, power=1.0))
-    program = StudentStep(Meters("cpu"), 64, weighting, V, 10, corpora=2)
+    program = StudentStep(Meters("cpu"), TrainConfig(head_chunk=64), weighting, V, 10, corpora=2)
     b = dataclasses.replace(batch([3.0, 0.5, 2.0, 0.25, math.nan]), corpus_B=np.array([0, 1, 0, 1, 1]))
     program.lag = own([4.0, 1.0])
     assert alphas(program, b) == pytest.approx([0.5, 2 / 3, 1.0, 1.0, 0.0])  # (4-3)/(4-2), (1-0.5)/(1-0.25)
@@ -122,7 +122,7 @@ def test_each_corpus_of_a_mixture_has_its_own_lag():
     assert (
         program.lag.student_loss[1] == before.student_loss[1] and program.lag.student_loss[0] != before.student_loss[0]
     )
-    other = StudentStep(Meters("cpu"), 64, weighting, V, 10, corpora=2)
+    other = StudentStep(Meters("cpu"), TrainConfig(head_chunk=64), weighting, V, 10, corpora=2)
     other.load_state(json.loads(json.dumps(program.state())))
     assert all(torch.equal(x, y) for x, y in zip(other.lag, program.lag))
 
