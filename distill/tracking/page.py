@@ -124,7 +124,9 @@ const element = (name, style, ...content) => {
 };
 const nearest = (points, x) => points.reduce((a, b) => Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a);
 for (const plot of document.querySelectorAll('.plot')) {
-  const {right, low, high, unit} = plot.dataset;
+  const {log, unit} = plot.dataset;
+  const [left, right, low, high] = ['left', 'right', 'low', 'high'].map(name => Number(plot.dataset[name]));
+  const along = (from, to, share, log) => log ? from * (to / from) ** share : from + (to - from) * share;
   const curves = [...plot.querySelectorAll('.main')].reverse().map(line => ({
     label: line.dataset.label,
     style: [...line.classList].find(name => /^s[0-9]$/.test(name)),
@@ -142,13 +144,13 @@ for (const plot of document.querySelectorAll('.plot')) {
       const near = curves.map(curve => nearest(curve.points, x));
       at = nearest(near, x)[0];
       curves.forEach(({label, style}, i) => {
-        const value = text(high - near[i][1] / 1000 * (high - low));
+        const value = text(along(low, high, 1 - near[i][1] / 1000, log.includes('y')));
         if (Math.abs(near[i][0] - at) < 25) rows.push([element('i', 'swatch ' + style), label, value]);
       });
     } else if (cell) {
       rows.push(['', 'alpha', cell.dataset.bin], ['', 'share', cell.dataset.share]);
     } else return hide();
-    rows.unshift(['', unit, text(at / 1000 * right)]);
+    rows.unshift(['', unit, text(along(left, right, at / 1000, log.includes('x')))]);
     tip.replaceChildren(...rows.map(([dot, name, value]) => element('div', '', dot, name, element('b', '', value))));
     cross.style.left = at / 10 + '%';
     tip.style.left = at > 500 ? 'auto' : `calc(${at / 10}% + 12px)`;
