@@ -122,7 +122,7 @@ def test_attention_equals_the_masked_oracle(rope, packed, chunk):
     config = config_of(chunk_size=chunk)
     model = Transformer(config)
     documents_BS = random_documents(2, 21, seed=4) if packed else torch.zeros(2, 21, dtype=torch.int64)
-    layouts = model._layouts(torch.zeros(2, 21, dtype=torch.int64), documents_BS if packed else None)
+    layouts = model.layouts(Segments.build(documents_BS, chunk))
     layer = model.layers[0 if rope else 3]
     hidden_TD = torch.randn(42, 32)
     found = layer.self_attn(hidden_TD, layouts[0 if rope else 1])
