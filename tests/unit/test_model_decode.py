@@ -113,7 +113,7 @@ def test_sampling_follows_its_generator():
     assert draw(1) == draw(1) != draw(2)
 
 
-@pytest.mark.parametrize("top_p", [1.0, 0.75, 0.74, 0.4, 1e-9])
+@pytest.mark.parametrize("top_p", [1.0, 0.86, 0.84, 0.64, 1e-9])
 def test_the_nucleus_is_the_fewest_ids_that_reach_top_p(top_p):
     logits, temperature, draws = [1.0, 3.0, -1.0, 2.0, 2.5], 1.7, 20_000
     scaled = [2.718281828459045 ** (z / temperature) for z in logits]
