@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from distill.data.join import Batch
 from distill.engine.dist import Dist
-from losses import mixed_loss
+from losses import MixedLoss, mixed_loss
 from losses.calibration import bin_confidence, expected_calibration_error
+from student import positions
 
 
 class Evaluation(NamedTuple):
@@ -25,6 +26,11 @@ class Evaluation(NamedTuple):
     agreement: float | None
     """None: no teacher was given."""
     tokens: int
+    by_position: list[positions.Bin]
+
+    def figures(self) -> dict[str, float]:
+        """Name -> number, without what was not measured."""
+        return {k: v for k, v in self._asdict().items() if isinstance(v, int | float)}
 
 
 @torch.no_grad()
@@ -48,26 +54,29 @@ def evaluate(
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=dist.device)  # loss, tokens, hits, agreements
     calibration = torch.zeros(3, bins, dtype=torch.float64, device=dist.device)
+    by_position_2N = torch.zeros(2, len(positions.STARTS), dtype=torch.float64, device=dist.device)
     for batch in batches:
         batch = batch.to(dist.device)
         labels_T, valid_T = batch.labels_BS.flatten(), batch.valid_BS.flatten()
-        loss_sum, best_T, confidence_T = _predict(model, batch, chunk)
+        loss, best_T, confidence_T = _predict(model, batch, chunk)
         hit_T = best_T == labels_T
-        agreed = torch.zeros_like(loss_sum)
+        agreed = torch.zeros_like(valid_T)
         if teacher is not None:
-            agreed = ((_predict(teacher, batch, chunk)[1] == best_T) & valid_T).sum()
-        sums += torch.stack([x.double() for x in (loss_sum, valid_T.sum(), (hit_T & valid_T).sum(), agreed)])
+            agreed = (_predict(teacher, batch, chunk)[1] == best_T) & valid_T
+        sums += torch.stack([x.sum().double() for x in (loss.loss_sum, valid_T, hit_T & valid_T, agreed)])
+        positions.add(by_position_2N, loss.hard_T, valid_T, batch.documents_BS)
         calibration += bin_confidence(confidence_T[valid_T], hit_T[valid_T], bins)
     model.train(training)
     loss_sum, tokens, hits, agreed = dist.sum(sums).tolist()
     ece = expected_calibration_error(dist.sum(calibration)).item()
-    loss = loss_sum / tokens
+    mean = loss_sum / tokens
     agreement = agreed / tokens if teacher is not None else None
-    return Evaluation(loss, math.exp(loss), ece, hits / tokens, agreement, int(tokens))
+    by_position = positions.bins(dist.sum(by_position_2N))
+    return Evaluation(mean, math.exp(mean), ece, hits / tokens, agreement, int(tokens), by_position)
 
 
-def _predict(model: nn.Module, batch: Batch, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss summed over valid tokens, and per token the most probable id and its probability."""
+def _predict(model: nn.Module, batch: Batch, chunk: int) -> tuple[MixedLoss, Tensor, Tensor]:
+    """The loss of all valid tokens and of each, and per token the most probable id and its probability."""
     labels_T, valid_T = batch.labels_BS.flatten(), batch.valid_BS.flatten()
     best, confidence = [], []
 
@@ -76,8 +85,8 @@ def _predict(model: nn.Module, batch: Batch, chunk: int) -> tuple[Tensor, Tensor
         best.append(ids_T)
         confidence.append((top_T - lse_T).exp())
 
-    def head(hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
-        return mixed_loss(hidden_TD, weight_VD, labels_T, valid_T.float(), chunk=chunk, tap=tap).loss_sum
+    def head(hidden_TD: Tensor, weight_VD: Tensor) -> MixedLoss:
+        return mixed_loss(hidden_TD, weight_VD, labels_T, valid_T.float(), chunk=chunk, tap=tap)
 
-    loss_sum, _ = model(batch.ids_BS, batch.documents_BS, head)
-    return loss_sum, torch.cat(best), torch.cat(confidence)
+    loss, _ = model(batch.ids_BS, batch.documents_BS, head)
+    return loss, torch.cat(best), torch.cat(confidence)

@@ -8,6 +8,7 @@ from pathlib import Path
 from distill.config.schema import (
     ArmConfig,
     CodecName,
+    CorpusConfig,
     Job,
     ModelConfig,
     OptimConfig,
@@ -42,6 +43,9 @@ def check(run: RunConfig) -> Iterator[str]:
     yield from _at_least("evaluate.calibration_bins", run.evaluate.calibration_bins, 1)
     if run.evaluate.samples is not None:
         yield from _at_least("evaluate.samples", run.evaluate.samples, 1)
+    if run.evaluate.trained_tokens is not None:
+        yield from _at_least("evaluate.trained_tokens", run.evaluate.trained_tokens, 1)
+    yield from _needle_test(run)
     yield from _folder("evaluate.teacher_from", run.evaluate.teacher_from)
     yield from _folder("init_from", run.init_from)
     yield from _at_least("tracking.histogram_every", run.tracking.histogram_every, 1)
@@ -170,8 +174,10 @@ def _data(run: RunConfig) -> Iterator[str]:
             yield f"{key}: a corpus' name becomes a folder; letters, digits, '-' and '_' only"
         if corpus.source is Source.files and not corpus.files:
             yield f"{key}.files is empty; source=files needs paths or globs"
-        if corpus.source is Source.stdlib and (corpus.files or corpus.held_out_files):
-            yield f"{key}.files is {list(corpus.files)}; source=stdlib takes none (use source=files)"
+        if corpus.source is not Source.files and (corpus.files or corpus.held_out_files):
+            yield f"{key}.files is {list(corpus.files)}; source={corpus.source.value} takes none (use source=files)"
+        if corpus.source is Source.needle:
+            yield from _needle(key, corpus)
         if not 0 <= corpus.held_out < 1:
             yield f"{key}.held_out is {corpus.held_out}; allowed: [0, 1)"
         if corpus.weight <= 0:
@@ -185,6 +191,34 @@ def _data(run: RunConfig) -> Iterator[str]:
             size = getattr(run, role).model.vocab_size
             if d.tokenizer.vocab_size > size:
                 yield f"data.tokenizer.vocab_size is {d.tokenizer.vocab_size}; {role}.model.vocab_size allows {size}"
+
+
+def _needle(key: str, corpus: CorpusConfig) -> Iterator[str]:
+    n = corpus.needle
+    if corpus.max_documents is None:
+        yield f"{key}.max_documents is null; source=needle makes as many documents as it says"
+    # A fact and a question that it answers.
+    yield from _at_least(f"{key}.needle.shortest", n.shortest, 24)
+    yield from _at_least(f"{key}.needle.longest", n.longest, n.shortest)
+    yield from _at_least(f"{key}.needle.questions", n.questions, 1)
+    if not 1 <= n.facts <= 50:
+        yield f"{key}.needle.facts is {n.facts}; allowed: 1 to 50, since each has a name of its own"
+
+
+def _needle_test(run: RunConfig) -> Iterator[str]:
+    key, n = "evaluate.needle", run.evaluate.needle
+    model = run.teacher.model if run.job is Job.teacher else run.student.model
+    for length in n.lengths:
+        yield from _at_least(f"{key}.lengths", length, 1)
+        if run.job is not Job.evaluate and length > model.max_positions:
+            yield f"{key}.lengths has {length}; the model's max_positions is {model.max_positions}"
+    for depth in n.depths:
+        yield from _share(f"{key}.depths", depth)
+    if not n.depths:
+        yield f"{key}.depths is empty; at least one share, or lengths=[] for no test"
+    yield from _at_least(f"{key}.trials", n.trials, 1)
+    if not 1 <= n.facts <= 50:
+        yield f"{key}.facts is {n.facts}; allowed: 1 to 50, since each has a name of its own"
 
 
 def _cache(run: RunConfig) -> Iterator[str]:

@@ -64,6 +64,7 @@ class OnMissing(Enum):
 class Source(Enum):
     stdlib = "stdlib"
     files = "files"
+    needle = "needle"
 
 
 class Precision(Enum):
@@ -244,6 +245,24 @@ class TokenizerConfig:
 
 
 @dataclass
+class NeedleConfig:
+    """Made-up documents that teach retrieval: filler with facts in it, then questions (source=needle).
+
+    Lengths count words, numbers, marks and line ends: tokens, to a tokenizer that knows each of them.
+    """
+
+    shortest: int = 32
+    longest: int = 250
+    facts: int = 8
+    """Most facts of a document."""
+    questions: int = 8
+    """Most questions at its end."""
+    answers_only: bool = True
+    """Only the answers carry loss; false: the whole text."""
+    seed: int = 0
+
+
+@dataclass
 class CorpusConfig:
     source: Source = Source.stdlib
     files: list[str] = field(default_factory=list)
@@ -257,7 +276,10 @@ class CorpusConfig:
     held_out: float = 0.05
     """Share of the files (stdlib) or documents (files) kept for evaluation."""
     max_documents: int | None = None
-    """Stop after so many documents; null: all."""
+    """Stop after so many documents; null: all. source=needle has no end of its own and needs a number."""
+    whole: bool = False
+    """Where a document does not fit in what is left of a sample, fill that up (without loss) and start the next."""
+    needle: NeedleConfig = field(default_factory=NeedleConfig)
     weight: float = 1.0
     """Share of this corpus in a mixture, up to a common factor."""
 
@@ -342,6 +364,20 @@ class CodistillConfig:
 
 
 @dataclass
+class NeedleTestConfig:
+    """Needle in a haystack: is a fact found again, by the length of the text and where in it the fact lies?"""
+
+    lengths: list[int] = field(default_factory=list)
+    """Tokens of the whole text, question and answer included; empty: no such test."""
+    depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+    """Share of the haystack that lies before the fact."""
+    trials: int = 20
+    """Texts for each length and depth."""
+    facts: int = 1
+    """Facts of the same kind in a text, one of which is asked for."""
+
+
+@dataclass
 class EvaluateConfig:
     teacher_from: str | None = None
     """Folder of the teacher, for agreement; null: none is reported."""
@@ -350,6 +386,9 @@ class EvaluateConfig:
     batch: int = 16
     calibration_bins: int = 15
     """Equal-width confidence bins of the expected calibration error."""
+    trained_tokens: int | None = None
+    """Sample length of the model's training, for pictures that go beyond it; null: data.sample_tokens."""
+    needle: NeedleTestConfig = field(default_factory=NeedleTestConfig)
 
 
 @dataclass

@@ -40,6 +40,8 @@ def pack(corpus: Corpus, tokenizer: Tokenizer, sample_tokens: int, folder: Path,
             if document.ranges is not None:
                 loss = carries_loss(document.ranges, np.array(offsets, np.int64).reshape(-1, 2))
             ids_n, loss_n = _framed(ids, loss, tokenizer)
+            if corpus.config.whole:
+                tokens[document.held_out] += writers[document.held_out].make_room(len(ids_n), tokenizer.eos_id or 0)
             writers[document.held_out].add(ids_n, loss_n)
             tokens[document.held_out] += len(ids_n)
         progress.at(sum(tokens.values()))

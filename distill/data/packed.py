@@ -84,14 +84,26 @@ class SplitWriter:
         self._tokens_waiting = 0
         self._counts_V = np.zeros(vocab_size, np.int64)
         self._digest = xxhash.xxh3_128()
-        self._samples = self._documents = 0
+        self._samples = self._documents = self._ordinal = 0
 
     def add(self, ids: NDArray[np.int32], loss: NDArray[np.bool_]) -> None:
         """One document: its ids [n], bos and eos included, and which of them carry loss [n]."""
-        mask = loss.astype(np.uint8)
-        mask[:1] = 0  # its predecessor belongs to another document
-        self._waiting.append((ids, np.full(len(ids), self._documents, np.int64), mask))
         self._documents += 1
+        self._put(ids, loss.astype(np.uint8))
+
+    def make_room(self, tokens: int, filling: int) -> int:
+        """Ends the sample where a document of `tokens` tokens would cross its end; how many ids `filling` that took."""
+        used = self._tokens_waiting % self._length
+        if not used or used + tokens <= self._length + 1:  # a sample's last label is the next one's first token
+            return 0
+        rest = self._length - used
+        self._put(np.full(rest, filling, np.int32), np.zeros(rest, np.uint8))
+        return rest
+
+    def _put(self, ids: NDArray[np.int32], mask: NDArray[np.uint8]) -> None:
+        mask[:1] = 0  # its predecessor belongs to another document
+        self._waiting.append((ids, np.full(len(ids), self._ordinal, np.int64), mask))
+        self._ordinal += 1
         self._tokens_waiting += len(ids)
         if self._tokens_waiting > self._rows * self._length:
             self._write(self._rows)

@@ -67,7 +67,14 @@ def prepare(config: DataConfig, folder: Path, model_vocab_size: int) -> Prepared
         prepared = Prepared(tokenizer, {}, {})
         for name, corpus in corpora.items():
             special = (tokenizer.bos_id, tokenizer.eos_id)
-            key = _key("corpus", tokenizer.digest, special, config.sample_tokens, corpus.identity)
+            key = _key(
+                "corpus",
+                tokenizer.digest,
+                special,
+                config.sample_tokens,
+                corpus.identity,
+                *["whole"] * corpus.config.whole,
+            )
             place = folder / f"{name}-{key}"
             _publish(place, partial(pack, corpus, tokenizer, config.sample_tokens))
             prepared.train[name] = PackedCorpus(place, "train", name)

@@ -18,6 +18,7 @@ import xxhash
 
 from distill.config.errors import DataError
 from distill.config.schema import CorpusConfig, Source
+from distill.data import needle
 from distill.data.tables import READERS, rows, suffix
 
 Ranges = list[tuple[int, int]]
@@ -55,7 +56,8 @@ class Corpus:
     def __init__(self, name: str, config: CorpusConfig):
         self.name, self.config = name, config
         self.key = f"data.corpora.{name}"
-        self._files = self._stdlib() if config.source is Source.stdlib else self._named()
+        find = {Source.stdlib: self._stdlib, Source.files: self._named, Source.needle: list[_File]}
+        self._files = find[config.source]()
 
     @property
     def identity(self) -> str:
@@ -65,6 +67,8 @@ class Corpus:
         """
         c, digest = self.config, xxhash.xxh3_128()
         digest.update(repr((c.source.value, c.text_key, c.mask_key, c.held_out, c.max_documents)).encode())
+        if c.source is Source.needle:
+            digest.update(repr((needle.FORMAT, c.needle)).encode())
         for file in self._files:
             try:
                 stat = file.path.stat()
@@ -83,6 +87,8 @@ class Corpus:
         Raises:
             DataError: a file or a document that cannot be read as configured; names file, key and value.
         """
+        if self.config.source is Source.needle:
+            yield from self._made_up()
         # The limit holds for `files` and `held_out_files` each; the standard library's files are limited already.
         left = dict.fromkeys((True, False, None), self.config.max_documents)
         for file in self._files:
@@ -132,6 +138,12 @@ class Corpus:
         return list(found)
 
     # ------------------------------------------------------------ documents
+
+    def _made_up(self) -> Iterator[Document]:
+        c = self.config
+        for index in range(c.max_documents or 0):
+            text, answers = needle.document(c.needle, index)
+            yield Document(text, answers if c.needle.answers_only else None, self._share(text))
 
     def _read(self, file: _File, scratch: Path) -> Iterator[Document]:
         if suffix(file.path) in READERS:

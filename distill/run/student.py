@@ -9,7 +9,7 @@ import numpy as np
 
 from distill.cache import CacheReader
 from distill.config.errors import CacheError
-from distill.run import build
+from distill.run import build, length
 from distill.run.run import Run, load_model
 from distill.run.trainer import Trainer
 from student.step import StudentStep
@@ -40,6 +40,7 @@ def train(run: Run) -> None:
             trainer.advance(goal)
         run.save({"student": trainer})
     result = run.evaluate(trainer.engine.model)
+    by_length = length.figures(run, trainer.engine.model, result)
     trainer.engine.close()
     tokens = trainer.steps * config.student.train.batch * config.data.sample_tokens
     run.finish(
@@ -50,6 +51,7 @@ def train(run: Run) -> None:
             "coverage": program.coverage,
             "steps": trainer.steps,
             "tokens": tokens,
+            **by_length,
             "seconds": run.seconds,
         }
     )
@@ -111,7 +113,7 @@ def _await_targets(run: Run, trainer: Trainer, readers: list[CacheReader], goal:
 
 
 def evaluate(run: Run) -> None:
-    """job=evaluate: loss, perplexity, calibration, accuracy and agreement of a model on held-out text."""
+    """job=evaluate: loss, perplexity, calibration, accuracy, agreement; loss by position, needles in haystacks."""
     config = run.config
     assert config.init_from is not None
     model = load_model(Path(config.init_from), "student", None).to(run.dist.device)
@@ -119,8 +121,14 @@ def evaluate(run: Run) -> None:
     if config.evaluate.teacher_from is not None:
         teacher = load_model(Path(config.evaluate.teacher_from), "teacher", None).to(run.dist.device)
     result = run.evaluate(model, teacher)
-    row = {"heldout_loss": result.loss, **{k: v for k, v in result._asdict().items() if k != "loss" and v is not None}}
+    measured = result.figures()
+    measured = {"heldout_loss": measured.pop("loss"), **measured}
+    by_length = length.figures(run, model, result)
+    row = measured | {name: value for name, value in by_length.items() if isinstance(value, float)}
     run.tracker.log("evaluate", 0, row, {})
+    width = max(map(len, row))
     for name, value in row.items():
-        run.tracker.message(f"{name:>14}  {value:.4f}" if isinstance(value, float) else f"{name:>14}  {value:,}")
-    run.finish({"job": "evaluate", **row, "seconds": run.seconds})
+        run.tracker.message(
+            f"{name:>{width}}  {value:.4f}" if isinstance(value, float) else f"{name:>{width}}  {value:,}"
+        )
+    run.finish({"job": "evaluate", **measured, **by_length, "seconds": run.seconds})

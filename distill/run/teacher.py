@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from distill.run import build
+from typing import Any
+
+from distill.run import build, length
 from distill.run.overhead import capture_overhead
 from distill.run.run import Run
 
@@ -17,8 +19,10 @@ def train(run: Run) -> None:
             # Published before the checkpoint: what a resumed run takes as done is on disk.
             capture.flush()
         run.save({"teacher": trainer})
-    summary = {"job": "teacher", "teacher_loss": run.evaluate(trainer.engine.model).loss, "steps": trainer.steps}
+    result = run.evaluate(trainer.engine.model)
+    summary: dict[str, Any] = {"job": "teacher", "teacher_loss": result.loss, "steps": trainer.steps}
     summary["tokens"] = trainer.steps * run.config.teacher.train.batch * run.config.data.sample_tokens
+    summary |= length.figures(run, trainer.engine.model, result)
     if capture:
         capture.finish()
         capture.close()

@@ -33,6 +33,15 @@ class Curve:
 
 
 @dataclass
+class Mark:
+    """An upright line at one x; of several alike, the first has the text."""
+
+    x: float
+    text: str = ""
+    strong: bool = False
+
+
+@dataclass
 class Frame:
     """What surrounds a chart: words and units."""
 
@@ -44,7 +53,14 @@ class Frame:
 
 
 def line_chart(
-    frame: Frame, curves: Sequence[Curve], *, smoothed: bool, zero: bool, log_x: bool = False, log_y: bool = False
+    frame: Frame,
+    curves: Sequence[Curve],
+    *,
+    smoothed: bool,
+    zero: bool,
+    log_x: bool = False,
+    log_y: bool = False,
+    marks: Sequence[Mark] = (),
 ) -> str:
     """Curves over one another, each of at most `scale.POINTS` points; smoothed ones have the raw values behind them.
 
@@ -65,7 +81,7 @@ def line_chart(
         return ""
     everything = [*main, *(points for points in raw if points)]
     x_axis = scale.x_axis(main, log=log_x)
-    y_axis = scale.y_axis(everything, zero=zero, log=log_y, all_x=log_x)
+    y_axis = scale.y_axis(everything, zero=zero, log=log_y, whole=log_x)
     body = [_polyline("raw", curve, points, x_axis, y_axis) for curve, points in zip(drawn, raw, strict=True) if points]
     # Few points are measurements far apart: show where they are. The first arms matter most and are drawn last.
     body += [
@@ -78,7 +94,7 @@ def line_chart(
         f'<li class="s{curve.style % STYLES}"><i></i>{escape(curve.label)} <b>{final}</b></li>'
         for curve, final in zip(drawn, finals, strict=True)
     )
-    return _figure(frame, f'<ul class="legend">{legend}</ul>', "".join(body), x_axis, y_axis)
+    return _figure(frame, f'<ul class="legend">{legend}</ul>', "".join(body), x_axis, y_axis, marks)
 
 
 def heat_map(frame: Frame, label: str, x: np.ndarray, counts: np.ndarray, mean: Curve | None) -> str:
@@ -114,7 +130,7 @@ def heat_map(frame: Frame, label: str, x: np.ndarray, counts: np.ndarray, mean: 
     return _figure(title, f'<ul class="legend">{legend}</ul>', body, x_axis, y_axis)
 
 
-def _figure(frame: Frame, legend: str, body: str, x_axis: Axis, y_axis: Axis) -> str:
+def _figure(frame: Frame, legend: str, body: str, x_axis: Axis, y_axis: Axis, marks: Sequence[Mark] = ()) -> str:
     axes = []
     for value, text in y_axis.marks():
         at = f"{100 * (1 - y_axis.share(value)):.2f}%"
@@ -123,6 +139,13 @@ def _figure(frame: Frame, legend: str, body: str, x_axis: Axis, y_axis: Axis) ->
         at = f"{100 * x_axis.share(value):.2f}%"
         axes.append(f'<line class="tick" x1="{at}" x2="{at}" y1="100%" y2="100%"/>')
         axes.append(f'<text class="x" x="{at}" y="100%" dy="18">{text}</text>')
+    for mark in marks:
+        at = f"{100 * x_axis.share(mark.x):.2f}%"
+        kind = "border strong" if mark.strong else "border"
+        axes.append(f'<line class="{kind}" x1="{at}" x2="{at}" y1="0" y2="100%"/>')
+        axes.append(
+            f'<text class="border" x="{at}" y="0" dx="4" dy="10">{escape(mark.text)}</text>' if mark.text else ""
+        )
     note = f"<p>{escape(frame.note)}</p>" if frame.note else ""
     log = "x" * x_axis.log + "y" * y_axis.log
     return (

@@ -67,6 +67,12 @@ figcaption p, .x-unit { font-size: 13px; color: var(--soft); }
 .plot text.y { text-anchor: end; dominant-baseline: central; }
 .plot text.x { text-anchor: middle; }
 .plot line { stroke: var(--rule); shape-rendering: crispEdges; }
+.plot line.border { stroke: var(--soft); stroke-dasharray: 2 4; }
+.plot line.border.strong { stroke: var(--ink); stroke-width: 2; stroke-dasharray: none; }
+.plot.matrix { height: calc(var(--rows) * 44px); margin-top: 30px; }
+.matrix rect { fill: var(--heat); stroke: var(--rule); }
+.plot text.cell { text-anchor: middle; dominant-baseline: central; fill: var(--ink); }
+.plot text.cell.on { fill: var(--paper); }
 .plot line.tick { transform: translateY(-4px); stroke: var(--soft); }
 polyline, path { fill: none; stroke: var(--mine); stroke-linejoin: round; stroke-linecap: round; vector-effect:
   non-scaling-stroke; }
@@ -123,7 +129,7 @@ const element = (name, style, ...content) => {
   return made;
 };
 const nearest = (points, x) => points.reduce((a, b) => Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a);
-for (const plot of document.querySelectorAll('.plot')) {
+for (const plot of document.querySelectorAll('.plot:not(.matrix)')) {
   const {log, unit} = plot.dataset;
   const [left, right, low, high] = ['left', 'right', 'low', 'high'].map(name => Number(plot.dataset[name]));
   const along = (from, to, share, log) => log ? from * (to / from) ** share : from + (to - from) * share;

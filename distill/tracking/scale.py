@@ -109,18 +109,19 @@ def x_axis(curves: list[tuple[np.ndarray, np.ndarray]], *, log: bool = False) ->
     return Axis(left / air, right * air, log=True)
 
 
-def y_axis(curves: list[tuple[np.ndarray, np.ndarray]], *, zero: bool, log: bool = False, all_x: bool = False) -> Axis:
+def y_axis(curves: list[tuple[np.ndarray, np.ndarray]], *, zero: bool, log: bool = False, whole: bool = False) -> Axis:
     """The axis of y for (x, y) curves, with some air.
 
-    The first twentieth of x does not count (unless `all_x`), nor the outermost hundredths of y: how far a loss falls in
-    its first steps, or a single spike, would flatten everything else. zero: a linear range starts at 0.
+    Unless `whole`, the first twentieth of x does not count, nor do the outermost hundredths of y: how far a loss falls
+    in its first steps, or a single spike, would flatten everything else. zero: a linear range starts at 0.
     """
-    start = -math.inf if all_x else max(x[-1] for x, _ in curves) / 20
+    start = -math.inf if whole else max(x[-1] for x, _ in curves) / 20
     late = [y[x >= start] if (x >= start).any() else y for x, y in curves]
     if log:
         late = [np.log(y) for y in late]
-    low = min(float(np.quantile(y, 0.01)) for y in late)
-    high = max(float(np.quantile(y, 0.99)) for y in late)
+    outside = 0.0 if whole else 0.01
+    low = min(float(np.quantile(y, outside)) for y in late)
+    high = max(float(np.quantile(y, 1 - outside)) for y in late)
     if zero and low >= 0 and not log:
         low = 0.0
     if high - low <= 1e-9 * max(abs(low), abs(high)):

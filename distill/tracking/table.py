@@ -77,7 +77,7 @@ def sentence(summary: Mapping[str, Any]) -> str:
 def facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Names and values, with units, of everything in a summary that is not in the table; nested names are dotted."""
     found = []
-    for name, value in _flat(summary):
+    for name, value in _flat({name: value for name, value in summary.items() if name not in _DRAWN}):
         label, unit = _FACTS.get(name, (name.replace("_", " "), _plain))
         if name != "gap_closed" and value is not None and not (name.endswith("_loss") and name != "heldout_loss"):
             found.append((label, unit(value) if _is_number(value) else str(value)))
@@ -95,6 +95,8 @@ def _plain(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
+_DRAWN = {"needle", "loss_by_position"}
+"""Entries of a summary that are pictures."""
 _FACTS = {
     "heldout_loss": ("held-out loss", lambda value: f"{value:.3f} nats per token"),
     "bytes_per_token": ("cache", lambda value: f"{value:.1f} bytes per token"),
@@ -103,6 +105,8 @@ _FACTS = {
     "agreement": ("agreement", lambda value: f"{percent(value)} of the tokens"),
     "accuracy": ("accuracy", lambda value: f"{percent(value)} of the tokens"),
     "ece": ("calibration error", percent),
+    "needle_accuracy": ("needles found", lambda value: f"{percent(value)} within the trained length"),
+    "needle_accuracy_across_chunks": ("across chunks", lambda value: f"{percent(value)} of the needles"),
     "tokens": ("tokens", short),
     "seconds": ("wall time", duration),
 }
