@@ -4,5 +4,6 @@ Imports torch and nothing of ours. Shape letters: T tokens, D model, V vocabular
 """
 
 from losses.mixed import MixedLoss, mixed_loss
+from losses.routing import routing_loss
 
-__all__ = ["MixedLoss", "mixed_loss"]
+__all__ = ["MixedLoss", "mixed_loss", "routing_loss"]

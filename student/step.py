@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.config.schema import WeightingConfig
+from distill.config.schema import TrainConfig, WeightingConfig
 from distill.data.join import Batch
 from distill.engine.dist import Dist
 from distill.tracking.meters import Meters
-from losses import mixed_loss, weighting
+from losses import mixed_loss, routing_loss, weighting
 
 ALPHA_BINS = 20
 
@@ -20,9 +20,9 @@ ALPHA_BINS = 20
 class StudentStep:
     """The student's half of the training loop's protocol: `begin`, `loss` per micro-batch, `end`, `state`."""
 
-    def __init__(self, meters: Meters, head_chunk: int, config: WeightingConfig, vocab_size: int, steps: int):
+    def __init__(self, meters: Meters, train: TrainConfig, config: WeightingConfig, vocab_size: int, steps: int):
         assert meters.device is not None, "the state of the weighting lives where the meters do"
-        self.meters, self.head_chunk, self.config = meters, head_chunk, config
+        self.meters, self.train, self.config = meters, train, config
         self.vocab_size, self.steps = vocab_size, steps
         self.lag = weighting.init_lag(vocab_size, meters.device)
         self.covered = torch.zeros(2, dtype=torch.float64, device=meters.device)
@@ -80,7 +80,7 @@ class StudentStep:
         return alpha_T, lag_B
 
     def loss(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sum over valid tokens of alpha * soft + (1 - alpha) * hard (nats), and expert counts [MoE layers, E]."""
+        """Sum over valid tokens of soft, hard and routing loss, weighted (nats), and expert counts [MoE layers, E]."""
         labels_T, valid_T = batch.labels_BS.flatten(), batch.valid_BS.flatten()
         alpha_T, ids_TK, probs_TK, w_soft_T = torch.zeros(len(valid_T)), None, None, None
         if batch.targets is not None:
@@ -92,9 +92,8 @@ class StudentStep:
         parts = []
 
         def head(hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
-            parts.append(
-                mixed_loss(hidden_TD, weight_VD, labels_T, w_hard_T, ids_TK, probs_TK, w_soft_T, chunk=self.head_chunk)
-            )
+            chunk = self.train.head_chunk
+            parts.append(mixed_loss(hidden_TD, weight_VD, labels_T, w_hard_T, ids_TK, probs_TK, w_soft_T, chunk=chunk))
             return parts[0].loss_sum
 
         loss_sum, routing = model(batch.ids_BS, batch.documents_BS, head)
@@ -123,7 +122,16 @@ class StudentStep:
             # index_add_, not bincount: that would wait for the device.
             self.meters.histogram("alpha", alpha_T.new_zeros(ALPHA_BINS).index_add_(0, bins_T, valid_T.float()))
         self._sums += torch.stack([hard_sum.double(), num_covered.double(), num_valid.double()])
-        return loss_sum, routing.counts_LE
+        penalty, sums = routing_loss(
+            routing.logits_LTE,
+            routing.experts_LTA,
+            batch.valid_BS,
+            balance=self.train.balance_loss,
+            z=self.train.z_loss,
+        )
+        for name, value in sums.items():
+            add(name, value, num_valid)
+        return loss_sum + penalty, routing.counts_LE
 
     def end(self, dist: Dist) -> None:
         """Lets coverage and the running average of the student's own loss follow; collective."""

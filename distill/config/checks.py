@@ -9,6 +9,7 @@ from distill.config.schema import (
     ArmConfig,
     CodecName,
     CorpusConfig,
+    Freeze,
     Job,
     ModelConfig,
     OptimConfig,
@@ -18,6 +19,7 @@ from distill.config.schema import (
     RunConfig,
     Source,
     TrainConfig,
+    VisionConfig,
     WeightingConfig,
 )
 
@@ -31,6 +33,11 @@ def check(run: RunConfig) -> Iterator[str]:
     for role, part in (("teacher", run.teacher), ("student", run.student)):
         yield from _optim(f"{role}.optim", part.optim)
         yield from _train(f"{role}.train", part.train)
+        if part.train.freeze is not Freeze.none and part.model.vision is None:
+            yield (
+                f"{role}.train.freeze is {part.train.freeze.value} and {role}.model.vision is null; only a model with "
+                "sight has a half to freeze"
+            )
         yield from _folder(f"{role}.init_from", part.init_from)
     yield from _weighting("student.weighting", run.student.weighting)
     for name, arm in run.codistill.arms.items():
@@ -103,6 +110,39 @@ def _model(key: str, m: ModelConfig, sample_tokens: int) -> Iterator[str]:
             yield f"{key}.{name} is {getattr(m, name)}; it must be positive"
     if sample_tokens > m.max_positions:
         yield f"data.sample_tokens is {sample_tokens}; {key}.max_positions allows {m.max_positions}"
+    if m.vision is not None:
+        yield from _vision(f"{key}.vision", m.vision, m.vocab_size)
+
+
+def _vision(key: str, v: VisionConfig, vocab_size: int) -> Iterator[str]:
+    sizes = ("hidden_size", "layers", "heads", "mlp_hidden", "tile_size", "patch_size", "shuffle", "adapter_hidden")
+    small = [p for name in (*sizes, "adapter_out") for p in _at_least(f"{key}.{name}", getattr(v, name), 1)]
+    yield from small
+    for name in ("rope_theta", "norm_eps"):
+        if getattr(v, name) <= 0:
+            yield f"{key}.{name} is {getattr(v, name)}; it must be positive"
+    if not 0 <= v.image_token_id < vocab_size:
+        yield f"{key}.image_token_id is {v.image_token_id}; the model's vocab_size allows 0 to {vocab_size - 1}"
+    if small:  # the rules below divide by them
+        return
+    if v.hidden_size % (4 * v.heads):
+        yield (
+            f"{key}.hidden_size is {v.hidden_size}; it must be a multiple of 4 x heads, {4 * v.heads}: RoPE turns "
+            "pairs of a head's channels, half of them by column and half by row"
+        )
+    if v.tile_size % (v.patch_size * v.shuffle):
+        yield (
+            f"{key}.tile_size is {v.tile_size}; it must be a multiple of patch_size x shuffle, "
+            f"{v.patch_size} x {v.shuffle}"
+        )
+    # One number of the released format each, so that other values could not be saved.
+    if v.mlp_hidden != v.hidden_size * v.shuffle**2:
+        yield (
+            f"{key}.mlp_hidden is {v.mlp_hidden}; it must be hidden_size x shuffle^2, {v.hidden_size * v.shuffle**2}, "
+            "since intermediate_size is both the feed-forward's width and what the adapter takes"
+        )
+    if v.adapter_out != v.adapter_hidden:
+        yield f"{key}.adapter_out is {v.adapter_out}; it must equal adapter_hidden, {v.adapter_hidden}"
 
 
 def _optim(key: str, o: OptimConfig) -> Iterator[str]:
@@ -124,7 +164,7 @@ def _optim(key: str, o: OptimConfig) -> Iterator[str]:
 def _train(key: str, t: TrainConfig) -> Iterator[str]:
     for name in ("batch", "accumulation", "log_every", "keep_checkpoints", "head_chunk", "eval_samples"):
         yield from _at_least(f"{key}.{name}", getattr(t, name), 1)
-    for name in ("eval_every", "checkpoint_every", "balance_rate"):
+    for name in ("eval_every", "checkpoint_every", "balance_rate", "balance_loss", "z_loss"):
         yield from _at_least(f"{key}.{name}", getattr(t, name), 0)
     if t.log_every >= 1 and t.checkpoint_every % t.log_every:
         # Else the row that spans a checkpoint would be averaged over the steps since the resume alone.

@@ -68,6 +68,12 @@ def precheck(arguments: list[str]) -> None:
             except (HydraException, OmegaConfBaseException) as error:
                 problems.append(_sentence(error))
                 continue
+            except AssertionError:  # OmegaConf's only word for a key within a part that is null
+                below = list(_within_null(combination))
+                if not below:
+                    raise
+                problems += below
+                continue
             named = tuple(p.split(" ", 1)[0] + " " for p in problems)
             problems += [p for p in _load(composed)[0] if not p.startswith(named)]
     GlobalHydra.instance().clear()
@@ -148,6 +154,18 @@ def _override_problems(text: str, folders: list[Path]) -> Iterator[str]:
             OmegaConf.merge(_schema(), _nested(path, value))
         except OmegaConfBaseException as error:
             yield f"{path} is {_shown(value)}; {str(error).splitlines()[0]}"
+
+
+def _within_null(overrides: list[str]) -> Iterator[str]:
+    """Overrides that set a key of a part of the configuration that its groups leave null."""
+    parsed = {text: OverridesParser.create().parse_override(text) for text in overrides}
+    groups = [t for t, o in parsed.items() if (CONF / o.key_or_group).is_dir() or o.key_or_group.startswith("hydra.")]
+    composed = compose("config", overrides=groups)
+    for override in parsed.values():
+        keys = override.key_or_group.split(".")
+        for parent in (".".join(keys[:depth]) for depth in range(1, len(keys))):
+            if OmegaConf.select(composed, parent, default="") is None:
+                yield f"{override.key_or_group} is {override.value()}; {parent} is null and has no keys to set"
 
 
 @functools.cache

@@ -49,6 +49,11 @@ class VisionConfig:
     image_token_id: int = 200092
     """Id of a position that an image fills (image_token_index, `<|patch|>`)."""
 
+    @property
+    def tile_tokens(self) -> int:
+        """Tokens that one tile becomes."""
+        return (self.tile_size // self.patch_size // self.shuffle) ** 2
+
 
 @dataclass
 class BaseSizes:

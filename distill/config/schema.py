@@ -13,9 +13,11 @@ from enum import Enum, StrEnum
 
 from omegaconf import MISSING
 
-from distill.config.model import BaseSizes, ModelConfig, Parametrization, RopeScaling, VisionConfig
-
-__all__ = ["BaseSizes", "ModelConfig", "Parametrization", "RopeScaling", "VisionConfig"]  # and all that is below
+from distill.config.model import BaseSizes as BaseSizes
+from distill.config.model import ModelConfig as ModelConfig
+from distill.config.model import Parametrization as Parametrization
+from distill.config.model import RopeScaling as RopeScaling
+from distill.config.model import VisionConfig as VisionConfig
 
 
 class Job(StrEnum):
@@ -43,6 +45,14 @@ class ReplayOrder(Enum):
     same = "same"
     newest = "newest"
     late_first = "late_first"
+
+
+class Freeze(Enum):
+    """Half of a model with sight that does not train; the projector between them always does."""
+
+    none = "none"
+    vision = "vision"
+    text = "text"
 
 
 class CodecName(Enum):
@@ -93,11 +103,12 @@ class WeightDecay:
     """Decoupled weight decay of each parameter group, per unit of learning rate."""
 
     matrices: float = 0.1
-    """Attention projections, experts, shared experts, dense feed-forward."""
+    """Attention projections, experts, shared experts, dense feed-forward; all matrices of sight."""
     embedding: float = 0.0
     head: float = 0.1
     router: float = 0.0
     norms: float = 0.0
+    """Norm weights; biases, class and positional embeddings of sight."""
 
 
 @dataclass
@@ -140,7 +151,15 @@ class TrainConfig:
     keep_checkpoints: int = 1
     """Newest checkpoints that are kept."""
     balance_rate: float = 1e-3
-    """Step of the loss-free router bias; 0 switches balancing off."""
+    """Step of the loss-free router bias; 0 switches balancing off. A frozen text model's stays as it is."""
+    balance_loss: float = 0.0
+    """Coefficient, per MoE layer, of the sequence-wise balance loss on top of it (1e-4 is usual); 0: none."""
+    z_loss: float = 0.0
+    """Coefficient, per MoE layer, of the routers' z-loss (1e-3 is usual); 0: none."""
+    activation_checkpointing: bool = False
+    """Keep only each layer's input for the backward pass and compute the rest again: less memory, a third more time."""
+    freeze: Freeze = Freeze.none
+    """Keep the vision tower and its adapter, or the whole text model, as they are; needs model.vision."""
     head_chunk: int = 4096
     """Tokens whose logits live at one time."""
 

@@ -12,11 +12,12 @@ from distill.config.schema import OptimConfig, OptimizerName, Schedule
 
 def decay_group(name: str) -> str:
     """The `weight_decay` key that a parameter of the Transformer falls under."""
-    if name.endswith("norm.weight") or "layernorm" in name:
+    vectors = ("norm.weight", ".bias", ".class_embedding", ".positional_embedding_vlm")
+    if name.endswith(vectors) or "layernorm" in name:
         return "norms"
     if "router" in name:
         return "router"
-    if "embed" in name:
+    if name.endswith("embed.weight"):
         return "embedding"
     if "lm_head" in name or name.startswith("head."):
         return "head"
@@ -24,10 +25,11 @@ def decay_group(name: str) -> str:
 
 
 def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """One parameter group per weight decay that occurs."""
+    """One parameter group per weight decay that occurs; frozen parameters are in none."""
     by_decay: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        by_decay.setdefault(getattr(config.weight_decay, decay_group(name)), []).append(parameter)
+        if parameter.requires_grad:
+            by_decay.setdefault(getattr(config.weight_decay, decay_group(name)), []).append(parameter)
     groups = [{"params": params, "weight_decay": decay} for decay, params in by_decay.items()]
     if config.optimizer is OptimizerName.adamw:
         betas = (config.betas[0], config.betas[1])

@@ -24,7 +24,8 @@ class Engine:
     """A model in training. Every method is called on every rank.
 
     Args:
-        model: on the CPU, in fp32; moved and cast here.
+        model: on the CPU, in fp32; moved and cast here. Parameters that want no gradient have no optimizer state and
+            stay as they are; a checkpoint holds them all the same (in bf16 as cast at the start).
         tensors: what `state` gave at a checkpoint, whole and by name; None starts afresh.
     """
 
@@ -63,6 +64,7 @@ class Engine:
                 "steps_per_print": None,
             },
         )
+        self._trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self._steps_before = 0.0 if tensors is None else float(tensors["optimizer_steps"])
         self._start_moments()
         if tensors is not None:
@@ -93,7 +95,7 @@ class Engine:
     def state(self) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         """Names of all whole tensors that a checkpoint needs, and how to get each; the getters are collective."""
         for name, parameter in self.model.named_parameters():
-            for key in ("param", *self.moments):
+            for key in ("param", *self.moments) if parameter.requires_grad else ("param",):
                 yield f"{key}/{name}", partial(self._get, parameter, key)
         for name, buffer in _persistent_buffers(self.model):
             yield f"buffer/{name}", buffer.detach
@@ -105,7 +107,7 @@ class Engine:
         self._ds.destroy()
 
     def _clip_gradients(self, *_: Any) -> None:
-        parameters = list(self.model.parameters())
+        parameters = list(self._trainable.values())
         self._norm = nn.utils.get_total_norm([p.grad for p in parameters])
         if self._clip > 0:
             nn.utils.clip_grads_with_norm_(parameters, self._clip, self._norm)
@@ -113,6 +115,8 @@ class Engine:
     def _get(self, parameter: nn.Parameter, key: str) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+        if not parameter.requires_grad:
+            return parameter.detach().float()
         if self.zero == 0:
             return parameter.detach() if key == "param" else self._ds.optimizer.state[parameter][key]
         if key == "param":
@@ -127,7 +131,7 @@ class Engine:
         """
         inner = self._ds.optimizer
         state = inner.state if self.zero == 0 else inner.optimizer.state
-        for tensor in self.model.parameters() if self.zero == 0 else inner.single_partition_of_fp32_groups:
+        for tensor in self._trainable.values() if self.zero == 0 else inner.single_partition_of_fp32_groups:
             state[tensor] = {key: torch.zeros_like(tensor) for key in self.moments}
             if "exp_avg" in self.moments:
                 state[tensor]["step"] = torch.full((), self._steps_before, device=tensor.device)
@@ -137,7 +141,7 @@ class Engine:
     def _load_moments(self, tensors: dict[str, Tensor]) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._trainable.items():
             for key in self.moments:
                 value = tensors[f"{key}/{name}"].to(self.dist.device)
                 if self.zero == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from distill.config.schema import ModelConfig
+from distill.config.schema import ModelConfig, VisionConfig
 from distill.model.layout import moe_layers, rope_layers
 
 
@@ -13,11 +13,15 @@ class Counts:
     """Numbers of parameters; the router bias is a buffer and not among them."""
 
     total: int
+    """Sight included."""
     active: int
-    """Used by one token, the whole embedding table counted."""
+    """Used by one token of text, the whole embedding table counted."""
     active_without_embedding: int
     embedding: int
     """The input embedding alone; the head is as large again."""
+    vision: int = 0
+    """The tower and its adapter."""
+    projector: int = 0
 
 
 def count_parameters(config: ModelConfig) -> Counts:
@@ -30,7 +34,19 @@ def count_parameters(config: ModelConfig) -> Counts:
     expert = 3 * size * config.expert_hidden
     always += moe * (config.experts * size + expert)  # router and shared expert
     active = always + moe * config.active_experts * expert
-    return Counts(always + moe * config.experts * expert, active, active - embedding, embedding)
+    text = always + moe * config.experts * expert
+    if config.vision is None:
+        return Counts(text, active, active - embedding, embedding)
+    vision, projector = _vision_parameters(config.vision), config.vision.adapter_out * size
+    return Counts(text + vision + projector, active, active - embedding, embedding, vision, projector)
+
+
+def _vision_parameters(v: VisionConfig) -> int:
+    size, patches = v.hidden_size, (v.tile_size // v.patch_size) ** 2
+    embeddings = 3 * v.patch_size**2 * size + size + (patches + 1) * size
+    block = 4 * (size * size + size) + 2 * size * v.mlp_hidden + v.mlp_hidden + size + 2 * 2 * size
+    adapter = size * v.shuffle**2 * v.adapter_hidden + v.adapter_hidden * v.adapter_out
+    return embeddings + v.layers * block + 2 * 2 * size + adapter
 
 
 def flops_per_token(config: ModelConfig, sample_tokens: int) -> float:
@@ -48,3 +64,19 @@ def flops_per_token(config: ModelConfig, sample_tokens: int) -> float:
     pairs = sum(chunk_pairs if rope else full_pairs for rope in rope_layers(config))
     # Scores and mixing: two multiply-adds per pair, head and channel.
     return 2 * products + 4 * config.heads * config.head_dim * pairs / sample_tokens
+
+
+def vision_flops_per_tile(config: ModelConfig) -> float:
+    """Floating-point operations of one tile's way to the text model, forward; counted as in `flops_per_token`.
+
+    A frozen tower costs little more than this, a trained one 3 times it. A model without sight costs nothing.
+    """
+    v = config.vision
+    if v is None:
+        return 0.0
+    size, patches = v.hidden_size, (v.tile_size // v.patch_size) ** 2
+    rows = patches + 1  # the class token
+    block = rows * (4 * size * size + 2 * size * v.mlp_hidden) + 2 * rows * rows * size
+    adapter = size * v.shuffle**2 * v.adapter_hidden + v.adapter_hidden * v.adapter_out
+    token = adapter + v.adapter_out * config.hidden_size
+    return 2.0 * (patches * 3 * v.patch_size**2 * size + v.layers * block + v.tile_tokens * token)

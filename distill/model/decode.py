@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.config.errors import ConfigError, DataError
+from distill.model.images import Images
 from distill.model.kv import KV, Slots
 from distill.model.segments import Plan, Segments
 
@@ -39,8 +40,12 @@ class Decoder:
         ]
 
     @torch.no_grad()
-    def prefill(self, prompts: Sequence[Tensor]) -> Tensor:
-        """Takes one prompt (1-D ids, not empty) for each row; logits [B, V] of what follows. Once, and first."""
+    def prefill(self, prompts: Sequence[Tensor], images: Images | None = None) -> Tensor:
+        """Takes one prompt (1-D ids, not empty) for each row; logits [B, V] of what follows. Once, and first.
+
+        Args:
+            images: of all prompts; their `patch_BS` has one row, the prompts one after another.
+        """
         assert not any(self.lengths) and len(prompts) == len(self.lengths), "one prompt for each empty row"
         device = self.model.embed.weight.device
         self.lengths = [len(prompt) for prompt in prompts]
@@ -55,8 +60,11 @@ class Decoder:
         rope = rope._replace(slots=_prefilled(tail_N, row_T, position_T % self.chunk, rope.plan, device))
         nope = nope._replace(slots=_prefilled(torch.arange(len(row_T)), row_T, position_T, nope.plan, device))
         last_B = (length_B.cumsum(0) - 1).to(device)
-        ids_T = torch.cat([prompt.to(device) for prompt in prompts])
-        logits_BV, _ = self.model.run(ids_T, (rope, nope), lambda h_TD, w_VD: F.linear(h_TD[last_B], w_VD), self.caches)
+        ids_1T = torch.cat([prompt.to(device) for prompt in prompts])[None]
+        hidden_TD = self.model.embedded(ids_1T, images)
+        logits_BV, _ = self.model.run(
+            hidden_TD, (rope, nope), lambda h_TD, w_VD: F.linear(h_TD[last_B], w_VD), self.caches
+        )
         return logits_BV
 
     @torch.no_grad()
@@ -88,7 +96,7 @@ class Decoder:
         chunked, chunk = plan([length % self.chunk for length in self.lengths])
         rope, nope = self.model.layouts(Segments(full, chunked))
         layouts = rope._replace(slots=chunk), nope._replace(slots=everything)
-        logits_PV, _ = self.model.run(ids_Bn.flatten(), layouts, F.linear, self.caches)
+        logits_PV, _ = self.model.run(self.model.embedded(ids_Bn), layouts, F.linear, self.caches)
         self.lengths = [length + new for length in self.lengths]
         return logits_PV.unflatten(0, (rows, new))
 
@@ -111,11 +119,12 @@ def generate(
     top_p: float,
     eos_ids: Sequence[int],
     generator: torch.Generator | None,
+    images: Images | None,
 ) -> list[Tensor]:
     """The new ids of each prompt; see `Transformer.generate`."""
     _check(model, prompts, max_new_tokens, temperature, top_p)
     decoder = Decoder(model, len(prompts), max(map(len, prompts)) + max_new_tokens)
-    logits_BV = decoder.prefill(prompts)
+    logits_BV = decoder.prefill(prompts, images)
     eos_N = torch.tensor(list(eos_ids), dtype=torch.int64, device=logits_BV.device)
     new: list[Tensor] = []
     ended: list[Tensor] = []

@@ -50,9 +50,14 @@ class RopeTable:
 
     def _grow(self, positions: int, device: torch.device) -> None:
         angle_SP = torch.arange(positions, dtype=torch.float32, device="cpu")[:, None] * self.frequencies
-        cos_SP, sin_SP = angle_SP.cos(), angle_SP.sin()
-        self.cos_SC = cos_SP.repeat_interleave(2, 1).to(device)
-        self.sin_SC = torch.stack((-sin_SP, sin_SP), -1).flatten(1).to(device)
+        cos_SC, sin_SC = cos_sin(angle_SP)
+        self.cos_SC, self.sin_SC = cos_SC.to(device), sin_SC.to(device)
+
+
+def cos_sin(angle_SP: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines [S, C = 2 P] of the angles of the channel pairs, for `rotate`."""
+    sin_SP = angle_SP.sin()
+    return angle_SP.cos().repeat_interleave(2, 1), torch.stack((-sin_SP, sin_SP), -1).flatten(1)
 
 
 def rotate(x_TNC: Tensor, cos_T1C: Tensor, sin_T1C: Tensor) -> Tensor:

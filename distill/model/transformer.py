@@ -15,6 +15,7 @@ from distill.config.schema import ModelConfig
 from distill.model import decode
 from distill.model.attention import Attention, Layout, temperature
 from distill.model.experts import MoE, Routed
+from distill.model.images import Images
 from distill.model.kv import KV
 from distill.model.layout import moe_layers, rope_layers
 from distill.model.linear import GroupedFn, LinearFn, SwiGLU, grouped_mm
@@ -22,6 +23,7 @@ from distill.model.norm import RMSNorm
 from distill.model.rope import RopeTable
 from distill.model.router import Router
 from distill.model.segments import Segments
+from distill.model.vision import Projector, Unseen, VisionModel, check_images, place
 
 HeadFn = Callable[[Tensor, Tensor], Any]
 """(normed hidden [T, D], unembedding weight [V, D]) -> anything."""
@@ -87,10 +89,11 @@ class Head(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Decoder of the Llama 4 family (text): MoE, layers with and without positions, chunked attention.
+    """Decoder of the Llama 4 family: MoE, layers with and without positions, chunked attention; sight if configured.
 
-    Weights are drawn from torch's global generator (matrices normal with `init_std`, norms 1); under a meta device
-    nothing is drawn. Names are those of the released checkpoints but for embed, norm and head (see `hf`).
+    Weights are drawn from torch's global generator (matrices normal with `init_std`, norms 1), the text model's first,
+    so that sight does not change them; under a meta device nothing is drawn. Names are those of the released
+    checkpoints but for embed, layers, norm and head (see `hf`).
 
     Args:
         config: a configuration that passed `distill.config`'s checks.
@@ -98,7 +101,8 @@ class Transformer(nn.Module):
         grouped_fn: product of the routed experts.
 
     Attributes:
-        activation_checkpointing: keep only each layer's input for the backward pass and compute the rest again.
+        activation_checkpointing: keep only each layer's input (the vision tower's too) for the backward pass and
+            compute the rest again.
     """
 
     def __init__(self, config: ModelConfig, linear_fn: LinearFn = F.linear, grouped_fn: GroupedFn = grouped_mm):
@@ -116,6 +120,10 @@ class Transformer(nn.Module):
         for parameter in self.parameters():
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=config.init_std)
+        self.vision_model: VisionModel | None = None
+        if config.vision is not None:
+            self.vision_model = VisionModel(config.vision, config.init_std)
+            self.multi_modal_projector = Projector(config.vision, config.hidden_size, config.init_std)
 
     @property
     def routers(self) -> list[Router]:
@@ -123,7 +131,11 @@ class Transformer(nn.Module):
         return [layer.feed_forward.router for layer in self.layers if isinstance(layer.feed_forward, MoE)]
 
     def forward(
-        self, ids_BS: Tensor, documents_BS: Tensor | Segments | None = None, head_fn: HeadFn | None = None
+        self,
+        ids_BS: Tensor,
+        documents_BS: Tensor | Segments | None = None,
+        head_fn: HeadFn | None = None,
+        images: Images | None = None,
     ) -> tuple[Any, Routing]:
         """Hidden states of every token, through `head_fn` if there is one.
 
@@ -133,26 +145,34 @@ class Transformer(nn.Module):
                 `Segments` built from it; None: each row is one document. Positions, chunks and attention are the
                 document's own: packed documents do not see each other.
             head_fn: called with the normed hidden states [T, D] and the unembedding weight [V, D].
+            images: their features take the place of the embedding where `patch_BS` says so.
 
         Returns:
             What head_fn returned, or without it the normed hidden states [T, D] with T = B * S; and the routing.
 
         Raises:
-            DataError: a document is longer than the configuration's `max_positions`.
+            DataError: a document is longer than the configuration's `max_positions`, or images do not fit the model or
+                the batch.
         """
-        segments = self._segments(ids_BS, documents_BS)
-        return self.run(ids_BS.flatten(), self.layouts(segments), head_fn)
+        layouts = self.layouts(self._segments(ids_BS, documents_BS))
+        return self.run(self.embedded(ids_BS, images), layouts, head_fn)
+
+    def embedded(self, ids_BS: Tensor, images: Images | None = None) -> Tensor:
+        """What the first layer takes, [B * S, D]; arguments as in `forward`."""
+        if images is not None:
+            check_images(images, self.config.vision, ids_BS)
+        hidden_TD = self.embed(ids_BS.flatten())
+        return hidden_TD if self.vision_model is None else self._see(hidden_TD, images)
 
     def run(
         self,
-        ids_T: Tensor,
+        hidden_TD: Tensor,
         layouts: tuple[Layout, Layout],
         head_fn: HeadFn | None,
         caches: Sequence[KV | None] | None = None,
     ) -> tuple[Any, Routing]:
-        """`forward` with the layouts of layers with and without positions given, and caches to fill and to read."""
+        """`forward` from what `embedded` and `layouts` give; with caches of the layers to fill and to read."""
         rope, nope = layouts
-        hidden_TD = self.embed(ids_T)
         routed: list[Routed] = []
         for layer, kv in zip(self.layers, caches or [None] * len(self.layers)):
             layout = rope if layer.rope else nope
@@ -164,11 +184,13 @@ class Transformer(nn.Module):
                 routed.append(done)
         hidden_TD = self.norm(hidden_TD)
         out = hidden_TD if head_fn is None else self.head(hidden_TD, head_fn)
-        return out, self._routing(routed, ids_T.device)
+        return out, self._routing(routed, hidden_TD.device)
 
-    def logits(self, ids_BS: Tensor, documents_BS: Tensor | Segments | None = None) -> Tensor:
+    def logits(
+        self, ids_BS: Tensor, documents_BS: Tensor | Segments | None = None, images: Images | None = None
+    ) -> Tensor:
         """Next-token logits [B, S, V] in the model's dtype; arguments as in `forward`."""
-        logits_TV, _ = self(ids_BS, documents_BS, F.linear)
+        logits_TV, _ = self(ids_BS, documents_BS, F.linear, images)
         return logits_TV.unflatten(0, ids_BS.shape)
 
     def generate(
@@ -180,6 +202,7 @@ class Transformer(nn.Module):
         top_p: float = 1.0,
         eos_ids: Sequence[int] | None = None,
         generator: torch.Generator | None = None,
+        images: Images | None = None,
     ) -> list[Tensor]:
         """Continues prompts of any lengths together; without gradient.
 
@@ -189,13 +212,14 @@ class Transformer(nn.Module):
             top_p: sample among the fewest likeliest ids that have this much probability together.
             eos_ids: ids that end a row; None: the configuration's.
             generator: of the draws, on the model's device; None: torch's global one.
+            images: of all prompts; their `patch_BS` has one row, the prompts one after another.
 
         Returns:
             The new ids of each prompt, 1-D, at most `max_new_tokens`; the id that ended a row is its last.
 
         Raises:
             ConfigError: an argument out of its range.
-            DataError: an empty prompt, or one that would grow beyond `max_positions`.
+            DataError: an empty prompt, one that would grow beyond `max_positions`, or images that do not fit.
         """
         return decode.generate(
             self,
@@ -205,6 +229,7 @@ class Transformer(nn.Module):
             top_p=top_p,
             eos_ids=self.config.eos_ids if eos_ids is None else eos_ids,
             generator=generator,
+            images=images,
         )
 
     def layouts(self, segments: Segments) -> tuple[Layout, Layout]:
@@ -217,6 +242,14 @@ class Transformer(nn.Module):
         rotation = self._table.lookup(chunked.position_P, chunked.longest)
         factor = temperature(full, config.floor_scale, config.attn_scale) if config.temperature_tuning else None
         return Layout(chunked, rotation, None), Layout(full, None, factor)
+
+    def _see(self, hidden_TD: Tensor, images: Images | None) -> Tensor:
+        """The embeddings with the images in them; every parameter of sight gets a gradient, with images or without."""
+        assert self.vision_model is not None
+        if images is None or not len(images.tiles_NCHW):
+            return Unseen.apply(hidden_TD, *self.vision_model.parameters(), *self.multi_modal_projector.parameters())
+        features_NPO = self.vision_model(images.tiles_NCHW, self.activation_checkpointing)
+        return place(hidden_TD, self.multi_modal_projector(features_NPO), images.patch_BS)
 
     def _segments(self, ids_BS: Tensor, documents_BS: Tensor | Segments | None) -> Segments:
         """The plans of a batch, on its device."""

@@ -26,6 +26,7 @@ from distill.engine import checkpoint
 from distill.engine.dist import Dist
 from distill.engine.zero import Engine, load_weights
 from distill.model import Transformer, hf
+from distill.model.freeze import freeze
 from distill.run.trainer import Trainer
 from distill.tracking import report
 from distill.tracking.tracker import Tracker
@@ -141,6 +142,8 @@ class Run:
             model = load_model(Path(start), role, part.model)
         else:
             model = Transformer(part.model)
+        model.activation_checkpointing = part.train.activation_checkpointing
+        freeze(model, part.train.freeze)
         return Engine(model, part.optim, self.config.engine, self.config.precision, self.dist, tensors)
 
     def restore(self, trainers: dict[str, Trainer]) -> None:

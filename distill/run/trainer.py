@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.config.schema import OptimConfig, TrainConfig
+from distill.config.schema import Freeze, OptimConfig, TrainConfig
 from distill.data.join import Batch, Joiner, Prefetch
 from distill.data.stream import Stream
 from distill.engine.dist import Dist
@@ -109,7 +109,7 @@ class Trainer:
     def _one(self, batch: Batch) -> None:
         lr = learning_rate(self.optim, self.at, self.steps)
         norm, counts_LE = self._update(batch, lr)
-        if self.config.balance_rate > 0:
+        if self.config.balance_rate > 0 and self.config.freeze is not Freeze.text:
             update_bias(self.engine.model, counts_LE, self.config.balance_rate)
         self.program.end(self.dist)
         self.at += 1

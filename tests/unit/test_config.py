@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 
@@ -6,7 +7,7 @@ from hydra import compose, initialize_config_dir
 
 from distill.config.errors import ConfigError
 from distill.config.load import CONF, load, precheck, to_dict
-from distill.config.schema import Job
+from distill.config.schema import Freeze, Job
 from tests.cli import environment
 
 
@@ -106,6 +107,64 @@ def test_every_value_of_a_sweep_is_checked():
 def test_every_model_preset_loads(model):
     run = loaded("job=teacher", f"model@teacher.model={model}", "data.tokenizer.vocab_size=300")
     assert run.teacher.model.layers > 0 and run.teacher.model.vocab_size > 0
+
+
+@pytest.mark.parametrize("sight", ["llama4", "tiny"])
+def test_every_sight_preset_loads_into_either_model(sight):
+    run = loaded(
+        "job=codistill",
+        f"vision@teacher.model.vision={sight}",
+        f"vision@student.model.vision={sight}",
+        "student.model.vision.layers=3",
+        *(f"{role}.model.vocab_size=202048" for role in ("teacher", "student")),
+        "student.train.freeze=vision",
+    )
+    assert run.teacher.model.vision.layers == {"llama4": 34, "tiny": 2}[sight]
+    assert run.student.model.vision == dataclasses.replace(run.teacher.model.vision, layers=3)
+    assert (run.student.train.freeze, run.teacher.train.freeze) == (Freeze.vision, Freeze.none)
+
+
+def test_sight_that_cannot_be_built_is_refused():
+    text = "\n".join(
+        problems(
+            "job=teacher",
+            "vision@teacher.model.vision=tiny",
+            "teacher.model.vision.heads=5",
+            "teacher.model.vision.tile_size=60",
+            "teacher.model.vision.mlp_hidden=128",
+            "teacher.model.vision.adapter_out=64",
+            "teacher.model.vision.image_token_id=512",
+            "teacher.model.vision.norm_eps=0",
+        )
+    )
+    for part in (
+        "teacher.model.vision.hidden_size is 64; it must be a multiple of 4 x heads, 20",
+        "teacher.model.vision.tile_size is 60; it must be a multiple of patch_size x shuffle, 14 x 2",
+        "teacher.model.vision.mlp_hidden is 128; it must be hidden_size x shuffle^2, 256",
+        "teacher.model.vision.adapter_out is 64; it must equal adapter_hidden, 128",
+        "teacher.model.vision.image_token_id is 512; the model's vocab_size allows 0 to 511",
+        "teacher.model.vision.norm_eps is 0.0; it must be positive",
+    ):
+        assert part in text, (part, text)
+    assert problems("job=teacher", "vision@teacher.model.vision=tiny", "teacher.model.vision.shuffle=0") == [
+        "teacher.model.vision.shuffle is 0; at least 1"
+    ]
+
+
+def test_a_misspelt_sight_and_keys_of_what_is_null_are_named():
+    assert problems("job=teacher", "vision@teacher.model.vision=tinny") == ["vision is tinny; allowed: llama4, tiny"]
+    assert problems(
+        "job=teacher", "teacher.model.vision.layers=3", "student.model.rope_scaling.factor=2", "student.optim.lr=-1"
+    ) == [
+        "teacher.model.vision.layers is 3; teacher.model.vision is null and has no keys to set",
+        "student.model.rope_scaling.factor is 2; student.model.rope_scaling is null and has no keys to set",
+    ]
+    assert problems("job=teacher", "student.train.freeze=text") == [
+        "student.train.freeze is text and student.model.vision is null; only a model with sight has a half to freeze"
+    ]
+    assert problems("job=teacher", "student.train.freeze=head") == [
+        "student.train.freeze is head; Invalid value 'head', expected one of [none, vision, text]"
+    ]
 
 
 @pytest.mark.parametrize("experiment", ["smoke", "demo"])

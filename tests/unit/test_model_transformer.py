@@ -172,3 +172,31 @@ def test_flops_equal_what_is_multiplied(chunk):
             model.logits(torch.zeros(1, tokens, dtype=torch.int64))
         plain = sum(2 * p.numel() for n, p in model.named_parameters() if p.ndim == 2 and n != "embed.weight")
         assert counter.get_flop_counts()["Global"][torch.ops.aten.mm] == plain * tokens
+
+
+@pytest.mark.parametrize("active", [1, 2])
+def test_activation_checkpointing_is_bitwise_the_same_and_counts_tokens_once(active):
+    torch.manual_seed(0)
+    model = Transformer(config_of(layers=4, active_experts=active))
+    ids_BS, documents_BS = torch.randint(0, 64, (2, 30)), random_documents(2, 30, seed=3)
+    seen = []
+    for choice in (False, True):
+        model.activation_checkpointing = choice
+        model.zero_grad()
+        kept = 0
+
+        def keep(tensor):
+            nonlocal kept
+            kept += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss, routing = model(ids_BS, documents_BS, lambda h, w: F.cross_entropy(h @ w.T, ids_BS.flatten()))
+        before = routing.counts_LE.clone()
+        (loss + sum(x.square().mean() for x in routing.logits_LTE)).backward()
+        assert torch.equal(routing.counts_LE, before) and (before.sum(1) == 60 * active).all()
+        seen.append(({n: p.grad.clone() for n, p in model.named_parameters()}, before, kept))
+    for name, grad in seen[0][0].items():
+        assert torch.equal(grad, seen[1][0][name]), name
+    assert torch.equal(seen[0][1], seen[1][1])
+    assert seen[1][2] < seen[0][2] / 4

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distill.cache import SoftTargets
-from distill.config.schema import EntropyFactor, LagFactor, ModelConfig, WeightingConfig
+from distill.config.schema import EntropyFactor, LagFactor, ModelConfig, TrainConfig, WeightingConfig
 from distill.data.join import Batch
 from distill.engine.dist import Dist
 from distill.model import Transformer
@@ -45,7 +45,7 @@ def batch(shard_loss, entropy=2.0):
 
 
 def step(**weighting):
-    return StudentStep(Meters("cpu"), 64, WeightingConfig(**weighting), V, steps=10)
+    return StudentStep(Meters("cpu"), TrainConfig(head_chunk=64), WeightingConfig(**weighting), V, steps=10)
 
 
 def alphas(program, b, at=0):

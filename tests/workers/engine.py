@@ -15,13 +15,15 @@ from distill.engine import checkpoint
 from distill.engine import dist as engine_dist
 from distill.engine.zero import Engine
 from distill.model import Transformer
-from losses import mixed_loss
+from losses import mixed_loss, routing_loss
 
 MODEL = ModelConfig(
     vocab_size=64, hidden_size=16, layers=2, heads=2, kv_heads=1, head_dim=8, expert_hidden=16, dense_hidden=32,
     experts=4, moe_step=1, chunk_size=8,
 )  # fmt: skip
 STEPS, BATCH, LENGTH = 4, 4, 12
+BALANCE, Z = 0.3, 0.1  # large, so that a gradient that is lost or scaled shows
+CLIP = 1.42
 
 
 def model():
@@ -42,7 +44,7 @@ def optim(name):
     lr = 1e-2 if name == "adamw" else 0.5
     # A large eps: near zero gradients AdamW would otherwise turn rounding into whole steps.
     return OptimConfig(
-        optimizer=OptimizerName[name], lr=lr, eps=1e-3, clip=1.2, weight_decay=WeightDecay(matrices=0.1, head=0.3)
+        optimizer=OptimizerName[name], lr=lr, eps=1e-3, clip=CLIP, weight_decay=WeightDecay(matrices=0.1, head=0.3)
     )
 
 
@@ -55,7 +57,8 @@ def micro_loss(rows):
         def head(hidden, weight):
             return mixed_loss(hidden, weight, labels.flatten(), weights).loss_sum
 
-        return net(ids, None, head)[0]
+        loss_sum, routing = net(ids, None, head)
+        return loss_sum + routing_loss(routing.logits_LTE, routing.experts_LTA, valid, balance=BALANCE, z=Z)[0]
 
     return loss
 
@@ -76,8 +79,10 @@ def optim_lr(engine, step):
     return engine.base_lr * (1 - 0.1 * step)
 
 
-def build(dist, zero, name, tensors=None):
-    engine = Engine(model(), optim(name), EngineConfig(zero=zero), Precision.fp32, dist, tensors)
+def build(dist, zero, name, tensors=None, activation_checkpointing=False):
+    net = model()
+    net.activation_checkpointing = activation_checkpointing
+    engine = Engine(net, optim(name), EngineConfig(zero=zero), Precision.fp32, dist, tensors)
     engine.base_lr = optim(name).lr
     return engine
 
@@ -94,7 +99,7 @@ def main():
         for zero in (0, 1):
             for name in ("adamw", "sgd"):
                 for accumulation in (1, 2):
-                    engine = build(dist, zero, name)
+                    engine = build(dist, zero, name, activation_checkpointing=accumulation == 2)
                     norms = train(engine, dist, 0, STEPS, accumulation)
                     for key, value in {**collect(engine), "norms": norms}.items():
                         found[f"{zero}/{name}/{accumulation}/{key}"] = value

@@ -1,0 +1,267 @@
+"""Sight by early fusion: tiles through a vision tower, an adapter and a projector, into rows of the embedding.
+
+N tiles of G x G patches; Q = G * G + 1 rows of the tower, patch after patch, row-major, the class token last; P tokens
+per tile after the pixel shuffle; O channels out of the adapter. All products are plain `F.linear`: the functions handed
+to the Transformer (FP8) are for the text model alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from distill.config.errors import DataError
+from distill.config.schema import VisionConfig
+from distill.model.images import Images
+from distill.model.linear import Linear
+from distill.model.rope import cos_sin, frequencies, rotate
+
+Rotation = tuple[Tensor, Tensor]
+
+
+class Affine(Linear):
+    """x -> x weight^T + bias."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, F.linear)
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Attention(nn.Module):
+    """Every row of a tile sees every other; q and k are rotated by their patch's column and row."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.heads = config.heads
+        self.q_proj = Affine(config.hidden_size, config.hidden_size)
+        self.k_proj = Affine(config.hidden_size, config.hidden_size)
+        self.v_proj = Affine(config.hidden_size, config.hidden_size)
+        self.o_proj = Affine(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_NQD: Tensor, rotation: Rotation) -> Tensor:
+        q_NQHC = rotate(self.q_proj(hidden_NQD).unflatten(-1, (self.heads, -1)), *rotation)
+        k_NQHC = rotate(self.k_proj(hidden_NQD).unflatten(-1, (self.heads, -1)), *rotation)
+        v_NQHC = self.v_proj(hidden_NQD).unflatten(-1, (self.heads, -1))
+        q, k, v = (x.transpose(1, 2) for x in (q_NQHC, k_NQHC, v_NQHC))
+        return self.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """fc2(gelu(fc1 x)), both with bias."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.fc1 = Affine(config.hidden_size, config.mlp_hidden)
+        self.fc2 = Affine(config.mlp_hidden, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm attention, then a pre-norm feed-forward."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, hidden_NQD: Tensor, rotation: Rotation) -> Tensor:
+        hidden_NQD = hidden_NQD + self.self_attn(self.input_layernorm(hidden_NQD), rotation)
+        return hidden_NQD + self.mlp(self.post_attention_layernorm(hidden_NQD))
+
+
+class PatchEmbedding(nn.Module):
+    """uint8 tiles to [N, G * G, D]: the patches' pixels through one matrix, no bias."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.linear = Linear(3 * config.patch_size**2, config.hidden_size, F.linear)
+
+    def forward(self, tiles_NCHW: Tensor) -> Tensor:
+        return self.linear(pixels(patches(tiles_NCHW, self.patch_size), self.linear.weight.dtype))
+
+
+class Encoder(nn.Module):
+    """The tower's blocks."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+
+    def forward(self, hidden_NQD: Tensor, rotation: Rotation, activation_checkpointing: bool) -> Tensor:
+        for block in self.layers:
+            if activation_checkpointing and torch.is_grad_enabled():
+                hidden_NQD = checkpoint(block, hidden_NQD, rotation, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden_NQD = block(hidden_NQD, rotation)
+        return hidden_NQD
+
+
+class AdapterMLP(nn.Module):
+    """gelu(fc2(gelu(fc1 x))), no bias; the last activation is no mistake."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.fc1 = Linear(config.hidden_size * config.shuffle**2, config.adapter_hidden, F.linear)
+        self.fc2 = Linear(config.adapter_hidden, config.adapter_out, F.linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.fc2(F.gelu(self.fc1(x))))
+
+
+class Adapter(nn.Module):
+    """Patches [N, G * G, D] to tokens [N, P, O]."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.shuffle = config.shuffle
+        self.mlp = AdapterMLP(config)
+
+    def forward(self, patches_NGD: Tensor) -> Tensor:
+        return self.mlp(pixel_shuffle(patches_NGD, self.shuffle))
+
+
+class VisionModel(nn.Module):
+    """The tower and its adapter, with the released checkpoints' names.
+
+    Weights are drawn from torch's global generator: matrices normal with `init_std`, class and positional embeddings
+    normal with hidden_size ** -0.5, biases 0, norms 1.
+    """
+
+    def __init__(self, config: VisionConfig, init_std: float):
+        super().__init__()
+        size, grid = config.hidden_size, config.tile_size // config.patch_size
+        self.class_embedding = nn.Parameter(torch.empty(size))
+        self.positional_embedding_vlm = nn.Parameter(torch.empty(grid * grid + 1, size))
+        self.patch_embedding = PatchEmbedding(config)
+        self.layernorm_pre = nn.LayerNorm(size, config.norm_eps)
+        self.model = Encoder(config)
+        self.layernorm_post = nn.LayerNorm(size, config.norm_eps)
+        self.vision_adapter = Adapter(config)
+        self._rotation = grid_rotation(grid, size // config.heads, config.rope_theta)
+        for name, parameter in self.named_parameters():
+            if name in ("class_embedding", "positional_embedding_vlm"):
+                nn.init.normal_(parameter, std=size**-0.5)
+            elif parameter.ndim > 1:
+                nn.init.normal_(parameter, std=init_std)
+
+    def forward(self, tiles_NCHW: Tensor, activation_checkpointing: bool = False) -> Tensor:
+        """Tokens [N, P, O] of uint8 tiles [N, 3, tile_size, tile_size], row-major within a tile."""
+        patches_NGD = self.patch_embedding(tiles_NCHW)
+        class_N1D = self.class_embedding.expand(len(patches_NGD), 1, -1)
+        hidden_NQD = self.layernorm_pre(torch.cat([patches_NGD, class_N1D], 1) + self.positional_embedding_vlm)
+        hidden_NQD = self.model(hidden_NQD, self._rotation_on(hidden_NQD.device), activation_checkpointing)
+        return self.vision_adapter(self.layernorm_post(hidden_NQD)[:, :-1])
+
+    def _rotation_on(self, device: torch.device) -> Rotation:
+        cos, sin = self._rotation
+        if cos.device != device:
+            with torch.inference_mode(False):  # kept, and may be saved for a later backward pass
+                self._rotation = cos.to(device), sin.to(device)
+        return self._rotation
+
+
+class Projector(nn.Module):
+    """The adapter's channels to the text model's, no bias."""
+
+    def __init__(self, config: VisionConfig, size: int, init_std: float):
+        super().__init__()
+        self.linear_1 = Linear(config.adapter_out, size, F.linear)
+        nn.init.normal_(self.linear_1.weight, std=init_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_1(x)
+
+
+def patches(tiles_NCHW: Tensor, patch_size: int) -> Tensor:
+    """Patches [N, G * G, 3 * patch_size ** 2], row-major; a patch's values by channel, row, column."""
+    cut = tiles_NCHW.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # [N, 3, G, row, G, column]
+    return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def pixels(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 values to [-1, 1]: (x / 255 - 0.5) / 0.5 in fp32, then cast."""
+    return x.float().div_(255).sub_(0.5).div_(0.5).to(dtype)
+
+
+def pixel_shuffle(patches_NGD: Tensor, shuffle: int) -> Tensor:
+    """Each square of shuffle x shuffle patches as one token, by row, column, channel; [N, P, shuffle ** 2 * D]."""
+    grid = round(patches_NGD.shape[1] ** 0.5)
+    squares = patches_NGD.unflatten(1, (grid // shuffle, shuffle, grid // shuffle, shuffle))
+    return squares.transpose(2, 3).flatten(3).flatten(1, 2)
+
+
+def grid_rotation(grid: int, head_dim: int, theta: float) -> Rotation:
+    """cos and sin, fp32 [Q, 1, C], for `rotate`: half the channel pairs turn with column + 1, the other half with
+    row + 1, at the same frequencies; the class token does not turn."""
+    place_Q = torch.arange(grid * grid, device="cpu")
+    turns_P = frequencies(head_dim // 2, theta, None)
+    angle_QP = torch.cat([(place_Q % grid + 1)[:, None] * turns_P, (place_Q // grid + 1)[:, None] * turns_P], 1)
+    cos_QC, sin_QC = cos_sin(F.pad(angle_QP, (0, 0, 0, 1)))
+    return cos_QC[:, None], sin_QC[:, None]
+
+
+def place(hidden_TD: Tensor, features_NPD: Tensor, patch_BS: Tensor) -> Tensor:
+    """`hidden_TD` with the features that `patch_BS` names in its rows; gradients go to whatever was taken."""
+    patch_T = patch_BS.flatten()
+    own_T = torch.arange(len(hidden_TD), device=hidden_TD.device)
+    row_T = torch.where(patch_T >= 0, patch_T + len(hidden_TD), own_T)
+    return torch.cat([hidden_TD, features_NPD.flatten(0, 1)]).index_select(0, row_T)
+
+
+def check_images(images: Images, config: VisionConfig | None, ids_BS: Tensor) -> None:
+    """Refuses images that do not fit the model or the batch.
+
+    The range of `patch_BS` is looked at on the CPU only, where that costs no wait for a device; elsewhere an index that
+    is too large still stops the run, in `place`.
+
+    Raises:
+        DataError: naming everything that does not fit.
+    """
+    if config is None:
+        raise DataError("images were given to a model without sight (model.vision is null)")
+    (tiles, patch_BS), size, problems = images, config.tile_size, []
+    if tiles.dtype != torch.uint8 or tiles.ndim != 4 or tiles.shape[1:] != (3, size, size):
+        problems.append(f"tiles are {tiles.dtype} {list(tiles.shape)}; the model takes uint8 [N, 3, {size}, {size}]")
+    if patch_BS.dtype != torch.int64 or patch_BS.shape != ids_BS.shape:
+        problems.append(f"patch_BS is {patch_BS.dtype} {list(patch_BS.shape)}; it must be int64 {list(ids_BS.shape)}")
+    elif patch_BS.device.type == "cpu" and patch_BS.numel():
+        least, most, tokens = int(patch_BS.min()), int(patch_BS.max()), len(tiles) * config.tile_tokens
+        if least < -1 or most >= tokens:
+            problems.append(
+                f"patch_BS holds {least} to {most}; {len(tiles)} tiles of {config.tile_tokens} tokens allow -1 to "
+                f"{tokens - 1}"
+            )
+    if problems:
+        raise DataError("images: " + "; ".join(problems))
+
+
+class Unseen(torch.autograd.Function):
+    """Its first argument, unchanged; the others get a zero gradient.
+
+    For a batch without images: every rank must come with a gradient for every parameter. The zeros are an expanded
+    scalar, so a gradient that is there already is added to without another tensor of its size. They come in another
+    order than the tower's own: fit for ZeRO 0 and 1, which reduce in the order of parameters, not of gradients.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return hidden_TD.view_as(hidden_TD)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        zeros = (p.new_zeros(()).expand_as(p) for p in ctx.saved_tensors)
+        needed = ctx.needs_input_grad[1:]
+        return grads[0], *(zero if need else None for zero, need in zip(zeros, needed))
