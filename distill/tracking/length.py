@@ -21,7 +21,7 @@ def section(data: RunData) -> str:
     for name, draw in (("loss_by_position", _loss), ("needle", _needle)):
         try:
             figures += draw(data.summary[name])
-        except (KeyError, TypeError, ValueError):
+        except (LookupError, TypeError, ValueError):
             continue
     return f'<section><h2>Length</h2><div class="grid">\n{figures}</div></section>\n' if figures else ""
 

@@ -9,7 +9,9 @@ import torch
 from distill.config.errors import ConfigError, DataError
 from distill.model import Transformer
 from distill.model.decode import Decoder, sample
+from distill.model.images import Images
 from tests.unit.test_model_attention import config_of, random_documents
+from tests.unit.test_model_vision import seeing, sight
 
 CHUNK, LENGTH = 8, 37
 
@@ -98,6 +100,26 @@ def test_greedy_generation_takes_the_full_forwards_choice_and_stops_at_eos():
     # By default it is the configuration that says what ends a row.
     model.config = dataclasses.replace(model.config, eos_ids=eos)
     assert [row.tolist() for row in model.generate(prompts, 12)] == [row.tolist() for row in cut]
+
+
+def test_prompts_may_hold_images():
+    model, tokens = seeing(init_std=0.15), sight().tile_tokens
+    prompts, tiles, alone = [], torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8), []
+    for length, mine in ((11, tiles[:1]), (9, tiles[:0]), (21, tiles[1:])):
+        ids_S = torch.randint(0, 63, (length,))
+        ids_S[1 : 1 + len(mine) * tokens] = 63
+        prompts.append(ids_S)
+        for _ in range(6):
+            # The ids that follow are text, whatever they are; only the prompt has image tokens in order.
+            images = Images.in_order(mine, ids_S[None, :length], 63, tokens)
+            patch_BS = torch.nn.functional.pad(images.patch_BS, (0, len(ids_S) - length), value=-1)
+            logits = model.logits(ids_S[None], images=Images(mine, patch_BS))[0, -1]
+            ids_S = torch.cat([ids_S, logits.argmax()[None]])
+        alone.append(ids_S[length:].tolist())
+    images = Images.in_order(tiles, torch.cat(prompts)[None], 63, tokens)
+    found = model.generate(prompts, 6, eos_ids=[], images=images)
+    assert [row.tolist() for row in found] == alone
+    assert alone != [row.tolist() for row in model.generate(prompts, 6, eos_ids=[])]
 
 
 def test_sampling_follows_its_generator():
