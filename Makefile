@@ -5,7 +5,7 @@ BIN := .venv/bin
 CONSTRAINTS ?= constraints-cpu.txt
 RUN := $(BIN)/python -m distill
 .DEFAULT_GOAL := help
-.PHONY: help setup smoke demo digits test lint bench config clean
+.PHONY: help setup smoke demo digits needle test lint bench config clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -25,6 +25,9 @@ demo: setup ## The main job with four times the tokens (a quarter of an hour on 
 
 digits: setup ## The main job on text and pictures: who reads handwritten digits how well (ARGS="seed=7 ...")
 	$(RUN) job=codistill experiment=digits $(ARGS)
+
+needle: setup ## A tiny student learns retrieval, then is tried within and beyond its length (ARGS="seed=1 ...")
+	$(RUN) experiment=needle $(ARGS)
 
 test: setup lint ## Linters, types, import contracts, all tests (ARGS for pytest)
 	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from distill.config.errors import DataError
 from distill.data.join import Batch
 from distill.engine.dist import Dist
-from losses import mixed_loss
+from losses import MixedLoss, mixed_loss
 from losses.calibration import bin_confidence, expected_calibration_error
+from student import positions
 
 
 class Evaluation(NamedTuple):
@@ -26,8 +27,13 @@ class Evaluation(NamedTuple):
     agreement: float | None
     """None: no teacher was given."""
     tokens: int
+    by_position: list[positions.Bin]
     corpora: dict[str, Evaluation]
     """The same of each corpus that has valid tokens; theirs is empty."""
+
+    def figures(self) -> dict[str, float]:
+        """Name -> number, without what was not measured."""
+        return {k: v for k, v in self._asdict().items() if isinstance(v, int | float)}
 
 
 @torch.no_grad()
@@ -57,40 +63,41 @@ def evaluate(
     # Of each corpus C: loss, tokens, hits, agreements.
     sums_C4 = torch.zeros(len(names), 4, dtype=torch.float64, device=dist.device)
     calibration_C3B = torch.zeros(len(names), 3, bins, dtype=torch.float64, device=dist.device)
+    by_position_C2N = torch.zeros(len(names), 2, len(positions.STARTS), dtype=torch.float64, device=dist.device)
     for batch in batches:
         corpus = int(batch.corpus_B[0])
         assert (batch.corpus_B == corpus).all(), "one corpus per batch"
         batch = batch.to(dist.device)
         labels_T, valid_T = batch.labels_BS.flatten(), batch.valid_BS.flatten()
-        loss_sum, best_T, confidence_T = _predict(model, batch, chunk)
+        loss, best_T, confidence_T = _predict(model, batch, chunk)
         hit_T = best_T == labels_T
-        agreed = torch.zeros_like(loss_sum)
+        agreed = torch.zeros_like(valid_T)
         if teacher is not None:
-            agreed = ((_predict(teacher, batch, chunk)[1] == best_T) & valid_T).sum()
-        sums_C4[corpus] += torch.stack([x.double() for x in (loss_sum, valid_T.sum(), (hit_T & valid_T).sum(), agreed)])
+            agreed = (_predict(teacher, batch, chunk)[1] == best_T) & valid_T
+        sums_C4[corpus] += torch.stack([x.sum().double() for x in (loss.loss_sum, valid_T, hit_T & valid_T, agreed)])
         calibration_C3B[corpus] += bin_confidence(confidence_T[valid_T], hit_T[valid_T], bins)
+        positions.add(by_position_C2N[corpus], loss.hard_T, valid_T, batch.documents_BS)
     model.train(training)
-    sums_C4, calibration_C3B = dist.sum(sums_C4), dist.sum(calibration_C3B)
-    if not sums_C4[:, 1].sum():
+    parts = [dist.sum(part) for part in (sums_C4, calibration_C3B, by_position_C2N)]
+    if not parts[0][:, 1].sum():
         raise DataError("no label of the held-out samples carries loss: evaluate more samples, or mask less of them")
-    corpora = {
-        name: _evaluation(sums_4, calibration_3B, teacher is not None, {})
-        for name, sums_4, calibration_3B in zip(names, sums_C4, calibration_C3B)
-        if sums_4[1]
-    }
-    return _evaluation(sums_C4.sum(0), calibration_C3B.sum(0), teacher is not None, corpora)
+    corpora = {name: _evaluation(*part, teacher is not None, {}) for name, *part in zip(names, *parts) if part[0][1]}
+    return _evaluation(*(part.sum(0) for part in parts), teacher is not None, corpora)
 
 
-def _evaluation(sums_4: Tensor, calibration_3B: Tensor, agrees: bool, corpora: dict[str, Evaluation]) -> Evaluation:
+def _evaluation(
+    sums_4: Tensor, calibration_3B: Tensor, by_position_2N: Tensor, agrees: bool, corpora: dict[str, Evaluation]
+) -> Evaluation:
     loss_sum, tokens, hits, agreed = sums_4.tolist()
     ece = expected_calibration_error(calibration_3B).item()
     loss = loss_sum / tokens
     agreement = agreed / tokens if agrees else None
-    return Evaluation(loss, math.exp(loss), ece, hits / tokens, agreement, int(tokens), corpora)
+    by_position = positions.bins(by_position_2N)
+    return Evaluation(loss, math.exp(loss), ece, hits / tokens, agreement, int(tokens), by_position, corpora)
 
 
-def _predict(model: nn.Module, batch: Batch, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss summed over valid tokens, and per token the most probable id and its probability."""
+def _predict(model: nn.Module, batch: Batch, chunk: int) -> tuple[MixedLoss, Tensor, Tensor]:
+    """The loss of all valid tokens and of each, and per token the most probable id and its probability."""
     labels_T, valid_T = batch.labels_BS.flatten(), batch.valid_BS.flatten()
     best, confidence = [], []
 
@@ -99,8 +106,8 @@ def _predict(model: nn.Module, batch: Batch, chunk: int) -> tuple[Tensor, Tensor
         best.append(ids_T)
         confidence.append((top_T - lse_T).exp())
 
-    def head(hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
-        return mixed_loss(hidden_TD, weight_VD, labels_T, valid_T.float(), chunk=chunk, tap=tap).loss_sum
+    def head(hidden_TD: Tensor, weight_VD: Tensor) -> MixedLoss:
+        return mixed_loss(hidden_TD, weight_VD, labels_T, valid_T.float(), chunk=chunk, tap=tap)
 
-    loss_sum, _ = model(batch.ids_BS, batch.documents_BS, head, batch.images)
-    return loss_sum, torch.cat(best), torch.cat(confidence)
+    loss, _ = model(batch.ids_BS, batch.documents_BS, head, batch.images)
+    return loss, torch.cat(best), torch.cat(confidence)

@@ -9,6 +9,7 @@ from distill.config.schema import (
     IMAGE_TOKENS,
     ArmConfig,
     CodecName,
+    CorpusConfig,
     Freeze,
     ImageConfig,
     Job,
@@ -56,6 +57,9 @@ def check(run: RunConfig) -> Iterator[str]:
     held_out = [name for name, corpus in run.data.corpora.items() if corpus.held_out > 0 or corpus.held_out_files]
     if on is not None and on not in held_out:
         yield f"evaluate.accuracy_on is {on}; allowed: {', '.join(held_out)}, the corpora that hold something out"
+    if run.evaluate.trained_tokens is not None:
+        yield from _at_least("evaluate.trained_tokens", run.evaluate.trained_tokens, 1)
+    yield from _needle_test(run)
     yield from _folder("evaluate.teacher_from", run.evaluate.teacher_from)
     yield from _folder("init_from", run.init_from)
     yield from _at_least("tracking.histogram_every", run.tracking.histogram_every, 1)
@@ -236,6 +240,8 @@ def _data(run: RunConfig) -> Iterator[str]:
             yield f"{key}.files is empty; source=files needs paths or globs"
         if corpus.source is not Source.files and (corpus.files or corpus.held_out_files):
             yield f"{key}.files is {list(corpus.files)}; source={corpus.source.value} takes none (use source=files)"
+        if corpus.source is Source.needle:
+            yield from _needle(key, corpus)
         if not 0 <= corpus.held_out < 1:
             yield f"{key}.held_out is {corpus.held_out}; allowed: [0, 1)"
         if corpus.weight <= 0:
@@ -286,6 +292,34 @@ def sight(key: str, vision: VisionConfig | None, images: ImageConfig, patch_id: 
         )
     if patch_id is not None and vision.image_token_id != patch_id:
         yield f"{key}.image_token_id is {vision.image_token_id}; the tokenizer's <|patch|> is {patch_id}"
+
+
+def _needle(key: str, corpus: CorpusConfig) -> Iterator[str]:
+    n = corpus.needle
+    if corpus.max_documents is None:
+        yield f"{key}.max_documents is null; source=needle makes as many documents as it says"
+    # A fact and a question that it answers.
+    yield from _at_least(f"{key}.needle.shortest", n.shortest, 24)
+    yield from _at_least(f"{key}.needle.longest", n.longest, n.shortest)
+    yield from _at_least(f"{key}.needle.questions", n.questions, 1)
+    if not 1 <= n.facts <= 50:
+        yield f"{key}.needle.facts is {n.facts}; allowed: 1 to 50, since each has a name of its own"
+
+
+def _needle_test(run: RunConfig) -> Iterator[str]:
+    key, n = "evaluate.needle", run.evaluate.needle
+    model = run.teacher.model if run.job is Job.teacher else run.student.model
+    for length in n.lengths:
+        yield from _at_least(f"{key}.lengths", length, 1)
+        if run.job is not Job.evaluate and length > model.max_positions:
+            yield f"{key}.lengths has {length}; the model's max_positions is {model.max_positions}"
+    for depth in n.depths:
+        yield from _share(f"{key}.depths", depth)
+    if not n.depths:
+        yield f"{key}.depths is empty; at least one share, or lengths=[] for no test"
+    yield from _at_least(f"{key}.trials", n.trials, 1)
+    if not 1 <= n.facts <= 50:
+        yield f"{key}.facts is {n.facts}; allowed: 1 to 50, since each has a name of its own"
 
 
 def _cache(run: RunConfig) -> Iterator[str]:

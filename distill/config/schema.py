@@ -81,6 +81,7 @@ class Source(Enum):
     stdlib = "stdlib"
     files = "files"
     digits = "digits"
+    needle = "needle"
 
 
 class Precision(Enum):
@@ -276,6 +277,24 @@ class TokenizerConfig:
 
 
 @dataclass
+class NeedleConfig:
+    """Made-up documents that teach retrieval: filler with facts in it, then questions (source=needle).
+
+    Lengths count words, numbers, marks and line ends: tokens, to a tokenizer that knows each of them.
+    """
+
+    shortest: int = 32
+    longest: int = 250
+    facts: int = 8
+    """Most facts of a document."""
+    questions: int = 8
+    """Most questions at its end."""
+    answers_only: bool = True
+    """Only the answers carry loss; false: the whole text."""
+    seed: int = 0
+
+
+@dataclass
 class CorpusConfig:
     source: Source = Source.stdlib
     files: list[str] = field(default_factory=list)
@@ -293,10 +312,11 @@ class CorpusConfig:
     """Share of the files (stdlib), documents (files) or pictures (digits) kept for evaluation; documents with pictures
     are drawn by them, so that those about the same pictures stay together."""
     max_documents: int | None = None
-    """Stop after so many documents; null: all."""
+    """Stop after so many documents; null: all. source=needle has no end of its own and needs a number."""
     whole_documents: bool = False
     """Begin a new sample rather than cut a document that fits in one, so that no text is parted from its picture; the
     room that is left carries no loss."""
+    needle: NeedleConfig = field(default_factory=NeedleConfig)
     weight: float = 1.0
     """Share of this corpus in a mixture, up to a common factor."""
 
@@ -404,6 +424,20 @@ class CodistillConfig:
 
 
 @dataclass
+class NeedleTestConfig:
+    """Needle in a haystack: is a fact found again, by the length of the text and where in it the fact lies?"""
+
+    lengths: list[int] = field(default_factory=list)
+    """Tokens of the whole text, question and answer included; empty: no such test."""
+    depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+    """Share of the haystack that lies before the fact."""
+    trials: int = 20
+    """Texts for each length and depth."""
+    facts: int = 1
+    """Facts of the same kind in a text, one of which is asked for."""
+
+
+@dataclass
 class EvaluateConfig:
     teacher_from: str | None = None
     """Folder of the teacher, for agreement; null: none is reported."""
@@ -414,6 +448,9 @@ class EvaluateConfig:
     """Equal-width confidence bins of the expected calibration error."""
     accuracy_on: str | None = None
     """Corpus on whose held-out text the accuracy of every model is reported; null: none is."""
+    trained_tokens: int | None = None
+    """Sample length of the model's training, for pictures that go beyond it; null: data.sample_tokens."""
+    needle: NeedleTestConfig = field(default_factory=NeedleTestConfig)
 
 
 @dataclass

@@ -19,7 +19,7 @@ import xxhash
 
 from distill.config.errors import DataError
 from distill.config.schema import IMAGE_TOKENS, CorpusConfig, Source
-from distill.data import digits
+from distill.data import digits, needle
 from distill.data.tables import READERS, rows, suffix
 
 Ranges = list[tuple[int, int]]
@@ -70,8 +70,9 @@ class Corpus:
     def __init__(self, name: str, config: CorpusConfig):
         self.name, self.config = name, config
         self.key = f"data.corpora.{name}"
-        find = {Source.stdlib: self._stdlib, Source.files: self._named, Source.digits: list}
-        self._files: list[_File] = find[config.source]()
+        find = {Source.stdlib: self._stdlib, Source.files: self._named}
+        # The other sources make their documents up, without files.
+        self._files: list[_File] = find[config.source]() if config.source in find else []
 
     @property
     def identity(self) -> str:
@@ -83,6 +84,8 @@ class Corpus:
         digest.update(repr((c.source.value, c.text_key, c.mask_key, c.held_out, c.max_documents)).encode())
         if c.has_pictures:
             digest.update(repr((c.image_key, digits.DRAWING)).encode())
+        if c.source is Source.needle:
+            digest.update(repr((needle.FORMAT, c.needle)).encode())
         for file in self._files:
             try:
                 stat = file.path.stat()
@@ -103,6 +106,8 @@ class Corpus:
         """
         if self.config.source is Source.digits:
             yield from self._digits()
+        if self.config.source is Source.needle:
+            yield from self._made_up()
         # The limit holds for `files` and `held_out_files` each; the standard library's files are limited already.
         left = dict.fromkeys((True, False, None), self.config.max_documents)
         for file in self._files:
@@ -159,6 +164,12 @@ class Corpus:
             # Held out, only the digit itself counts: accuracy is then that of reading it.
             ranges = [digit.answer] if held_out else None
             yield Document(digit.text, ranges, held_out, (Picture(digit.picture, f"digit {number}"),))
+
+    def _made_up(self) -> Iterator[Document]:
+        c = self.config
+        for index in range(c.max_documents or 0):
+            text, answers = needle.document(c.needle, index)
+            yield Document(text, answers if c.needle.answers_only else None, self._share(text))
 
     def _read(self, file: _File, scratch: Path) -> Iterator[Document]:
         if suffix(file.path) in READERS:

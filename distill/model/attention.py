@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.config.schema import ModelConfig
+from distill.model.kv import KV, Slots
 from distill.model.linear import Linear, LinearFn
 from distill.model.norm import rms_norm
 from distill.model.rope import rotate
@@ -23,6 +24,8 @@ class Layout(NamedTuple):
     """cos and sin, fp32 [P, 1, C]; None: this kind has no rotary positions."""
     temperature_P11: Tensor | None
     """fp32 factor of the queries; None where it is 1 everywhere."""
+    slots: Slots | None = None
+    """Cached decoding: where keys and values go in each layer's cache."""
 
 
 def temperature(plan: Plan, floor_scale: float, attn_scale: float) -> Tensor | None:
@@ -46,8 +49,8 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.hidden_size, kv_width, linear_fn)
         self.o_proj = Linear(width, config.hidden_size, linear_fn)
 
-    def forward(self, hidden_TD: Tensor, layout: Layout) -> Tensor:
-        plan, rotation, temperature_P11 = layout
+    def forward(self, hidden_TD: Tensor, layout: Layout, kv: KV | None = None) -> Tensor:
+        plan, rotation, temperature_P11, slots = layout
         hidden_PD = hidden_TD if plan.gather_P is None else hidden_TD.index_select(0, plan.gather_P)
         q_PHC = self.q_proj(hidden_PD).unflatten(-1, (-1, self.head_dim))
         k_PGC = self.k_proj(hidden_PD).unflatten(-1, (-1, self.head_dim))
@@ -58,7 +61,12 @@ class Attention(nn.Module):
             q_PHC, k_PGC = rms_norm(q_PHC, self.qk_norm_eps), rms_norm(k_PGC, self.qk_norm_eps)
         if temperature_P11 is not None:
             q_PHC = (q_PHC * temperature_P11).type_as(q_PHC)
-        mixed_PD = _attend(q_PHC, k_PGC, v_PGC, plan.blocks)
+        if kv is not None and slots is not None:
+            kv.write(k_PGC, v_PGC, slots)
+        if kv is not None and slots is not None and slots.visible_BnS is not None:
+            mixed_PD = kv.attend(q_PHC, slots.visible_BnS)
+        else:
+            mixed_PD = _attend(q_PHC, k_PGC, v_PGC, plan.blocks)
         if plan.scatter_T is not None:
             mixed_PD = mixed_PD.index_select(0, plan.scatter_T)
         return self.o_proj(mixed_PD)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,10 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from distill.config.errors import DataError
 from distill.config.schema import ModelConfig
+from distill.model import decode
 from distill.model.attention import Attention, Layout, temperature
 from distill.model.experts import MoE, Routed
 from distill.model.images import Images
+from distill.model.kv import KV
 from distill.model.layout import moe_layers, rope_layers
 from distill.model.linear import GroupedFn, LinearFn, SwiGLU, grouped_mm
 from distill.model.norm import RMSNorm
@@ -50,9 +53,9 @@ class Layer(nn.Module):
             MoE(config, linear_fn, grouped_fn) if moe else SwiGLU(config.hidden_size, config.dense_hidden, linear_fn)
         )
 
-    def forward(self, hidden_TD: Tensor, layout: Layout) -> tuple[Tensor, Routed | None]:
+    def forward(self, hidden_TD: Tensor, layout: Layout, kv: KV | None = None) -> tuple[Tensor, Routed | None]:
         """New hidden states, and what the router did where the layer is MoE."""
-        hidden_TD = hidden_TD + self.self_attn(self.input_layernorm(hidden_TD), layout)
+        hidden_TD = hidden_TD + self.self_attn(self.input_layernorm(hidden_TD), layout, kv)
         normed_TD = self.post_attention_layernorm(hidden_TD)
         if isinstance(self.feed_forward, MoE):
             out_TD, routed = self.feed_forward(normed_TD)
@@ -148,26 +151,40 @@ class Transformer(nn.Module):
             What head_fn returned, or without it the normed hidden states [T, D] with T = B * S; and the routing.
 
         Raises:
-            DataError: images that do not fit the model or the batch.
+            DataError: a document is longer than the configuration's `max_positions`, or images do not fit the model or
+                the batch.
         """
+        layouts = self.layouts(self._segments(ids_BS, documents_BS))
+        return self.run(self.embedded(ids_BS, images), layouts, head_fn)
+
+    def embedded(self, ids_BS: Tensor, images: Images | None = None) -> Tensor:
+        """What the first layer takes, [B * S, D]; arguments as in `forward`."""
         if images is not None:
             check_images(images, self.config.vision, ids_BS)
-        rope, nope = self._layouts(ids_BS, documents_BS)
         hidden_TD = self.embed(ids_BS.flatten())
-        if self.vision_model is not None:
-            hidden_TD = self._see(hidden_TD, images)
+        return hidden_TD if self.vision_model is None else self._see(hidden_TD, images)
+
+    def run(
+        self,
+        hidden_TD: Tensor,
+        layouts: tuple[Layout, Layout],
+        head_fn: HeadFn | None,
+        caches: Sequence[KV | None] | None = None,
+    ) -> tuple[Any, Routing]:
+        """`forward` from what `embedded` and `layouts` give; with caches of the layers to fill and to read."""
+        rope, nope = layouts
         routed: list[Routed] = []
-        for layer in self.layers:
+        for layer, kv in zip(self.layers, caches or [None] * len(self.layers)):
             layout = rope if layer.rope else nope
             if self.activation_checkpointing and torch.is_grad_enabled():
                 hidden_TD, done = checkpoint(layer, hidden_TD, layout, use_reentrant=False, preserve_rng_state=False)
             else:
-                hidden_TD, done = layer(hidden_TD, layout)
+                hidden_TD, done = layer(hidden_TD, layout, kv)
             if done is not None:
                 routed.append(done)
         hidden_TD = self.norm(hidden_TD)
         out = hidden_TD if head_fn is None else self.head(hidden_TD, head_fn)
-        return out, self._routing(routed, ids_BS.device)
+        return out, self._routing(routed, hidden_TD.device)
 
     def logits(
         self, ids_BS: Tensor, documents_BS: Tensor | Segments | None = None, images: Images | None = None
@@ -175,6 +192,56 @@ class Transformer(nn.Module):
         """Next-token logits [B, S, V] in the model's dtype; arguments as in `forward`."""
         logits_TV, _ = self(ids_BS, documents_BS, F.linear, images)
         return logits_TV.unflatten(0, ids_BS.shape)
+
+    def generate(
+        self,
+        prompts: Sequence[Tensor],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        eos_ids: Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+        images: Images | None = None,
+    ) -> list[Tensor]:
+        """Continues prompts of any lengths together; without gradient.
+
+        Args:
+            prompts: 1-D ids, one tensor each.
+            temperature: of the sampling; 0 takes the likeliest id.
+            top_p: sample among the fewest likeliest ids that have this much probability together.
+            eos_ids: ids that end a row; None: the configuration's.
+            generator: of the draws, on the model's device; None: torch's global one.
+            images: of all prompts; their `patch_BS` has one row, the prompts one after another.
+
+        Returns:
+            The new ids of each prompt, 1-D, at most `max_new_tokens`; the id that ended a row is its last.
+
+        Raises:
+            ConfigError: an argument out of its range.
+            DataError: an empty prompt, one that would grow beyond `max_positions`, or images that do not fit.
+        """
+        return decode.generate(
+            self,
+            prompts,
+            max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            eos_ids=self.config.eos_ids if eos_ids is None else eos_ids,
+            generator=generator,
+            images=images,
+        )
+
+    def layouts(self, segments: Segments) -> tuple[Layout, Layout]:
+        """Layouts of the layers with and without rotary positions; plans on the model's device."""
+        config, (full, chunked) = self.config, segments
+        if full.longest > config.max_positions:
+            raise DataError(
+                f"a document has {full.longest} tokens; the model's max_positions is {config.max_positions}"
+            )
+        rotation = self._table.lookup(chunked.position_P, chunked.longest)
+        factor = temperature(full, config.floor_scale, config.attn_scale) if config.temperature_tuning else None
+        return Layout(chunked, rotation, None), Layout(full, None, factor)
 
     def _see(self, hidden_TD: Tensor, images: Images | None) -> Tensor:
         """The embeddings with the images in them; every parameter of sight gets a gradient, with images or without."""
@@ -184,18 +251,14 @@ class Transformer(nn.Module):
         features_NPO = self.vision_model(images.tiles_NCHW, self.activation_checkpointing)
         return place(hidden_TD, self.multi_modal_projector(features_NPO), images.patch_BS)
 
-    def _layouts(self, ids_BS: Tensor, documents_BS: Tensor | Segments | None) -> tuple[Layout, Layout]:
-        """Layouts of the layers with and without rotary positions."""
-        config = self.config
+    def _segments(self, ids_BS: Tensor, documents_BS: Tensor | Segments | None) -> Segments:
+        """The plans of a batch, on its device."""
         if documents_BS is None:
-            documents_BS = Segments.whole_rows(*ids_BS.shape, config.chunk_size)
+            documents_BS = Segments.whole_rows(*ids_BS.shape, self.config.chunk_size)
         elif isinstance(documents_BS, Tensor):
             assert documents_BS.shape == ids_BS.shape, "one document ordinal per token"
-            documents_BS = Segments.build(documents_BS, config.chunk_size)
-        full, chunked = documents_BS.to(ids_BS.device)
-        rotation = self._table.lookup(chunked.position_P, chunked.longest)
-        factor = temperature(full, config.floor_scale, config.attn_scale) if config.temperature_tuning else None
-        return Layout(chunked, rotation, None), Layout(full, None, factor)
+            documents_BS = Segments.build(documents_BS, self.config.chunk_size)
+        return documents_BS.to(ids_BS.device)
 
     def _routing(self, routed: list[Routed], device: torch.device) -> Routing:
         ends_LE = torch.zeros(0, self.config.experts, dtype=torch.int64, device=device)

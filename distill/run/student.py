@@ -9,7 +9,7 @@ import numpy as np
 
 from distill.cache import CacheReader
 from distill.config.errors import CacheError
-from distill.run import build
+from distill.run import build, length
 from distill.run.run import Run, check_sight, load_model
 from distill.run.trainer import Trainer
 from student.step import StudentStep
@@ -40,6 +40,7 @@ def train(run: Run) -> None:
             trainer.advance(goal)
         run.save({"student": trainer})
     result = run.evaluate(trainer.engine.model)
+    by_length = length.figures(run, trainer.engine.model, result)
     trainer.engine.close()
     tokens = trainer.steps * config.student.train.batch * config.data.sample_tokens
     run.finish(
@@ -50,6 +51,7 @@ def train(run: Run) -> None:
             "coverage": program.coverage,
             "steps": trainer.steps,
             "tokens": tokens,
+            **by_length,
             "seconds": run.seconds,
         }
     )
@@ -111,7 +113,7 @@ def _await_targets(run: Run, trainer: Trainer, readers: list[CacheReader], goal:
 
 
 def evaluate(run: Run) -> None:
-    """job=evaluate: loss, perplexity, calibration, accuracy and agreement of a model on held-out text."""
+    """job=evaluate: loss, perplexity, calibration, accuracy, agreement; loss by position, needles in haystacks."""
     config = run.config
     assert config.init_from is not None
     model = load_model(Path(config.init_from), "student", None).to(run.dist.device)
@@ -122,12 +124,15 @@ def evaluate(run: Run) -> None:
         if part is not None:
             check_sight(f"vision of the model in {folder}", part.config.vision, config.data, run.data.tokenizer)
     result = run.evaluate(model, teacher)
-    row = {name: value for name, value in result._asdict().items() if name not in ("loss", "corpora")}
-    row = run.heldout(result) | {name: value for name, value in row.items() if value is not None}
+    row = result.figures()
+    del row["loss"]
+    measured = run.heldout(result) | row
+    by_length = length.figures(run, model, result)
+    row = measured | {name: value for name, value in by_length.items() if isinstance(value, float)}
     run.tracker.log("evaluate", 0, row, {})
-    width = max(14, *map(len, row))
+    width = max(map(len, row))
     for name, value in row.items():
         run.tracker.message(
             f"{name:>{width}}  {value:.4f}" if isinstance(value, float) else f"{name:>{width}}  {value:,}"
         )
-    run.finish({"job": "evaluate", **row, "seconds": run.seconds})
+    run.finish({"job": "evaluate", **measured, **by_length, "seconds": run.seconds})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from distill.run import build
+from distill.run import build, length
 from distill.run.overhead import capture_overhead
 from distill.run.run import Run
 
@@ -22,6 +22,7 @@ def train(run: Run) -> None:
     result = run.evaluate(trainer.engine.model)
     summary: dict[str, Any] = {"job": "teacher", **run.figures("teacher", result), "steps": trainer.steps}
     summary["tokens"] = trainer.steps * run.config.teacher.train.batch * run.config.data.sample_tokens
+    summary |= length.figures(run, trainer.engine.model, result)
     if capture:
         capture.finish()
         capture.close()

@@ -14,6 +14,7 @@ import numpy as np
 
 from distill.tracking import scale
 from distill.tracking.console import short
+from distill.tracking.scale import Axis
 from distill.tracking.table import percent
 
 STYLES = 8
@@ -32,6 +33,15 @@ class Curve:
 
 
 @dataclass
+class Mark:
+    """An upright line at one x; of several alike, the first has the text."""
+
+    x: float
+    text: str = ""
+    strong: bool = False
+
+
+@dataclass
 class Frame:
     """What surrounds a chart: words and units."""
 
@@ -42,31 +52,49 @@ class Frame:
     wide: bool = False
 
 
-def line_chart(frame: Frame, curves: Sequence[Curve], *, smoothed: bool, zero: bool) -> str:
-    """Curves over one another, each of at most `scale.POINTS` points; smoothed ones have the raw values behind them."""
-    raw, main = [], []
+def line_chart(
+    frame: Frame,
+    curves: Sequence[Curve],
+    *,
+    smoothed: bool,
+    zero: bool,
+    log_x: bool = False,
+    log_y: bool = False,
+    marks: Sequence[Mark] = (),
+) -> str:
+    """Curves over one another, each of at most `scale.POINTS` points; smoothed ones have the raw values behind them.
+
+    log_x, log_y: logarithmic axes; points that are not positive are left out, and so is a curve that has no others;
+    "" where none is left.
+    """
+    raw, main, drawn = [], [], []
     for curve in curves:
-        x, y = scale.means(curve.x, curve.y) if smoothed else scale.extremes(curve.x, curve.y)
+        points = scale.positive(curve.x, curve.y, log_x, log_y)
+        if not len(points[0]):
+            continue
+        drawn.append(curve)
+        x, y = scale.means(*points) if smoothed else scale.extremes(*points)
         shown = scale.smooth(y) if smoothed else y
         main.append((x, shown))
-        raw.append(scale.extremes(curve.x, curve.y) if shown is not curve.y else None)
-    low, high = scale.span([*main, *(points for points in raw if points)], zero=zero)
-    # A little room on the right, for the last dot.
-    right = 1.01 * max(float(curve.x[-1]) for curve in curves)
-    body = [
-        _polyline("raw", curve, points, right, low, high) for curve, points in zip(curves, raw, strict=True) if points
-    ]
+        raw.append(scale.extremes(*points) if shown is not points[1] else None)
+    if not drawn:
+        return ""
+    everything = [*main, *(points for points in raw if points)]
+    x_axis = scale.x_axis(main, log=log_x)
+    y_axis = scale.y_axis(everything, zero=zero, log=log_y, whole=log_x)
+    body = [_polyline("raw", curve, points, x_axis, y_axis) for curve, points in zip(drawn, raw, strict=True) if points]
     # Few points are measurements far apart: show where they are. The first arms matter most and are drawn last.
     body += [
-        _polyline("main dots" if len(points[0]) <= 40 else "main", curve, points, right, low, high)
-        for curve, points in reversed(list(zip(curves, main, strict=True)))
+        _polyline("main dots" if len(points[0]) <= 40 else "main", curve, points, x_axis, y_axis)
+        for curve, points in reversed(list(zip(drawn, main, strict=True)))
     ]
-    finals = [_number(float(y[-1]), high - low) for _, y in main]
+    width = y_axis.high - y_axis.low
+    finals = [_number(last, min(width, last) if log_y else width) for last in (float(y[-1]) for _, y in main)]
     legend = "".join(
         f'<li class="s{curve.style % STYLES}"><i></i>{escape(curve.label)} <b>{final}</b></li>'
-        for curve, final in zip(curves, finals, strict=True)
+        for curve, final in zip(drawn, finals, strict=True)
     )
-    return _figure(frame, f'<ul class="legend">{legend}</ul>', "".join(body), right, low, high)
+    return _figure(frame, f'<ul class="legend">{legend}</ul>', "".join(body), x_axis, y_axis, marks)
 
 
 def heat_map(frame: Frame, label: str, x: np.ndarray, counts: np.ndarray, mean: Curve | None) -> str:
@@ -91,41 +119,48 @@ def heat_map(frame: Frame, label: str, x: np.ndarray, counts: np.ndarray, mean: 
             if part > 0.0005
         ]
         start = end
+    x_axis, y_axis = Axis(0.0, right), Axis(0.0, 1.0)
     body = f'<g class="cells">{"".join(cells)}</g>'
     legend = f'<li class="ramp">0<i></i>{percent(most)} of the tokens</li>'
     if mean is not None:
         points = scale.means(mean.x, mean.y)
-        body += _polyline("mean", mean, points, right, 0.0, 1.0)
+        body += _polyline("mean", mean, points, x_axis, y_axis)
         legend += '<li class="line"><i></i>mean</li>'
     title = Frame(f"{frame.title}: {label}", frame.unit, frame.x_unit, frame.note, frame.wide)
-    return _figure(title, f'<ul class="legend">{legend}</ul>', body, right, 0.0, 1.0)
+    return _figure(title, f'<ul class="legend">{legend}</ul>', body, x_axis, y_axis)
 
 
-def _figure(frame: Frame, legend: str, body: str, right: float, low: float, high: float) -> str:
-    y_ticks, x_ticks = scale.ticks(low, high), scale.ticks(0.0, right)
+def _figure(frame: Frame, legend: str, body: str, x_axis: Axis, y_axis: Axis, marks: Sequence[Mark] = ()) -> str:
     axes = []
-    for value, text in zip(y_ticks, scale.labels(y_ticks), strict=True):
-        at = f"{100 * (high - value) / (high - low):.2f}%"
+    for value, text in y_axis.marks():
+        at = f"{100 * (1 - y_axis.share(value)):.2f}%"
         axes.append(f'<line x1="0" x2="100%" y1="{at}" y2="{at}"/><text class="y" x="0" y="{at}" dx="-8">{text}</text>')
-    for value, text in zip(x_ticks, scale.labels(x_ticks), strict=True):
-        at = f"{100 * value / right:.2f}%"
+    for value, text in x_axis.marks():
+        at = f"{100 * x_axis.share(value):.2f}%"
         axes.append(f'<line class="tick" x1="{at}" x2="{at}" y1="100%" y2="100%"/>')
         axes.append(f'<text class="x" x="{at}" y="100%" dy="18">{text}</text>')
+    for mark in marks:
+        at = f"{100 * x_axis.share(mark.x):.2f}%"
+        kind = "border strong" if mark.strong else "border"
+        axes.append(f'<line class="{kind}" x1="{at}" x2="{at}" y1="0" y2="100%"/>')
+        axes.append(
+            f'<text class="border" x="{at}" y="0" dx="4" dy="10">{escape(mark.text)}</text>' if mark.text else ""
+        )
     note = f"<p>{escape(frame.note)}</p>" if frame.note else ""
+    log = "x" * x_axis.log + "y" * y_axis.log
     return (
         f'<figure class="{"chart wide" if frame.wide else "chart"}"><figcaption><h3>{escape(frame.title)} '
         f"<small>{escape(frame.unit)}</small></h3>{note}{legend}</figcaption>"
-        f'<div class="plot" data-right="{right:g}" data-low="{low:.9g}" data-high="{high:.9g}" '
-        f'data-unit="{escape(frame.x_unit)}"><svg role="img" aria-label="{escape(frame.title)}">{"".join(axes)}'
+        f'<div class="plot" data-left="{x_axis.low:.9g}" data-right="{x_axis.high:.9g}" data-low="{y_axis.low:.9g}" '
+        f'data-high="{y_axis.high:.9g}" data-log="{log}" data-unit="{escape(frame.x_unit)}">'
+        f'<svg role="img" aria-label="{escape(frame.title)}">{"".join(axes)}'
         f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none">{body}</svg></svg></div>'
         f'<p class="x-unit">{escape(frame.x_unit)}</p></figure>\n'
     )
 
 
-def _polyline(
-    kind: str, curve: Curve, points: tuple[np.ndarray, np.ndarray], right: float, low: float, high: float
-) -> str:
-    x, y = 1000 * points[0] / right, 1000 * (high - points[1]) / (high - low)
+def _polyline(kind: str, curve: Curve, points: tuple[np.ndarray, np.ndarray], x_axis: Axis, y_axis: Axis) -> str:
+    x, y = 1000 * x_axis.share(points[0]), 1000 * (1 - y_axis.share(points[1]))
     pairs = [f"{a:.1f},{b:.1f}" for a, b in zip(x.tolist(), y.tolist(), strict=True)]
     style = f"s{curve.style % STYLES}"
     # A line of no length with round ends is a dot that stays round when the square is stretched.

@@ -67,6 +67,12 @@ figcaption p, .x-unit { font-size: 13px; color: var(--soft); }
 .plot text.y { text-anchor: end; dominant-baseline: central; }
 .plot text.x { text-anchor: middle; }
 .plot line { stroke: var(--rule); shape-rendering: crispEdges; }
+.plot line.border { stroke: var(--soft); stroke-dasharray: 2 4; }
+.plot line.border.strong { stroke: var(--ink); stroke-width: 2; stroke-dasharray: none; }
+.plot.matrix { height: calc(var(--rows) * 44px); margin-top: 30px; }
+.matrix rect { fill: var(--heat); stroke: var(--rule); }
+.plot text.cell { text-anchor: middle; dominant-baseline: central; fill: var(--ink); }
+.plot text.cell.on { fill: var(--paper); }
 .plot line.tick { transform: translateY(-4px); stroke: var(--soft); }
 polyline, path { fill: none; stroke: var(--mine); stroke-linejoin: round; stroke-linecap: round; vector-effect:
   non-scaling-stroke; }
@@ -123,8 +129,10 @@ const element = (name, style, ...content) => {
   return made;
 };
 const nearest = (points, x) => points.reduce((a, b) => Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a);
-for (const plot of document.querySelectorAll('.plot')) {
-  const {right, low, high, unit} = plot.dataset;
+for (const plot of document.querySelectorAll('.plot:not(.matrix)')) {
+  const {log, unit} = plot.dataset;
+  const [left, right, low, high] = ['left', 'right', 'low', 'high'].map(name => Number(plot.dataset[name]));
+  const along = (from, to, share, log) => log ? from * (to / from) ** share : from + (to - from) * share;
   const curves = [...plot.querySelectorAll('.main')].reverse().map(line => ({
     label: line.dataset.label,
     style: [...line.classList].find(name => /^s[0-9]$/.test(name)),
@@ -142,13 +150,13 @@ for (const plot of document.querySelectorAll('.plot')) {
       const near = curves.map(curve => nearest(curve.points, x));
       at = nearest(near, x)[0];
       curves.forEach(({label, style}, i) => {
-        const value = text(high - near[i][1] / 1000 * (high - low));
+        const value = text(along(low, high, 1 - near[i][1] / 1000, log.includes('y')));
         if (Math.abs(near[i][0] - at) < 25) rows.push([element('i', 'swatch ' + style), label, value]);
       });
     } else if (cell) {
       rows.push(['', 'alpha', cell.dataset.bin], ['', 'share', cell.dataset.share]);
     } else return hide();
-    rows.unshift(['', unit, text(at / 1000 * right)]);
+    rows.unshift(['', unit, text(along(left, right, at / 1000, log.includes('x')))]);
     tip.replaceChildren(...rows.map(([dot, name, value]) => element('div', '', dot, name, element('b', '', value))));
     cross.style.left = at / 10 + '%';
     tip.style.left = at > 500 ? 'auto' : `calc(${at / 10}% + 12px)`;

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from distill.config.files import write_text
-from distill.tracking import charts, table
+from distill.tracking import charts, length, table
 from distill.tracking.page import page
 from distill.tracking.runs import Arm, RunData, load
 
@@ -69,7 +69,7 @@ def write(folder: Path) -> Path:
     Whatever is missing or torn is left out. The page loads nothing, and appears whole or not at all.
     """
     data = load(folder)
-    body = _header(data) + _result(data) + _charts(data.arms) + _configs(data.configs)
+    body = _header(data) + _result(data) + length.section(data) + _charts(data.arms) + _configs(data.configs)
     path = folder / "report.html"
     write_text(path, page(f"{data.name} · codistill", body))
     return path

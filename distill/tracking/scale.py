@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -10,6 +11,34 @@ from distill.tracking.console import short
 
 POINTS = 600
 """Most points of a drawn curve: about what a chart has pixels for."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The stretch of numbers that one side of a chart shows; a logarithmic one is positive throughout."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    def share(self, values: np.ndarray | float) -> np.ndarray:
+        """How far along the axis values lie, of any shape: 0 at `low`, 1 at `high`."""
+        if self.log:
+            return np.log(np.asarray(values) / self.low) / math.log(self.high / self.low)
+        return (np.asarray(values) - self.low) / (self.high - self.low)
+
+    def marks(self) -> list[tuple[float, str]]:
+        """Ticks and their text."""
+        if not self.log:
+            return list(zip(found := ticks(self.low, self.high), labels(found), strict=True))
+        decades = math.log10(self.high / self.low)
+        if decades < 1:  # too short for powers of ten: round numbers, which lie unevenly
+            return list(zip(found := ticks(self.low, self.high), labels(found), strict=True))
+        powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        every, factors = (1, (1, 2, 5)) if decades < 3 else (math.ceil(decades / 8), (1,))
+        values = [factor * 10.0**power for power in powers if power % every == 0 for factor in factors]
+        shown = [value for value in values if self.low * (1 - 1e-9) <= value <= self.high * (1 + 1e-9)]
+        return [(value, short(value).replace("e-0", "e-")) for value in shown]
 
 
 def extremes(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -60,19 +89,43 @@ def labels(values: list[float]) -> list[str]:
     return [f"{value:.{digits}f}".replace("-", "−") for value in values]
 
 
-def span(curves: list[tuple[np.ndarray, np.ndarray]], *, zero: bool) -> tuple[float, float]:
-    """Range of y for (x, y) curves, with some air.
+def positive(x: np.ndarray, y: np.ndarray, log_x: bool, log_y: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The points [N] that have a place on the axes."""
+    kept = np.ones(len(x), dtype=bool)
+    if log_x:
+        kept &= x > 0
+    if log_y:
+        kept &= y > 0
+    return x[kept], y[kept]
 
-    The first twentieth of x does not count, nor the outermost hundredths of y: how far a loss falls in its first
-    steps, or a single spike, would flatten everything else. zero: the range starts at 0.
+
+def x_axis(curves: list[tuple[np.ndarray, np.ndarray]], *, log: bool = False) -> Axis:
+    """The axis of x for (x, y) curves: from 0, or where logarithmic from the first x; some room for the last dot."""
+    right = max(float(x[-1]) for x, _ in curves)
+    if not log:
+        return Axis(0.0, 1.01 * right)
+    left = min(float(x[0]) for x, _ in curves)
+    air = (right / left) ** 0.02 if right > left else 2.0
+    return Axis(left / air, right * air, log=True)
+
+
+def y_axis(curves: list[tuple[np.ndarray, np.ndarray]], *, zero: bool, log: bool = False, whole: bool = False) -> Axis:
+    """The axis of y for (x, y) curves, with some air.
+
+    Unless `whole`, the first twentieth of x does not count, nor do the outermost hundredths of y: how far a loss falls
+    in its first steps, or a single spike, would flatten everything else. zero: a linear range starts at 0.
     """
-    start = max(x[-1] for x, _ in curves) / 20
+    start = -math.inf if whole else max(x[-1] for x, _ in curves) / 20
     late = [y[x >= start] if (x >= start).any() else y for x, y in curves]
-    low = min(float(np.quantile(y, 0.01)) for y in late)
-    high = max(float(np.quantile(y, 0.99)) for y in late)
-    if zero and low >= 0:
+    if log:
+        late = [np.log(y) for y in late]
+    outside = 0.0 if whole else 0.01
+    low = min(float(np.quantile(y, outside)) for y in late)
+    high = max(float(np.quantile(y, 1 - outside)) for y in late)
+    if zero and low >= 0 and not log:
         low = 0.0
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         low, high = low - (abs(low) * 0.1 or 1.0), high + (abs(high) * 0.1 or 1.0)
     air = 0.06 * (high - low)
-    return (low if zero and low == 0 else low - air), high + air
+    low, high = low if zero and low == 0 and not log else low - air, high + air
+    return Axis(math.exp(low), math.exp(high), log=True) if log else Axis(low, high)

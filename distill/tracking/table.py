@@ -83,7 +83,7 @@ def sentence(summary: Mapping[str, Any]) -> str:
 def facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Names and values, with units, of everything in a summary that is not in the table; nested names are dotted."""
     found = []
-    for name, value in _flat(summary):
+    for name, value in _flat({name: value for name, value in summary.items() if name not in _DRAWN}):
         label, unit = _FACTS.get(name, (name.replace("_", " "), _plain))
         tabled = name == "gap_closed" or (name.endswith(("_loss", "_accuracy")) and name != "heldout_loss")
         if value is not None and not tabled and "_corpora." not in name:
@@ -102,6 +102,8 @@ def _plain(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
+_DRAWN = {"needle", "loss_by_position"}
+"""Entries of a summary that are pictures."""
 _FACTS = {
     "heldout_loss": ("held-out loss", lambda value: f"{value:.3f} nats per token"),
     "bytes_per_token": ("cache", lambda value: f"{value:.1f} bytes per token"),
@@ -110,6 +112,8 @@ _FACTS = {
     "agreement": ("agreement", lambda value: f"{percent(value)} of the tokens"),
     "accuracy": ("accuracy", lambda value: f"{percent(value)} of the tokens"),
     "ece": ("calibration error", percent),
+    "needle_accuracy": ("needles found", lambda value: f"{percent(value)} within the trained length"),
+    "needle_accuracy_across_chunks": ("across chunks", lambda value: f"{percent(value)} of the needles"),
     "tokens": ("tokens", short),
     "seconds": ("wall time", duration),
 }

@@ -65,7 +65,7 @@ def test_all_faults_of_a_command_line_come_at_once_each_with_key_value_and_what_
         "foo is no key; allowed: cache,",
         "loss is no key",
         "cache is mysterious; allowed: multinomial, threshold, topk",
-        "experiment is nope; allowed: demo, digits, smoke",
+        "experiment is nope; allowed: demo, digits, needle, smoke",
         "student.optim.lr is abc; Value 'abc' of type 'str' could not be converted to Float",
         "teacher.train.batch is 7.5; Value '7.5' of type 'float' could not be converted to Integer",
         "cache.codec.name is zip; Invalid value 'zip', expected one of [threshold, multinomial, topk]",
@@ -208,3 +208,36 @@ def test_the_command_line_tells_faults_without_traceback_or_torch_and_exits_with
     assert done.returncode == 2 and "Traceback" not in done.stderr
     lines = done.stderr.splitlines()
     assert [line.split(":")[0] for line in lines] == ["error", "error", "False"], lines
+
+
+def test_needles_that_cannot_be_made_or_tried_are_named_together():
+    text = "\n".join(
+        problems(
+            "experiment=needle",
+            "data.corpora.main.max_documents=null",
+            "data.corpora.main.needle.shortest=20",
+            "data.corpora.main.needle.longest=10",
+            "data.corpora.main.needle.questions=0",
+            "data.corpora.main.needle.facts=53",
+            "data.corpora.main.files=[a.txt]",
+            "evaluate.trained_tokens=0",
+            "evaluate.needle.lengths=[100000]",
+            "evaluate.needle.depths=[1.5]",
+            "evaluate.needle.trials=0",
+            "evaluate.needle.facts=0",
+        )
+    )
+    for part in (
+        "data.corpora.main.max_documents is null; source=needle makes as many documents as it says",
+        "data.corpora.main.needle.shortest is 20; at least 24",
+        "data.corpora.main.needle.longest is 10; at least 20",
+        "data.corpora.main.needle.questions is 0; at least 1",
+        "data.corpora.main.needle.facts is 53; allowed: 1 to 50",
+        "data.corpora.main.files is ['a.txt']; source=needle takes none",
+        "evaluate.trained_tokens is 0; at least 1",
+        "evaluate.needle.lengths has 100000; the model's max_positions is 4096",
+        "evaluate.needle.depths is 1.5; allowed: 0 to 1",
+        "evaluate.needle.trials is 0; at least 1",
+        "evaluate.needle.facts is 0; allowed: 1 to 50",
+    ):
+        assert part in text, (part, text)

@@ -5,8 +5,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from distill.config.schema import ModelConfig, RopeScaling
 from distill.model import Segments, Transformer
@@ -122,7 +125,7 @@ def test_attention_equals_the_masked_oracle(rope, packed, chunk):
     config = config_of(chunk_size=chunk)
     model = Transformer(config)
     documents_BS = random_documents(2, 21, seed=4) if packed else torch.zeros(2, 21, dtype=torch.int64)
-    layouts = model._layouts(torch.zeros(2, 21, dtype=torch.int64), documents_BS if packed else None)
+    layouts = model.layouts(Segments.build(documents_BS, chunk))
     layer = model.layers[0 if rope else 3]
     hidden_TD = torch.randn(42, 32)
     found = layer.self_attn(hidden_TD, layouts[0 if rope else 1])
@@ -173,6 +176,33 @@ def test_packed_documents_equal_separate_runs(seed):
                 torch.testing.assert_close(packed[row, where], alone, atol=1e-5, rtol=1e-6)
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.lists(
+        st.lists(st.sampled_from([1, 2, 7, 8, 9, 15, 16, 17, 24, 25]), min_size=1, max_size=4), min_size=1, max_size=2
+    ),
+    seed=st.integers(0, 99),
+)
+def test_packing_around_chunk_borders_changes_no_logit_by_a_millionth(rows, seed):
+    torch.manual_seed(seed)
+    model = Transformer(config_of(init_std=0.05, moe_step=1))  # logits of about 1
+    width = max(map(sum, rows))
+    rows = [lengths + [width - sum(lengths)] * (sum(lengths) < width) for lengths in rows]
+    ids_BS = torch.randint(0, 64, (len(rows), width))
+    documents_BS = torch.tensor([[d for d, n in enumerate(lengths) for _ in range(n)] for lengths in rows])
+    packed_TV = model.logits(ids_BS, documents_BS).flatten(0, 1)
+    documents = [ids_n for row, lengths in zip(ids_BS, rows) for ids_n in row.split(lengths)]
+    alone_TV = torch.cat([model.logits(ids_n[None])[0] for ids_n in documents])
+    torch.testing.assert_close(packed_TV, alone_TV, atol=1e-6, rtol=0)
+    gradients = []
+    for logits_TV in (packed_TV, alone_TV):
+        model.zero_grad()
+        F.cross_entropy(logits_TV, ids_BS.flatten(), reduction="sum").backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for packed, alone in zip(*gradients):
+        assert (packed - alone).norm() <= 3e-6 * alone.norm() + 1e-6
+
+
 def test_gradients_do_not_cross_documents_or_chunks():
     torch.manual_seed(0)
     config = config_of(nope_step=0)
@@ -184,3 +214,31 @@ def test_gradients_do_not_cross_documents_or_chunks():
     hidden_TD[22].sum().backward()  # position 11 of its document: chunk 1, which starts at token 19
     touched = table.grad[0].abs().sum(-1).nonzero().squeeze(1).tolist()
     assert touched == [19, 20, 21, 22]
+
+
+# ---------------------------------------------------------------- length
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation gives, backward included."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.elements = max([self.elements, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+        return out
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_tensor_grows_faster_than_the_row(packed):
+    model = Transformer(config_of(chunk_size=64, max_positions=4096))
+    largest = {}
+    for length in (512, 2048):
+        documents_BS = (torch.arange(length)[None] >= length // 3).long() if packed else None
+        with LargestTensor() as seen:
+            hidden_TD, _ = model(torch.zeros(1, length, dtype=torch.int64), documents_BS)
+            hidden_TD.sum().backward()
+        largest[length] = seen.elements
+    # A mask, or the scores of one head alone, would have 2048^2 elements.
+    assert largest[2048] <= 4.1 * largest[512] and largest[2048] < 2048**2 / 16

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from distill.config.schema import ConsoleMode, TrackingConfig
-from distill.tracking import report, scale
+from distill.tracking import charts, report, scale
 from distill.tracking.tracker import Tracker
 
 CONFIG = TrackingConfig(console=ConsoleMode.off)
@@ -155,6 +155,46 @@ def test_points_lie_where_the_numbers_are(tmp_path):
         assert high - y * (high - low) == pytest.approx(float(text), abs=1e-4)
 
 
+@pytest.mark.parametrize("log", ["", "x", "y", "xy"])
+def test_points_and_ticks_lie_alike_on_logarithmic_axes(log):
+    x = np.array([0.0, 3, 20, 1e3, 5e6])
+    y = np.array([4.0, 700, 20, 2.5, 0.03])
+    curve = charts.Curve("arm", 1, x, y)
+    frame = charts.Frame("A law", "nats", "parameters")
+    figure = Page(charts.line_chart(frame, [curve], smoothed=False, zero=False, log_x="x" in log, log_y="y" in log))
+    (plot,), (line,) = figure.all("div", "plot"), figure.all("polyline")
+    points = np.array([[float(v) for v in pair.split(",")] for pair in line["points"].split()]) / 1000
+    kept = x > 0 if "x" in log else np.ones(5, bool)
+
+    def value(share, axis, low, high):
+        low, high = float(plot[low]), float(plot[high])
+        return low * (high / low) ** share if axis in log else low + (high - low) * share
+
+    np.testing.assert_allclose(value(points[:, 0], "x", "data-left", "data-right"), x[kept], rtol=2e-3, atol=2500)
+    np.testing.assert_allclose(value(1 - points[:, 1], "y", "data-low", "data-high"), y[kept], rtol=1e-2, atol=0.1)
+    sizes = {"": 1, "k": 1e3, "M": 1e6}
+    for axis, low, high in (("x", "data-left", "data-right"), ("y", "data-low", "data-high")):
+        ticks = figure.all("text", axis)
+        assert len(ticks) >= 3
+        for tick in ticks:
+            share = float(tick[axis].rstrip("%")) / 100
+            number = tick["text"].rstrip("kM")
+            expected = float(number) * sizes[tick["text"].removeprefix(number)]
+            assert value(share if axis == "x" else 1 - share, axis, low, high) == pytest.approx(
+                expected, rel=2e-3, abs=0.1
+            )
+
+
+def test_a_curve_without_a_positive_point_has_no_place_on_a_logarithmic_axis():
+    curves = [
+        charts.Curve(name, 0, np.array([1.0, 2.0]), np.array(y)) for name, y in (("a", [0.0, 0]), ("b", [1.0, 2]))
+    ]
+    frame = charts.Frame("A law", "nats", "parameters")
+    page = Page(charts.line_chart(frame, curves, smoothed=False, zero=False, log_y=True))
+    assert [line["data-label"] for line in page.all("polyline")] == ["b"]
+    assert charts.line_chart(frame, curves[:1], smoothed=False, zero=False, log_y=True) == ""
+
+
 def test_heat_map_cells(tmp_path):
     train(tmp_path)
     figure = written(tmp_path).figure("Alpha over time: student")
@@ -259,3 +299,17 @@ def test_the_same_run_gives_the_same_page(tmp_path):
 )
 def test_ticks_are_round(low, high, texts):
     assert scale.labels(scale.ticks(low, high)) == texts
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "texts"),
+    [
+        (0.9, 1100, ["1", "10", "100", "1k"]),
+        (15, 5000, ["20", "50", "100", "200", "500", "1k", "2k", "5k"]),
+        (2.1, 3.4, ["2.2", "2.4", "2.6", "2.8", "3.0", "3.2", "3.4"]),
+        (1e-6, 1e-2, ["1e-6", "1e-5", "0.0001", "0.001", "0.01"]),
+        (1, 1e12, ["1", "100", "10k", "1M", "100M", "10G", "1T"]),
+    ],
+)
+def test_ticks_of_a_logarithmic_axis_are_powers_of_ten_or_round(low, high, texts):
+    assert [text for _, text in scale.Axis(low, high, log=True).marks()] == texts
