@@ -81,12 +81,13 @@ def evaluate(
     parts = [dist.sum(part) for part in (sums_C4, calibration_C3B, by_position_C2N)]
     if not parts[0][:, 1].sum():
         raise DataError("no label of the held-out samples carries loss: evaluate more samples, or mask less of them")
-    corpora = {name: _evaluation(*part, teacher is not None, {}) for name, *part in zip(names, *parts) if part[0][1]}
-    return _evaluation(*(part.sum(0) for part in parts), teacher is not None, corpora)
+    agrees = teacher is not None
+    corpora = {name: _evaluation(agrees, {}, *part) for name, *part in zip(names, *parts) if part[0][1]}
+    return _evaluation(agrees, corpora, *(part.sum(0) for part in parts))
 
 
 def _evaluation(
-    sums_4: Tensor, calibration_3B: Tensor, by_position_2N: Tensor, agrees: bool, corpora: dict[str, Evaluation]
+    agrees: bool, corpora: dict[str, Evaluation], sums_4: Tensor, calibration_3B: Tensor, by_position_2N: Tensor
 ) -> Evaluation:
     loss_sum, tokens, hits, agreed = sums_4.tolist()
     ece = expected_calibration_error(calibration_3B).item()
