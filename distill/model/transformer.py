@@ -16,6 +16,7 @@ from distill.model.experts import MoE, Routed
 from distill.model.layout import moe_layers, rope_layers
 from distill.model.linear import GroupedFn, LinearFn, SwiGLU, grouped_mm
 from distill.model.norm import RMSNorm
+from distill.model.parametrization import scales
 from distill.model.rope import RopeTable
 from distill.model.router import Router
 from distill.model.segments import Segments
@@ -86,8 +87,9 @@ class Head(nn.Module):
 class Transformer(nn.Module):
     """Decoder of the Llama 4 family (text): MoE, layers with and without positions, chunked attention.
 
-    Weights are drawn from torch's global generator (matrices normal with `init_std`, norms 1); under a meta device
-    nothing is drawn. Names are those of the released checkpoints but for embed, norm and head (see `hf`).
+    Weights are drawn from torch's global generator (matrices normal with `init_std` times their factor in
+    `parametrization`, norms 1); under a meta device nothing is drawn. Names are those of the released checkpoints but
+    for embed, norm and head (see `hf`).
 
     Args:
         config: a configuration that passed `distill.config`'s checks.
@@ -110,9 +112,9 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = Head(config.vocab_size, config.hidden_size)
         self._table = RopeTable(config)
-        for parameter in self.parameters():
+        for name, parameter in self.named_parameters():
             if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=config.init_std)
+                nn.init.normal_(parameter, std=config.init_std * scales(config, name).init)
 
     @property
     def routers(self) -> list[Router]:

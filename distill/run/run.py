@@ -6,6 +6,7 @@ Everything of a run lies in its folder: `config.yaml`, `data/`, `metrics.jsonl`,
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Iterator
@@ -219,6 +220,8 @@ def load_model(folder: Path, role: str, want: ModelConfig | None) -> Transformer
         shape = [k for k in here if here[k] != there[k] and k not in free]
         if shape:
             raise ConfigError(*[f"{role}.model.{k} is {here[k]}; the model in {folder} has {there[k]}" for k in shape])
+        # No property of the weights: it decides how they learn from here on.
+        model.config = dataclasses.replace(model.config, parametrization=want.parametrization, base=want.base)
     return model
 
 
