@@ -5,10 +5,10 @@ BIN := .venv/bin
 CONSTRAINTS ?= constraints-cpu.txt
 RUN := $(BIN)/python -m distill
 .DEFAULT_GOAL := help
-.PHONY: help setup smoke demo digits needle test lint bench config clean
+.PHONY: help setup smoke demo digits needle test lint bench coordcheck lr-transfer config clean
 
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-11s %s\n", $$1, $$2}'
 
 setup: .venv/.done ## Create .venv with everything that smoke, test and bench need
 
@@ -40,6 +40,12 @@ lint: setup ## ruff, mypy, import contracts
 
 bench: setup ## Measurements of tests/bench into runs/bench (ONLY=name for one)
 	$(BIN)/python -m tests.bench $(ONLY)
+
+coordcheck: setup ## Does a step of training change all outputs alike at every width? Slopes and a picture
+	$(BIN)/python -m tests.bench coordcheck
+
+lr-transfer: setup ## Learning-rate sweep over three widths, both parametrisations (10 minutes on 2 cores)
+	$(BIN)/python -m tests.bench lr_transfer
 
 config: setup ## Print the resolved run and start nothing (JOB=teacher ARGS=...)
 	@$(RUN) job=$(JOB) $(ARGS) --cfg job --resolve

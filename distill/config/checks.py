@@ -16,6 +16,7 @@ from distill.config.schema import (
     ModelConfig,
     OptimConfig,
     OptimizerName,
+    Parametrization,
     Precision,
     ReplayOrder,
     RunConfig,
@@ -34,6 +35,11 @@ def check(run: RunConfig) -> Iterator[str]:
     yield from _model("student.model", run.student.model, run.data.sample_tokens)
     for role, part in (("teacher", run.teacher), ("student", run.student)):
         yield from _optim(f"{role}.optim", part.optim)
+        if part.model.parametrization is Parametrization.transfer and part.optim.optimizer is not OptimizerName.adamw:
+            yield (
+                f"{role}.optim.optimizer is {part.optim.optimizer.value} with {role}.model.parametrization transfer; "
+                "its rules are those of adamw"
+            )
         yield from _train(f"{role}.train", part.train)
         if part.train.freeze is not Freeze.none and part.model.vision is None:
             yield (
@@ -132,6 +138,8 @@ def _model(key: str, m: ModelConfig, sample_tokens: int) -> Iterator[str]:
     for name in ("floor_scale", "rope_theta", "norm_eps", "init_std"):
         if getattr(m, name) <= 0:
             yield f"{key}.{name} is {getattr(m, name)}; it must be positive"
+    for name, size in vars(m.base).items():
+        yield from _at_least(f"{key}.base.{name}", size, 1)
     if sample_tokens > m.max_positions:
         yield f"data.sample_tokens is {sample_tokens}; {key}.max_positions allows {m.max_positions}"
     if m.vision is not None:

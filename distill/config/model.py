@@ -117,5 +117,8 @@ class ModelConfig:
     vision: VisionConfig | None = None
     """Sight by early fusion; null: text alone."""
     parametrization: Parametrization = Parametrization.standard
-    """How initial scales and learning rates follow the sizes: not at all, or so that one learning rate fits all."""
+    """How initial scales and learning rates follow the sizes: not at all, or so that one learning rate fits all.
+
+    Of transfer: head_dim and the share of active experts must be those of the base model; heads grow with hidden_size.
+    """
     base: BaseSizes = field(default_factory=BaseSizes)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
-from distill.config.schema import OptimConfig, OptimizerName, Schedule
+from distill.config.schema import OptimConfig, OptimizerName, Parametrization, Schedule
+from distill.model import Transformer
+from distill.model.parametrization import scales
 
 
 def decay_group(name: str) -> str:
@@ -24,18 +27,33 @@ def decay_group(name: str) -> str:
     return "matrices"
 
 
-def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """One parameter group per weight decay that occurs; frozen parameters are in none."""
-    by_decay: dict[float, list[nn.Parameter]] = {}
+def build(model: Transformer, config: OptimConfig) -> torch.optim.Optimizer:
+    """One parameter group per weight decay, learning-rate factor and eps that occurs; frozen parameters are in none."""
+    groups: dict[tuple[float, float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            by_decay.setdefault(getattr(config.weight_decay, decay_group(name)), []).append(parameter)
-    groups = [{"params": params, "weight_decay": decay} for decay, params in by_decay.items()]
+        if not parameter.requires_grad:
+            continue
+        factors = scales(model.config, name)
+        decay = getattr(config.weight_decay, decay_group(name)) * factors.weight_decay
+        groups.setdefault((decay, factors.lr, config.eps * factors.eps), []).append(parameter)
+    grouped = [
+        {"params": params, "weight_decay": decay, "lr_factor": factor, "eps": eps}
+        for (decay, factor, eps), params in groups.items()
+    ]
+    optimizer: torch.optim.Optimizer
     if config.optimizer is OptimizerName.adamw:
-        betas = (config.betas[0], config.betas[1])
-        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
-    assert config.optimizer is OptimizerName.sgd
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.betas[0])
+        optimizer = torch.optim.AdamW(grouped, betas=(config.betas[0], config.betas[1]), fused=True)
+    else:
+        assert model.config.parametrization is Parametrization.standard, "checked with the configuration"
+        optimizer = torch.optim.SGD(grouped, momentum=config.betas[0])
+    set_learning_rate(optimizer, config.lr)
+    return optimizer
+
+
+def set_learning_rate(optimizer: Any, lr: float) -> None:
+    """Gives every group of `build`'s optimizer, or of what wraps it, its learning rate: `lr` times its factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_factor"]
 
 
 def moments(config: OptimConfig) -> tuple[str, ...]:

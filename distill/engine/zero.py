@@ -18,6 +18,7 @@ from distill.config.errors import CheckpointError
 from distill.config.schema import EngineConfig, OptimConfig, Precision
 from distill.engine import optim
 from distill.engine.dist import Dist
+from distill.model import Transformer
 
 
 class Engine:
@@ -31,7 +32,7 @@ class Engine:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Transformer,
         optim_config: OptimConfig,
         config: EngineConfig,
         precision: Precision,
@@ -81,14 +82,14 @@ class Engine:
         Args:
             losses: one function per micro-batch of this rank; each gets the wrapped model and returns a loss *sum*.
             valid_tokens: scalar, of the whole step over all ranks.
+            lr: of the schedule; parameters have their own factors on it (`distill.model.parametrization`).
         """
         # DeepSpeed averages gradients over ranks, so the world size undoes it.
         scale = self.dist.world / valid_tokens.clamp(min=1).float()
         for loss in losses:
             # A new tensor (the product): DeepSpeed hooks the engine's own output and would scale it again.
             self._ds.backward(loss(self._ds) * scale, scale_wrt_gas=False)
-        for group in self._ds.optimizer.param_groups:
-            group["lr"] = lr
+        optim.set_learning_rate(self._ds.optimizer, lr)
         self._ds.step()
         return self._norm if self.zero == 0 else torch.as_tensor(self._ds.get_global_grad_norm()).float()
 

@@ -20,6 +20,7 @@ from distill.model.kv import KV
 from distill.model.layout import moe_layers, rope_layers
 from distill.model.linear import GroupedFn, LinearFn, SwiGLU, grouped_mm
 from distill.model.norm import RMSNorm
+from distill.model.parametrization import scales
 from distill.model.rope import RopeTable
 from distill.model.router import Router
 from distill.model.segments import Segments
@@ -91,9 +92,9 @@ class Head(nn.Module):
 class Transformer(nn.Module):
     """Decoder of the Llama 4 family: MoE, layers with and without positions, chunked attention; sight if configured.
 
-    Weights are drawn from torch's global generator (matrices normal with `init_std`, norms 1), the text model's first,
-    so that sight does not change them; under a meta device nothing is drawn. Names are those of the released
-    checkpoints but for embed, layers, norm and head (see `hf`).
+    Weights are drawn from torch's global generator (matrices normal with `init_std` times their factor in
+    `parametrization`, norms 1), the text model's first, so that sight does not change them; under a meta device nothing
+    is drawn. Names are those of the released checkpoints but for embed, layers, norm and head (see `hf`).
 
     Args:
         config: a configuration that passed `distill.config`'s checks.
@@ -117,9 +118,9 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = Head(config.vocab_size, config.hidden_size)
         self._table = RopeTable(config)
-        for parameter in self.parameters():
+        for name, parameter in self.named_parameters():
             if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=config.init_std)
+                nn.init.normal_(parameter, std=config.init_std * scales(config, name).init)
         self.vision_model: VisionModel | None = None
         if config.vision is not None:
             self.vision_model = VisionModel(config.vision, config.init_std)

@@ -83,10 +83,10 @@ def sentence(summary: Mapping[str, Any]) -> str:
 def facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Names and values, with units, of everything in a summary that is not in the table; nested names are dotted."""
     found = []
-    for name, value in _flat({name: value for name, value in summary.items() if name not in _DRAWN}):
+    tabled = {"gap_closed", *(f"{row['arm']}_{figure}" for row in arms(summary) for figure in ("loss", "accuracy"))}
+    for name, value in _flat({name: value for name, value in summary.items() if name not in _DRAWN | tabled}):
         label, unit = _FACTS.get(name, (name.replace("_", " "), _plain))
-        tabled = name == "gap_closed" or (name.endswith(("_loss", "_accuracy")) and name != "heldout_loss")
-        if value is not None and not tabled and "_corpora." not in name:
+        if value is not None and "_corpora." not in name:
             found.append((label, unit(value) if _is_number(value) else str(value)))
     return found
 

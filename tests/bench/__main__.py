@@ -1,4 +1,4 @@
-"""`make bench` (ONLY=name for one): prints a table and writes runs/bench/<name>.json."""
+"""`make bench` (ONLY=name for one): prints a table and writes runs/bench/<name>.json. LONG ones run by name alone."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
+LONG = ("lr_transfer",)
 
 
 def machine() -> dict[str, object]:
@@ -30,7 +31,7 @@ def machine() -> dict[str, object]:
 
 def main() -> int:
     names = sorted(p.stem for p in HERE.glob("*.py") if not p.stem.startswith("_"))
-    wanted = sys.argv[1:] or names
+    wanted = sys.argv[1:] or [name for name in names if name not in LONG]
     unknown = [name for name in wanted if name not in names]
     if unknown:
         print(f"error: ONLY is {' '.join(unknown)}; allowed: {', '.join(names)}", file=sys.stderr)

@@ -93,6 +93,9 @@ def test_rules_between_fields_come_at_once_with_both_values():
             "data.corpora.main.held_out=0",
             "student.train.checkpoint_every=25",
             "init_from=/nowhere",
+            "teacher.model.base.layers=0",
+            "student.model.parametrization=transfer",
+            "student.optim.optimizer=sgd",
         )
     )
     for part in (
@@ -106,6 +109,8 @@ def test_rules_between_fields_come_at_once_with_both_values():
         "job=codistill trains two models",
         "data.corpora.*.held_out is 0 for all",
         "student.train.checkpoint_every is 25; it must be a multiple of log_every, 10",
+        "teacher.model.base.layers is 0; at least 1",
+        "student.optim.optimizer is sgd with student.model.parametrization transfer; its rules are those of adamw",
     ):
         assert part in text, (part, text)
 

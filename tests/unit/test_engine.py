@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from distill.config.schema import OptimConfig, Schedule
 from distill.engine.optim import decay_group, learning_rate
+from distill.model.parametrization import scales
 from tests.workers import engine as worker
 
 
@@ -35,14 +36,17 @@ def results(tmp_path_factory):
 
 
 def reference(name):
-    """Mean over the batch's valid tokens, clipped, plain optimizer: nothing of ours but the model itself."""
-    net, config = worker.model().float(), worker.optim(name)
-    decays = {n: getattr(config.weight_decay, decay_group(n)) for n, _ in net.named_parameters()}
-    groups = [{"params": [p], "weight_decay": decays[n]} for n, p in net.named_parameters()]
+    """Mean over the batch's valid tokens, clipped, plain optimizer: nothing of ours but the model and its factors."""
+    net, config = worker.model(name).float(), worker.optim(name)
+    groups = []
+    for n, p in net.named_parameters():
+        factors, decay = scales(net.config, n), getattr(config.weight_decay, decay_group(n))
+        own = {"weight_decay": decay * factors.weight_decay, "eps": 1e-3 * factors.eps, "factor": factors.lr}
+        groups.append({"params": [p], **own})
     optimizer = (
-        torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), eps=1e-3)
-        if name == "adamw"
-        else torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
+        torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
+        if name == "sgd"
+        else torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))
     )
     norms = []
     for step in range(worker.STEPS):
@@ -62,7 +66,7 @@ def reference(name):
         (loss_sum / valid.sum()).backward()
         norms.append(torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip))
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * (1 - 0.1 * step)
+            group["lr"] = config.lr * (1 - 0.1 * step) * group["factor"]
         optimizer.step()
     return {n: p.detach() for n, p in net.named_parameters()}, torch.stack(norms)
 
@@ -75,7 +79,8 @@ def test_any_cut_of_a_batch_is_one_step_of_plain_pytorch(results, world, zero, n
     want, norms = reference(name)
     got = results[f"cut-{world}"]
     prefix = f"{zero}/{name}/{accumulation}"
-    assert norms.max() > worker.CLIP > norms.min()  # clipping acts on some steps only, so a wrong scale cannot hide
+    # Clipping acts on some steps only, so a wrong scale cannot hide.
+    assert norms.max() > worker.optim(name).clip > norms.min()
     torch.testing.assert_close(got[f"{prefix}/norms"], norms, rtol=2e-6, atol=1e-6)
     for key, value in want.items():
         torch.testing.assert_close(got[f"{prefix}/param/{key}"], value, rtol=1e-6, atol=1e-6)
@@ -117,9 +122,9 @@ def test_learning_rate_by_hand(kind, step, want):
 
 
 def test_every_parameter_of_the_model_has_its_decay_group():
-    groups = {n: decay_group(n) for n, _ in worker.model().named_parameters()}
+    groups = {n: decay_group(n) for n, _ in worker.model("adamw").named_parameters()}
     assert {n for n, g in groups.items() if g == "norms"} == {
-        n for n, p in worker.model().named_parameters() if p.ndim == 1
+        n for n, p in worker.model("adamw").named_parameters() if p.ndim == 1
     }
     assert [n for n, g in groups.items() if g == "embedding"] == ["embed.weight"]
     assert [n for n, g in groups.items() if g == "head"] == ["head.weight"]

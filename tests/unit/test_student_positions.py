@@ -66,7 +66,7 @@ def test_every_valid_token_is_in_the_bin_of_its_position():
     torch.manual_seed(0)
     model = Transformer(config_of())
     batches = [batch_of(3), batch_of(4)]
-    result = evaluate(model, batches, OneRank())
+    result = evaluate(model, batches, ["main"], OneRank())
     sums = {}
     for batch in batches:
         with torch.no_grad():
