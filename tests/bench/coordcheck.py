@@ -11,7 +11,8 @@ learned, (W - W_init) h: the rest, W_init (h - h_init), falls as width^-1/2 unde
 do at init, and dies out with training. `whole_logits` has both, and does not count for the worst.
 
 Over depth, outputs of residual branches count as they would before the factor 1 / layers of `transfer`. Base sizes,
-where `transfer` is `standard`: width 64, 4 layers, experts of 64.
+where `transfer` is `standard`: width 64, 4 layers, experts of 64. LR is a third of what lr_transfer finds best there,
+since there is no warm-up.
 """
 
 from __future__ import annotations

@@ -120,13 +120,9 @@ def run() -> dict[str, float]:
             for done in as_completed(running):
                 trial = running[done]
                 found[trial] = done.result()
-                left = time.perf_counter() - began
-                print(
-                    f"{len(found)}/{len(trials)}  {left:.0f} s  {trial.parametrization} width {trial.width} "
-                    f"lr {trial.rate:.2g} seed {trial.seed}: {found[trial]:.4f}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                told = f"{trial.parametrization} width {trial.width} lr {trial.rate:.2g} seed {trial.seed}"
+                at = f"{len(found)}/{len(trials)}  {time.perf_counter() - began:.0f} s"
+                print(f"{at}  {told}: {found[trial]:.4f}", file=sys.stderr, flush=True)
     means = {
         (name, width): [
             float(np.mean([found[Trial(name if width > WIDTHS[0] else names[0], width, rate, seed)] for seed in SEEDS]))
@@ -135,13 +131,10 @@ def run() -> dict[str, float]:
         for name, width in product(names, WIDTHS)
     }
     optima = {key: optimum(RATES, losses) for key, losses in means.items()}
-    ratios = {}
-    for name in names:
-        of_name = [optima[name, width] for width in WIDTHS]
-        ratios[f"optimum_ratio_{name}"] = max(of_name) / min(of_name)
-    _draw(names, means, ratios)
+    of_names = {name: [optima[name, width] for width in WIDTHS] for name in names}
+    _draw(means, of_names)
     return {
-        **ratios,
+        **{f"optimum_ratio_{name}": max(values) / min(values) for name, values in of_names.items()},
         **{f"optimum_{name}_{width}": value for (name, width), value in optima.items()},
         **{f"best_loss_{name}_{width}": min(losses) for (name, width), losses in means.items()},
         **{
@@ -153,14 +146,15 @@ def run() -> dict[str, float]:
     }
 
 
-def _draw(names: list[str], means: dict[tuple[str, int], list[float]], ratios: dict[str, float]) -> None:
+def _draw(means: dict[tuple[str, int], list[float]], of_names: dict[str, list[float]]) -> None:
     figures = ""
-    for name in names:
+    for name, optima in of_names.items():
         curves = [
             charts.Curve(f"width {width}", style, np.array(RATES), np.array(means[name, width]))
             for style, width in enumerate(WIDTHS, 1)
         ]
-        note = f"Optima differ by a factor of {ratios[f'optimum_ratio_{name}']:.2f}."
+        best = ", ".join(f"{value:.2g}" for value in optima)
+        note = f"Best at {best}: a factor of {max(optima) / min(optima):.2f}."
         frame = charts.Frame(name, "held-out loss, nats per token", "learning rate", note)
         figures += charts.line_chart(frame, curves, smoothed=False, zero=False, log_x=True)
     out = Path("runs/bench/lr_transfer.html")
