@@ -69,7 +69,7 @@ def flops_per_token(config: ModelConfig, sample_tokens: int) -> float:
 def vision_flops_per_tile(config: ModelConfig) -> float:
     """Floating-point operations of one tile's way to the text model, forward; counted as in `flops_per_token`.
 
-    A frozen tower costs this once, a trained one 3 times it. A model without sight costs nothing.
+    A frozen tower costs little more than this, a trained one 3 times it. A model without sight costs nothing.
     """
     v = config.vision
     if v is None:

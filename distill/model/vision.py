@@ -251,7 +251,8 @@ class Unseen(torch.autograd.Function):
     """Its first argument, unchanged; the others get a zero gradient.
 
     For a batch without images: every rank must come with a gradient for every parameter. The zeros are an expanded
-    scalar, so a gradient that is there already is added to without another tensor of its size.
+    scalar, so a gradient that is there already is added to without another tensor of its size. They come in another
+    order than the tower's own: fit for ZeRO 0 and 1, which reduce in the order of parameters, not of gradients.
     """
 
     @staticmethod
