@@ -141,6 +141,16 @@ def test_experts_stored_one_by_one(folder):
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.parametrize("layout", ["one by one", "fp8"])
+def test_a_single_expert_stored_alone(tmp_path, layout):
+    hf.save(model_of(experts=1), tmp_path / "model")
+    expected = dict(hf.load(tmp_path / "model").named_parameters())
+    rewrite(tmp_path / "model", LAYOUTS[layout])
+    quantized(tmp_path / "model")
+    for name, parameter in hf.load(tmp_path / "model").named_parameters():
+        assert (parameter - expected[name]).norm() <= (0.04 if layout == "fp8" else 0) * expected[name].norm(), name
+
+
 @pytest.mark.parametrize("scales", ["rows", "one"])
 @pytest.mark.parametrize("only", ["proj.weight", "experts.0.up_proj.weight"])
 def test_fp8_weights_are_scaled(folder, scales, only):
