@@ -185,6 +185,11 @@ def test_temperature_tuning_may_be_a_number(value, meant):
     assert hf.config_from_json(MAVERICK).temperature_tuning is True  # absent
 
 
+def test_only_a_written_null_means_no_chunks():
+    assert hf.config_from_json({k: v for k, v in SCOUT.items() if k != "attention_chunk_size"}).chunk_size == 8192
+    assert hf.config_from_json(SCOUT | {"attention_chunk_size": None}).chunk_size is None
+
+
 def test_layers_that_are_derived():
     config = hf.config_from_json(SCOUT)  # an empty list of rope layers, and a full one of MoE layers
     assert config.rope_layers is None and config.moe_layers is None

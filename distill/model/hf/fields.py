@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from typing import Any
 
 _WRITTEN_EVERYWHERE = """
@@ -23,6 +22,8 @@ _HOW_TO_GENERATE = """
     target_lookbehind temperature top_k top_p typical_p"""
 """Which transformers 4 kept here."""
 _MARKS_OF_TOOLS = "for_llm_compressor unsloth_fixed unsloth_version"
+_LARGEST = 2**53
+"""Whole numbers beyond it are not all floats; nothing of a model is as large."""
 ANYWHERE = frozenset((_WRITTEN_EVERYWHERE + _HOW_TO_GENERATE + " " + _MARKS_OF_TOOLS).split())
 """Keys that change nothing that is computed, at every level of a file."""
 
@@ -66,7 +67,7 @@ class Fields:
         if value is None or value is ...:
             self.fault(key, "is missing" if value is ... else "is null")
             return 1
-        sound = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        sound = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
         if not sound or (kind is int and value != int(value)):
             self.fault(key, f"is {value!r}; it must be {'an integer' if kind is int else 'a number'}")
             return 1

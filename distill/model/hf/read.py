@@ -104,11 +104,12 @@ class Reader:
         assert out_N.ndim == 1 and 0 <= start <= stop <= whole.numel(), "a run of the parameter's elements"
         if start == stop:
             return out_N
-        matrices = self._sources[name]
-        if len(matrices) == 1 and matrices[0].scale is None:
-            return out_N.copy_(self._mapped(matrices[0].stored).view(-1)[start:stop])
+        matrix = self._sources[name][0]
+        apart = len(matrix.stored.shape) != len(whole)  # an expert's share of a fused parameter
+        if not apart and matrix.scale is None:
+            return out_N.copy_(self._mapped(matrix.stored).view(-1)[start:stop])
         # What is made in memory is one piece: an expert, or a block of rows.
-        pieces = self._scaled(matrices[0], start, stop) if len(matrices) == 1 else self._experts(name, out_N, start)
+        pieces = self._experts(name, out_N, start) if apart else self._scaled(matrix, start, stop)
         for first, piece in pieces:
             begin, end = max(start, first), min(stop, first + piece.numel())
             out_N[begin - start : end - start].copy_(piece.view(-1)[begin - first : end - first])
