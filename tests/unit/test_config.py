@@ -47,7 +47,7 @@ def test_all_faults_of_a_command_line_come_at_once_each_with_key_value_and_what_
         "foo is no key; allowed: cache,",
         "loss is no key",
         "cache is mysterious; allowed: multinomial, threshold, topk",
-        "experiment is nope; allowed: demo, smoke",
+        "experiment is nope; allowed: demo, digits, smoke",
         "student.optim.lr is abc; Value 'abc' of type 'str' could not be converted to Float",
         "teacher.train.batch is 7.5; Value '7.5' of type 'float' could not be converted to Integer",
         "cache.codec.name is zip; Invalid value 'zip', expected one of [threshold, multinomial, topk]",
@@ -167,7 +167,7 @@ def test_a_misspelt_sight_and_keys_of_what_is_null_are_named():
     ]
 
 
-@pytest.mark.parametrize("experiment", ["smoke", "demo"])
+@pytest.mark.parametrize("experiment", ["smoke", "demo", "digits"])
 @pytest.mark.parametrize("job", ["teacher", "codistill"])
 def test_every_experiment_loads_and_prints(experiment, job):
     run = loaded(f"job={job}", f"experiment={experiment}", "seed=7")
