@@ -312,7 +312,7 @@ class CorpusConfig:
     """Share of the files (stdlib), documents (files) or pictures (digits) kept for evaluation; documents with pictures
     are drawn by them, so that those about the same pictures stay together."""
     max_documents: int | None = None
-    """Stop after so many documents; null: all. source=needle has no end of its own and needs a number."""
+    """Stop after so many documents (digits: digits); null: all. source=needle has no end and needs a number."""
     whole_documents: bool = False
     """Begin a new sample rather than cut a document that fits in one, so that no text is parted from its picture; the
     room that is left carries no loss."""

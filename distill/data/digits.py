@@ -27,26 +27,28 @@ SCALE = 3
 SHIFT = 2
 """Pixels from the middle, at most."""
 
-# Before the answer comes punctuation and after it a sign, so that in any byte-level BPE a digit is one token, and the
-# words before it tell that a digit is next but not which.
-CAPTIONS = (
-    "<|image|>The digit is ({}).",
-    "Which digit is this?<|image|>It is a ({}).",
-    "<|image|>def digit(): return [{}]",
-    "digit = read('<|image|>')  # [{}]",
-)
+COPIES = 3
+"""Documents about each digit, each with its own drawing and caption."""
+
+# Before a figure comes punctuation and after it a sign, so that in any byte-level BPE it is one token, and the words
+# before it tell that a figure is next. The first captions name the digit; the others, as captions often do, say
+# something that leaves it open, with any figure for which that is true.
+NAMES = ("<|image|>The digit is ({}).", "Which digit is this?<|image|>It is a ({}).")
+HINTS = {"above": "digit = read('<|image|>')  # above [{}]", "below": "<|image|>It is below ({})."}
 
 
 class Digit(NamedTuple):
     text: str
-    answer: tuple[int, int]
-    """[start, end) of the digit in the text."""
+    answer: tuple[int, int] | None
+    """[start, end) of the digit's name in the text; None: the text gives a hint instead."""
     picture: bytes
     """A PGM file: grey, white on black."""
+    original: bytes
+    """The digit before it was drawn: what all documents about it share."""
 
 
 def read(limit: int | None = None) -> Iterator[Digit]:
-    """All digits, or the first `limit`, in the library's order; always the same.
+    """COPIES documents about each of all digits, or of the first `limit`, in the library's order; always the same.
 
     Raises:
         DataError: scikit-learn is not installed.
@@ -57,10 +59,19 @@ def read(limit: int | None = None) -> Iterator[Digit]:
         raise DataError("source is digits; scikit-learn, which has them, is not installed") from error
     found = load_digits()
     for number, (image, label) in enumerate(itertools.islice(zip(found.images, found.target), limit)):
-        rng = np.random.default_rng([DRAWING, number])
-        before, after = CAPTIONS[rng.integers(len(CAPTIONS))].split("{}")
-        answer = (len(before), len(before) + 1)
-        yield Digit(f"{before}{label}{after}", answer, _pgm(_draw(image, rng)))
+        for copy in range(COPIES):
+            rng = np.random.default_rng([DRAWING, number, copy])
+            text, answer = _caption(int(label), rng)
+            yield Digit(text, answer, _pgm(_draw(image, rng)), image.astype(np.uint8).tobytes())
+
+
+def _caption(label: int, rng: np.random.Generator) -> tuple[str, tuple[int, int] | None]:
+    true = {"above": range(label), "below": range(label + 1, 10)}
+    hint = ("above", "below")[int(rng.integers(2))]
+    if rng.integers(2) and true[hint]:
+        return HINTS[hint].format(rng.choice(true[hint])), None
+    before, after = NAMES[rng.integers(len(NAMES))].split("{}")
+    return f"{before}{label}{after}", (len(before), len(before) + 1)
 
 
 def _draw(image: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.uint8]:

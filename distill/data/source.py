@@ -160,10 +160,13 @@ class Corpus:
 
     def _digits(self) -> Iterator[Document]:
         for number, digit in enumerate(digits.read(self.config.max_documents), 1):
-            held_out = self._share(digit.picture)
-            # Held out, only the digit itself counts: accuracy is then that of reading it.
-            ranges = [digit.answer] if held_out else None
-            yield Document(digit.text, ranges, held_out, (Picture(digit.picture, f"digit {number}"),))
+            held_out = self._share(digit.original)
+            ranges = None
+            if held_out:
+                if digit.answer is None:
+                    continue
+                ranges = [digit.answer]  # nothing else counts: accuracy is then that of reading the digit
+            yield Document(digit.text, ranges, held_out, (Picture(digit.picture, f"document {number} of digits"),))
 
     def _made_up(self) -> Iterator[Document]:
         c = self.config

@@ -190,7 +190,7 @@ def test_a_misspelt_sight_and_keys_of_what_is_null_are_named():
     ]
 
 
-@pytest.mark.parametrize("experiment", ["smoke", "demo"])
+@pytest.mark.parametrize("experiment", ["smoke", "demo", "digits"])
 @pytest.mark.parametrize("job", ["teacher", "codistill"])
 def test_every_experiment_loads_and_prints(experiment, job):
     run = loaded(f"job={job}", f"experiment={experiment}", "seed=7")

@@ -40,6 +40,16 @@ def test_the_whole_table():
     assert table.render(SUMMARY) == TEXT
 
 
+def test_an_accuracy_has_a_column_and_the_parts_of_a_mixture_have_none():
+    parts = {"main": {"loss": 3.2, "accuracy": 0.3}, "digits": {"loss": 0.2, "accuracy": 0.91}}
+    text = table.render(SUMMARY | {"teacher_accuracy": 0.9123, "hard_accuracy": 0.0, "teacher_corpora": parts})
+    head, units, rule, teacher, distilled, hard, constant = text.splitlines()[2:9]
+    assert head.endswith("gap closed  accuracy") and units.endswith("nats per token") and set(rule) == {"─"}
+    assert teacher.endswith("−0.131                  91 %") and hard.endswith("0 %") and len(rule) == len(teacher)
+    assert distilled.endswith("89 %") and constant.endswith("−114 %")
+    assert "main" not in text and "accuracy" not in text.splitlines()[9:]
+
+
 def test_rows_that_are_given_are_shown_as_they_are():
     rows = [{"arm": "hard", "loss": 3.3}, {"arm": "mine", "loss": 3.2, "gap_closed": 0.054}]
     lines = table.render({}, rows).splitlines()
@@ -47,7 +57,8 @@ def test_rows_that_are_given_are_shown_as_they_are():
 
 
 def test_nothing_is_wider_than_80_columns():
-    rows = [{"arm": "a_very_long_name_of_an_arm_that_nobody_would_give", "loss": 123.456, "gap_closed": -12.3456}]
+    name = "a_very_long_name_of_an_arm_that_nobody_would_give"
+    rows = [{"arm": name, "loss": 123.456, "gap_closed": -12.3456, "accuracy": 1.0}]
     assert max(map(len, table.render(SUMMARY, [*rows, {"arm": "hard", "loss": 1.0}]).splitlines())) <= 80
 
 

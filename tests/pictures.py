@@ -1,0 +1,56 @@
+"""A small corpus of pictures among text whose tiles are known beforehand."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distill.config.schema import CorpusConfig, DataConfig, ImageConfig, Source, TokenizerConfig
+from distill.data.prepare import Prepared, prepare
+
+SIDE, P = 4, 3
+CONFIG = ImageConfig(tile_size=SIDE, tile_tokens=P, max_tiles=2)
+MARKER = "<|image|>"
+
+
+def pgm(height: int, *halves: int) -> bytes:
+    """A picture of flat grey squares side by side, each of a tile's size: its tiles are these, and last their mix."""
+    row = b"".join(bytes([value]) * SIDE for value in halves)
+    return f"P5 {SIDE * len(halves)} {height} 255\n".encode() + row * height
+
+
+def rows() -> list[tuple[str, list[bytes]]]:
+    """Texts and pictures: none, one, several, side by side, at either end, of one tile and of two."""
+    shades = iter(range(1, 250))
+
+    def one():
+        return pgm(SIDE, next(shades))
+
+    def two():
+        return pgm(SIDE, next(shades), next(shades))
+
+    found = []
+    for i in range(12):
+        found += [
+            (f"no picture, only the words of row {i}", []),
+            (f"{MARKER}first", [one()]),
+            (f"in the {MARKER} middle {i}", [two()]),
+            (f"last {MARKER}", [one()]),
+            (f"{MARKER}{MARKER} and {MARKER}", [two(), one(), two()]),
+        ]
+    return found
+
+
+def parquet(path: Path, documents, ranges=None) -> CorpusConfig:
+    columns = {"text": [text for text, _ in documents], "pictures": [pictures for _, pictures in documents]}
+    if ranges is not None:
+        columns["m"] = ranges
+    pq.write_table(pa.table(columns), path)
+    mask_key = None if ranges is None else "m"
+    return CorpusConfig(Source.files, [str(path)], held_out=0.0, image_key="pictures", mask_key=mask_key)
+
+
+def prepared(folder: Path, corpora, sample_tokens: int, **tokenizer) -> Prepared:
+    corpora = corpora if isinstance(corpora, dict) else {"main": corpora}
+    tokens = TokenizerConfig(vocab_size=290, **tokenizer)
+    return prepare(DataConfig(corpora, tokens, sample_tokens=sample_tokens, images=CONFIG), folder, 1000)
