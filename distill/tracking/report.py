@@ -53,6 +53,8 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("expert_entropy", "Entropy of the expert load", "", "Highest when all experts are equally busy."),
         Panel("expert_max_load", "Busiest expert", "times the mean load"),
         Panel("dead_experts", "Idle experts", "count", smoothed=False, zero=True),
+        Panel("balance_loss", "Sequence balance loss", "mean over layers", "1 where each sequence is spread evenly."),
+        Panel("z_loss", "Router z-loss", "mean over layers", "Squared log-sum-exp of the router's logits.", zero=True),
     ),
     "Optimiser and speed": (
         Panel("lr", "Learning rate", "", smoothed=False, zero=True),

@@ -1,7 +1,8 @@
-"""The core against transformers and against a dense model: one layer, forward and backward, fp32, 2 threads.
+"""The core against transformers and against a dense model, and its memory by length: forward and backward, fp32.
 
-Hidden 512, expert and shared hidden 1,024, 8 query and 2 key/value heads of 64, V = 512, top-1; the same weights and
-2 x 1,024 tokens for both sides, taken in turns. The dense model has one feed-forward of 2,048: the same active FLOPs.
+Speed: one layer, hidden 512, expert and shared hidden 1,024, 8 query and 2 key/value heads of 64, V = 512, top-1; the
+same weights and 2 x 1,024 tokens for both sides, taken in turns on 2 threads. The dense model has one feed-forward of
+2,048: the same active FLOPs. Memory: MiB of one row of 8,192 to 32,768 tokens, see `_memory`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from distill.config.schema import ModelConfig
 from distill.model import Transformer, hf
+from tests.bench._memory import peak_mb
 from tests.bench._timing import in_turns, ratio
 
 LONG = 16_384
@@ -98,6 +100,7 @@ def run() -> dict[str, float]:
         "speedup_vs_hf_16": against_transformers(16, rounds=5),
         "speedup_vs_hf_128": against_transformers(128, rounds=2),
         "tokens_vs_dense_128": against_dense(rounds=3),
+        **{f"peak_mb_{thousands}k": peak_mb(1024 * thousands) for thousands in (8, 16, 32)},
         **shares(16),
         **shares(128),
     }
