@@ -61,7 +61,7 @@ def ready(trainer: Trainer, readers: list[CacheReader], goal: int) -> int:
     """The step up to which a student may go now: all its samples have been published, or have been left out for good.
 
     A sample counts as published when every writer of its teacher is past the step that met it, so what a step finds
-    does not depend on when it looks.
+    does not depend on when it looks (in the teacher's first epoch: of a sample met again the newest targets count).
     """
     stream = readers[0].header.stream
     frontiers = [f for reader in readers if (f := reader.frontier(stream["writers"])) is not None]
