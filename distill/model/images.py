@@ -14,7 +14,8 @@ class Images(NamedTuple):
     """Tiles of all pictures of a batch, and where the tokens that they become go."""
 
     tiles_NCHW: Tensor
-    """uint8 [N, 3, tile_size, tile_size], RGB; the model scales them to [-1, 1]."""
+    """[N, 3, tile_size, tile_size], RGB: uint8, which the model scales to [-1, 1], or floating-point numbers that are
+    scaled already (`pixel_values` of transformers)."""
     patch_BS: Tensor
     """int64: which of the N * P image tokens (tile after tile, row-major within one) fills the position; -1: a text id
     does. A token may stand nowhere, as where a sample ends within a picture."""

@@ -81,7 +81,7 @@ class Block(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """uint8 tiles to [N, G * G, D]: the patches' pixels through one matrix, no bias."""
+    """Tiles to [N, G * G, D]: the patches' pixels through one matrix, no bias."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -157,7 +157,7 @@ class VisionModel(nn.Module):
                 nn.init.normal_(parameter, std=init_std)
 
     def forward(self, tiles_NCHW: Tensor, activation_checkpointing: bool = False) -> Tensor:
-        """Tokens [N, P, O] of uint8 tiles [N, 3, tile_size, tile_size], row-major within a tile."""
+        """Tokens [N, P, O], row-major within a tile, of tiles [N, 3, tile_size, tile_size] as `Images` holds them."""
         patches_NGD = self.patch_embedding(tiles_NCHW)
         class_N1D = self.class_embedding.expand(len(patches_NGD), 1, -1)
         hidden_NQD = self.layernorm_pre(torch.cat([patches_NGD, class_N1D], 1) + self.positional_embedding_vlm)
@@ -191,8 +191,8 @@ def patches(tiles_NCHW: Tensor, patch_size: int) -> Tensor:
 
 
 def pixels(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 values to [-1, 1]: (x / 255 - 0.5) / 0.5 in fp32, then cast."""
-    return x.float().div_(255).sub_(0.5).div_(0.5).to(dtype)
+    """uint8 values to [-1, 1]: (x / 255 - 0.5) / 0.5 in fp32, then cast; floating-point ones are cast alone."""
+    return x.to(dtype) if x.is_floating_point() else x.float().div_(255).sub_(0.5).div_(0.5).to(dtype)
 
 
 def pixel_shuffle(patches_NGD: Tensor, shuffle: int) -> Tensor:
@@ -232,8 +232,12 @@ def check_images(images: Images, config: VisionConfig | None, ids_BS: Tensor) ->
     if config is None:
         raise DataError("images were given to a model without sight (model.vision is null)")
     (tiles, patch_BS), size, problems = images, config.tile_size, []
-    if tiles.dtype != torch.uint8 or tiles.ndim != 4 or tiles.shape[1:] != (3, size, size):
-        problems.append(f"tiles are {tiles.dtype} {list(tiles.shape)}; the model takes uint8 [N, 3, {size}, {size}]")
+    known = tiles.dtype == torch.uint8 or tiles.is_floating_point()
+    if not known or tiles.ndim != 4 or tiles.shape[1:] != (3, size, size):
+        problems.append(
+            f"tiles are {tiles.dtype} {list(tiles.shape)}; the model takes uint8 (or scaled floating-point) "
+            f"[N, 3, {size}, {size}]"
+        )
     if patch_BS.dtype != torch.int64 or patch_BS.shape != ids_BS.shape:
         problems.append(f"patch_BS is {patch_BS.dtype} {list(patch_BS.shape)}; it must be int64 {list(ids_BS.shape)}")
     elif patch_BS.device.type == "cpu" and patch_BS.numel():

@@ -106,6 +106,7 @@ def test_tower_projector_logits_and_gradients(name):
     projected = ours.multi_modal_projector(tower)
     logits = ours.logits(ids_BS, images=images)
     assert not torch.allclose(logits, ours.logits(ids_BS), atol=0.1)  # what is seen is heard
+    assert torch.equal(logits, ours.logits(ids_BS, images=images._replace(tiles_NCHW=pixels)))
     for attention in ("eager", "sdpa"):
         theirs.set_attn_implementation(attention)
         expected = theirs.vision_model(pixels).last_hidden_state

@@ -183,7 +183,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence():
     model, blind = seeing(), Transformer(config_of())
     ids_BS, (tiles, patch_BS) = batch()
     wrong = {
-        "float32 [3, 3, 8, 8]; the model takes uint8 [N, 3, 8, 8]": (tiles.float(), patch_BS),
+        "int32 [3, 3, 8, 8]; the model takes uint8 (or scaled floating-point) [N, 3, 8, 8]": (tiles.int(), patch_BS),
         "uint8 [3, 3, 8, 16]": (torch.cat([tiles, tiles], 3), patch_BS),
         "uint8 [3, 1, 8, 8]": (tiles[:, :1], patch_BS),
         "uint8 [3, 8, 8]": (tiles[0], patch_BS),
@@ -197,8 +197,8 @@ def test_what_does_not_fit_is_refused_in_one_sentence():
         with pytest.raises(DataError) as caught:
             model.logits(ids_BS, images=Images(*images))
         assert part in str(caught.value), (part, str(caught.value))
-    with pytest.raises(DataError, match=r"float32.*; patch_BS is torch.int32"):
-        model.logits(ids_BS, images=Images(tiles.float(), patch_BS.int()))
+    with pytest.raises(DataError, match=r"int32.*; patch_BS is torch.int32"):
+        model.logits(ids_BS, images=Images(tiles.int(), patch_BS.int()))
     with pytest.raises(DataError, match="a model without sight"):
         blind.logits(ids_BS, images=Images(tiles, patch_BS))
 
