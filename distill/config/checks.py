@@ -307,9 +307,8 @@ def _needle(key: str, corpus: CorpusConfig) -> Iterator[str]:
     if corpus.max_documents is None:
         yield f"{key}.max_documents is null; source=needle makes as many documents as it says"
     # A fact and a question that it answers.
-    yield from _at_least(f"{key}.needle.shortest", n.shortest, 24)
+    yield from _at_least(f"{key}.needle.shortest", n.shortest, 12)
     yield from _at_least(f"{key}.needle.longest", n.longest, n.shortest)
-    yield from _at_least(f"{key}.needle.questions", n.questions, 1)
     if not 1 <= n.facts <= 50:
         yield f"{key}.needle.facts is {n.facts}; allowed: 1 to 50, since each has a name of its own"
 

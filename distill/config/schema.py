@@ -286,11 +286,9 @@ class NeedleConfig:
     shortest: int = 32
     longest: int = 250
     facts: int = 8
-    """Most facts of a document."""
-    questions: int = 8
-    """Most questions at its end."""
+    """Most facts of a document; questions about them take the room that facts and filler leave."""
     answers_only: bool = True
-    """Only the answers carry loss; false: the whole text."""
+    """Only what the text decides carries loss, answers and the names behind them; false: the whole text."""
     seed: int = 0
 
 

@@ -1,17 +1,23 @@
 """Needle in a haystack: made-up text that hides facts among filler, and questions that only those facts answer.
 
-    The quiet lake follows the green stone.
-    The code of Ada is 47.
-    The old fox paints the tall tower.
-    What is the code of Ada? 47.
+    The pale lake follows the dark star.
+    Code Ada 47 Ada.
+    The old fox paints the tall gate.
+    Find Ada 47 Ada.
 
 As a corpus (source=needle) it teaches retrieval: facts anywhere, several questions at the end. As a test it is built to
 the token: facts at a depth of one's choice in a text of an exact length.
+
+To answer takes two steps, as in induction heads (Olsson et al. 2022, arXiv:2209.11895): one layer notes at each number
+the name before it, a later one looks from the name in question for the number that noted it. Neither pays without the
+other, and a small model stays for thousands of steps at naming any of the numbers. So every line says its name again
+behind the number, and that carries loss as the answers do: it is learned within some hundred steps, and is step one.
 """
 
 from __future__ import annotations
 
 from itertools import accumulate, chain
+from math import exp, log
 from random import Random
 from typing import NamedTuple
 
@@ -21,7 +27,7 @@ from distill.data.tokenizer import Tokenizer
 
 Ranges = list[tuple[int, int]]
 
-FORMAT = 1
+FORMAT = 3
 """Raise it when equal configurations would give other text."""
 
 
@@ -40,7 +46,7 @@ NOUNS = _words(
 )
 VERBS = _words("sees likes finds hides paints moves sells feeds keeps warms calls meets draws opens wakes follows")
 
-FILLER, FACT, QUESTION = 9, 8, 10
+FILLER, FACT, QUESTION = 9, 6, 6
 """Words, numbers, marks and line ends of one line of each kind."""
 
 
@@ -50,37 +56,49 @@ def filler(random: Random) -> str:
 
 
 def fact(name: str, number: int) -> str:
-    return f"The code of {name} is {number}.\n"
+    return f"Code {name} {number} {name}.\n"
 
 
 def question(name: str) -> str:
-    return f"What is the code of {name}?"
+    return f"Find {name}"
 
 
 def answer(number: int) -> str:
-    return f" {number}."
+    return f" {number}"
 
 
 def document(config: NeedleConfig, index: int) -> tuple[str, Ranges]:
-    """Training text number `index`, and the [start, end) characters of its answers; always the same ones.
+    """Training text number `index`, and the [start, end) characters that what is before them decides; always the same.
 
-    Its length is drawn evenly from what the configuration allows; so are the numbers of facts and of questions, as far
-    as the length has room for them.
+    These are the answers, and the name where a line says it again. The logarithm of the length is drawn evenly from
+    what the configuration allows; then the lines of filler and the number of facts from what there is room for, facts
+    evenly, filler as the cube of what is drawn evenly: mostly little, since questions, which take the rest, teach more.
     """
     random = Random(f"{config.seed}/{index}")
-    room = random.randint(config.shortest, config.longest)
-    questions = random.randint(1, min(config.questions, max(1, (room - FACT) // QUESTION)))
-    room -= questions * QUESTION
-    facts = random.randint(1, min(config.facts, max(1, room // FACT)))
+    room = int(exp(random.uniform(log(config.shortest), log(config.longest + 1))))
+    lines = int(random.random() ** 3 * ((room - FACT - QUESTION) // FILLER + 1))
+    room -= lines * FILLER
+    facts = random.randint(1, min(config.facts, (room - QUESTION) // FACT))
+    room -= facts * FACT
     numbers = dict(zip(random.sample(NAMES, facts), random.choices(NUMBERS, k=facts)))
-    lines = [filler(random) for _ in range((room - facts * FACT) // FILLER)]
-    for name, number in numbers.items():
-        lines.insert(random.randint(0, len(lines)), fact(name, number))
-    text, ranges = "".join(lines), []
-    for name in random.choices(list(numbers), k=questions):
+    told: list[str | None] = [None] * lines
+    for name in numbers:
+        told.insert(random.randint(0, len(told)), name)
+    text, ranges = "", []
+
+    def mark(start: int, marked: str) -> None:
+        ranges.append((start, start + len(marked)))
+
+    for line in told:
+        if line is None:
+            text += filler(random)
+        else:
+            text += fact(line, numbers[line])
+            mark(len(text) - len(f" {line}.\n"), f" {line}")
+    for name in random.choices(list(numbers), k=room // QUESTION):
         text += question(name)
-        ranges.append((len(text), len(text) + len(answer(numbers[name]))))
-        text += answer(numbers[name]) + "\n"
+        mark(len(text), answer(numbers[name]) + f" {name}")
+        text += answer(numbers[name]) + f" {name}.\n"
     return text, ranges
 
 

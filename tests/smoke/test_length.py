@@ -62,6 +62,7 @@ def test_more_than_the_model_admits_is_one_clear_error(trained, tmp_path):
     long = run(*evaluate, "evaluate.needle.lengths=[300]", f"hydra.run.dir={tmp_path}/a", code=2)
     assert "are to follow; the model's max_positions is 256" in long.stderr and "Traceback" not in long.stderr
     # The run's own configuration would allow it, the model that it finds does not.
-    longer = ["student.model.max_positions=1024", "data.sample_tokens=512", "data.corpora.main.needle.longest=500"]
+    lengths = ["data.corpora.main.needle.shortest=300", "data.corpora.main.needle.longest=500"]
+    longer = ["student.model.max_positions=1024", "data.sample_tokens=512", *lengths]
     found = run(*evaluate, *longer, "evaluate.needle.lengths=[]", f"hydra.run.dir={tmp_path}/b", code=2)
     assert "the model's max_positions is 256" in found.stderr and "Traceback" not in found.stderr

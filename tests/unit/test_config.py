@@ -220,9 +220,8 @@ def test_needles_that_cannot_be_made_or_tried_are_named_together():
         problems(
             "experiment=needle",
             "data.corpora.main.max_documents=null",
-            "data.corpora.main.needle.shortest=20",
+            "data.corpora.main.needle.shortest=11",
             "data.corpora.main.needle.longest=10",
-            "data.corpora.main.needle.questions=0",
             "data.corpora.main.needle.facts=53",
             "data.corpora.main.files=[a.txt]",
             "evaluate.trained_tokens=0",
@@ -234,9 +233,8 @@ def test_needles_that_cannot_be_made_or_tried_are_named_together():
     )
     for part in (
         "data.corpora.main.max_documents is null; source=needle makes as many documents as it says",
-        "data.corpora.main.needle.shortest is 20; at least 24",
-        "data.corpora.main.needle.longest is 10; at least 20",
-        "data.corpora.main.needle.questions is 0; at least 1",
+        "data.corpora.main.needle.shortest is 11; at least 12",
+        "data.corpora.main.needle.longest is 10; at least 11",
         "data.corpora.main.needle.facts is 53; allowed: 1 to 50",
         "data.corpora.main.files is ['a.txt']; source=needle takes none",
         "evaluate.trained_tokens is 0; at least 1",

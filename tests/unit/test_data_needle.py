@@ -12,8 +12,8 @@ from distill.config.schema import CorpusConfig, DataConfig, NeedleConfig, Source
 from distill.data.needle import document, trial
 from distill.data.prepare import prepare
 
-FACT = re.compile(r"^The code of (\w+) is (\d+)\.$", re.M)
-QUESTION = re.compile(r"^What is the code of (\w+)\? (\d+)\.$", re.M)
+FACT = re.compile(r"^Code (\w+) (\d+) \1\.$", re.M)
+QUESTION = re.compile(r"^Find (\w+) (\d+) \1\.$", re.M)
 PIECE = re.compile(r"\w+|[.?\n]")
 
 
@@ -27,23 +27,24 @@ def prepared(tmp_path_factory):
 
 @settings(max_examples=100, deadline=None)
 @given(
-    shortest=st.integers(24, 100),
+    shortest=st.integers(12, 100),
     more=st.integers(0, 200),
     facts=st.integers(1, 12),
-    questions=st.integers(1, 20),
     index=st.integers(0, 10**6),
 )
-def test_every_answer_is_stated_once_above_and_marked(shortest, more, facts, questions, index):
-    config = NeedleConfig(shortest, shortest + more, facts, questions)
+def test_every_answer_is_stated_once_above_and_marked(shortest, more, facts, index):
+    config = NeedleConfig(shortest, shortest + more, facts)
     text, ranges = document(config, index)
     stated, asked = FACT.findall(text), QUESTION.findall(text)
-    assert 1 <= len(stated) <= facts and 1 <= len(asked) <= questions
+    assert 1 <= len(stated) <= facts and len(asked) >= 1
     assert len({name for name, _ in stated}) == len(stated)
     assert all(question in stated for question in asked)
-    assert text.rindex("The code") < text.index("What")
-    assert [text[start:end] for start, end in ranges] == [f" {number}." for _, number in asked]
+    assert text.rindex("Code") < text.index("Find")
+    names, answers = [f" {name}" for name, _ in stated], [f" {number} {name}" for name, number in asked]
+    assert [text[start:end] for start, end in ranges] == names + answers
+    assert all(text[end:].startswith(".\n") for _, end in ranges)
     pieces = len(PIECE.findall(text))
-    assert shortest - 8 <= pieces <= shortest + more  # filler comes in whole lines
+    assert shortest - 5 <= pieces <= shortest + more  # questions come in whole lines
     assert document(config, index) == (text, ranges)
     assert document(config, index + 1)[0] != text
 
@@ -51,13 +52,14 @@ def test_every_answer_is_stated_once_above_and_marked(shortest, more, facts, que
 def test_documents_ask_for_any_fact_and_facts_lie_anywhere():
     places, asked_for = [], []
     for index in range(300):
-        text, _ = document(NeedleConfig(200, 200, 4, 1), index)
+        text, _ = document(NeedleConfig(200, 200, 4), index)
         facts = FACT.findall(text)
-        (question,) = QUESTION.findall(text)
-        places += [m.start() / text.index("What") for m in FACT.finditer(text)]
-        asked_for.append(facts.index(question) / len(facts))
+        if len(facts) == 4:
+            asked_for += [facts.index(question) for question in QUESTION.findall(text)]
+        if "The " in text:
+            places += [m.start() / text.index("Find") for m in FACT.finditer(text)]
     assert np.histogram(places, 5, (0, 1))[0].min() > 0.1 * len(places)
-    assert 0.25 < np.mean(asked_for) < 0.4  # the first of n as often as the last: (n - 1) / 2n over n = 1 to 4
+    assert np.bincount(asked_for).min() > 0.22 * len(asked_for) > 100
 
 
 def test_another_seed_is_another_corpus():
@@ -77,10 +79,10 @@ def test_a_trial_has_its_length_and_the_answer_where_it_says(prepared, length, f
         text = tokenizer.decode(prompt[1:])
         found = dict(FACT.findall(text))
         assert len(found) == facts
-        name = re.search(r"What is the code of (\w+)\?$", text)[1]
-        assert tokenizer.decode(answer) == f" {found[name]}."
-        assert tokenizer.decode(prompt[: stated + 1]).endswith(f"The code of {name} is {found[name]}.\n")
-        hay = text.replace(f"The code of {name} is {found[name]}.\n", "\0").partition("What is")[0]
+        name = re.search(r"Find (\w+)$", text)[1]
+        assert tokenizer.decode(answer) == f" {found[name]}"
+        assert tokenizer.decode(prompt[: stated + 1]).endswith(f"Code {name} {found[name]} {name}.\n")
+        hay = text.replace(f"Code {name} {found[name]} {name}.\n", "\0").partition("Find")[0]
         ends.append(hay.index("\0") / (len(hay) - 1))
     assert ends[0] == 0 and ends[2] == 1
     assert abs(ends[1] - 0.3) < 60 / len(hay) + 0.1  # a line of filler at most off
@@ -118,8 +120,8 @@ def test_the_corpus_is_split_masked_and_whole(prepared):
                 text = t.decode([i for i in ids[mine][1:] if i != t.eos_id])  # eos may be the sample's last label
                 assert QUESTION.search(text) and text.endswith(".\n")
                 texts[split].add(text)
-                marked = [t.decode([i]) for i in ids[mine][mask[mine]]]
-                assert [w.strip() for w in marked if w.strip().isdigit()] == [n for _, n in QUESTION.findall(text)]
-                assert set(marked) <= {".", "<|end_of_text|>"} | {f" {n}" for n in range(10, 100)}
+                marked = "".join(t.decode([i]) for i in ids[mine][mask[mine]]).removesuffix("<|end_of_text|>")
+                stated, asked = FACT.findall(text), QUESTION.findall(text)
+                assert marked == "".join([f" {n}" for n, _ in stated] + [f" {u} {n}" for n, u in asked])
     assert not texts["train"] & texts["held_out"]
     assert len(texts["train"]) + len(texts["held_out"]) > 2900 and 200 < len(texts["held_out"]) < 400

@@ -27,11 +27,11 @@ class Reader:
 
     def answer(self, ids):
         text = self.tokenizer.decode(ids[1:])
-        name = re.search(r"(\w+)\?$", text)[1]
-        after = text.partition(f"The code of {name} is")[2]
+        name = re.search(r"(\w+)$", text)[1]
+        after = text.partition(f"Code {name}")[2]
         distance = len(self.tokenizer.encode_batch([after])[0][0])
         said = dict(FACT.findall(text))[name] if distance <= self.sees else "7"
-        return torch.tensor(self.tokenizer.encode_batch([f" {said}. And more."])[0][0])
+        return torch.tensor(self.tokenizer.encode_batch([f" {said} {name}."])[0][0])
 
 
 def test_who_reads_everything_finds_everything(prepared):  # noqa: F811
