@@ -7,9 +7,10 @@ fused head. A process of its own: the figure is what the pass adds to the most t
 from __future__ import annotations
 
 import os
-import resource
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
@@ -52,7 +53,8 @@ def _train_once(model: Transformer, tokens: int) -> None:
 
 
 def _most_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Not getrusage's ru_maxrss: a started process inherits that of its parent.
+    return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024  # type: ignore[index]
 
 
 if __name__ == "__main__":
