@@ -98,7 +98,7 @@ def run() -> dict[str, float]:
     torch.set_num_threads(2)
     return {
         "speedup_vs_hf_16": against_transformers(16, rounds=5),
-        "speedup_vs_hf_128": against_transformers(128, rounds=2),
+        "speedup_vs_hf_128": against_transformers(128, rounds=3),
         "tokens_vs_dense_128": against_dense(rounds=3),
         **{f"peak_mb_{thousands}k": peak_mb(1024 * thousands) for thousands in (8, 16, 32)},
         **shares(16),
