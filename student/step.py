@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.config.schema import TrainConfig, WeightingConfig
+from distill.config.schema import WeightingConfig
 from distill.data.join import Batch
 from distill.engine.dist import Dist
+from distill.model.transformer import Routing
 from distill.tracking.meters import Meters
-from losses import mixed_loss, routing_loss, weighting
+from losses import mixed_loss, weighting
 
 ALPHA_BINS = 20
 
@@ -24,14 +25,14 @@ class StudentStep:
     def __init__(
         self,
         meters: Meters,
-        train: TrainConfig,
+        head_chunk: int,
         config: WeightingConfig,
         vocab_size: int,
         steps: int,
         corpora: int = 1,
     ):
         assert meters.device is not None, "the state of the weighting lives where the meters do"
-        self.meters, self.train, self.config = meters, train, config
+        self.meters, self.head_chunk, self.config = meters, head_chunk, config
         self.vocab_size, self.steps = vocab_size, steps
         self.lag = weighting.init_lag(vocab_size, meters.device, corpora)
         self.covered = torch.zeros(2, dtype=torch.float64, device=meters.device)
@@ -95,8 +96,8 @@ class StudentStep:
     def _corpus(self, batch: Batch) -> Tensor:
         return torch.as_tensor(batch.corpus_B).to(self.covered.device, non_blocking=True)
 
-    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sum over valid tokens of soft, hard and routing loss, weighted (nats), and expert counts [MoE layers, E]."""
+    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, Routing]:
+        """Sum over valid tokens of soft and hard loss, weighted (nats), and what the routers did."""
         labels_T, valid_T = batch.labels_BS.flatten(), batch.valid_BS.flatten()
         alpha_T, ids_TK, probs_TK, w_soft_T = torch.zeros(len(valid_T)), None, None, None
         if batch.targets is not None:
@@ -108,8 +109,9 @@ class StudentStep:
         parts = []
 
         def head(hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
-            chunk = self.train.head_chunk
-            parts.append(mixed_loss(hidden_TD, weight_VD, labels_T, w_hard_T, ids_TK, probs_TK, w_soft_T, chunk=chunk))
+            parts.append(
+                mixed_loss(hidden_TD, weight_VD, labels_T, w_hard_T, ids_TK, probs_TK, w_soft_T, chunk=self.head_chunk)
+            )
             return parts[0].loss_sum
 
         loss_sum, routing = model(batch.ids_BS, batch.documents_BS, head, batch.images)
@@ -142,16 +144,7 @@ class StudentStep:
             mine_T = valid_T & (corpus_T == corpus)
             sums = (out.hard_T * mine_T).sum(), (covered_T & mine_T).sum(), mine_T.sum()
             sums_3 += torch.stack([part.double() for part in sums])
-        penalty, penalties = routing_loss(
-            routing.logits_LTE,
-            routing.experts_LTA,
-            batch.valid_BS,
-            balance=self.train.balance_loss,
-            z=self.train.z_loss,
-        )
-        for name, value in penalties.items():
-            add(name, value, num_valid)
-        return loss_sum + penalty, routing.counts_LE
+        return loss_sum, routing
 
     def end(self, dist: Dist) -> None:
         """Lets coverage and the running average of the student's own loss follow; collective."""

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from distill.config.schema import TrainConfig
 from distill.data.join import Batch
 from distill.engine.dist import Dist
+from distill.model.transformer import Routing
 from distill.tracking.meters import Meters
-from losses import mixed_loss, routing_loss
+from losses import mixed_loss
 from teacher.capture import Capture
 
 
@@ -20,20 +20,20 @@ class TeacherStep:
     Targets are made before the teacher trains on the batch, so they are never memorised ones.
     """
 
-    def __init__(self, meters: Meters, config: TrainConfig, capture: Capture | None):
-        self.meters, self.config, self.capture = meters, config, capture
+    def __init__(self, meters: Meters, head_chunk: int, capture: Capture | None):
+        self.meters, self.head_chunk, self.capture = meters, head_chunk, capture
 
     def begin(self, batch: Batch, step: int, dist: Dist) -> None:
         self.step = step
 
-    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sum over valid tokens of hard and routing loss, and the expert counts [MoE layers, E] of this micro-batch."""
+    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, Routing]:
+        """Sum over valid tokens of the hard loss, and what the routers did with this micro-batch."""
         labels_T, valid_T = batch.labels_BS.flatten(), batch.valid_BS.flatten()
         tap = None if self.capture is None else self.capture.begin(batch)
         parts = []
 
         def head(hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
-            out = mixed_loss(hidden_TD, weight_VD, labels_T, valid_T.float(), chunk=self.config.head_chunk, tap=tap)
+            out = mixed_loss(hidden_TD, weight_VD, labels_T, valid_T.float(), chunk=self.head_chunk, tap=tap)
             parts.append(out)
             return out.loss_sum
 
@@ -42,16 +42,7 @@ class TeacherStep:
         if self.capture is not None:
             self.capture.put(batch, hard_T, self.step)
         self.meters.add("loss", (hard_T * valid_T).sum(), valid_T.sum())
-        penalty, sums = routing_loss(
-            routing.logits_LTE,
-            routing.experts_LTA,
-            batch.valid_BS,
-            balance=self.config.balance_loss,
-            z=self.config.z_loss,
-        )
-        for name, value in sums.items():
-            self.meters.add(name, value, valid_T.sum())
-        return loss_sum + penalty, routing.counts_LE
+        return loss_sum, routing
 
     def end(self, dist: Dist) -> None:
         pass

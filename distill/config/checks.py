@@ -309,8 +309,7 @@ def _needle(key: str, corpus: CorpusConfig) -> Iterator[str]:
     # A fact and a question that it answers.
     yield from _at_least(f"{key}.needle.shortest", n.shortest, 12)
     yield from _at_least(f"{key}.needle.longest", n.longest, n.shortest)
-    if not 1 <= n.facts <= 50:
-        yield f"{key}.needle.facts is {n.facts}; allowed: 1 to 50, since each has a name of its own"
+    yield from _facts(f"{key}.needle.facts", n.facts)
 
 
 def _needle_test(run: RunConfig) -> Iterator[str]:
@@ -325,8 +324,12 @@ def _needle_test(run: RunConfig) -> Iterator[str]:
     if not n.depths:
         yield f"{key}.depths is empty; at least one share, or lengths=[] for no test"
     yield from _at_least(f"{key}.trials", n.trials, 1)
-    if not 1 <= n.facts <= 50:
-        yield f"{key}.facts is {n.facts}; allowed: 1 to 50, since each has a name of its own"
+    yield from _facts(f"{key}.facts", n.facts)
+
+
+def _facts(key: str, facts: int) -> Iterator[str]:
+    if not 1 <= facts <= 50:
+        yield f"{key} is {facts}; allowed: 1 to 50, since each has a name of its own"
 
 
 def _cache(run: RunConfig) -> Iterator[str]:

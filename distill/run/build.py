@@ -56,7 +56,7 @@ def teacher(run: Run) -> tuple[Trainer, Capture | None]:
     batch = part.train.batch
     planned = {**stream.describe(), "planned": steps * batch, "batch": batch, "writers": run.dist.world}
     capture = open_capture(run, planned, cache_folders(run)) if part.capture else None
-    step = TeacherStep(Meters(run.dist.device), part.train, capture)
+    step = TeacherStep(Meters(run.dist.device), part.train.head_chunk, capture)
     positions = replay(ReplayOrder.same, steps * batch)
     return _trainer(run, "teacher", step, steps, stream, positions, None), capture
 
@@ -131,7 +131,7 @@ def student(run: Run, readers: list[CacheReader] | None) -> Trainer:
         weights = {name: config.data.corpora[name].weight for name in sizes}
         stream, planned = Stream(sizes, weights, config.data.seed), steps * part.train.batch
     meters, vocab_size = Meters(run.dist.device), part.model.vocab_size
-    step = StudentStep(meters, part.train, part.weighting, vocab_size, steps, len(sizes))
+    step = StudentStep(meters, part.train.head_chunk, part.weighting, vocab_size, steps, len(sizes))
     return _trainer(run, "student", step, steps, stream, replay(part.replay.order, planned), readers)
 
 

@@ -21,8 +21,10 @@ from distill.engine.dist import Dist
 from distill.engine.optim import learning_rate
 from distill.engine.zero import Engine
 from distill.model.balance import load_stats, update_bias
+from distill.model.transformer import Routing
 from distill.tracking.meters import Meters
 from distill.tracking.tracker import Tracker
+from losses import routing_loss
 
 Positions = Callable[[np.ndarray], np.ndarray]
 
@@ -36,7 +38,7 @@ class Step(Protocol):
     meters: Meters
 
     def begin(self, batch: Batch, step: int, dist: Dist) -> None: ...
-    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]: ...
+    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, Routing]: ...
     def end(self, dist: Dist) -> None: ...
     def figures(self) -> dict[str, float]: ...
     def state(self) -> dict[str, Any]: ...
@@ -128,14 +130,27 @@ class Trainer:
         def forward(start: int) -> Callable[[Any], Tensor]:
             def loss(model: Any) -> Tensor:
                 rows = batch.rows(start, start + micro).to(self.dist.device)
-                loss_sum, counts_LE = self.program.loss(model, rows)
-                counts.append(counts_LE)
-                return loss_sum
+                loss_sum, routing = self.program.loss(model, rows)
+                counts.append(routing.counts_LE)
+                return loss_sum + self._penalty(routing, rows.valid_BS)
 
             return loss
 
         norm = self.engine.step((forward(i * micro) for i in range(self.config.accumulation)), valid, lr)
         return norm, self.dist.sum(torch.stack(counts).sum(0))
+
+    def _penalty(self, routing: Routing, valid_BS: Tensor) -> Tensor:
+        """What a micro-batch adds to the loss for its routers' sake, as a sum over valid tokens."""
+        penalty, sums = routing_loss(
+            routing.logits_LTE,
+            routing.experts_LTA,
+            valid_BS,
+            balance=self.config.balance_loss,
+            z=self.config.z_loss,
+        )
+        for name, value in sums.items():
+            self.program.meters.add(name, value, valid_BS.sum())
+        return penalty
 
     def _report(self) -> None:
         at, total = self.at, self.steps

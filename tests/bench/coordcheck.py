@@ -24,7 +24,6 @@ import inspect
 import math
 import typing
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -36,7 +35,7 @@ from distill.engine import optim
 from distill.model import Transformer
 from distill.model.linear import grouped_mm
 from distill.tracking import charts
-from distill.tracking.page import page
+from tests.bench._picture import draw
 
 WIDTHS, DEPTHS, EXPERTS = (64, 128, 256, 512), (2, 4, 8, 16), (64, 128, 256, 512)
 BASE = BaseSizes(hidden_size=64, layers=4, expert_hidden=64, dense_hidden=128)
@@ -141,10 +140,7 @@ def run() -> dict[str, float]:
         f"Over widths of {WIDTHS[0]} to {WIDTHS[-1]} the worst slope is {worsts['worst_slope_transfer']:.2f} under "
         f"transfer and {worsts['worst_slope_standard']:.2f} under standard."
     )
-    out = Path("runs/bench/coordcheck.html")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    head = f'<header><h1>Coordinate check</h1></header>\n<p class="verdict">{text}</p>\n'
-    out.write_text(page("Coordinate check · codistill", head + body))
+    draw("coordcheck", "Coordinate check", f'<p class="verdict">{text}</p>\n{body}')
     return worsts | all_slopes
 
 

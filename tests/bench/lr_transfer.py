@@ -30,7 +30,7 @@ from distill.engine import dist as engine_dist
 from distill.run import build
 from distill.run.run import Run
 from distill.tracking import charts
-from distill.tracking.page import page
+from tests.bench._picture import draw
 
 WIDTHS, SEEDS, STEPS = (64, 128, 256), (0, 1), 400
 RATES = tuple(2.0**-power for power in range(11, 5, -1))
@@ -157,7 +157,4 @@ def _draw(means: dict[tuple[str, int], list[float]], of_names: dict[str, list[fl
         note = f"Best at {best}: a factor of {max(optima) / min(optima):.2f}."
         frame = charts.Frame(name, "held-out loss, nats per token", "learning rate", note)
         figures += charts.line_chart(frame, curves, smoothed=False, zero=False, log_x=True)
-    out = Path("runs/bench/lr_transfer.html")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    head = "<header><h1>Learning rates over widths</h1></header>\n"
-    out.write_text(page("Learning rates over widths · codistill", f'{head}<div class="grid">\n{figures}</div>\n'))
+    draw("lr_transfer", "Learning rates over widths", f'<div class="grid">\n{figures}</div>\n')

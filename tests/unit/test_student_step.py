@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from distill.cache import SoftTargets
-from distill.config.schema import EntropyFactor, LagFactor, ModelConfig, TrainConfig, WeightingConfig
+from distill.config.schema import EntropyFactor, LagFactor, ModelConfig, WeightingConfig
 from distill.data.join import Batch
 from distill.engine.dist import Dist
 from distill.model import Transformer
@@ -52,7 +52,7 @@ def batch(shard_loss, entropy=2.0):
 
 
 def step(**weighting):
-    return StudentStep(Meters("cpu"), TrainConfig(head_chunk=64), WeightingConfig(**weighting), V, steps=10)
+    return StudentStep(Meters("cpu"), 64, WeightingConfig(**weighting), V, steps=10)
 
 
 def alphas(program, b, at=0):
@@ -82,14 +82,14 @@ def test_the_loss_is_the_weighted_sum_over_valid_tokens_and_state_survives_exact
     net = Transformer(MODEL)
     program, b = step(alpha=0.5, lag=LagFactor(enabled=True, smoothing=0.9)), batch([3.0, math.nan])
     program.begin(b, 0, ALONE)
-    loss, counts = program.loss(net, b)
+    loss, routing = program.loss(net, b)
     logp = torch.log_softmax(net.logits(b.ids_BS).double(), -1).flatten(0, 1)
     hard = -logp[torch.arange(2 * S), b.labels_BS.flatten()]
     soft = -(b.targets.probs_TK * logp.gather(-1, b.targets.ids_TK)).sum(-1)
     alpha = torch.tensor([0.5] * S + [0.0] * S)
     want = ((alpha * soft + (1 - alpha) * hard) * b.valid_BS.flatten()).sum()
     assert loss.item() == pytest.approx(want.item(), rel=1e-5)
-    assert counts.sum() == 2 * S
+    assert routing.counts_LE.sum() == 2 * S
 
     program.end(ALONE)
     mean = (hard * b.valid_BS.flatten()).sum().item() / 6
@@ -104,7 +104,7 @@ def test_each_corpus_of_a_mixture_has_its_own_lag():
     torch.manual_seed(0)
     net = Transformer(MODEL)
     weighting = WeightingConfig(alpha=1.0, lag=LagFactor(enabled=True, power=1.0))
-    program = StudentStep(Meters("cpu"), TrainConfig(head_chunk=64), weighting, V, 10, corpora=2)
+    program = StudentStep(Meters("cpu"), 64, weighting, V, 10, corpora=2)
     b = dataclasses.replace(batch([3.0, 0.5, 2.0, 0.25, math.nan]), corpus_B=np.array([0, 1, 0, 1, 1]))
     program.lag = own([4.0, 1.0])
     assert alphas(program, b) == pytest.approx([0.5, 2 / 3, 1.0, 1.0, 0.0])  # (4-3)/(4-2), (1-0.5)/(1-0.25)
@@ -122,7 +122,7 @@ def test_each_corpus_of_a_mixture_has_its_own_lag():
     assert (
         program.lag.student_loss[1] == before.student_loss[1] and program.lag.student_loss[0] != before.student_loss[0]
     )
-    other = StudentStep(Meters("cpu"), TrainConfig(head_chunk=64), weighting, V, 10, corpora=2)
+    other = StudentStep(Meters("cpu"), 64, weighting, V, 10, corpora=2)
     other.load_state(json.loads(json.dumps(program.state())))
     assert all(torch.equal(x, y) for x, y in zip(other.lag, program.lag))
 
