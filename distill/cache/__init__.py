@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distill.cache.codecs import Codec, Selection, make_codec
-    from distill.cache.header import CacheHeader
+    from distill.cache.header import CacheHeader, is_created
     from distill.cache.ledger import is_written
     from distill.cache.reader import CacheReader, ReadResult
+    from distill.cache.store import is_url
     from distill.cache.targets import Atoms, SoftTargets
     from distill.cache.writer import CacheWriter
 
 __all__ = [
     "Atoms", "CacheHeader", "CacheReader", "CacheWriter", "Codec", "ReadResult", "Selection", "SoftTargets",
-    "is_written", "make_codec",
+    "is_created", "is_url", "is_written", "make_codec",
 ]  # fmt: skip
 
 _HOMES = {
@@ -30,6 +31,8 @@ _HOMES = {
     "ReadResult": "reader",
     "Selection": "codecs",
     "SoftTargets": "targets",
+    "is_created": "header",
+    "is_url": "store",
     "is_written": "ledger",
     "make_codec": "codecs",
 }

@@ -133,3 +133,8 @@ class CacheHeader:
         ]
         if wrong:
             raise CacheError(f"cache {self.folder or '(new)'} does not fit: " + "; ".join(wrong))
+
+
+def is_created(folder: str | Path) -> bool:
+    """Someone has made a cache in this folder, or URL; CacheError when it cannot be looked at."""
+    return open_store(folder).exists(HEADER)

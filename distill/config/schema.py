@@ -369,7 +369,8 @@ class CodecConfig:
 @dataclass
 class CacheConfig:
     dir: str | None = None
-    """Folder of the cache; null: `cache/` in the run folder. A mixture keeps one folder per corpus in it."""
+    """Folder of the cache, or URL of one that fsspec knows (s3://bucket/folder); null: `cache/` in the run folder. A
+    mixture keeps one folder per corpus in it."""
     codec: CodecConfig = field(default_factory=CodecConfig)
     shard_samples: int = 256
     """Samples per published shard."""

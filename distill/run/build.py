@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import xxhash
@@ -38,14 +39,15 @@ def steps_of(run: Run, role: str) -> int:
     return steps
 
 
-def cache_root(run: Run) -> Path:
-    return Path(run.config.cache.dir) if run.config.cache.dir else run.folder / "cache"
+def cache_root(run: Run) -> str:
+    """A path, or a URL of a file system that fsspec knows."""
+    return run.config.cache.dir or str(run.folder / "cache")
 
 
-def cache_folders(run: Run) -> dict[str, Path]:
+def cache_folders(run: Run) -> dict[str, str]:
     """The cache of each corpus: the root itself, or one folder in it for each corpus of a mixture."""
-    root, names = cache_root(run), list(run.data.train)
-    return {names[0]: root} if len(names) == 1 else {name: root / name for name in names}
+    root, names = cache_root(run).rstrip("/"), list(run.data.train)
+    return {names[0]: root} if len(names) == 1 else {name: f"{root}/{name}" for name in names}
 
 
 def teacher(run: Run) -> tuple[Trainer, Capture | None]:
@@ -62,7 +64,7 @@ def teacher(run: Run) -> tuple[Trainer, Capture | None]:
     return _trainer(run, "teacher", step, steps, stream, positions, None), capture
 
 
-def open_capture(run: Run, planned: dict[str, object], folders: dict[str, Path]) -> Capture:
+def open_capture(run: Run, planned: dict[str, object], folders: Mapping[str, str | Path]) -> Capture:
     """One writer per corpus on every rank; the rank that comes first creates the cache.
 
     A cache that holds another run's targets is refused: they would give way to this run's, sample by sample.
