@@ -36,10 +36,15 @@ class Server:
         if status == "drop":
             b"".join(self._app(environ, lambda *_: None))
             status = "503 Service Unavailable"
-        if status is None:
+        elif status is None:
             return self._app(environ, start_response)
-        environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-        body = b"" if method == "HEAD" else b"<?xml version='1.0'?><Error><Code>InternalError</Code><Message>asked for</Message></Error>"
+        else:
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        body = (
+            b""
+            if method == "HEAD"
+            else b"<?xml version='1.0'?><Error><Code>InternalError</Code><Message>asked for</Message></Error>"
+        )
         start_response(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
         return [body]
 

@@ -117,7 +117,12 @@ class FarStore(Store):
         return data
 
     def _read_short(self, name: str) -> bytes:
-        data = self._range(name, 0, SHORT)
+        try:
+            data = self._range(name, 0, SHORT)
+        except CacheError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise
+            return self.read(name)  # of an empty file there is no range
         return data if len(data) < SHORT else self.read(name)
 
     def _create(self, path: str, data: bytes) -> None:

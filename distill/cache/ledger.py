@@ -289,4 +289,3 @@ class LedgerWriter:
             if not self.store.create(name, seal(record)):
                 raise CacheError(f"{self.store.path(name)}: another live process has the writer's name {self.writer!r}")
         self.seq += 1
-

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import pickle
+import re
 import shutil
 
 import fsspec
@@ -14,6 +15,7 @@ from distill.cache import ahead as ahead_module
 from distill.cache.ahead import ReadAhead
 from distill.cache.far import FarStore
 from distill.cache.ledger import LedgerReader
+from distill.cache.seal import seal, unseal
 from distill.cache.store import LocalStore, open_store
 from distill.config.errors import CacheError
 from tests.objects import object_store
@@ -28,20 +30,24 @@ def server():
         yield server
 
 
+def _folder(request):
+    return re.sub(r"\W+", "-", request.node.name)
+
+
 @pytest.fixture(params=["memory", "s3"])
 def url(request):
     """Of a folder that is not there yet."""
     if request.param == "memory":
-        yield f"memory://{request.node.name}"
+        yield f"memory://{_folder(request)}"
         fsspec.filesystem("memory").store.clear()
     else:
         request.getfixturevalue("server")
-        yield f"s3://shelf/{request.node.name}"
+        yield f"s3://shelf/{_folder(request)}"
 
 
 @pytest.fixture
 def s3(server, request):
-    yield server, f"s3://shelf/{request.node.name}"
+    yield server, f"s3://shelf/{_folder(request)}"
     server.fail = lambda number, method, path: None
 
 
@@ -239,7 +245,7 @@ def test_errors_name_the_url(s3):
 
 def test_requests_that_fail_are_sent_again(s3):
     server, url = s3
-    server.fail = lambda number, method, path: "503 Service Unavailable" if number % 4 == 0 else None
+    server.fail = lambda number, method, path: "503 Service Unavailable" if number % 7 == 0 else None
     write(url, list(range(6)))
     assert CacheReader(url).read(np.arange(6), digests(np.arange(6))).targets.covered_T.sum() == 6 * (S - 1)
 
@@ -305,23 +311,22 @@ def test_a_reader_survives_a_fork_and_a_pickle(s3):
     assert copy.refresh() == 1
 
 
-def test_a_thousand_rows_take_a_thousand_requests(s3):
+def test_many_rows_take_a_request_each(s3):
     """Not one after the other, and no list or size for each."""
     server, url = s3
     store = FarStore(url)
     write(url, [0, 1])
     row = store.read("ledger/w/000000000.json")
     identity = CacheReader(url).header.identity
-    from distill.cache.seal import seal, unseal
 
     def copy(seq):
         store.publish(f"ledger/w/{seq:09d}.json", seal(unseal(row) | {"seq": seq}))
 
-    store.map(copy, range(1, 1000))
+    store.map(copy, range(1, 150))
     server.requests.clear()
     ledger = LedgerReader(store, "w", identity)
-    assert len(ledger.poll()) == 1000
-    assert len(server.requests) < 1010
+    assert len(ledger.poll()) == 150
+    assert len(server.requests) <= 153
     server.requests.clear()
     assert ledger.poll() == [] and len(server.requests) == 1
 
@@ -377,5 +382,3 @@ def test_a_url_of_this_machine_is_a_path(tmp_path):
     assert CacheReader(tmp_path / "c").covers(ALL).sum() == 2
     shutil.rmtree(tmp_path / "c")
     assert not is_created(f"file://{tmp_path}/c")
-
-
