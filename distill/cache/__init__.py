@@ -1,4 +1,4 @@
-"""The cache of soft targets: the only code that knows bytes on disk.
+"""The cache of soft targets: the only code that knows bytes on disk. docs/python.md shows its use.
 
 Names are loaded on first use, so that `CacheHeader` and the ledger start without torch.
 """
@@ -15,11 +15,14 @@ if TYPE_CHECKING:
     from distill.cache.reader import CacheReader, ReadResult
     from distill.cache.store import is_url
     from distill.cache.targets import Atoms, SoftTargets
+    from distill.cache.tokens import token_digests
     from distill.cache.writer import CacheWriter
+    from distill.config.schema import CodecConfig
 
 __all__ = [
-    "Atoms", "CacheHeader", "CacheReader", "CacheWriter", "Codec", "ReadResult", "Selection", "SoftTargets",
+    "Atoms", "CacheHeader", "CacheReader", "CacheWriter", "Codec", "CodecConfig", "ReadResult", "Selection", "SoftTargets",
     "is_created", "is_url", "is_written", "make_codec",
+    "token_digests",
 ]  # fmt: skip
 
 _HOMES = {
@@ -35,10 +38,13 @@ _HOMES = {
     "is_url": "store",
     "is_written": "ledger",
     "make_codec": "codecs",
+    "token_digests": "tokens",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "CodecConfig":
+        return import_module("distill.config.schema").CodecConfig
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
