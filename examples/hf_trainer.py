@@ -1,6 +1,6 @@
 """A student of transformers' Trainer on cached soft targets: a collator that reads them, and one method.
 
-    python examples/hf_trainer.py FOLDER     (writes the toy cache of plain_loop.py there, and trains on it)
+python examples/hf_trainer.py FOLDER     (writes the toy cache of plain_loop.py there, and trains on it)
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Soft targets of any teacher into a cache, and a student trained on them in a plain loop. Seconds on a CPU.
 
-    python examples/plain_loop.py FOLDER     (or a URL: s3://bucket/folder)
+python examples/plain_loop.py FOLDER     (or a URL: s3://bucket/folder)
 """
 
 import sys

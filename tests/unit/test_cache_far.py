@@ -1,4 +1,4 @@
-"""Caches on file systems where nothing grows and nothing is renamed: one in memory, one an object store that speaks S3."""
+"""Caches where nothing grows and nothing is renamed: in memory, and on an object store that speaks S3."""
 
 import multiprocessing
 import pickle
