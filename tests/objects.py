@@ -40,11 +40,8 @@ class Server:
             return self._app(environ, start_response)
         else:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-        body = (
-            b""
-            if method == "HEAD"
-            else b"<?xml version='1.0'?><Error><Code>InternalError</Code><Message>asked for</Message></Error>"
-        )
+        body = b"<Error><Code>InternalError</Code><Message>asked for</Message></Error>"
+        body = b"" if method == "HEAD" else body
         start_response(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
         return [body]
 

@@ -20,9 +20,8 @@ if TYPE_CHECKING:
     from distill.config.schema import CodecConfig
 
 __all__ = [
-    "Atoms", "CacheHeader", "CacheReader", "CacheWriter", "Codec", "CodecConfig", "ReadResult", "Selection", "SoftTargets",
-    "is_created", "is_url", "is_written", "make_codec",
-    "token_digests",
+    "Atoms", "CacheHeader", "CacheReader", "CacheWriter", "Codec", "CodecConfig", "ReadResult", "Selection",
+    "SoftTargets", "is_created", "is_url", "is_written", "make_codec", "token_digests",
 ]  # fmt: skip
 
 _HOMES = {
