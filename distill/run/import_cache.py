@@ -53,7 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer", required=True, metavar="FILE", help="its tokenizer.json")
     add("--bos", default=tokenizer.bos, help="token before every document, as it was packed; '' is none (%(default)s)")
     add("--eos", default=tokenizer.eos, help="token after every document; '' is none (%(default)s)")
-    add("--pad", default=None, metavar="TOKEN", help="what the other stack puts at the end of a text")
+    add("--their-bos", metavar="TOKEN", help="what the other stack puts before a text, where it is not --bos")
+    add(
+        "--their-end", metavar="TOKEN", help="what it puts after a text, where it is not --eos: another eos, or padding"
+    )
     add("--vocab-size", type=int, required=True, metavar="V", help="ids of the student's head")
     add("--teacher", default=None, help="name of the teacher; default: import:FORMAT")
     add("--step", type=int, default=0, help="training step of the teacher; of two targets the later one counts (0)")
@@ -160,17 +163,14 @@ def _match(args: argparse.Namespace, corpus: PackedCorpus, tokenizer: Tokenizer)
         return ByOrder(corpus, load_order(Path(args.order)), args.order)
     if args.order is not None:
         raise ConfigError(f"--order is no option of --from {args.format}, whose sequences are found by their tokens")
-    ends = {i for i in (tokenizer.eos_id, _id(tokenizer, args.pad)) if i is not None}
-    return ByTokens(corpus, tokenizer.bos_id, ends, args.truncated)
-
-
-def _id(tokenizer: Tokenizer, token: str | None) -> int | None:
-    if token is None:
-        return None
-    found = tokenizer.id(token)
-    if found is None:
-        raise DataError(f"--pad is {token!r}; the tokenizer has no such token")
-    return found
+    frame = []
+    for ours, name in ((tokenizer.bos_id, "their_bos"), (tokenizer.eos_id, "their_end")):
+        token = getattr(args, name)
+        theirs = None if token is None else tokenizer.id(token)
+        if token is not None and theirs is None:
+            raise DataError(f"--{name.replace('_', '-')} is {token!r}; {args.tokenizer} has no such token")
+        frame.append({i for i in (ours, theirs) if i is not None})
+    return ByTokens(corpus, *frame, args.truncated)
 
 
 def _watched(source: Iterable[Sequence]) -> Iterator[Sequence]:

@@ -26,15 +26,15 @@ _CHUNK_TOKENS = 1 << 20
 class ByTokens:
     """Finds a sequence whose tokens are those of a sample (its S, with or without the one after), or of a document.
 
-    A document is compared without `bos_id` in front, and without what is in `ends` (eos, padding) at its end, since
-    stacks differ in them. Equal samples and equal documents are all found. It takes 34 bytes of memory for a sample, 17
-    for a document.
+    A document is compared without a token of `starts` (bos) in front and those of `ends` (eos, padding) at its end,
+    since stacks differ in them. Equal samples and equal documents are all found. It takes 34 bytes of memory for a
+    sample, 17 for a document.
 
     truncated: longest sequence that the other stack kept; longer documents are found by so many tokens.
     """
 
-    def __init__(self, corpus: PackedCorpus, bos_id: int | None, ends: set[int], truncated: int | None = None):
-        self._length, self._bos_id, self._ends = corpus.sample_tokens, bos_id, np.array(sorted(ends), np.int64)
+    def __init__(self, corpus: PackedCorpus, starts: set[int], ends: set[int], truncated: int | None = None):
+        self._length, self._starts, self._ends = corpus.sample_tokens, starts, np.array(sorted(ends), np.int64)
         self._truncated = truncated
         samples, documents = _Table(), _Table()
         for start, tokens in _documents(corpus, samples):
@@ -68,7 +68,7 @@ class ByTokens:
 
     def _content(self, tokens: Tokens) -> tuple[Tokens, int]:
         """The tokens between bos and ends, and how many come before them."""
-        offset = int(len(tokens) > 0 and tokens[0] == self._bos_id)
+        offset = int(len(tokens) > 0 and int(tokens[0]) in self._starts)
         inside = np.flatnonzero(~np.isin(tokens, self._ends))
         return tokens[offset : max(int(inside[-1]) + 1, offset) if len(inside) else offset], offset
 

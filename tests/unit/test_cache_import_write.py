@@ -41,26 +41,27 @@ TEACHER = table()
 class World:
     """A packed corpus of a few documents, some of which are cut by the ends of samples."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, bos: str | None = "<|begin_of_text|>"):
         draw = np.random.default_rng(1)
         words = ["the", "cat", "sat", "on", "a", "mat", "x = 3", "return", "\n"]
         texts = [f"{i} " + " ".join(draw.choice(words, draw.integers(2, 20))) for i in range(40)]
         (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         corpus = CorpusConfig(Source.files, [str(folder / "a.jsonl")], held_out=0.0)
-        config = DataConfig({"main": corpus}, TokenizerConfig(vocab_size=V), sample_tokens=S)
+        config = DataConfig({"main": corpus}, TokenizerConfig(vocab_size=V, bos=bos), sample_tokens=S)
         data = prepare(config, folder / "data", V)
         self.folder, self.tokenizer, self.corpus = folder, data.tokenizer, data.train["main"]
+        self.frame = ("--bos", bos or "")
         (self.packed,) = (folder / "data").glob("main-*")
         (self.file,) = (folder / "data").glob("tokenizer-*/tokenizer.json")
         self.all = self.corpus.take(np.arange(len(self.corpus)))
-        bos, eos = data.tokenizer.bos_id, data.tokenizer.eos_id
-        self.documents = [[bos, *ids, eos] for ids, _ in data.tokenizer.encode_batch(texts)]
+        front, eos = [] if bos is None else [data.tokenizer.bos_id], data.tokenizer.eos_id
+        self.documents = [[*front, *ids, eos] for ids, _ in data.tokenizer.encode_batch(texts)]
 
     def run(self, kind: str, *files: Path | str, more: tuple[str, ...] = ()):
         parser = argparse.ArgumentParser()
         add_arguments(parser)
         required = ["--from", kind, "--corpus", self.packed, "--tokenizer", self.file, "--vocab-size", V]
-        return run(parser.parse_args(list(map(str, [self.folder / "cache", *files, *required, *more]))))
+        return run(parser.parse_args(list(map(str, [self.folder / "cache", *files, *required, *self.frame, *more]))))
 
     def read(self):
         """ids, probabilities, covered, label's log-probability, entropy: each [samples, S, ...]."""
@@ -162,6 +163,23 @@ def test_documents_in_any_order_are_put_together_to_samples(world, bos):
     check(world, covered)
 
 
+def test_a_bos_that_only_the_other_stack_has(tmp_path):
+    world = World(tmp_path, bos=None)
+    # No id of the corpus; the row after it is about a document's first token, which has no place.
+    bos = min(set(range(V)) - set(world.all.ids.ravel().tolist()))
+    token = world.tokenizer.token(bos)
+    sequences = [[bos, *document] for document in world.documents[:-1]]
+    path = top_parquet(world.folder / "a.parquet", sequences)
+    with pytest.raises(CacheError, match="neither a sample nor a document"):
+        world.run("parquet", path)
+    with pytest.raises(DataError, match="--their-bos is '<none>'"):
+        world.run("parquet", path, more=("--their-bos", "<none>"))
+    world.run("parquet", path, more=("--their-bos", token))
+    covered = world.all.mask[:, 1:].copy()
+    covered.ravel()[sum(map(len, world.documents[:-1])) :] = False
+    check(world, covered)
+
+
 def test_truncated_documents_are_found_by_their_beginning(world):
     longest = max(range(20), key=lambda i: len(world.documents[i]))
     cut = world.documents[longest][:12]
@@ -197,6 +215,20 @@ def test_dense_rows_go_through_an_unbiased_codec(world):
     assert draws > 300
     deviations = (dense[often] / places[often] - p) / np.sqrt(p * (1 - p) / draws)
     assert np.abs(deviations[p > 5 / draws]).max() < 4.5
+
+
+def test_dense_rows_of_a_smaller_vocabulary_give_other_ids_nothing(world):
+    ids = world.all.ids[0, :S]
+    rows = [[[-1.0, -2.0, -3.0]] * S]
+    pq.write_table(pa.table({"input_ids": [ids.tolist()], "logits": rows}), world.folder / "a.parquet")
+    world.run("parquet", world.folder / "a.parquet", more=("--codec", "topk", "--k", "4"))
+    found, probs, covered, _, _ = (part[0] for part in world.read())
+    mass = sum(math.exp(-i) for i in (1, 2, 3))
+    for j in np.flatnonzero(covered):
+        got = {int(i): float(p) for i, p in zip(found[j], probs[j])}
+        assert [got[i] for i in range(3)] == pytest.approx([math.exp(-1 - i) / mass for i in range(3)], rel=0.06)
+        assert sum(got[i] for i in got if i > 2) < 1e-5
+    assert covered.any()
 
 
 def test_megatron_sequences_are_the_samples_of_the_order(world):
