@@ -170,7 +170,7 @@ def _match(args: argparse.Namespace, corpus: PackedCorpus, tokenizer: Tokenizer)
         if token is not None and theirs is None:
             raise DataError(f"--{name.replace('_', '-')} is {token!r}; {args.tokenizer} has no such token")
         frame.append({i for i in (ours, theirs) if i is not None})
-    return ByTokens(corpus, *frame, args.truncated)
+    return ByTokens(corpus, frame[0], frame[1], args.truncated)
 
 
 def _watched(source: Iterable[Sequence]) -> Iterator[Sequence]:

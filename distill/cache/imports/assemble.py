@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,7 +68,9 @@ class Assembler:
             offset = self._file.seek(0, 2)
             for column in piece:
                 self._file.write(np.ascontiguousarray(column).tobytes())
-            self._pieces.setdefault(sample_id, []).append(_Waiting(position, offset, tuple(map(len, piece))))
+            self._pieces.setdefault(sample_id, []).append(
+                _Waiting(position, offset, tuple(len(column) for column in piece))
+            )
             return None
         self._pieces.pop(sample_id, None)
         return self._whole(sample_id, [(position, piece)], others)
@@ -92,7 +94,7 @@ class Assembler:
 
     def _read(self, waiting: _Waiting) -> Piece:
         self._file.seek(waiting.offset)
-        columns = []
+        columns: list[Any] = []
         for size, kind in zip(waiting.sizes, _TYPES):
             columns.append(np.frombuffer(self._file.read(size * np.dtype(kind).itemsize), kind))
         return Piece(*columns)
@@ -101,5 +103,6 @@ class Assembler:
 def _gap(count: int) -> Piece:
     assert count >= 0, "pieces overlap"
     none: NDArray[np.int32] = np.zeros(0, np.int32)
-    zeros = [np.zeros(count, kind) for kind in _TYPES]
-    return Piece(zeros[0], none, none, zeros[3], zeros[4], zeros[5], zeros[6])
+    zeros: list[Any] = [np.zeros(count, kind) for kind in (np.int32, np.uint8, np.float32, np.float32, np.bool_)]
+    counts, rest, label, entropy, has = zeros
+    return Piece(counts, none, none, rest, label, entropy, has)

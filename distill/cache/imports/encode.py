@@ -165,5 +165,5 @@ class Encoder:
 
 
 def _piece(atoms: Atoms, label_T: Any, entropy_T: Any, has_T: Any) -> Piece:
-    columns = (atoms.counts_T, atoms.ids_N, atoms.codes_N, atoms.rest_T)
-    return Piece(*(c.numpy() for c in columns), label_T.astype(np.float32), entropy_T.astype(np.float32), has_T)
+    counts_T, ids_N, codes_N, rest_T = (column.numpy() for column in atoms)
+    return Piece(counts_T, ids_N, codes_N, rest_T, label_T.astype(np.float32), entropy_T.astype(np.float32), has_T)

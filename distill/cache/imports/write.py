@@ -25,7 +25,7 @@ class Run(NamedTuple):
     """In the corpus: sample id * S + position in it. May reach over the end of a sample."""
     first: int
     """In the sequence."""
-    count: int
+    positions: int
     whole: bool
     """The sequence is a sample; else it is one of its documents."""
 
@@ -174,7 +174,7 @@ def _some(tokens: Any) -> str:
 def _pieces(sequence: Sequence, run: Run, corpus: Corpus, encoder: Encoder, assembler: Assembler) -> Iterable[Whole]:
     """Hands a run to the assembler, sample by sample; yields those that are complete by it."""
     length = corpus.sample_tokens
-    start, first, left = run.start, run.first, min(run.count, len(corpus) * length - run.start)
+    start, first, left = run.start, run.first, min(run.positions, len(corpus) * length - run.start)
     while left > 0:
         sample_id, position = divmod(start, length)
         count = min(left, length - position)
