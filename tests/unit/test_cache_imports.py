@@ -272,6 +272,16 @@ def test_vllm_keeps_the_top_and_takes_the_label_from_beyond_it(tmp_path):
     check_vllm(Vllm([tmp_path]))
 
 
+def test_vllm_labels_all_beyond_the_top_do_not_widen_it(tmp_path):
+    rows = truth(3)
+    tokens = [3, *(best(row, 400)[-1] for row in rows)]
+    (tmp_path / "a.jsonl").write_text(json.dumps(request(rows, tokens, 5)))
+    source = Vllm([tmp_path])
+    (sequence,) = source
+    assert source.facts.k == 5
+    assert [sorted(found) for found in split(sequence)] == [sorted(best(row, 5)) for row in rows]
+
+
 @pytest.mark.parametrize("kind", ["map", "structs", "text", "inferred"])
 def test_vllm_in_parquet_however_it_was_dumped(tmp_path, kind):
     case = vllm_case()[2]
@@ -469,6 +479,22 @@ def test_flipped_bits_never_give_a_traceback(tmp_path, name):
             assert path.name in str(error)
             refused += 1
     assert refused  # formats without checksums let most of them pass, which is said in their bias
+
+
+@pytest.mark.parametrize(
+    ("ids", "named"),
+    [
+        ([5, 6, 5], "position 1: id 5 comes twice"),
+        ([5, -6, 7], "position 1: id is -6"),
+        ([5, 2**24, 7], "below 2\\*\\*24"),
+    ],
+)
+def test_ids_that_cannot_be(tmp_path, ids, named):
+    values = [[-1.0, -2.0, -3.0]] * 2
+    table = {"input_ids": [[1, 2]], "topk_ids": [[[1, 2, 5], ids]], "topk_logprobs": [values]}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    with pytest.raises(CacheError, match=rf"a\.parquet row 0.*{named}"):
+        list(Plain([tmp_path]))
 
 
 def test_what_is_not_there_is_named(tmp_path):

@@ -15,6 +15,7 @@ Array = NDArray[Any]
 
 NOT_LOGPROBS = 0.01
 """Nats above 0 that rounding may give a log-probability; more is something else."""
+_MAX_ID = 2**24 - 1
 
 
 class Entries(NamedTuple):
@@ -93,11 +94,12 @@ def entries(counts_P: Array, ids_N: Array, logprobs_N: Array, where: str, *, log
         counts_P = np.bincount(position_N, minlength=len(counts_P))
     if (bad := np.flatnonzero(ids_N < 0)).size:
         raise CacheError(f"{where}, position {position_N[bad[0]]}: id is {ids_N[bad[0]]}; ids are at least 0")
-    order = np.lexsort((ids_N, position_N))
-    twice = (np.diff(ids_N[order]) == 0) & (np.diff(position_N[order]) == 0)
-    if twice.any():
-        at = order[np.flatnonzero(twice)[0]]
-        raise CacheError(f"{where}, position {position_N[at]}: id {ids_N[at]} comes twice")
+    if len(ids_N) and ids_N.max() > _MAX_ID:
+        raise CacheError(f"{where}: id is {ids_N.max()}; ids of a vocabulary are below 2**24")
+    keys = np.sort(position_N << 24 | ids_N)  # one sort of one number
+    if (twice := np.flatnonzero(keys[1:] == keys[:-1])).size:
+        position, token = divmod(int(keys[twice[0]]), _MAX_ID + 1)
+        raise CacheError(f"{where}, position {position}: id {token} comes twice")
     return Entries(counts_P, ids_N, logprobs_N)
 
 
