@@ -76,15 +76,14 @@ class Report:
     def lines(self) -> list[str]:
         """For people."""
         t = self.tally or Tally()
-        part = lambda count: f"{count} ({100 * count / max(t.tokens, 1):.1f} %)"  # noqa: E731
         lines = [
             f"{self.matched} of {self.sequences} sequences matched; {self.unmatched} did not, {self.left_out} left out",
             f"{self.samples} samples, {self.partial} of them with gaps; {t.tokens} tokens have targets",
-            f"label among what was kept for {part(t.labels_kept)} of them: a low share means wrong alignment",
+            f"label among what was kept for {_share(t.labels_kept, t.tokens)} of them: a low share means wrong alignment",
         ]
         if t.labels_bound:
             lines.append(
-                f"label's log-probability of {part(t.labels_bound)} is an upper bound, from the residual mass and the "
+                f"label's log-probability of {_share(t.labels_bound, t.tokens)} is an upper bound, from the residual mass and the "
                 "smallest kept probability: loss and lag of this teacher read lower than they are"
             )
         if t.scaled:
@@ -165,6 +164,10 @@ def _unmatched(report: Report, sequence: Sequence, allowed: bool) -> None:
             f"{report.first_unmatched}: neither a sample nor a document of the corpus, after {report.matched} that "
             "are; --allow-unmatched passes over such sequences"
         )
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count} ({100 * count / max(total, 1):.1f} %)"
 
 
 def _some(tokens: Any) -> str:
