@@ -79,12 +79,12 @@ class Report:
         lines = [
             f"{self.matched} of {self.sequences} sequences matched; {self.unmatched} did not, {self.left_out} left out",
             f"{self.samples} samples, {self.partial} of them with gaps; {t.tokens} tokens have targets",
-            f"label among what was kept for {_share(t.labels_kept, t.tokens)} of them: a low share means wrong alignment",
+            f"label among what was kept for {_share(t.labels_kept, t.tokens)} of them: few mean a wrong alignment",
         ]
         if t.labels_bound:
             lines.append(
-                f"label's log-probability of {_share(t.labels_bound, t.tokens)} is an upper bound, from the residual mass and the "
-                "smallest kept probability: loss and lag of this teacher read lower than they are"
+                f"label's log-probability of {_share(t.labels_bound, t.tokens)} is an upper bound, from the residual "
+                "mass and the smallest kept probability: this teacher's loss reads lower than it is"
             )
         if t.scaled:
             lines.append(f"{t.scaled} tokens had probabilities that sum to up to {t.largest_sum:.3f}: scaled to 1")
