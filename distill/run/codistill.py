@@ -65,6 +65,7 @@ def train(run: Run) -> None:
         "bytes_per_token": bytes_per_token(run),
         "capture_overhead": overhead,
         "coverage": learner.program.coverage,
+        "stall": learner.stalled / learner.seconds if learner.seconds else None,
         "agreement": result.agreement,
         "ece": result.ece,
     }
