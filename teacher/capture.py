@@ -1,6 +1,6 @@
 """Soft targets taken out of the forward passes of a teacher in training.
 
-Per chunk of the head: logits -> atoms of the codec, the entropy and the label's log-probability; per micro-batch: one
+Per chunk of the head: probabilities -> atoms of the codec and the entropy; per micro-batch: one
 `put` into the writer of its corpus. Probabilities are normalised over all of V at temperature 1.
 """
 
@@ -41,13 +41,13 @@ class Capture:
         self._entropy: list[Tensor] = []
 
         @torch.no_grad()
-        def tap(start: int, logits_TV: Tensor, lse_T: Tensor) -> None:
+        def tap(start: int, probs_TV: Tensor, logprobs_TV: Tensor) -> None:
             began = time.perf_counter()
-            rows = slice(start, start + len(lse_T))
-            device = logits_TV.device
-            found = self.codec.select(
-                logits_TV,
-                lse_T,
+            rows = slice(start, start + len(probs_TV))
+            device = probs_TV.device
+            found = self.codec.select_probs(
+                probs_TV,
+                logprobs_TV,
                 seed=self.seed,
                 sample_ids_T=sample_ids_T[rows].to(device),
                 positions_T=positions_T[rows].to(device),
