@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from distill.config.errors import UserError
-from distill.config.load import CONF, load, precheck
+from distill.config.load import CONF, load, precheck, spelt
 from distill.config.schema import Job, RunConfig
 
 
@@ -52,6 +52,7 @@ def run_job(config: RunConfig) -> None:
 
 def main() -> int:
     """Exit code 2 and one line per fault for what a person can mend; tracebacks are for our own mistakes."""
+    sys.argv[1:] = spelt(sys.argv[1:])
     try:
         precheck(sys.argv[1:])
     except UserError as error:
