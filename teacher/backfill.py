@@ -64,17 +64,19 @@ def hard_loss(hidden_TD: Tensor, weight_VD: Tensor, batch: Batch, tap: Tap, chun
 
 
 @torch.inference_mode()
-def label(teacher: Frozen, batch: Batch, capture: Capture, step: int, head_chunk: int) -> tuple[Tensor, Tensor]:
+def label(
+    teacher: Frozen, batch: Batch, capture: Capture, step: int, tokens_seen: int, head_chunk: int
+) -> tuple[Tensor, Tensor]:
     """Labels a batch on the teacher's device and hands its targets to the writers.
 
     Args:
-        step: that the records say they are of.
+        step, tokens_seen: of the teacher, as the records will say.
 
     Returns:
         Sum of the label losses over valid tokens (nats) and their number; on the device, nothing waits for it.
     """
     hard_T = teacher.label(batch, capture.begin(batch), head_chunk)
-    capture.put(batch, hard_T, step)
+    capture.put(batch, hard_T, step, tokens_seen)
     valid_T = batch.valid_BS.flatten()
     return (hard_T.double() * valid_T).sum(), valid_T.sum()
 

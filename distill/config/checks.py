@@ -31,8 +31,9 @@ def check(run: RunConfig) -> Iterator[str]:
     """Every broken rule of a complete configuration: key, value, what is allowed."""
     trains_teacher = run.job in (Job.teacher, Job.codistill)
     trains_student = run.job in (Job.student, Job.codistill)
-    yield from _model("teacher.model", run.teacher.model, run.data.sample_tokens)
-    yield from _model("student.model", run.student.model, run.data.sample_tokens)
+    length = 1 if run.job is Job.backfill else run.data.sample_tokens  # neither model is part of a backfill
+    yield from _model("teacher.model", run.teacher.model, length)
+    yield from _model("student.model", run.student.model, length)
     for role, part in (("teacher", run.teacher), ("student", run.student)):
         yield from _optim(f"{role}.optim", part.optim)
         if part.model.parametrization is Parametrization.transfer and part.optim.optimizer is not OptimizerName.adamw:
