@@ -21,7 +21,6 @@ from distill.cache import CacheHeader, CacheReader, CacheWriter, make_codec
 from distill.cache.header import exists
 from distill.config.schema import OnFull, OnMissing
 from distill.data.join import Batch, Joiner, Prefetch, check_cache
-from distill.data.packed import PackedCorpus
 from distill.run import build
 from distill.run.frozen import Teacher, load_teacher
 from distill.run.run import Run
@@ -35,11 +34,13 @@ class Place(NamedTuple):
     """One corpus and its cache."""
 
     name: str
-    corpus: PackedCorpus
     folder: str | Path
     header: CacheHeader
     """Of the cache that is there, whose codec and seed hold; else of the one that will be made."""
-    held: Held
+    covered: int
+    """Samples that have targets."""
+    done: int
+    """Of these, samples that this very teacher has labelled."""
     step: int
     """Of the records to be made: later than any that they are to beat, and the same when a run starts again."""
     seen_before: bool
@@ -77,28 +78,27 @@ def backfill(run: Run) -> None:
         summary |= _label_all(run, teacher, places, plan, mine)
         readers = [CacheReader(place.folder) for place in places]
         stats = [reader.stats() for reader in readers]
-        summary["coverage"] = sum(s["samples"] for s in stats) / max(sum(len(place.corpus) for place in places), 1)
+        summary["coverage"] = sum(s["samples"] for s in stats) / max(sum(place.header.samples for place in places), 1)
         summary |= build.cache_figures(readers)
     run.finish({**summary, "seconds": run.seconds})
 
 
 def _planned(run: Run, teacher: Teacher) -> tuple[list[Place], Plan]:
     b = run.config.backfill
-    places = list(_places(run, teacher))
-    costs = [teacher.flops_per_token * place.corpus.sample_tokens for place in places]
+    found = list(_places(run, teacher))
     plan = make_plan(
-        [place.held for place in places],
+        [held for _, held in found],
         vocab_size=teacher.model.vocab_size,
-        flops_per_sample=costs,
+        flops_per_sample=[teacher.flops_per_token * run.config.data.sample_tokens] * len(found),
         min_lag=b.min_lag,
         unit_samples=b.unit_samples,
         max_samples=b.max_samples,
         max_flops=None if b.max_tflops is None else b.max_tflops * 1e12,
     )
-    return places, plan
+    return [place for place, _ in found], plan
 
 
-def _places(run: Run, teacher: Teacher) -> Iterator[Place]:
+def _places(run: Run, teacher: Teacher) -> Iterator[tuple[Place, Held]]:
     config, vocab_size = run.config, teacher.model.vocab_size
     wanted = config.backfill.corpora or list(run.data.train)
     for name, folder in build.cache_folders(run).items():
@@ -125,7 +125,8 @@ def _places(run: Run, teacher: Teacher) -> Iterator[Place]:
             )
             none_N = np.zeros(len(corpus), bool)
             held = Held(none_N, np.full(len(corpus), np.nan), none_N)
-        yield Place(name, corpus, folder, header, held, max(teacher.steps, newest + 1), seen)
+        covered, done = int(held.covered_N.sum()), int(held.mine_N.sum())
+        yield Place(name, folder, header, covered, done, max(teacher.steps, newest + 1), seen), held
 
 
 def _held(reader: CacheReader, identity: str) -> Held:
@@ -140,14 +141,12 @@ def describe(run: Run, places: list[Place], plan: Plan, teacher: Teacher, rate: 
     """The plan and what it will cost, in lines."""
     yield f"teacher {teacher.identity}: {teacher.name}, {short(teacher.flops_per_token)}FLOP per token"
     for number, place in enumerate(places):
-        ids = [unit.sample_ids for unit in plan.units if unit.corpus == number]
-        samples = sum(map(len, ids))
-        gaps = sum(int((~place.held.covered_N[i]).sum()) for i in ids)
-        done = int(place.held.mine_N.sum())
+        samples = sum(len(unit.sample_ids) for unit in plan.units if unit.corpus == number)
+        stale = samples - plan.gaps_C[number]
         yield (
-            f"corpus {place.name}: {len(place.corpus):,} samples, {int(place.held.covered_N.sum()):,} have targets"
-            f"{f', {done:,} of them this teacher' + chr(39) + 's' if done else ''}; to label: {gaps:,} gaps, "
-            f"{samples - gaps:,} stale; into {place.folder} at step {place.step}"
+            f"corpus {place.name}: {place.header.samples:,} samples, {place.covered:,} have targets ({place.done:,} by "
+            f"this teacher); to label: {plan.gaps_C[number]:,} gaps, {stale:,} stale; into {place.folder} as step "
+            f"{place.step}"
         )
     tokens = plan.samples * run.config.data.sample_tokens
     if plan.left_out:
@@ -174,7 +173,8 @@ def measure(run: Run, teacher: Teacher, places: list[Place], units: list[Unit]) 
             with _capture(run, teacher, place, folder) as capture:
                 for timed in (False, True):  # the first warms up
                     began = time.perf_counter()
-                    batch = Joiner([place.corpus], None, OnMissing.hard).batch(np.zeros(len(ids), np.int64), ids)
+                    corpus = run.data.train[place.name]
+                    batch = Joiner([corpus], None, OnMissing.hard).batch(np.zeros(len(ids), np.int64), ids)
                     _label(run, teacher, batch, capture, place.step + timed)
                     capture.flush()
                     seconds = time.perf_counter() - began
@@ -195,7 +195,7 @@ def _capture(run: Run, teacher: Teacher, place: Place, folder: str | Path) -> It
         folder,
         place.header,
         writer=f"backfill-{run.dist.rank:05d}",
-        counts_V=None if exists(folder) else place.corpus.counts_V(teacher.model.vocab_size),
+        counts_V=None if exists(folder) else run.data.train[place.name].counts_V(teacher.model.vocab_size),
         shard_samples=run.config.cache.shard_samples,
         queue=run.config.cache.queue,
         on_full=OnFull.block,
@@ -223,13 +223,13 @@ def _label_all(run: Run, teacher: Teacher, places: list[Place], plan: Plan, mine
         for unit in mine
         for start in range(0, len(unit.sample_ids), b.batch)
     ]
-    joiners = [Joiner([place.corpus], None, OnMissing.hard) for place in places]
+    joiners = [Joiner([run.data.train[place.name]], None, OnMissing.hard) for place in places]
 
     def batch(index: int) -> Batch:
         corpus, ids, _ = pieces[index]
         return joiners[corpus].batch(np.zeros(len(ids), np.int64), ids)
 
-    done = sum(int(place.held.mine_N.sum()) for place in places)
+    done = sum(place.done for place in places)
     totals = torch.zeros(2, dtype=torch.float64, device=dist.device)
     with ExitStack() as stack:
         captures = []
@@ -259,9 +259,9 @@ def _label_all(run: Run, teacher: Teacher, places: list[Place], plan: Plan, mine
             text = f"loss {row['loss']:.3f}"
             run.tracker.progress("backfill", labelled, plan.samples, tokens=int(tokens), text=text)
         for capture in captures:
-            capture.finish()
+            capture.flush()
         dist.barrier()  # every rank's shards are out before any rank looks
     loss, valid = totals.tolist()
     figures: dict[str, Any] = {"samples": labelled, "tokens": labelled * length}
     figures["tflops"] = labelled * length * teacher.flops_per_token / 1e12
-    return figures | ({"label_loss": loss / valid} if valid else {})
+    return figures | ({"loss": loss / valid} if valid else {})

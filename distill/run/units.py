@@ -47,14 +47,18 @@ class Unit(NamedTuple):
 
 class Plan(NamedTuple):
     units: list[Unit]
-    gaps: int
-    """Samples of the plan that have no targets yet; the others' are stale."""
+    gaps_C: list[int]
+    """Samples of the plan and each corpus that have no targets yet; the others' are stale."""
     left_out: int
     """Samples in need for which the budget does not suffice."""
 
     @property
     def samples(self) -> int:
         return sum(len(unit.sample_ids) for unit in self.units)
+
+    @property
+    def gaps(self) -> int:
+        return sum(self.gaps_C)
 
     def share(self, rank: int, world: int) -> list[Unit]:
         """The units of one rank, in order."""
@@ -108,8 +112,10 @@ def make_plan(
     flops = math.inf if max_flops is None else max_flops - sum(n * c for n, c in zip(done, flops_per_sample))
     needed_in_all = sum(len(unit.sample_ids) for _, unit in units)
     kept = list(_within([unit for _, unit in units], flops_per_sample, samples, flops))
-    gaps = sum(int((~held[unit.corpus].covered_N[unit.sample_ids]).sum()) for unit in kept)
-    return Plan(kept, gaps, needed_in_all - sum(len(unit.sample_ids) for unit in kept))
+    gaps_C = [0] * len(held)
+    for unit in kept:
+        gaps_C[unit.corpus] += int((~held[unit.corpus].covered_N[unit.sample_ids]).sum())
+    return Plan(kept, gaps_C, needed_in_all - sum(len(unit.sample_ids) for unit in kept))
 
 
 def _within(units: list[Unit], flops_per_sample: Sequence[float], samples: float, flops: float) -> Iterator[Unit]:

@@ -30,7 +30,7 @@ def flat(plan):
 def test_gaps_alone_without_min_lag_and_each_once():
     plan = plan_of([held([2.0, None, 3.0, None, None])])
     assert [u.sample_ids.tolist() for u in plan.units] == [[1, 3], [4]]
-    assert (plan.gaps, plan.left_out, plan.samples) == (3, 0, 3)
+    assert (plan.gaps_C, plan.gaps, plan.left_out, plan.samples) == ([3], 3, 0, 3)
     assert plan_of([held([2.0, 2.5])]).units == []
 
 
