@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from distill.config.errors import ConfigError
-from distill.config.load import CONF, load, precheck, to_dict
+from distill.config.load import CONF, load, precheck, spelt, to_dict
 from distill.config.schema import Freeze, Job
 from tests.cli import environment
 
@@ -20,7 +20,7 @@ def problems(*arguments):
 def loaded(*arguments):
     precheck(list(arguments))
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return load(compose("config", overrides=list(arguments)))
+        return load(compose("config", overrides=spelt(list(arguments))))
 
 
 def test_export_needs_a_model_and_a_new_folder(tmp_path):
@@ -116,7 +116,7 @@ def test_all_faults_of_a_command_line_come_at_once_each_with_key_value_and_what_
     for part in (
         "job is techer; Invalid value 'techer', expected one of [teacher, student, codistill, backfill, evaluate, export]",
         "student.optim.lrr is no key; allowed there: lr",
-        "foo is no key; allowed: cache,",
+        "foo is no key; allowed: backfill,",
         "loss is no key",
         "cache is mysterious; allowed: multinomial, threshold, topk",
         "experiment is nope; allowed: demo, digits, needle, smoke",
