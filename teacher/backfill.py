@@ -26,8 +26,8 @@ class Frozen(Protocol):
     """V, the width of its logits."""
     model: nn.Module
 
-    def flops_per_token(self, sample_tokens: int) -> float:
-        """Of a forward pass over samples of S tokens."""
+    def flops_per_token(self, sample_tokens: int, tiles: float) -> float:
+        """Of a forward pass over samples of S tokens, with so many tiles of pictures in the mean."""
         ...
 
     def label(self, batch: Batch, tap: Tap, head_chunk: int) -> Tensor:
@@ -45,8 +45,8 @@ class Own:
         self.model = model.eval()
         self.vocab_size = model.config.vocab_size
 
-    def flops_per_token(self, sample_tokens: int) -> float:
-        return flops_per_token(self.model.config, sample_tokens)
+    def flops_per_token(self, sample_tokens: int, tiles: float) -> float:
+        return flops_per_token(self.model.config, sample_tokens, tiles)
 
     def label(self, batch: Batch, tap: Tap, head_chunk: int) -> Tensor:
         def head(hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:

@@ -45,6 +45,12 @@ class Place(NamedTuple):
     """Of the records to be made: later than any that they are to beat, and the same when a run starts again."""
     seen_before: bool
     """The teacher trained on the corpus."""
+    flops_per_token: float
+    """Of the teacher's forward pass, the tiles of pictures shared among the tokens."""
+
+    @property
+    def tflops_per_sample(self) -> float:
+        return self.flops_per_token * self.header.sample_tokens / 1e12
 
 
 class Rate(NamedTuple):
@@ -58,7 +64,6 @@ def backfill(run: Run) -> None:
     teacher = load_teacher(run)
     # Only the main rank looks: what it sees is the plan of all.
     places, plan = dist.from_main(_planned(run, teacher) if dist.is_main else None)
-    flops = teacher.flops_per_token * run.config.data.sample_tokens
     mine = plan.share(dist.rank, dist.world)
     rate = measure(run, teacher, places, mine)
     for line in describe(run, places, plan, teacher, rate):
@@ -70,7 +75,7 @@ def backfill(run: Run) -> None:
         summary |= {
             "dry_run": True,
             "planned_tokens": tokens,
-            "planned_tflops": plan.samples * flops / 1e12,
+            "planned_tflops": _tflops(places, plan.units),
             "planned_bytes": tokens * rate.bytes_per_token,
             "planned_seconds": tokens / rate.tokens_per_second if tokens else 0.0,
         }
@@ -89,7 +94,7 @@ def _planned(run: Run, teacher: Teacher) -> tuple[list[Place], Plan]:
     plan = make_plan(
         [held for _, held in found],
         vocab_size=teacher.model.vocab_size,
-        flops_per_sample=[teacher.flops_per_token * run.config.data.sample_tokens] * len(found),
+        flops_per_sample=[place.tflops_per_sample * 1e12 for place, _ in found],
         min_lag=b.min_lag,
         unit_samples=b.unit_samples,
         max_samples=b.max_samples,
@@ -126,7 +131,8 @@ def _places(run: Run, teacher: Teacher) -> Iterator[tuple[Place, Held]]:
             none_N = np.zeros(len(corpus), bool)
             held = Held(none_N, np.full(len(corpus), np.nan), none_N)
         covered, done = int(held.covered_N.sum()), int(held.mine_N.sum())
-        yield Place(name, folder, header, covered, done, max(teacher.steps, newest + 1), seen), held
+        flops = teacher.model.flops_per_token(corpus.sample_tokens, corpus.tiles_per_sample)
+        yield Place(name, folder, header, covered, done, max(teacher.steps, newest + 1), seen, flops), held
 
 
 def _held(reader: CacheReader, identity: str) -> Held:
@@ -139,14 +145,14 @@ def _held(reader: CacheReader, identity: str) -> Held:
 
 def describe(run: Run, places: list[Place], plan: Plan, teacher: Teacher, rate: Rate) -> Iterator[str]:
     """The plan and what it will cost, in lines."""
-    yield f"teacher {teacher.identity}: {teacher.name}, {short(teacher.flops_per_token)}FLOP per token"
+    yield f"teacher {teacher.identity}: {teacher.name}"
     for number, place in enumerate(places):
         samples = sum(len(unit.sample_ids) for unit in plan.units if unit.corpus == number)
         stale = samples - plan.gaps_C[number]
         yield (
             f"corpus {place.name}: {place.header.samples:,} samples, {place.covered:,} have targets ({place.done:,} by "
-            f"this teacher); to label: {plan.gaps_C[number]:,} gaps, {stale:,} stale; into {place.folder} as step "
-            f"{place.step}"
+            f"this teacher); to label: {plan.gaps_C[number]:,} gaps, {stale:,} stale, at "
+            f"{short(place.flops_per_token)}FLOP a token; into {place.folder} as step {place.step}"
         )
     tokens = plan.samples * run.config.data.sample_tokens
     if plan.left_out:
@@ -154,11 +160,15 @@ def describe(run: Run, places: list[Place], plan: Plan, teacher: Teacher, rate: 
     if plan.samples:
         yield (
             f"{plan.samples:,} samples in {len(plan.units):,} units, {short(tokens)} tokens, "
-            f"{tokens * teacher.flops_per_token / 1e12:.4g} TFLOP, about {short(tokens * rate.bytes_per_token)}B, "
+            f"{_tflops(places, plan.units):.4g} TFLOP, about {short(tokens * rate.bytes_per_token)}B, "
             f"{duration(tokens / rate.tokens_per_second)} at {short(rate.tokens_per_second)} tokens/s"
         )
     else:
         yield "nothing to label"
+
+
+def _tflops(places: list[Place], units: list[Unit]) -> float:
+    return sum(places[unit.corpus].tflops_per_sample * len(unit.sample_ids) for unit in units)
 
 
 def measure(run: Run, teacher: Teacher, places: list[Place], units: list[Unit]) -> Rate:
@@ -201,7 +211,7 @@ def _capture(run: Run, teacher: Teacher, place: Place, folder: str | Path) -> It
         on_full=OnFull.block,
         source="backfill",
         seen_before=place.seen_before,
-        flops_per_token=teacher.flops_per_token,
+        flops_per_token=place.flops_per_token,
     ) as writer:
         codec = make_codec(place.header.codec, teacher.model.vocab_size)
         yield Capture(codec, [writer], place.header.seed, teacher.identity, 0)
@@ -263,5 +273,5 @@ def _label_all(run: Run, teacher: Teacher, places: list[Place], plan: Plan, mine
         dist.barrier()  # every rank's shards are out before any rank looks
     loss, valid = totals.tolist()
     figures: dict[str, Any] = {"samples": labelled, "tokens": labelled * length}
-    figures["tflops"] = labelled * length * teacher.flops_per_token / 1e12
+    figures["tflops"] = _tflops(places, plan.units)
     return figures | ({"loss": loss / valid} if valid else {})

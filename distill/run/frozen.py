@@ -30,8 +30,6 @@ class Teacher(NamedTuple):
     """Optimizer steps that it was trained for; 0: not known."""
     tokens_seen: int
     """In these steps; 0: not known."""
-    flops_per_token: float
-    """Of a forward pass over the run's samples."""
     corpora: frozenset[str]
     """Digests of the corpora that it is known to have trained on."""
 
@@ -57,19 +55,17 @@ def load_teacher(run: Run) -> Teacher:
         from teacher import hf
 
         foreign = hf.load(folder, dtype)
-        model, longest = foreign, foreign.max_positions
+        model, longest, vision = foreign, foreign.max_positions, None
     else:
         if not (folder / "config.json").exists():
             trained = checkpoint.find(folder)
         own = load_model(folder, "teacher", None, trained).to(dtype)
-        check_key = f"vision of the model in {folder}"
-        model, longest = Own(own), own.config.max_positions
+        model, longest, vision = Own(own), own.config.max_positions, own.config.vision
     if longest is not None and config.data.sample_tokens > longest:
         raise ConfigError(f"data.sample_tokens is {config.data.sample_tokens}; the model in {folder} takes {longest}")
     model.model.to(run.dist.device)
     run.prepare(model.vocab_size)
-    if isinstance(model, Own):
-        check_sight(check_key, model.model.config.vision, config.data, run.data.tokenizer)
+    check_sight(f"vision of the model in {folder}", vision, config.data, run.data.tokenizer)
     home = _home(folder)
     _check_tokenizer(run, home)
     steps, tokens = (0, 0) if trained is None else _progress(trained, home)
@@ -79,7 +75,6 @@ def load_teacher(run: Run) -> Teacher:
         run.dist.from_main(identity(model.model)),
         steps,
         tokens,
-        model.flops_per_token(config.data.sample_tokens),
         frozenset(_corpora(home)),
     )
 
