@@ -24,7 +24,9 @@ class Frozen(Protocol):
 
     vocab_size: int
     """V, the width of its logits."""
-    model: nn.Module
+
+    @property
+    def model(self) -> nn.Module: ...
 
     def flops_per_token(self, sample_tokens: int, tiles: float) -> float:
         """Of a forward pass over samples of S tokens, with so many tiles of pictures in the mean."""
@@ -42,7 +44,7 @@ class Own:
     """A Transformer of ours as a frozen teacher."""
 
     def __init__(self, model: Transformer):
-        self.model = model.eval()
+        self.model: Transformer = model.eval()
         self.vocab_size = model.config.vocab_size
 
     def flops_per_token(self, sample_tokens: int, tiles: float) -> float:

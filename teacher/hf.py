@@ -145,7 +145,7 @@ def load(folder: Path, dtype: torch.dtype) -> Foreign:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        found: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             use_safetensors=True,
@@ -156,6 +156,7 @@ def load(folder: Path, dtype: torch.dtype) -> Foreign:
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConfigError(f"{key}; transformers cannot load it: {first}") from error
+    model, info = found
     # transformers draws what a file lacks at random, and only warns.
     if lacking := sorted(info["missing_keys"]):
         raise ConfigError(f"{key}; its files lack {len(lacking)} tensors of the model: {', '.join(lacking[:4])}")

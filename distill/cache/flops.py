@@ -1,4 +1,4 @@
-"""What the targets of a cache cost, and what they would have cost: floating-point operations by where records come from.
+"""What the targets of a cache cost, or would have cost: floating-point operations by where records come from.
 
 Starts without torch.
 """

@@ -98,10 +98,13 @@ def check(run: RunConfig) -> Iterator[str]:
         lacking = [name for name in run.data.corpora if name not in run.cache.dirs]
         if lacking:
             which = f" and cache.dirs has no {', '.join(lacking)}" if run.cache.dirs else ""
-            yield f"cache.dir is null{which}; job=student reads the cache of a teacher's run (or set student.cached=false)"
+            yield (
+                f"cache.dir is null{which}; job=student reads the cache of a teacher's run (or set "
+                "student.cached=false)"
+            )
     if run.student.replay.order is ReplayOrder.own and (run.job is Job.codistill or run.cache.follow):
         where = "with cache.follow" if run.cache.follow else f"with job={run.job.value}"
-        yield f"student.replay.order is own {where}; a student that keeps pace with its teacher takes the teacher's stream"
+        yield f"student.replay.order is own {where}; a student that keeps pace with a teacher takes the teacher's stream"
 
 
 def _backfill(run: RunConfig) -> Iterator[str]:
@@ -111,8 +114,8 @@ def _backfill(run: RunConfig) -> Iterator[str]:
         given = [f"{key} is {value}" for key, value in named.items() if value is not None]
         if len(given) != 1:
             yield (
-                f"{' and '.join(given) or 'init_from is null'}; job=backfill takes one frozen teacher: init_from=FOLDER "
-                "or teacher.from=hf:FOLDER"
+                f"{' and '.join(given) or 'init_from is null'}; job=backfill takes one frozen teacher: "
+                "init_from=FOLDER or teacher.from=hf:FOLDER"
             )
         if source is not None and source.startswith("hf:") and run.data.has_pictures:
             yield f"teacher.from is {source}; data.corpora have pictures, which only the project's own models see"

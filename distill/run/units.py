@@ -1,4 +1,4 @@
-"""What a backfill labels and in which order: a pure function of what the caches hold, so every rank makes the same plan.
+"""What a backfill labels and in which order: a pure function of what the caches hold, so that it is repeatable.
 
 A sample is worth the nats per token by which its targets can improve. A stale record: its lag, the loss of the teacher
 that made it less the best loss of its cache. A gap: as if a teacher that knows nothing had filled it (log V nats, or

@@ -114,7 +114,7 @@ def test_all_faults_of_a_command_line_come_at_once_each_with_key_value_and_what_
     )
     text = "\n".join(found)
     for part in (
-        "job is techer; Invalid value 'techer', expected one of [teacher, student, codistill, backfill, evaluate, export]",
+        "job is techer; Invalid value 'techer', expected one of [teacher, student, codistill, backfill,",
         "student.optim.lrr is no key; allowed there: lr",
         "foo is no key; allowed: backfill,",
         "loss is no key",

@@ -23,7 +23,8 @@ from teacher import hf
 V, D, S = 61, 16, 24
 DOCUMENTS = [[0] * 24, [0] * 5 + [1] * 1 + [2] * 18, [0] * 10 + [1] * 10 + [2] * 4]
 SMALL = dict(vocab_size=V, hidden_size=D, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-             num_key_value_heads=1, max_position_embeddings=32, bos_token_id=0, eos_token_id=1, pad_token_id=2)  # fmt: skip
+             num_key_value_heads=1, max_position_embeddings=32, bos_token_id=0, eos_token_id=1,
+             pad_token_id=2)  # fmt: skip
 CONFIGS = {
     "llama": LlamaConfig(**SMALL),
     "gpt2": GPT2Config(vocab_size=V, n_embd=D, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=1),
