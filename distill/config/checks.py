@@ -104,7 +104,7 @@ def check(run: RunConfig) -> Iterator[str]:
             )
     if run.student.replay.order is ReplayOrder.own and (run.job is Job.codistill or run.cache.follow):
         where = "with cache.follow" if run.cache.follow else f"with job={run.job.value}"
-        yield f"student.replay.order is own {where}; a student that keeps pace with a teacher takes the teacher's stream"
+        yield f"student.replay.order is own {where}; whoever keeps pace with a teacher takes its stream"
 
 
 def _backfill(run: RunConfig) -> Iterator[str]:
