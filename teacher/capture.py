@@ -45,16 +45,15 @@ class Capture:
             began = time.perf_counter()
             rows = slice(start, start + len(lse_T))
             device = logits_TV.device
-            self._atoms.append(
-                self.codec.select(
-                    logits_TV,
-                    lse_T,
-                    seed=self.seed,
-                    sample_ids_T=sample_ids_T[rows].to(device),
-                    positions_T=positions_T[rows].to(device),
-                )
+            found = self.codec.select(
+                logits_TV,
+                lse_T,
+                seed=self.seed,
+                sample_ids_T=sample_ids_T[rows].to(device),
+                positions_T=positions_T[rows].to(device),
             )
-            self._entropy.append(lse_T - (torch.exp(logits_TV - lse_T[:, None]) * logits_TV).sum(-1))
+            self._atoms.append(found.atoms)
+            self._entropy.append(found.entropy_T)
             self.seconds += time.perf_counter() - began
 
         return tap

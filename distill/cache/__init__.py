@@ -9,13 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distill.cache.codecs import Codec, make_codec
+    from distill.cache.codecs import Codec, Selection, make_codec
     from distill.cache.header import CacheHeader
+    from distill.cache.ledger import is_written
     from distill.cache.reader import CacheReader, ReadResult
     from distill.cache.targets import Atoms, SoftTargets
     from distill.cache.writer import CacheWriter
 
-__all__ = ["Atoms", "CacheHeader", "CacheReader", "CacheWriter", "Codec", "ReadResult", "SoftTargets", "make_codec"]
+__all__ = [
+    "Atoms", "CacheHeader", "CacheReader", "CacheWriter", "Codec", "ReadResult", "Selection", "SoftTargets",
+    "is_written", "make_codec",
+]  # fmt: skip
 
 _HOMES = {
     "Atoms": "targets",
@@ -24,7 +28,9 @@ _HOMES = {
     "CacheWriter": "writer",
     "Codec": "codecs",
     "ReadResult": "reader",
+    "Selection": "codecs",
     "SoftTargets": "targets",
+    "is_written": "ledger",
     "make_codec": "codecs",
 }
 

@@ -1,9 +1,8 @@
-"""Writing so that a kill or a power cut at any moment leaves the old state or the new one, never a part of either."""
+"""Local files: read at a place, written so that a kill or a power cut leaves the old state or the new one."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +15,27 @@ TEMPORARY = ".tmp"
 
 
 @contextlib.contextmanager
-def reported(path: Path) -> Iterator[None]:
+def reported(path: Path | str) -> Iterator[None]:
     """Turns an OSError into a CacheError that names the file and the reason."""
     try:
         yield
     except OSError as error:
         raise CacheError(f"{path}: {error.strerror or error}") from error
+
+
+def read_at(path: Path, start: int, size: int) -> bytes:
+    """`size` bytes from `start`, fewer where the file ends.
+
+    Not by mapping: a mapped file that another process cuts short kills its reader with SIGBUS.
+    """
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        data = os.pread(fd, size, start)
+        while 0 < len(data) < size and (more := os.pread(fd, size - len(data), start + len(data))):
+            data += more
+        return data
+    finally:
+        os.close(fd)
 
 
 def write_all(fd: int, data: bytes) -> None:
@@ -49,28 +63,3 @@ def publish(path: Path, data: bytes) -> None:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
-
-
-@contextlib.contextmanager
-def locked(path: Path, holder: str, *, wait: bool) -> Iterator[None]:
-    """Holds an exclusive flock on `path`; the kernel releases it when the process ends, however it ends.
-
-    Raises:
-        CacheError: `wait` is false and another live process holds it; `holder` says what for.
-    """
-    with reported(path):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            with reported(path):
-                fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except CacheError as error:
-            if isinstance(error.__cause__, BlockingIOError):
-                pid = os.pread(fd, 32, 0).decode(errors="replace") or "unknown"
-                raise CacheError(f"{path}: another live process (pid {pid}) holds {holder}") from error
-            raise
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, str(os.getpid()).encode(), 0)
-        yield
-    finally:
-        os.close(fd)

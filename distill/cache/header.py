@@ -9,11 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from distill.cache.layout import FORMAT, HEADER, MAX_VOCAB
-from distill.cache.seal import seal, unseal
+from distill.cache.seal import digest, seal, unseal
+from distill.cache.store import Store, open_store
 from distill.config.errors import CacheError
 from distill.config.schema import CodecConfig, CodecName
 
-PARAMETERS = {CodecName.threshold: "tau", CodecName.multinomial: "draws", CodecName.topk: "k"}
+PARAMETERS = {
+    CodecName.systematic: "draws",
+    CodecName.threshold: "tau",
+    CodecName.multinomial: "draws",
+    CodecName.topk: "k",
+}
 """The one field of `CodecConfig` that each codec reads."""
 
 
@@ -55,6 +61,11 @@ class CacheHeader:
     folder: str = field(default="", compare=False)
     """Where it was read from, for messages; not stored."""
 
+    @property
+    def identity(self) -> str:
+        """Digest that every row of the cache's ledgers names."""
+        return digest(self.dump())
+
     def json(self) -> dict[str, Any]:
         """What is stored, in the order of the file."""
         record = {"format": self.format}
@@ -64,34 +75,45 @@ class CacheHeader:
         return record | {"codec": _codec_json(self.codec)}
 
     def dump(self) -> bytes:
-        """The bytes of cache.json; CacheError when the vocabulary does not fit the format."""
-        if not 1 <= self.vocab_size <= MAX_VOCAB:
-            raise CacheError(f"vocab_size is {self.vocab_size}; a cache holds vocabularies up to {MAX_VOCAB}")
+        """The bytes of cache.json; CacheError when they do not fit the format."""
+        if not 2 <= self.vocab_size <= MAX_VOCAB:
+            raise CacheError(f"vocab_size is {self.vocab_size}; a cache holds vocabularies of 2 to {MAX_VOCAB} ids")
+        for name in ("sample_tokens", "samples"):
+            if not 0 <= getattr(self, name) < 2**48:
+                raise CacheError(f"{name} is {getattr(self, name)}; allowed is 0 to {2**48 - 1}")
         return seal(self.json(), indent=1)
 
     @classmethod
     def load(cls, folder: str | Path) -> CacheHeader:
-        """Reads and verifies `folder`/cache.json.
+        """Reads and verifies `folder`/cache.json; CacheError as for `read`."""
+        return cls.read(open_store(folder))
+
+    @classmethod
+    def read(cls, store: Store) -> CacheHeader:
+        """Reads and verifies cache.json.
 
         Raises:
             CacheError: no such cache, a damaged file, an unknown format version or codec.
         """
-        path = Path(folder) / HEADER
+        path = store.path(HEADER)
         try:
-            record = unseal(path.read_bytes())
-        except FileNotFoundError:
-            raise CacheError(f"{folder}: no cache here ({HEADER} is missing)") from None
-        except OSError as error:
-            raise CacheError(f"{path}: {error.strerror}") from error
-        except ValueError as error:
+            record = unseal(store.read(HEADER))
+            version = record.get("format")
+            if version not in (1, FORMAT):
+                raise CacheError(f"{path}: format version is {version}; this program reads 1 and {FORMAT}")
+            codec = record.pop("codec")
+            if codec["name"] not in CodecName.__members__:
+                raise CacheError(f"{path}: codec is {codec['name']!r}; allowed are {', '.join(CodecName.__members__)}")
+            config = CodecConfig(**codec | {"name": CodecName[codec["name"]]})
+            header = cls(**record, codec=config, folder=store.root)
+            header.dump()
+            return header
+        except CacheError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise CacheError(f"{store.root}: no cache here ({HEADER} is missing)") from None
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CacheError(f"{path} is damaged: {error}") from error
-        if record.get("format") != FORMAT:
-            raise CacheError(f"{path}: format version is {record.get('format')}; this program reads {FORMAT}")
-        codec = record.pop("codec")
-        if codec["name"] not in CodecName.__members__:
-            raise CacheError(f"{path}: codec is {codec['name']!r}; allowed are {', '.join(CodecName.__members__)}")
-        config = CodecConfig(**codec | {"name": CodecName[codec["name"]]})
-        return cls(**record, codec=config, folder=str(folder))
 
     def check(self, **expected: Any) -> None:
         """Compares fields with what a run needs.

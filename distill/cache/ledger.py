@@ -1,26 +1,51 @@
-"""The append-only record of published shards, one file per writer. Starts without torch.
+"""The append-only record of published shards, one ledger per writer. Starts without torch.
 
-A row is one line of sealed JSON. A line without its newline is a row that is being written, or was being written when
-its writer died: readers do not see it, and the writer removes it when it opens the ledger again.
+A row is one line of sealed JSON: of `ledger/<writer>.jsonl` where files can grow, else an object of its own,
+`ledger/<writer>/<seq>.json`. A ledger may begin as a file and go on as objects. A line without its newline is a row
+that is being written, or was when its writer died: readers do not use it, and say so.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from distill.cache.files import reported, write_all
+from distill.cache.layout import LEDGER, row_object
 from distill.cache.seal import seal, unseal
+from distill.cache.store import LocalStore, Store, open_store
 from distill.config.errors import CacheError
-from distill.config.files import sync
 
 log = logging.getLogger(__name__)
 
 _WHOLE_ROW = re.compile(rb'"digest": "[0-9a-f]{16}"\}.', re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where records come from: one state of one teacher."""
+
+    teacher: str
+    """Identity of the teacher."""
+    source: str
+    """capture, backfill or import."""
+    first_step: int
+    last_step: int
+    samples: int
+    tokens: int
+    """Tokens that have a target."""
+    tokens_seen: int
+    """By the teacher, before the last of these samples."""
+    loss: float | None
+    """Teacher's mean label loss over its shard, nats; null without tokens."""
+    seen_before: bool
+    """The teacher had trained on these samples."""
+    flops_per_token: float
+    """Of a forward pass of the teacher; 0: not known."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +55,12 @@ class ShardRow:
     writer: str
     seq: int
     """Number of the row in its ledger, from 0."""
+    cache: str
+    """Digest of the header of the cache that it belongs to."""
     shard: str
     """File name in `shards/`."""
+    source: str
+    """Who wrote it: capture, backfill, import, compact or merge."""
     samples: int
     first_sample: int
     """Smallest id; which ids there are is in the shard."""
@@ -45,115 +74,202 @@ class ShardRow:
     index_bytes: int
     """Header and index columns, at the start of the file."""
     index_digest: str
-    teacher: str
-    """Identity of the teacher."""
-    first_step: int
-    last_step: int
-    tokens_seen: int
-    """By the teacher, before the last of these samples."""
-    loss: float | None
-    """Teacher's mean label loss over `tokens`, nats; null without tokens."""
+    origins: tuple[Origin, ...]
 
     @property
-    def order(self) -> tuple[int, str, int]:
-        """Of two rows that hold a sample the greater wins."""
-        return self.last_step, self.writer, self.seq
+    def last_step(self) -> int:
+        return max((origin.last_step for origin in self.origins), default=-1)
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> ShardRow:
+        """From JSON; raises TypeError, KeyError or ValueError when it is not a row."""
+        row = cls(**record | {"origins": tuple(Origin(**origin) for origin in record["origins"])})
+        counts = (row.seq, row.samples, row.first_sample, row.tokens, row.atoms, row.bytes, row.index_bytes)
+        if not all(isinstance(count, int) and count >= 0 for count in counts) or "/" in row.shard:
+            raise ValueError("a number or a name that cannot be")
+        return row
+
+
+@dataclass(frozen=True)
+class Retired:
+    """Rows whose records all lie in shards of a compaction."""
+
+    ledger: str
+    first: int
+    last: int
+    """Inclusive."""
 
 
 class LedgerReader:
-    """Follows one ledger."""
+    """Follows one ledger.
 
-    def __init__(self, path: Path):
-        self.path = path
+    Args:
+        cache: digest of the cache's header, which every row must name.
+        old_row: turns a record of format 1 into one of today's; None: the cache is of today's format.
+    """
+
+    def __init__(self, store: Store, writer: str, cache: str, old_row: Any = None):
+        self.store, self.writer, self._cache, self._old_row = store, writer, cache, old_row
         self.offset = 0
-        """Bytes of complete rows read."""
+        """Bytes of complete rows read from the file."""
         self.seq = 0
         """Rows read."""
         self.finished = False
         """The last row read says that the writer's stream is complete."""
+        self.torn = 0
+        """Bytes of a row at the end that is not complete."""
+        self.captures = True
+        """No row says that this is another than a teacher in training."""
+        self.last_step = -1
+        """Of all rows read."""
 
-    def poll(self) -> list[ShardRow]:
-        """New complete rows.
+    def poll(self, limit: int | None = None) -> list[ShardRow | Retired]:
+        """New complete rows, in order; stops after row number `limit` - 1.
 
         Raises:
             CacheError: a row that does not verify, is out of sequence, or was cut off after it had been read.
         """
-        with reported(self.path), self.path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < self.offset:
-                raise CacheError(f"{self.path} is damaged: {size} bytes, {self.offset} have been read before")
-            file.seek(self.offset)
-            data = file.read()
-        rows = []
+        found: list[ShardRow | Retired] = []
+        for line, where in self._lines(limit):
+            found += self._parse(line, where)
+            if limit is not None and self.seq >= limit:
+                break
+        return found
+
+    def _lines(self, limit: int | None) -> Iterator[tuple[bytes, str]]:
+        name = f"{LEDGER}/{self.writer}.jsonl"
+        if isinstance(self.store, LocalStore) or (self.offset == 0 and self.store.exists(name)):
+            yield from self._file_lines(name)
+        if limit is not None and self.seq >= limit:
+            return
+        there = [name for name in self.store.names(f"{LEDGER}/{self.writer}") if name.endswith(".json")]
+        first = row_object(self.writer, self.seq)
+        fresh = [name for each in there if (name := f"{LEDGER}/{self.writer}/{each}") >= first]
+        for seq, name in enumerate(fresh, start=self.seq):
+            if name != row_object(self.writer, seq):
+                raise CacheError(f"{self.store.path(row_object(self.writer, seq))}: the row is missing")
+        for name, data in zip(fresh, _read_many(self.store, fresh), strict=True):
+            yield data, self.store.path(name)
+
+    def _file_lines(self, name: str) -> Iterator[tuple[bytes, str]]:
+        try:
+            size = self.store.size(name)
+        except CacheError as error:
+            if isinstance(error.__cause__, FileNotFoundError) and not self.offset:
+                return
+            raise
+        where = self.store.path(name)
+        if size < self.offset:
+            raise CacheError(f"{where} is damaged: {size} bytes, {self.offset} have been read before")
+        data = self.store.read_at(name, self.offset, size - self.offset)
         *lines, torn = data.split(b"\n")
         for line in lines:
-            try:
-                record = unseal(line + b"\n")
-                kind = record.pop("kind")
-                if (record["writer"], record["seq"]) != (self.path.stem, self.seq):
-                    raise ValueError(f"it is row {record['seq']} of {record['writer']}, expected {self.seq}")
-                if kind == "shard":
-                    rows.append(ShardRow(**record))
-                elif kind != "finish":
-                    raise ValueError(f"its kind is {kind!r}")
-            except (ValueError, TypeError, KeyError) as error:
-                raise CacheError(f"{self.path} line {self.seq + 1} is damaged: {error}") from error
-            self.finished = kind == "finish"
-            self.seq += 1
+            yield line + b"\n", f"{where} line {self.seq + 1}"
             self.offset += len(line) + 1
         if _WHOLE_ROW.search(torn):
-            raise CacheError(f"{self.path} line {self.seq + 1} is damaged: no newline where the row ends")
-        return rows
+            raise CacheError(f"{where} line {self.seq + 1} is damaged: no newline where the row ends")
+        if torn and len(torn) != self.torn:
+            log.warning("%s line %d: %d bytes of a row that is not complete, not used", where, self.seq + 1, len(torn))
+        self.torn = len(torn)
+
+    def _parse(self, line: bytes, where: str) -> list[ShardRow | Retired]:
+        try:
+            record = unseal(line)
+            kind = record.pop("kind")
+            if (record["writer"], record["seq"]) != (self.writer, self.seq):
+                raise ValueError(f"it is row {record['seq']} of {record['writer']}, expected {self.seq}")
+            if self._old_row is not None:
+                record = self._old_row(record, self._cache)
+            if record["cache"] != self._cache:
+                raise ValueError(f"it belongs to another cache, {record['cache']}; this one is {self._cache}")
+            found: list[ShardRow | Retired] = []
+            if kind == "shard":
+                found = [row := ShardRow.of(record)]
+                self.captures = self.captures and row.source == "capture"
+                self.last_step = max(self.last_step, row.last_step)
+            elif kind == "retire":
+                self.captures = False
+                found = [Retired(**retired) for retired in record["retired"]]
+            elif kind != "finish":
+                raise ValueError(f"its kind is {kind!r}")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise CacheError(f"{where} is damaged: {error}") from error
+        self.finished = kind == "finish"
+        self.seq += 1
+        return found
+
+
+def ledgers(store: Store) -> list[str]:
+    """Names of the writers that have a ledger."""
+    found = set()
+    for name in store.names(LEDGER):
+        if name.endswith(".jsonl"):
+            found.add(name.removesuffix(".jsonl"))
+        elif "." not in name:
+            found.add(name)
+    return sorted(found)
+
+
+def is_written(folder: str | Path) -> bool:
+    """Someone has opened a writer on this folder, or URL."""
+    return bool(ledgers(open_store(folder)))
 
 
 class LedgerWriter:
-    """Appends to one ledger. The caller holds the writer's lock."""
+    """Appends to one ledger. Locally the caller holds the writer's lock; elsewhere a row's name is taken only once."""
 
-    def __init__(self, path: Path):
-        """Opens or creates the ledger; reads what is there and removes a torn last row.
+    def __init__(self, store: Store, writer: str, cache: str):
+        """Reads what is there, and removes a torn last row.
 
         Raises:
             CacheError: a damaged complete row, or a file that cannot be opened.
         """
-        self.path = path
-        with reported(path):
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            with reported(path):
-                sync(path.parent)
-            self._repair()
-        except BaseException:
-            os.close(self._fd)
-            raise
-
-    def _repair(self) -> None:
-        reader = LedgerReader(self.path)
-        self.rows = reader.poll()
+        self.store, self.writer, self.cache = store, writer, cache
+        self._name = f"{LEDGER}/{writer}.jsonl"
+        reader = LedgerReader(store, writer, cache)
+        self.rows = [row for row in reader.poll() if isinstance(row, ShardRow)]
         self.seq, self.finished = reader.seq, reader.finished
-        with reported(self.path):
-            torn = os.fstat(self._fd).st_size - reader.offset
-            if torn:
-                log.warning("%s: removed a torn last row of %d bytes", self.path, torn)
-                os.ftruncate(self._fd, reader.offset)
-                os.fsync(self._fd)
+        # Where the ledger has objects, the file ends where they begin.
+        self._appends = store.appends and not store.names(f"{LEDGER}/{writer}")
+        if isinstance(store, LocalStore):
+            if self._appends:
+                store.append(self._name, b"")
+            if reader.torn:
+                log.warning("%s: removed a torn last row of %d bytes", store.path(self._name), reader.torn)
+                store.truncate(self._name, reader.offset)
 
     def append(self, row: ShardRow) -> None:
         """Publishes a shard: returns when the row is on disk."""
         self._append({"kind": "shard"} | dataclasses.asdict(row))
         self.finished = False
 
-    def finish(self, writer: str) -> None:
+    def retire(self, retired: Iterable[Retired]) -> None:
+        """Takes rows of any ledgers out of the cache: their records lie elsewhere."""
+        self._append(self._record("retire") | {"retired": [dataclasses.asdict(r) for r in retired]})
+
+    def finish(self) -> None:
         """Says that this writer's stream is complete, unless the last row says so already."""
         if not self.finished:
-            self._append({"kind": "finish", "writer": writer, "seq": self.seq})
+            self._append(self._record("finish"))
             self.finished = True
+
+    def _record(self, kind: str) -> dict[str, object]:
+        return {"kind": kind, "writer": self.writer, "seq": self.seq, "cache": self.cache}
 
     def _append(self, record: dict[str, object]) -> None:
         """A part that an error leaves behind is a torn row: the writer must be opened anew, which removes it."""
-        with reported(self.path):
-            write_all(self._fd, seal(record))
-            os.fsync(self._fd)
+        if self._appends and isinstance(self.store, LocalStore):
+            self.store.append(self._name, seal(record))
+        else:
+            name = row_object(self.writer, self.seq)
+            if not self.store.create(name, seal(record)):
+                raise CacheError(f"{self.store.path(name)}: another live process has the writer's name {self.writer!r}")
         self.seq += 1
 
-    def close(self) -> None:
-        os.close(self._fd)
+
+def _read_many(store: Store, names: list[str]) -> list[bytes]:
+    many = getattr(store, "read_many", None)
+    if many is not None and names:
+        found: list[bytes] = many(names)
+        return found
+    return [store.read(name) for name in names]

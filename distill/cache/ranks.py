@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +9,10 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from distill.cache.layout import RANKS
+from distill.cache.header import CacheHeader
+from distill.cache.layout import ranks_name
 from distill.cache.seal import digest
+from distill.cache.store import Store
 from distill.config.errors import CacheError
 
 
@@ -30,17 +31,20 @@ def rank_table(counts_V: NDArray[Any] | None, vocab_size: int) -> bytes:
     return safetensors.numpy.save({"ids_by_rank": ids_by_rank.astype(np.uint32)})
 
 
-def load_ranks(folder: Path, expected: str, vocab_size: int) -> NDArray[np.uint32]:
+def load_ranks(store: Store, header: CacheHeader) -> NDArray[np.uint32]:
     """ids_by_rank [V], verified against the digest in the header; CacheError when the file is not that one."""
-    path = folder / RANKS
+    name = "ranks.safetensors" if header.format == 1 else ranks_name(header.ranks)
+    data = store.read(name)
+    if digest(data) != header.ranks:
+        raise CacheError(
+            f"{store.path(name)} is damaged: its digest is {digest(data)}, {header.ranks} in the cache's header"
+        )
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise CacheError(f"{path}: {error.strerror}") from error
-    if digest(data) != expected:
-        raise CacheError(f"{path} is damaged: its digest is {digest(data)}, {expected} in the cache's header")
-    ids_by_rank: NDArray[np.uint32] = safetensors.numpy.load(data)["ids_by_rank"]
-    assert ids_by_rank.shape == (vocab_size,)
+        ids_by_rank: NDArray[np.uint32] = safetensors.numpy.load(data)["ids_by_rank"]
+        if not np.array_equal(np.sort(ids_by_rank), np.arange(header.vocab_size)):
+            raise ValueError(f"not every id below {header.vocab_size} once")
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise CacheError(f"{store.path(name)} is damaged: {error}") from error
     return ids_by_rank
 
 

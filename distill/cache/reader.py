@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,17 +17,24 @@ from torch import Tensor
 from distill.cache import record
 from distill.cache.codecs import make_codec
 from distill.cache.header import CacheHeader
-from distill.cache.layout import LEDGER, PAYLOAD, RAGGED, SHARDS
-from distill.cache.ledger import LedgerReader, ShardRow
+from distill.cache.index import Index
+from distill.cache.ledger import LedgerReader, Origin, Retired, ShardRow, ledgers
 from distill.cache.ranks import load_ranks
+from distill.cache.record import Decoded
 from distill.cache.shard import Shard
+from distill.cache.store import open_store
 from distill.cache.targets import SoftTargets
+from distill.cache.v1.record import decode as decode_old
+from distill.cache.v1.shard import OldShard
+from distill.cache.v1.shard import row as old_row
 from distill.config.errors import CacheError
 
 Array = NDArray[Any]
 
-_OPEN_SHARDS = 256
-"""Mapped at one time; each holds a file descriptor."""
+_OPEN_SHARDS = 64
+"""Whose indexes are kept at one time."""
+_REQUESTS = 32
+"""At one time, to a store where one takes long."""
 
 
 class ReadResult(NamedTuple):
@@ -35,25 +45,76 @@ class ReadResult(NamedTuple):
     shard_loss_B: Tensor
     """float32 nats: the teacher's mean label loss on the sample's shard when captured; nan where not covered."""
     step_B: Tensor
-    """int64: last teacher step of the sample's shard; -1 where not covered."""
+    """int64: the teacher's step when it made the targets; -1 where not covered."""
+
+
+class Sample(NamedTuple):
+    """One record as it lies in the cache, verified."""
+
+    sample_id: int
+    digest: int
+    """xxh3-64 of the tokens that the teacher saw."""
+    step: int
+    origin: Origin
+    data: bytes
+    atoms: int
+    shard: str
+
+
+class _View:
+    """Shards, and which of them holds what. It only grows, so that one thread may read while another adds."""
+
+    def __init__(self, samples: int, shard: Callable[[ShardRow], Shard | OldShard]):
+        self.rows: list[ShardRow] = []
+        self.index = Index(samples)
+        self.open = lru_cache(_OPEN_SHARDS)(lambda number: shard(self.rows[number]))
+        self._lock = threading.Lock()
+
+    def add(self, rows: list[ShardRow], indexes: list[tuple[Array, Array]]) -> None:
+        """Shards with the ids and steps of their samples."""
+        with self._lock:
+            first = len(self.rows)
+            self.rows += rows
+            rank_of = np.empty(len(self.rows), np.int64)
+            rank_of[sorted(range(len(self.rows)), key=self._key)] = np.arange(len(self.rows))
+            for number, (sample_ids, steps) in enumerate(indexes, start=first):
+                self.index.add(number, sample_ids, steps, rank_of)
+
+    def find(self, sample_ids: Array) -> tuple[Array, Array, Array]:
+        with self._lock:
+            return self.index.find(sample_ids)
+
+    def _key(self, number: int) -> tuple[str, int]:
+        return self.rows[number].writer, self.rows[number].seq
 
 
 class CacheReader:
-    """A view of a cache: what was published at the last `refresh`. Any number of readers may follow any writers."""
+    """A view of a cache: what was published at the last `refresh`. Any number of readers may follow any writers.
 
-    def __init__(self, folder: str | Path):
+    Args:
+        folder: a path, or a URL of a file system that fsspec knows.
+        view: rows of each ledger to take in, as another reader's `view` says; None: all that are there. What comes
+            later is taken in by `refresh`.
+    """
+
+    def __init__(self, folder: str | Path, view: Mapping[str, int] | None = None):
         """Raises CacheError: no cache, an unknown format or codec, a damaged header, rank table, ledger or index."""
-        self.folder = Path(folder)
-        self.header = CacheHeader.load(folder)
+        self.folder = folder
+        self._store = open_store(folder)
+        self.header = CacheHeader.read(self._store)
+        self._identity = self.header.identity
         self.codec = make_codec(self.header.codec, self.header.vocab_size)
-        self._ids_by_rank = load_ranks(self.folder, self.header.ranks, self.header.vocab_size).astype(np.int32)
+        self._ids_by_rank = load_ranks(self._store, self.header).astype(np.int32)
         self._ledgers: dict[str, LedgerReader] = {}
-        self._rows: list[ShardRow] = []
-        self._unseen: list[ShardRow] = []
-        self._shard_of = np.full(self.header.samples, -1, np.int32)
-        self._index_of = np.zeros(self.header.samples, np.int32)
-        self._open = lru_cache(_OPEN_SHARDS)(self._open_shard)
-        self.refresh()
+        self._unseen: list[ShardRow | Retired] = []
+        self._pool = None if self._store.appends else ThreadPoolExecutor(_REQUESTS, "cache-reader")
+        self._seen: dict[str, int] = {}
+        self._retired: list[Retired] = []
+        self._now = _View(self.header.samples, self._shard)
+        if view is None:
+            self.refresh()
+        else:
+            self._open_view(view)
 
     def refresh(self) -> int:
         """Takes in what has been published since; returns the number of new shards.
@@ -61,49 +122,63 @@ class CacheReader:
         Raises:
             CacheError: a damaged ledger or shard. The view stays what it was, and the next call fails again.
         """
-        for path in sorted((self.folder / LEDGER).glob("*.jsonl")):
-            self._unseen += self._ledgers.setdefault(path.name, LedgerReader(path)).poll()
-        new_ids = [self._ids_of(row) for row in self._unseen]
-        old = len(self._rows)
-        self._rows += self._unseen
-        self._unseen = []
-        # Place of each shard in the order of precedence; -1 (no shard) comes last and gives way to all.
-        place = np.empty(len(self._rows) + 1, np.int64)
-        place[sorted(range(len(self._rows)), key=lambda i: self._rows[i].order)] = np.arange(len(self._rows))
-        place[-1] = -1
-        for number, ids in enumerate(new_ids, start=old):
-            wins = place[number] > place[self._shard_of[ids]]
-            self._shard_of[ids[wins]] = number
-            self._index_of[ids[wins]] = np.flatnonzero(wins)
-        return len(new_ids)
+        for name in ledgers(self._store):
+            self._unseen += self._ledger(name).poll()
+        return self._take_in()
+
+    @property
+    def view(self) -> dict[str, int]:
+        """Rows of each ledger that this reader has taken in; `CacheReader(folder, view)` sees the same."""
+        return dict(self._seen)
+
+    @property
+    def rows(self) -> list[ShardRow]:
+        """The shards of the view, in no particular order; those that a compaction has replaced are not among them."""
+        return list(self._now.rows)
+
+    @property
+    def torn(self) -> list[str]:
+        """Writers whose ledger ends in a row that is not complete."""
+        return [name for name, ledger in self._ledgers.items() if ledger.torn]
 
     @property
     def finished(self) -> bool:
-        """There is a writer, and every writer seen so far has said that its stream is complete."""
-        return bool(self._ledgers) and all(ledger.finished for ledger in self._ledgers.values())
+        """There is a teacher's writer, and every one seen so far has said that its stream is complete."""
+        teachers = self._teachers()
+        return bool(teachers) and all(ledger.finished for ledger in teachers)
 
     def frontier(self, writers: int) -> int | None:
         """The teacher's step before which everything is published or left out for good; None: all of it.
 
         writers: how many the teacher has; one that has not published yet holds the frontier at 0.
         """
-        done = {ledger.path.stem: ledger.finished for ledger in self._ledgers.values()}
-        if len(done) >= writers and all(done.values()):
-            return None
-        last = {name: 0 for name, finished in done.items() if not finished}
-        for row in self._rows:
-            if row.writer in last:
-                # Samples of this very step may still be in the next shard.
-                last[row.writer] = max(last[row.writer], row.last_step)
-        return min(last.values()) if last and len(done) >= writers else 0
+        teachers = self._teachers()
+        if len(teachers) < writers:
+            return 0
+        # Samples of a writer's last step may still be in its next shard.
+        return min((max(ledger.last_step, 0) for ledger in teachers if not ledger.finished), default=None)
 
     def covers(self, sample_ids: Array) -> NDArray[np.bool_]:
         """For each sample id, whether there are targets; CacheError for an id that the corpus does not have."""
-        sample_ids = np.asarray(sample_ids)
-        if len(sample_ids) and not 0 <= sample_ids.min() <= sample_ids.max() < self.header.samples:
-            raise CacheError(f"cache {self.folder}: sample ids must lie in 0 to {self.header.samples - 1}")
-        covered: NDArray[np.bool_] = self._shard_of[sample_ids] >= 0
+        covered: NDArray[np.bool_] = self.steps(sample_ids) >= 0
         return covered
+
+    def steps(self, sample_ids: Array) -> NDArray[np.int64]:
+        """For each sample id, the teacher's step when it made the targets, -1 where there are none; CacheError for an
+        id that the corpus does not have."""
+        return self._now.find(self._checked(sample_ids))[2]
+
+    def losses(self, sample_ids: Array) -> NDArray[np.float64]:
+        """For each sample id, the teacher's mean label loss on the sample's shard when captured, nats; nan: none."""
+        found = np.full(len(sample_ids), np.nan)
+        view = self._now
+        shards, places, _ = view.find(self._checked(sample_ids))
+        for number in np.unique(shards[shards >= 0]).tolist():
+            here = np.flatnonzero(shards == number)
+            shard = view.open(number)
+            losses = np.array([np.nan if o.loss is None else o.loss for o in shard.row.origins])
+            found[here] = losses[shard.columns.origins[places[here]]]
+        return found
 
     def read(self, sample_ids_B: Array, digests_B: Array) -> ReadResult:
         """Targets of a batch.
@@ -113,37 +188,72 @@ class CacheReader:
         Raises:
             CacheError: a digest that differs, or damaged bytes; names cache or file, and sample.
         """
-        covered_B, digests_B = self.covers(sample_ids_B), np.asarray(digests_B, np.uint64)
-        samples, width = len(covered_B), self.header.sample_tokens
-        loss_B = torch.full((samples,), torch.nan)
-        step_B = torch.full((samples,), -1)
-        pieces = []
+        digests_B = np.asarray(digests_B, np.uint64)
+        view = self._now
+        shards_B, places_B, step_B = view.find(self._checked(sample_ids_B))
+        covered_B = shards_B >= 0
+        loss_B = torch.full((len(covered_B),), torch.nan)
+        found = []
         for place in np.flatnonzero(covered_B).tolist():
-            sample = int(sample_ids_B[place])
-            shard = self._open(int(self._shard_of[sample]))
-            index = int(self._index_of[sample])
-            if shard.digests[index] != digests_B[place]:
+            shard, index = view.open(int(shards_B[place])), int(places_B[place])
+            seen = int(shard.columns.digests[index])
+            if seen != digests_B[place]:
                 raise CacheError(
-                    f"cache {self.folder}: sample {sample} has digest {int(shard.digests[index]):016x} in the cache, "
+                    f"cache {self.folder}: sample {int(sample_ids_B[place])} has digest {seen:016x} in the cache, "
                     f"{int(digests_B[place]):016x} in this batch: the tokens are not those the teacher saw"
                 )
-            pieces.append(shard.read(index))
-            loss_B[place] = torch.nan if shard.row.loss is None else shard.row.loss
-            step_B[place] = shard.row.last_step
-        targets = self._decode(pieces)
-        if len(pieces) < samples:
-            targets = _scatter(targets, torch.from_numpy(np.repeat(covered_B, width)))
-        return ReadResult(targets, loss_B, step_B)
+            found.append((shard, index))
+            if (loss := shard.origin(index).loss) is not None:
+                loss_B[place] = loss
+        decoded = self._decode(found)
+        targets = SoftTargets(
+            *self.codec.decode(decoded.atoms), decoded.valid_T, decoded.label_logprob_T, decoded.entropy_T
+        )
+        if len(found) < len(covered_B):
+            targets = _scatter(targets, torch.from_numpy(np.repeat(covered_B, self.header.sample_tokens)))
+        return ReadResult(targets, loss_B, torch.from_numpy(step_B))
+
+    def samples(self) -> Iterator[Sample]:
+        """The newest record of every sample that has one, verified, in the order of shards: each file is read once."""
+        view = self._now
+        for number, row in enumerate(list(view.rows)):
+            shard = self._shard(row)
+            assert isinstance(shard, Shard), "format 1"
+            columns = shard.columns
+            found, places, _ = view.find(columns.sample_ids)
+            newest = np.flatnonzero((found == number) & (places == np.arange(len(places))))
+            records = shard.records() if len(newest) else []
+            for i in newest.tolist():
+                yield Sample(
+                    int(columns.sample_ids[i]),
+                    int(columns.digests[i]),
+                    int(columns.steps[i]),
+                    shard.origin(i),
+                    records[i],
+                    int(columns.atoms[i]),
+                    row.shard,
+                )
+
+    def decode(self, samples: Sequence[Sample]) -> Decoded:
+        """What the records of any samples say; CacheError if one is not what a writer writes."""
+        raws = [record.Raw(sample.data, sample.atoms) for sample in samples]
+        try:
+            return record.decode(raws, self.header.sample_tokens, self._ids_by_rank, self.codec)
+        except ValueError as error:
+            bad = samples[error.args[0]]
+            raise CacheError(
+                f"{self._store.path('shards/' + bad.shard)} is damaged: sample {bad.sample_id} is not a record"
+            ) from error
 
     def stats(self) -> dict[str, Any]:
-        """Plain numbers, and arrays by shard in the order of steps.
+        """Plain numbers, and arrays by origin in the order of steps.
 
-        Each sample counts once, in its newest shard; bytes and atoms are those of all published shards per token in
-        them, so that a token written twice does not look cheap.
+        Each sample counts once; bytes and atoms are those of all published shards per token in them, so that a token
+        written twice does not look cheap.
         """
-        rows = sorted(self._rows, key=lambda row: row.order)
-        tokens = sum(row.tokens for row in rows)
-        covered = int((self._shard_of >= 0).sum())
+        rows = self.rows
+        origins = sorted((o for row in rows for o in row.origins), key=lambda origin: origin.last_step)
+        tokens, covered = sum(row.tokens for row in rows), self._now.index.covered()
         return {
             "samples": covered,
             "coverage": covered / max(self.header.samples, 1),
@@ -152,28 +262,80 @@ class CacheReader:
             "bytes": sum(row.bytes for row in rows),
             "bytes_per_token": sum(row.bytes for row in rows) / max(tokens, 1),
             "atoms_per_token": sum(row.atoms for row in rows) / max(tokens, 1),
-            "step": np.array([row.last_step for row in rows], np.int64),
-            "loss": np.array([np.nan if row.loss is None else row.loss for row in rows], np.float64),
+            "step": np.array([origin.last_step for origin in origins], np.int64),
+            "loss": np.array([np.nan if origin.loss is None else origin.loss for origin in origins], np.float64),
         }
 
-    def _open_shard(self, number: int) -> Shard:
-        row = self._rows[number]
-        return Shard(self.folder / SHARDS / row.shard, row)
+    # ------------------------------------------------------------ the view
 
-    def _ids_of(self, row: ShardRow) -> Array:
-        shard = Shard(self.folder / SHARDS / row.shard, row)
-        if len(shard.sample_ids) != row.samples or row.first_sample < 0 or row.last_sample >= self.header.samples:
+    def _ledger(self, name: str) -> LedgerReader:
+        if name not in self._ledgers:
+            old = old_row if self.header.format == 1 else None
+            self._ledgers[name] = LedgerReader(self._store, name, self._identity, old)
+        return self._ledgers[name]
+
+    def _open_view(self, view: Mapping[str, int]) -> None:
+        for name, rows in view.items():
+            ledger = self._ledger(name)
+            if rows:
+                self._unseen += ledger.poll(rows)
+            if ledger.seq < rows:
+                raise CacheError(
+                    f"cache {self.folder}: ledger {name} has {ledger.seq} rows, {rows} when its view was taken"
+                )
+        self._take_in()
+
+    def _take_in(self) -> int:
+        """`_unseen` into the view, at one stroke: an error leaves everything as it was."""
+        retired = self._retired + [each for each in self._unseen if isinstance(each, Retired)]
+        gone = {(r.writer, r.seq) for r in self._now.rows if _is_retired(r, retired)}
+        new = [row for row in self._unseen if isinstance(row, ShardRow) and not _is_retired(row, retired)]
+        view = self._now
+        if gone:  # a compaction has replaced shards of the view: begin anew without them
+            new = [row for row in self._now.rows if (row.writer, row.seq) not in gone] + new
+            view = _View(self.header.samples, self._shard)
+        indexes = list((self._pool.map if self._pool else map)(self._columns_of, new))
+        view.add(new, indexes)
+        self._now, self._retired, self._unseen = view, retired, []
+        self._seen = {name: ledger.seq for name, ledger in self._ledgers.items()}
+        return len(new)
+
+    def _teachers(self) -> list[LedgerReader]:
+        return [ledger for ledger in self._ledgers.values() if ledger.captures]
+
+    # ------------------------------------------------------------ shards
+
+    def _checked(self, sample_ids: Array) -> Array:
+        sample_ids = np.asarray(sample_ids)
+        if len(sample_ids) and not 0 <= sample_ids.min() <= sample_ids.max() < self.header.samples:
+            raise CacheError(f"cache {self.folder}: sample ids must lie in 0 to {self.header.samples - 1}")
+        return sample_ids
+
+    def _shard(self, row: ShardRow) -> Shard | OldShard:
+        return (OldShard if self.header.format == 1 else Shard)(self._store, row)
+
+    def _columns_of(self, row: ShardRow) -> tuple[Array, Array]:
+        shard = self._shard(row)
+        sample_ids = shard.columns.sample_ids
+        if len(sample_ids) and int(sample_ids.max()) >= self.header.samples:
             raise CacheError(f"{shard.name}: does not fit a corpus of {self.header.samples} samples")
-        return shard.sample_ids.copy()
+        return sample_ids, shard.columns.steps
 
-    def _decode(self, pieces: list[dict[str, Array]]) -> SoftTargets:
-        if not pieces:
-            none = torch.empty(0)
-            return SoftTargets(none.long().view(0, 1), none.view(0, 1), none.bool(), none, none)
-        columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in PAYLOAD}
-        sizes_B3 = np.array([[len(piece[name]) for name in RAGGED] for piece in pieces])
-        atoms, label_T, entropy_T, valid_T = record.decode(columns, sizes_B3, self._ids_by_rank)
-        return SoftTargets(*self.codec.decode(atoms), valid_T, label_T, entropy_T)
+    def _decode(self, found: list[tuple[Shard | OldShard, int]]) -> Decoded:
+        new = [(record.Raw(s.record(i), int(s.columns.atoms[i]))) for s, i in found if isinstance(s, Shard)]
+        old = [s.record(i) for s, i in found if isinstance(s, OldShard)]
+        try:
+            if old:
+                return decode_old(old, self._ids_by_rank, self.header.codec.name)
+            return record.decode(new, self.header.sample_tokens, self._ids_by_rank, self.codec)
+        except ValueError as error:
+            shard, index = found[error.args[0] if isinstance(error.args[0], int) else 0]
+            sample = int(shard.columns.sample_ids[index])
+            raise CacheError(f"{shard.path} is damaged: sample {sample} is not a record") from error
+
+
+def _is_retired(row: ShardRow, retired: list[Retired]) -> bool:
+    return any(each.ledger == row.writer and each.first <= row.seq <= each.last for each in retired)
 
 
 def _scatter(targets: SoftTargets, covered_T: Tensor) -> SoftTargets:

@@ -28,7 +28,9 @@ def unseal(data: bytes) -> dict[str, Any]:
     body = data[: data.rfind(b'"digest"')]
     if data[len(body) :] != _end(body):
         raise ValueError("its digest does not verify")
-    record: dict[str, Any] = json.loads(body.rstrip(b", \n") + b"}")
+    record = json.loads(body.rstrip(b", \n") + b"}")
+    if not isinstance(record, dict):
+        raise ValueError("it is not an object")
     return record
 
 

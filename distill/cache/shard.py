@@ -1,113 +1,150 @@
-"""One shard: to the bytes of its file, and memory mapped back. The format is that of `layout`."""
+"""One shard: to the bytes of its file, and read back. The format is that of docs/format.md. No torch."""
 
 from __future__ import annotations
 
 import json
-import mmap
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 import xxhash
 from numpy.typing import NDArray
 
-from distill.cache.files import reported
-from distill.cache.layout import INDEX, PAYLOAD, RAGGED
-from distill.cache.ledger import ShardRow
+from distill.cache.layout import INDEX, RECORDS, SHARDS
+from distill.cache.ledger import Origin, ShardRow
 from distill.cache.seal import digest
+from distill.cache.store import Store
 from distill.config.errors import CacheError
 
 Array = NDArray[Any]
 
-_TYPES = {"I64": np.int64, "U64": np.uint64, "U32": np.uint32, "U8": np.uint8}
+_TYPES = {"I64": np.int64, "U64": np.uint64, "U32": np.uint32, "U16": np.uint16}
+_COLUMNS = {
+    "sample_ids": "I64", "digests": "U64", "checks": "U64", "ends": "U32", "steps": "U32", "atoms": "U32",
+    "origins": "U16",
+}  # fmt: skip
 
 
-def build(sample_ids: Array, digests: Array, payload: dict[str, Array], metadata: dict[str, str]) -> tuple[bytes, int]:
-    """The file of n samples and its `index_bytes`; `payload` is what `record.encode` returns."""
-    ends = payload["ends"].astype(np.int64)
-    for name, column_ends in zip(RAGGED, ends.T, strict=True):
-        if len(payload[name]) != column_ends[-1] or len(payload[name]) >= 2**32:
-            raise CacheError(f"{len(payload[name])} bytes of {name} in one shard; write fewer samples per shard")
-    starts = np.concatenate([np.zeros((1, 3), np.int64), ends[:-1]])
-    checks = np.array([_check(payload, i, starts[i], ends[i]) for i in range(len(ends))], np.uint64)
-    columns = {"sample_ids": sample_ids.astype(np.int64), "digests": digests.astype(np.uint64), "checks": checks}
-    data = safetensors.numpy.save(columns | payload, metadata=metadata)
-    _, spans, index_bytes = _parse(data)
+class Columns(NamedTuple):
+    """What a shard says of its n samples beside their records; all of length n."""
+
+    sample_ids: NDArray[np.int64]
+    digests: NDArray[np.uint64]
+    """Of the tokens that the teacher saw."""
+    steps: NDArray[np.int64]
+    """The teacher's."""
+    atoms: NDArray[np.int64]
+    origins: NDArray[np.int64]
+    """Index into the row's origins."""
+
+
+def build(columns: Columns, records: Array, ends: Array, metadata: dict[str, str]) -> tuple[bytes, int]:
+    """The file of n samples, whose records lie in `records` one after the other, and its `index_bytes`.
+
+    Raises:
+        CacheError: more than the format holds in one shard.
+    """
+    if len(records) >= 2**32 or len(set(columns.origins.tolist())) > 2**16:
+        raise CacheError(f"{len(records)} bytes of records in one shard; allowed is less than {2**32}")
+    starts = np.concatenate([[0], ends[:-1]])
+    view = records.data
+    checks = [
+        check(sample, token_digest, view[start:end])
+        for sample, token_digest, start, end in zip(
+            columns.sample_ids.tolist(), columns.digests.tolist(), starts.tolist(), ends.tolist(), strict=True
+        )
+    ]
+    found = columns._asdict() | {"checks": np.array(checks, np.uint64), "ends": ends}
+    arrays = {name: np.ascontiguousarray(found[name], _TYPES[dtype]) for name, dtype in _COLUMNS.items()}
+    data = safetensors.numpy.save(arrays | {RECORDS: records}, metadata=metadata)
     # The library sorts by the width of a number, so that the index comes first: the ledger's digest relies on it.
-    assert max(spans[name][1] for name in INDEX) == index_bytes == min(spans[name][0] for name in PAYLOAD)
+    index_bytes = len(data) - len(records)
+    assert _parse(data[:index_bytes], len(data))[RECORDS] == (index_bytes, len(data))
     return data, index_bytes
 
 
-class Shard:
-    """A published shard, mapped; everything in front of the payload is verified when it is opened."""
+def check(sample_id: int, token_digest: int, record: memoryview | bytes) -> int:
+    """xxh3-64 that binds a record to its sample and to the tokens that the teacher saw."""
+    state = xxhash.xxh3_64(record)
+    state.update(sample_id.to_bytes(8, "little") + token_digest.to_bytes(8, "little"))
+    return state.intdigest()
 
-    def __init__(self, path: Path, row: ShardRow):
+
+class Shard:
+    """The index of a published shard, verified, and its records on demand."""
+
+    def __init__(self, store: Store, row: ShardRow):
         """Raises CacheError when the file is missing, of another size, or its index is damaged."""
-        self.path, self.row = path, row
-        with reported(path), path.open("rb") as file:
-            size = file.seek(0, 2)
-            if size != row.bytes:
-                raise CacheError(f"{self.name} is damaged: {size} bytes, {row.bytes} in the ledger")
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        view = memoryview(self._map)
-        found = digest(view[: row.index_bytes])
-        if found != row.index_digest:
+        self.row, self._store, self._name = row, store, f"{SHARDS}/{row.shard}"
+        self.path = store.path(self._name)
+        size = store.size(self._name)
+        if size != row.bytes:
+            raise CacheError(f"{self.name} is damaged: {size} bytes, {row.bytes} in the ledger")
+        if not 8 < row.index_bytes <= row.bytes:
+            raise CacheError(f"{self.name} is damaged: an index of {row.index_bytes} bytes in a file of {row.bytes}")
+        data = store.read_at(self._name, 0, row.index_bytes)
+        if (found := digest(data)) != row.index_digest:
             raise CacheError(f"{self.name} is damaged: index digest {found}, {row.index_digest} in the ledger")
-        self.metadata, spans, _ = _parse(view)
-        columns = {
-            name: np.frombuffer(view[start:end], _TYPES[dtype]).reshape(shape)
-            for name, (start, end, dtype, shape) in spans.items()
-        }
-        self.sample_ids, self.digests = columns["sample_ids"], columns["digests"]
-        self._checks = columns["checks"].tolist()
-        ends = columns["ends"].astype(np.int64)
-        self._bounds = np.concatenate([np.zeros((1, 3), np.int64), ends]).tolist()
-        self._payload = {name: columns[name] for name in PAYLOAD}
+        try:
+            spans = _parse(data, row.bytes)
+            arrays = {name: np.frombuffer(data[slice(*spans[name])], _TYPES[_COLUMNS[name]]) for name in INDEX}
+            ends = arrays["ends"].astype(np.int64)
+            self.bounds = row.index_bytes + np.concatenate([[0], ends])
+            wrong = (
+                any(len(array) != row.samples for array in arrays.values())
+                or (np.diff(self.bounds) < 0).any()
+                or self.bounds[-1] != row.bytes
+                or (arrays["origins"] >= len(row.origins)).any()
+                or (arrays["sample_ids"] < 0).any()
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CacheError(f"{self.name} is damaged: {error}") from error
+        if wrong:
+            raise CacheError(f"{self.name} is damaged: its columns do not fit each other or the ledger")
+        self._checks = arrays["checks"]
+        self.columns = Columns(
+            arrays["sample_ids"],
+            arrays["digests"],
+            *(arrays[name].astype(np.int64) for name in ("steps", "atoms", "origins")),
+        )
 
     @property
     def name(self) -> str:
         """File and the samples in it, for messages."""
         return f"{self.path} (samples {self.row.first_sample} to {self.row.last_sample})"
 
-    def read(self, index: int) -> dict[str, Array]:
-        """Payload of one sample, verified: each column's bytes of it.
+    def origin(self, index: int) -> Origin:
+        return self.row.origins[self.columns.origins[index]]
 
-        Raises:
-            CacheError: they are not what was written; names file and sample.
-        """
-        pieces = _pieces(self._payload, index, self._bounds[index], self._bounds[index + 1])
-        if _digest(pieces) != self._checks[index]:
-            raise CacheError(f"{self.path} is damaged: sample {self.sample_ids[index]} does not verify")
-        return pieces
+    def record(self, index: int) -> bytes:
+        """The record of one sample, verified; CacheError names file and sample when it is not what was written."""
+        start, end = self.bounds[index : index + 2].tolist()
+        return self.verified(index, self._store.read_at(self._name, start, end - start))
+
+    def records(self) -> list[bytes]:
+        """All of them, verified, in one read."""
+        first = self.row.index_bytes
+        data = memoryview(self._store.read_at(self._name, first, self.row.bytes - first))
+        bounds = (self.bounds - first).tolist()
+        return [self.verified(i, bytes(data[bounds[i] : bounds[i + 1]])) for i in range(self.row.samples)]
+
+    def verified(self, index: int, data: bytes) -> bytes:
+        sample, token_digest = int(self.columns.sample_ids[index]), int(self.columns.digests[index])
+        if check(sample, token_digest, data) != self._checks[index]:
+            raise CacheError(f"{self.path} is damaged: sample {sample} does not verify")
+        return data
 
 
-def _parse(data: bytes | memoryview) -> tuple[dict[str, str], dict[str, tuple[int, int, str, list[int]]], int]:
-    """Metadata; bytes, type and shape of each column; where the first payload column starts."""
+def _parse(data: bytes, size: int) -> dict[str, tuple[int, int]]:
+    """Where each column lies in a file of `size` bytes that begins with `data`; ValueError if that cannot be."""
     front = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(bytes(data[8:front]))
-    metadata = header.pop("__metadata__")
-    spans = {
-        name: (front + h["data_offsets"][0], front + h["data_offsets"][1], h["dtype"], h["shape"])
-        for name, h in header.items()
-    }
-    return metadata, spans, min(spans[name][0] for name in PAYLOAD)
-
-
-def _pieces(payload: dict[str, Array], index: int, start: Any, end: Any) -> dict[str, Array]:
-    pieces = {name: payload[name][index : index + 1] for name in ("orders", "label", "entropy", "rest")}
-    for i, name in enumerate(RAGGED):
-        pieces[name] = payload[name][start[i] : end[i]]
-    return pieces
-
-
-def _digest(pieces: dict[str, Array]) -> int:
-    state = xxhash.xxh3_64()
-    for name in PAYLOAD:
-        state.update(pieces[name].data)
-    return state.intdigest()
-
-
-def _check(payload: dict[str, Array], index: int, start: Array, end: Array) -> int:
-    return _digest(_pieces(payload, index, start, end))
+    if not 8 < front <= len(data):
+        raise ValueError(f"a header of {front - 8} bytes")
+    header = json.loads(data[8:front])
+    spans = {}
+    for name, dtype in (_COLUMNS | {RECORDS: "U8"}).items():
+        start, end = header[name]["data_offsets"]
+        if header[name]["dtype"] != dtype or not 0 <= start <= end <= size - front:
+            raise ValueError(f"column {name} is not what it should be")
+        spans[name] = (front + start, front + end)
+    return spans

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import threading
 from collections import deque
 from pathlib import Path
@@ -11,22 +10,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from distill.cache import record
-from distill.cache.files import TEMPORARY, locked, publish, reported
+from distill.cache.codecs import make_codec
+from distill.cache.files import TEMPORARY
 from distill.cache.header import CacheHeader
-from distill.cache.layout import HEADER, LEDGER, LOCK, RANKS, SHARDS, ledger_path, shard_name
-from distill.cache.ledger import LedgerWriter, ShardRow
-from distill.cache.ranks import invert, load_ranks, rank_table
-from distill.cache.seal import digest
-from distill.cache.shard import build
+from distill.cache.index import Index
+from distill.cache.layout import LEDGER, LOCK, SHARDS, check_writer
+from distill.cache.ledger import LedgerReader, LedgerWriter, Origin, ShardRow, ledgers
+from distill.cache.publish import create, publish_shard
+from distill.cache.ranks import invert, load_ranks
+from distill.cache.shard import Array, Columns, Shard
+from distill.cache.store import LocalStore, locked, open_store
 from distill.cache.targets import Atoms
 from distill.config.errors import CacheError
 from distill.config.schema import OnFull
-
-Array = NDArray[Any]
 
 
 class _Batch(NamedTuple):
@@ -56,30 +55,6 @@ class WriterStats(NamedTuple):
     """Samples left out because the queue was full."""
 
 
-def create(folder: Path, header: CacheHeader, counts_V: Array | None) -> CacheHeader:
-    """Makes the cache, or checks that the one there is this one; returns its header.
-
-    Raises:
-        CacheError: another cache is there (lists every difference), or it cannot be written.
-    """
-    table = rank_table(counts_V, header.vocab_size)
-    header = dataclasses.replace(header, ranks=digest(table), folder=str(folder))
-    with reported(folder):
-        for name in (SHARDS, LEDGER):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-    with locked(folder / LOCK, "the cache's creation", wait=True):
-        if not (folder / HEADER).exists():
-            publish(folder / RANKS, table)
-            publish(folder / HEADER, header.dump())
-            return header
-        there = CacheHeader.load(folder)
-        expected = header.json()
-        if counts_V is None:
-            del expected["ranks"]
-        there.check(**expected | {"codec": header.codec})
-        return there
-
-
 class CacheWriter:
     """One writer of a cache; usable as a context manager, which publishes nothing more after an exception."""
 
@@ -93,31 +68,39 @@ class CacheWriter:
         shard_samples: int = 256,
         queue: int = 64,
         on_full: OnFull = OnFull.block,
+        source: str = "capture",
         seen_before: bool = False,
+        flops_per_token: float = 0.0,
     ):
         """Opens the cache, or creates it, and resumes this writer's ledger.
 
+        folder: a path, or a URL of a file system that fsspec knows.
         writer: name of the ledger and prefix of the shards; one live process only.
         counts_V: corpus frequency of every id, for the rank table; None takes the table that is there, or none.
         shard_samples: publish as soon as so many samples wait. queue: micro-batches that may wait for the thread.
-        seen_before: the teacher has trained on these samples (backfill).
+        source: capture, backfill or import. seen_before: the teacher has trained on these samples (backfill).
+        flops_per_token: of a forward pass of the teacher; 0: not known.
 
         Raises:
             CacheError: another cache is there, another process has this name, a damaged ledger, or no permission.
         """
-        self.folder = Path(folder)
-        path = ledger_path(self.folder, writer)
-        self.header = create(self.folder, header, counts_V)
-        self.writer = writer
+        check_writer(writer)
+        self.folder, self.writer = folder, writer
+        self._store = open_store(folder)
+        self.header = create(self._store, header, counts_V)
+        self._identity = self.header.identity
+        self._codec = make_codec(self.header.codec, self.header.vocab_size)
         self._shard_samples, self._queue, self._on_full = shard_samples, queue, OnFull(on_full)
-        self._seen_before = seen_before
-        ids_by_rank = load_ranks(self.folder, self.header.ranks, self.header.vocab_size)
-        self._rank_of_id = invert(ids_by_rank)
+        self._source, self._seen_before, self._flops_per_token = source, seen_before, flops_per_token
+        self._rank_of_id = invert(load_ranks(self._store, self.header))
+        self._done: Index | None = None
         with contextlib.ExitStack() as stack:
-            stack.enter_context(locked(path.with_suffix(LOCK), f"the writer's name {writer!r}", wait=False))
-            self._ledger = LedgerWriter(path)
-            stack.callback(self._ledger.close)
-            self._remove_leftovers()
+            if isinstance(self._store, LocalStore):
+                lock = self._store.folder / LEDGER / f"{writer}{LOCK}"
+                stack.enter_context(locked(lock, f"the writer's name {writer!r}", wait=False))
+            self._ledger = LedgerWriter(self._store, writer, self._identity)
+            if isinstance(self._store, LocalStore):
+                self._remove_leftovers(self._store)
             self._resources = stack.pop_all()
 
         # All below is shared with the thread, under the condition's lock.
@@ -131,14 +114,14 @@ class CacheWriter:
         self._thread = threading.Thread(target=self._run, name=f"cache-writer-{writer}", daemon=True)
         self._thread.start()
 
-    def _remove_leftovers(self) -> None:
+    def _remove_leftovers(self, store: LocalStore) -> None:
         """What a kill left: temporary files, and a shard whose row was never written."""
         known = {row.shard for row in self._ledger.rows}
-        for path in (self.folder / SHARDS).glob(f"{self.writer}-*"):
-            number = path.name.removesuffix(TEMPORARY).removeprefix(f"{self.writer}-").partition(".")[0]
-            if number.isdigit() and path.name not in known:
-                with reported(path):
-                    path.unlink()
+        for name in store.names(SHARDS):
+            number, _, rest = name.removeprefix(f"{self.writer}-").partition("-")
+            mine = name.startswith(f"{self.writer}-") and number.isdigit() and "-" not in rest
+            if mine and (name not in known or name.endswith(TEMPORARY)):
+                store.remove(f"{SHARDS}/{name}")
 
     @property
     def stats(self) -> WriterStats:
@@ -178,6 +161,9 @@ class CacheWriter:
             teacher,
         )
         self._validate(batch)
+        batch = self._undone(batch)
+        if not len(batch.sample_ids_B):
+            return True
         with self._change:
             assert not self._closed, "put after close"
             if self._on_full is OnFull.block:
@@ -225,7 +211,7 @@ class CacheWriter:
         width, ids = self.header.sample_tokens, batch.sample_ids_B
         tokens = len(ids) * width
         lengths = [len(batch.digests_B) * width, len(batch.label_logprob_T), len(batch.entropy_T), len(batch.valid_T)]
-        lengths.append(len(batch.atoms.heads_T))
+        lengths.append(len(batch.atoms.counts_T))
         assert lengths == [tokens] * 5, f"{len(ids)} samples of {width} tokens, but lengths are {lengths}"
         if len(ids) and not 0 <= ids.min() <= ids.max() < self.header.samples:
             raise CacheError(f"cache {self.folder}: sample ids must lie in 0 to {self.header.samples - 1}")
@@ -233,6 +219,34 @@ class CacheWriter:
         if broken_T.any():
             sample = ids[np.flatnonzero(broken_T)[0] // width]
             raise CacheError(f"cache {self.folder}: the teacher's log-probabilities of sample {sample} are not finite")
+
+    def _undone(self, batch: _Batch) -> _Batch:
+        """Without the samples whose targets of this step, or of a later one, had been published before this writer's
+        first `put`: a run that goes on from a checkpoint does some steps again."""
+        if self._done is None:
+            self._done = self._published(batch.step)
+        new_B = self._done.find(batch.sample_ids_B)[2] < batch.step
+        if new_B.all():
+            return batch
+        new_T = np.repeat(new_B, self.header.sample_tokens)
+        return batch._replace(
+            sample_ids_B=batch.sample_ids_B[new_B],
+            digests_B=batch.digests_B[new_B],
+            atoms=batch.atoms.select(torch.from_numpy(new_T)),
+            label_logprob_T=batch.label_logprob_T[new_T],
+            entropy_T=batch.entropy_T[new_T],
+            valid_T=batch.valid_T[new_T],
+        )
+
+    def _published(self, step: int) -> Index:
+        """What any writer has published of this step and later ones."""
+        index, order = Index(self.header.samples), np.zeros(1, np.int64)
+        for name in ledgers(self._store):
+            for row in LedgerReader(self._store, name, self._identity).poll():
+                if isinstance(row, ShardRow) and row.last_step >= step:
+                    columns = Shard(self._store, row).columns
+                    index.add(0, columns.sample_ids, columns.steps, order)
+        return index
 
     def _ask(self, request: str) -> None:
         """Hands a request to the thread and waits until it is done, or the thread has failed."""
@@ -279,7 +293,7 @@ class CacheWriter:
                     self._publish(pending)
                     pending = []
                 if request == "finish":
-                    self._ledger.finish(self.writer)
+                    self._ledger.finish()
                 with self._change:
                     self._request = None
                     self._change.notify_all()
@@ -292,49 +306,35 @@ class CacheWriter:
                 self._change.notify_all()
 
     def _publish(self, batches: list[_Batch]) -> None:
-        """Encode, then file, then ledger row: whatever is interrupted is not there."""
         sample_ids, digests = (np.concatenate([b[i] for b in batches]) for i in (0, 1))
         label_logprob, entropy, valid = (np.concatenate([b[i] for b in batches]) for i in (3, 4, 5))
         atoms = Atoms.cat([b.atoms for b in batches])
-        for ids in (atoms.head_ids_N, atoms.tail_ids_M):
-            if len(ids) and int(ids.max()) >= self.header.vocab_size:
-                raise CacheError(
-                    f"cache {self.folder}: id {int(ids.max())} in a vocabulary of {self.header.vocab_size}"
-                )
-        payload = record.encode(atoms, label_logprob, entropy, valid, self.header.sample_tokens, self._rank_of_id)
+        if len(atoms.ids_N) and not 0 <= int(atoms.ids_N.min()) <= (most := int(atoms.ids_N.max())) < len(
+            self._rank_of_id
+        ):
+            raise CacheError(f"cache {self.folder}: id {most} in a vocabulary of {self.header.vocab_size}")
+        width = self.header.sample_tokens
+        encoded = record.encode(atoms, label_logprob, entropy, valid, width, self._rank_of_id, self._codec)
+        steps = np.repeat([b.step for b in batches], [len(b.sample_ids_B) for b in batches])
         tokens = int(valid.sum())
-        facts: dict[str, Any] = {
-            "teacher": batches[0].teacher,
-            "first_step": min(b.step for b in batches),
-            "last_step": max(b.step for b in batches),
-            "tokens_seen": batches[-1].tokens_seen,
-            "loss": -float(label_logprob[valid].mean(dtype=np.float64)) if tokens else None,
-            "tokens": tokens,
-        }
-        metadata = facts | {"seed": self.header.seed, "seen_before": self._seen_before}
-        data, index_bytes = build(sample_ids, digests, payload, {key: str(value) for key, value in metadata.items()})
-        name = shard_name(self.writer, self._ledger.seq)
-        publish(self.folder / SHARDS / name, data)
-        self._ledger.append(
-            ShardRow(
-                writer=self.writer,
-                seq=self._ledger.seq,
-                shard=name,
-                samples=len(sample_ids),
-                first_sample=int(sample_ids.min()),
-                last_sample=int(sample_ids.max()),
-                atoms=int(np.sum(atoms.heads_T.numpy()[valid], dtype=np.int64) + atoms.tails_T.numpy()[valid].sum()),
-                bytes=len(data),
-                file_digest=digest(data),
-                index_bytes=index_bytes,
-                index_digest=digest(memoryview(data)[:index_bytes]),
-                **facts,
-            )
+        origin = Origin(
+            teacher=batches[0].teacher,
+            source=self._source,
+            first_step=int(steps.min()),
+            last_step=int(steps.max()),
+            samples=len(sample_ids),
+            tokens=tokens,
+            tokens_seen=batches[-1].tokens_seen,
+            loss=-float(label_logprob[valid].mean(dtype=np.float64)) if tokens else None,
+            seen_before=self._seen_before,
+            flops_per_token=self._flops_per_token,
         )
+        columns = Columns(sample_ids, digests, steps, encoded.atoms, np.zeros(len(steps), np.int64))
+        row = publish_shard(self._store, self._ledger, self._source, columns, encoded.records, encoded.ends, (origin,))
         with self._change:
             s = self._stats
             self._stats = s._replace(
-                samples=s.samples + len(sample_ids), tokens=s.tokens + tokens, bytes=s.bytes + len(data)
+                samples=s.samples + row.samples, tokens=s.tokens + tokens, bytes=s.bytes + row.bytes
             )
 
 

@@ -378,8 +378,8 @@ def _cache(run: RunConfig) -> Iterator[str]:
     c = run.cache
     if c.codec.name is CodecName.threshold and not 0.004 <= c.codec.tau < 1:
         yield f"cache.codec.tau is {c.codec.tau}; allowed: from 0.004 to below 1"
-    if not 1 <= c.codec.draws <= 255:
-        yield f"cache.codec.draws is {c.codec.draws}; allowed: 1 to 255, since a count is one byte"
+    if not 1 <= c.codec.draws <= 1000:
+        yield f"cache.codec.draws is {c.codec.draws}; allowed: 1 to 1000"
     if not 1 <= c.codec.k <= run.teacher.model.vocab_size:
         yield f"cache.codec.k is {c.codec.k}; allowed: 1 to teacher.model.vocab_size, {run.teacher.model.vocab_size}"
     yield from _at_least("cache.shard_samples", c.shard_samples, 1)

@@ -64,6 +64,7 @@ class Freeze(Enum):
 
 
 class CodecName(Enum):
+    systematic = "systematic"
     threshold = "threshold"
     multinomial = "multinomial"
     topk = "topk"
@@ -362,11 +363,11 @@ class DataConfig:
 
 @dataclass
 class CodecConfig:
-    name: CodecName = CodecName.threshold
+    name: CodecName = CodecName.systematic
+    draws: int = 20
+    """systematic, multinomial: draws per token."""
     tau: float = 0.05
     """threshold: probabilities from tau up are kept, smaller ones sampled with weight tau."""
-    draws: int = 50
-    """multinomial: draws per token."""
     k: int = 12
     """topk: entries per token."""
 

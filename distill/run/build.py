@@ -6,12 +6,13 @@ from pathlib import Path
 
 import xxhash
 
-from distill.cache import CacheHeader, CacheReader, CacheWriter, make_codec
+from distill.cache import CacheHeader, CacheReader, CacheWriter, is_written, make_codec
 from distill.config.errors import ConfigError
 from distill.config.load import to_dict
 from distill.config.schema import OnMissing, ReplayOrder, TrainConfig
 from distill.data.join import Joiner, check_cache
 from distill.data.stream import Stream, replay
+from distill.model.count import flops_per_token
 from distill.run.run import Run
 from distill.run.trainer import Positions, Step, Trainer
 from distill.tracking.meters import Meters
@@ -68,7 +69,7 @@ def open_capture(run: Run, planned: dict[str, object], folders: dict[str, Path])
     A cache that holds another run's targets is refused: they would give way to this run's, sample by sample.
     """
     config, train = run.config, run.config.teacher.train
-    taken = [f for f in folders.values() if not config.resume and any((f / "ledger").glob("*.jsonl"))]
+    taken = [folder for folder in folders.values() if not config.resume and is_written(folder)]
     run.dist.barrier()
     if taken:
         raise ConfigError(
@@ -100,6 +101,7 @@ def open_capture(run: Run, planned: dict[str, object], folders: dict[str, Path])
                         shard_samples=config.cache.shard_samples,
                         queue=config.cache.queue,
                         on_full=config.cache.on_full,
+                        flops_per_token=flops_per_token(config.teacher.model, corpus.sample_tokens),
                     )
                 )
         run.dist.barrier()

@@ -14,12 +14,15 @@ CODECS = [
     CodecConfig(CodecName.threshold, tau=0.05),
     CodecConfig(CodecName.threshold, tau=0.3),
     CodecConfig(CodecName.multinomial, draws=20),
+    CodecConfig(CodecName.systematic, draws=20),
+    CodecConfig(CodecName.systematic, draws=3),
     CodecConfig(CodecName.topk, k=6),
 ]
+SAMPLED, TOPK = CODECS[:-1], CODECS[-1]
 
 
-def select(config, logits_TV, seed=3, sample=0, first=0):
-    """Atoms of one sample whose tokens start at position `first`."""
+def selection(config, logits_TV, seed=3, sample=0, first=0):
+    """Of one sample whose tokens start at position `first`."""
     tokens = len(logits_TV)
     return make_codec(config, logits_TV.shape[1]).select(
         logits_TV,
@@ -28,6 +31,10 @@ def select(config, logits_TV, seed=3, sample=0, first=0):
         sample_ids_T=torch.full((tokens,), sample),
         positions_T=torch.arange(first, first + tokens),
     )
+
+
+def select(*args, **kwargs):
+    return selection(*args, **kwargs).atoms
 
 
 def dense(config, atoms, vocab):
@@ -71,9 +78,8 @@ def test_expected_value_is_the_distribution_unless_the_codec_says_otherwise(conf
 def test_threshold_keeps_the_large_and_counts_the_small(config):
     logits_TV = 3 * torch.randn(200, 300, generator=torch.Generator().manual_seed(0))
     atoms = select(config, logits_TV)
-    heads, tails = (
-        torch.split(a, c.tolist()) for a, c in ((atoms.head_ids_N, atoms.heads_T), (atoms.tail_ids_M, atoms.tails_T))
-    )
+    ids, codes = (torch.split(column, atoms.counts_T.tolist()) for column in (atoms.ids_N, atoms.codes_N))
+    heads, tails = ([i[(c > 0) == wanted] for i, c in zip(ids, codes)] for wanted in (True, False))
     decoded = dense(config, atoms, 300)
     for t, logits_V in enumerate(logits_TV):
         p = oracle(logits_V)
@@ -85,14 +91,32 @@ def test_threshold_keeps_the_large_and_counts_the_small(config):
         assert (np.abs(np.log(ratio)) <= -np.log(config.tau) / 255 + 1e-4).all()
 
 
-def test_multinomial_draws_add_up():
-    atoms = select(CODECS[2], torch.randn(50, 33))
-    assert [int(c.sum()) for c in torch.split(atoms.codes_N.long(), atoms.heads_T.tolist())] == [20] * 50
+@pytest.mark.parametrize("config", CODECS[2:4], ids=str)
+def test_draws_add_up(config):
+    atoms = select(config, torch.randn(50, 33))
+    assert [int(c.sum()) for c in torch.split(atoms.codes_N, atoms.counts_T.tolist())] == [20] * 50
+
+
+def test_systematic_draws_an_id_as_often_as_its_share_says():
+    """floor(N p) or ceil(N p) times, whatever the offset: no unbiased count has less variance."""
+    logits_TV = 3 * torch.randn(200, 300, generator=torch.Generator().manual_seed(0))
+    counts = 20 * dense(CODECS[3], select(CODECS[3], logits_TV), 300)
+    want = 20 * np.stack([oracle(logits_V) for logits_V in logits_TV])
+    assert (np.abs(counts - want) < 1 + 1e-5).all() and np.abs(counts - want).max() > 0.9
+
+
+@pytest.mark.parametrize("config", [CODECS[0], CODECS[3], TOPK], ids=str)
+def test_entropy_is_that_of_the_dense_distribution(config):
+    logits_TV = 4 * torch.randn(30, 203, generator=torch.Generator().manual_seed(4))
+    logits_TV[3, 5:] = -torch.inf
+    p = np.stack([oracle(logits_V) for logits_V in logits_TV])
+    want = -(p * np.log(np.where(p > 0, p, 1))).sum(1)
+    np.testing.assert_allclose(selection(config, logits_TV).entropy_T, want, rtol=1e-5, atol=2e-5)
 
 
 def test_topk_keeps_the_residual_mass():
     logits_TV = 4 * torch.randn(64, 100, generator=torch.Generator().manual_seed(1))
-    decoded = dense(CODECS[3], select(CODECS[3], logits_TV), 100)
+    decoded = dense(TOPK, select(TOPK, logits_TV), 100)
     for t, logits_V in enumerate(logits_TV):
         top = np.sort(oracle(logits_V))[::-1][:6]
         np.testing.assert_allclose(np.sort(decoded[t])[::-1][:6], top, rtol=0.06)
@@ -117,7 +141,7 @@ def test_chunks_of_our_own_do_not_matter(config, monkeypatch):
         assert all(map(torch.equal, whole, select(config, logits_TV)))
 
 
-@pytest.mark.parametrize("config", CODECS[:3], ids=str)
+@pytest.mark.parametrize("config", SAMPLED, ids=str)
 def test_seed_sample_and_position_each_matter(config):
     logits_TV = torch.randn(1, 400).expand(40, -1)
     base = select(config, logits_TV)
@@ -145,7 +169,7 @@ def test_vocabulary_of_llama_4(config):
         assert decoded[t].argmax() == hot[t]
 
 
-@pytest.mark.parametrize("config", CODECS[:3], ids=str)
+@pytest.mark.parametrize("config", SAMPLED, ids=str)
 def test_small_probabilities_of_a_large_vocabulary_are_not_lost(config):
     """Half of the mass lies in 200,000 ids of 2.5e-6, which a running float32 sum would round badly."""
     logits_V = torch.full((200_000,), float(np.log(0.5 / 199_999)))
@@ -155,7 +179,7 @@ def test_small_probabilities_of_a_large_vocabulary_are_not_lost(config):
     assert halves[0] / 60 == pytest.approx(0.25, abs=0.05) and halves[1] / 60 == pytest.approx(0.25, abs=0.05)
 
 
-@pytest.mark.parametrize("config", CODECS[:3], ids=str)
+@pytest.mark.parametrize("config", SAMPLED, ids=str)
 def test_a_broken_row_leaves_the_others_alone(config):
     logits_TV = torch.randn(3, 64)
     whole = dense(config, select(config, logits_TV), 64)
@@ -177,9 +201,10 @@ def test_one_certain_id(config):
     "config, found",
     [
         (CodecConfig(CodecName.threshold, tau=0.0), "tau is 0.0"),
-        (CodecConfig(CodecName.multinomial, draws=256), "draws is 256"),
+        (CodecConfig(CodecName.multinomial, draws=1001), "draws is 1001"),
+        (CodecConfig(CodecName.systematic, draws=0), "draws is 0"),
         (CodecConfig(CodecName.topk, k=101), "k is 101"),
-        (CodecConfig("nucleus"), "'nucleus'; allowed are threshold, multinomial, topk"),
+        (CodecConfig("nucleus"), "'nucleus'; allowed are systematic, threshold, multinomial, topk"),
     ],
 )
 def test_what_cannot_be_stored_is_refused(config, found):

@@ -11,11 +11,13 @@ import torch
 from safetensors import safe_open
 
 from distill.cache import Atoms, CacheHeader, CacheReader, CacheWriter, make_codec
+from distill.cache.header import PARAMETERS
 from distill.config.errors import CacheError
 from distill.config.schema import CodecConfig, CodecName, OnFull
+from tests import format_reader
 from tests.workers.cache import SAMPLES, S, V, batch, digests, header, put, same_row
 
-CODECS = [CodecConfig(CodecName.threshold), CodecConfig(CodecName.multinomial), CodecConfig(CodecName.topk)]
+CODECS = [CodecConfig(name) for name in CodecName]
 
 
 def decode(codec, atoms, vocab=V):
@@ -60,18 +62,15 @@ def test_a_reader_of_nothing(tmp_path):
 
 
 def records(folder):
-    """Bytes of every sample in every payload column, by plain safetensors."""
+    """Record, digest and check of every sample, by plain safetensors."""
     found = {}
     for path in (folder / "shards").iterdir():
         with safe_open(path, "np") as file:
             columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        ends = np.concatenate([np.zeros((1, 3), np.int64), columns["ends"].astype(np.int64)])
+        ends = [0, *columns["ends"].tolist()]
         for i, sample in enumerate(columns["sample_ids"].tolist()):
-            fixed = [columns[name][i].tobytes() for name in ("digests", "checks", "orders", "label", "entropy")]
-            ragged = [
-                columns[name][ends[i, j] : ends[i + 1, j]].tobytes() for j, name in enumerate(("unary", "low", "codes"))
-            ]
-            found[sample] = fixed + ragged
+            fixed = [columns[name][i].tobytes() for name in ("digests", "checks", "atoms")]
+            found[sample] = [*fixed, columns["records"][ends[i] : ends[i + 1]].tobytes()]
     return found
 
 
@@ -91,91 +90,45 @@ def test_a_record_has_the_same_bytes_however_it_came(tmp_path):
     assert sorted(a) == list(range(20)) and a == b == c
 
 
-class Bits:
-    """A bit string that is read from its front."""
-
-    def __init__(self, data):
-        self.bits = "".join(f"{byte:08b}" for byte in data)
-
-    def take(self, count):
-        head, self.bits = self.bits[:count], self.bits[count:]
-        return int(head or "0", 2)
-
-    def number(self, low, order):
-        if order == 255:
-            return 0
-        zeros = self.bits.index("1")
-        self.bits = self.bits[zeros + 1 :]
-        width = zeros + order
-        return (1 << width) + low.take(width) - (1 << order)
-
-
-def test_the_page_is_enough_to_read_a_shard(tmp_path):
-    """A slow reader written from the format's description alone, bit by bit."""
+@pytest.mark.parametrize("codec", CODECS, ids=lambda c: c.name.value)
+def test_the_page_is_enough_to_read_a_cache(tmp_path, codec):
+    """A slow reader written from the format's description alone finds what was put."""
     counts = np.random.default_rng(1).integers(0, 9, V)
-    with CacheWriter(tmp_path, header(), writer="w", counts_V=counts) as writer:
-        put(writer, [4, 2, 6])
-    with safe_open(tmp_path / "ranks.safetensors", "np") as file:
-        id_of_rank = file.get_tensor("ids_by_rank").tolist()
-    assert id_of_rank == sorted(range(V), key=lambda i: (-counts[i], i))
-    with safe_open(tmp_path / "shards" / "w-000000.safetensors", "np") as file:
-        columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        assert file.metadata()["teacher"] == "t" and file.metadata()["seen_before"] == "False"
-    want, starts = batch([4, 2, 6]), [0, 0, 0]
-    heads, tails = (
-        torch.split(a, c.tolist())
-        for a, c in ((want.atoms.head_ids_N, want.atoms.heads_T), (want.atoms.tail_ids_M, want.atoms.tails_T))
-    )
-    codes = torch.split(want.atoms.codes_N, want.atoms.heads_T.tolist())
-    for n in range(3):
-        ends = columns["ends"][n].tolist()
-        unary, low, code = (columns[name][a:b] for name, a, b in zip(("unary", "low", "codes"), starts, ends))
-        unary, low, code, starts = Bits(unary), Bits(low), code.tolist(), ends
-        *orders, base_0, base_1 = columns["orders"][n].tolist()
-        tokens = np.flatnonzero(columns["label"][n] != 255).tolist()
-        assert tokens == [t for t in range(S) if want.valid[n * S + t]]
-        sizes = [[base + unary.number(low, order) for _ in tokens] for base, order in zip((base_0, base_1), orders)]
-        for order, counts_, lists, has_code in (
-            (orders[2], sizes[0], heads, True),
-            (orders[3], sizes[1], tails, False),
-        ):
-            for t, count in zip(tokens, counts_):
-                rank, ids = -1, []
-                for _ in range(count):
-                    rank += 1 + unary.number(low, order)
-                    ids.append(id_of_rank[rank])
-                assert sorted(ids) == sorted(lists[n * S + t].tolist())
-                if has_code:
-                    mine, code = code[:count], code[count:]
-                    assert dict(zip(ids, mine)) == dict(zip(heads[n * S + t].tolist(), codes[n * S + t].tolist()))
-        assert (
-            not unary.bits.strip("0")
-            and not low.bits.strip("0")
-            and len(unary.bits) < 8
-            and len(low.bits) < 8
-            and not code
+    with CacheWriter(tmp_path, header(codec), writer="w", counts_V=counts) as writer:
+        put(writer, [4, 2, 6], codec)
+    found = format_reader.cache(tmp_path)
+    for sample in (4, 2, 6):
+        want = batch([sample], codec)
+        step, digest, tokens = found[sample]
+        assert (step, digest) == (0, int(digests([sample])[0]))
+        ids, codes = (
+            torch.split(column, want.atoms.counts_T.tolist()) for column in (want.atoms.ids_N, want.atoms.codes_N)
         )
-
-
-def test_constant_counts_cost_nothing(tmp_path):
-    """topk: so many heads in every token, no tails."""
-    codec = CodecConfig(CodecName.topk)
-    with CacheWriter(tmp_path, header(codec), writer="w") as writer:
-        put(writer, [4, 2], codec)
-    with safe_open(tmp_path / "shards" / "w-000000.safetensors", "np") as file:
-        orders = file.get_tensor("orders")
-    assert (orders[:, [0, 1, 3]] == 255).all() and (orders[:, 4:] == [codec.k, 0]).all()
+        assert [token is not None for token in tokens] == want.valid.tolist()
+        parameters = {"name": codec.name.value} | (
+            {"draws": codec.draws} if "draws" in PARAMETERS[codec.name] else {"tau": codec.tau}
+        )
+        probs = torch.split(make_codec(codec, V).probs(want.atoms), want.atoms.counts_T.tolist())
+        for t in np.flatnonzero(want.valid).tolist():
+            entropy, label, rest, atoms = tokens[t]
+            assert dict(atoms) == dict(zip(ids[t].tolist(), codes[t].tolist())) and len(atoms) == len(ids[t])
+            assert rest == (want.atoms.rest_T[t] if codec.name is CodecName.topk else None)
+            assert math.log(V) * (entropy / 255) ** 2 == pytest.approx(want.entropy[t].item(), abs=0.06)
+            assert -32 * (label / 255) ** 2 == pytest.approx(want.label_logprob[t].item(), abs=0.1)
+            mine = {i: format_reader.probability(code, parameters) for i, code in atoms}
+            if codec.name is CodecName.topk:
+                scale = (1 - 10 ** (-6 * (1 - rest / 255))) / sum(mine.values())
+                mine = {i: p * scale for i, p in mine.items()}
+            assert mine == pytest.approx(dict(zip(ids[t].tolist(), probs[t].tolist())), rel=1e-5)
 
 
 def test_ids_beyond_seventeen_bits(tmp_path):
     vocab = 202_048
     counts = np.random.default_rng(0).integers(0, 1000, vocab)
     atoms = Atoms(
-        torch.full((S,), 2, dtype=torch.int32),
-        torch.ones(S, dtype=torch.int32),
-        torch.tensor([202_047, 131_073] * S, dtype=torch.int32),
-        torch.tensor([255, 7] * S, dtype=torch.uint8),
-        torch.arange(S, dtype=torch.int32) + 180_000,
+        torch.full((S,), 3, dtype=torch.int32),
+        torch.tensor([[202_047, 131_073, 180_000 + t] for t in range(S)], dtype=torch.int32).flatten(),
+        torch.tensor([12, 7, 1] * S, dtype=torch.int32),
         torch.empty(0, dtype=torch.uint8),
     )
     with CacheWriter(tmp_path, header(vocab_size=vocab), writer="w", counts_V=counts) as writer:
@@ -240,7 +193,8 @@ def test_one_shard_has_one_teacher(tmp_path):
         put(writer, [1], teacher="x", step=3)
         put(writer, [2], teacher="y", step=4)
     rows = [json.loads(line) for line in (tmp_path / "ledger" / "w.jsonl").read_text().splitlines()]
-    assert [(row["teacher"], row["first_step"], row["last_step"]) for row in rows] == [("x", 3, 3), ("y", 4, 4)]
+    origins = [[(o["teacher"], o["first_step"], o["last_step"]) for o in row["origins"]] for row in rows]
+    assert origins == [[("x", 3, 3)], [("y", 4, 4)]]
 
 
 def test_after_an_exception_nothing_more_is_published(tmp_path):
@@ -325,8 +279,8 @@ def test_what_cannot_be_stored_is_refused(tmp_path):
         (dict(samples=41), "samples is 40 in the cache, 41 in this run"),
         (dict(seed=6), "seed is 5 in the cache, 6 in this run"),
         (dict(stream={"seed": 1}), r"stream is \{'seed': 0, .*'seed': 1\}"),
-        (dict(codec=CodecConfig(tau=0.02)), r"codec is \{.*0.05\} in the cache, \{.*0.02\}"),
-        (dict(codec=CodecConfig(CodecName.topk)), "codec is .*threshold.*topk"),
+        (dict(codec=CodecConfig(draws=9)), r"codec is \{.*20\} in the cache, \{.*9\}"),
+        (dict(codec=CodecConfig(CodecName.topk)), "codec is .*systematic.*topk"),
     ],
 )
 def test_another_cache_is_refused_with_both_values(tmp_path, change, found):
@@ -350,7 +304,7 @@ def test_another_rank_table_is_refused(tmp_path):
 def test_check_lists_everything_at_once(tmp_path):
     CacheWriter(tmp_path, header(), writer="w").close()
     loaded = CacheHeader.load(tmp_path)
-    loaded.check(vocab_size=V, tokenizer="tok", codec=CodecConfig(draws=3), stream={"seed": 0, "steps": (1, 2)})
+    loaded.check(vocab_size=V, tokenizer="tok", codec=CodecConfig(tau=0.3), stream={"seed": 0, "steps": (1, 2)})
     with pytest.raises(CacheError, match=r"vocab_size is 64.*; corpus is") as error:
         loaded.check(vocab_size=1, corpus="x", tokenizer="tok")
     assert "tokenizer" not in str(error.value)
@@ -368,10 +322,10 @@ def test_what_a_reader_does_not_know_is_refused(tmp_path):
         CacheReader(tmp_path / "nowhere")
     CacheWriter(tmp_path, header(), writer="w").close()
     reseal(tmp_path, codec={"name": "zip"})
-    with pytest.raises(CacheError, match="'zip'; allowed are threshold, multinomial, topk"):
+    with pytest.raises(CacheError, match="'zip'; allowed are systematic, threshold, multinomial, topk"):
         CacheReader(tmp_path)
-    reseal(tmp_path, format=2)
-    with pytest.raises(CacheError, match="format version is 2; this program reads 1"):
+    reseal(tmp_path, format=3)
+    with pytest.raises(CacheError, match="format version is 3; this program reads 1 and 2"):
         CacheReader(tmp_path)
 
 

@@ -38,7 +38,7 @@ def batch(ids, codec=None, vocab=V, step=0) -> Batch:
     logits_TV = torch.from_numpy(np.concatenate(rows)).float()
     lse_T = logits_TV.logsumexp(-1)
     logp_TV = logits_TV - lse_T[:, None]
-    atoms = make_codec(codec or CodecConfig(), vocab).select(
+    atoms, entropy = make_codec(codec or CodecConfig(), vocab).select(
         logits_TV,
         lse_T,
         seed=5,
@@ -46,7 +46,7 @@ def batch(ids, codec=None, vocab=V, step=0) -> Batch:
         positions_T=torch.arange(S).repeat(len(ids)),
     )
     valid = torch.arange(len(ids) * S) % S != S - 1
-    return Batch(np.asarray(ids), digests(ids), atoms, logp_TV[:, 3], -(logp_TV.exp() * logp_TV).sum(-1), valid)
+    return Batch(np.asarray(ids), digests(ids), atoms, logp_TV[:, 3], entropy, valid)
 
 
 def put(writer: CacheWriter, ids, codec=None, vocab=V, step=0, teacher="t") -> bool:

@@ -17,30 +17,29 @@ from distill.config.errors import CacheError
 
 class TopK(Codec):
     unbiased = False
+    max_code = 255
 
     def __init__(self, k: int, vocab_size: int):
         if not 1 <= k <= min(255, vocab_size):
             raise CacheError(f"codec topk: k is {k}; allowed is 1 to {min(255, vocab_size)}")
-        self.k = k
+        self.k = self.max_atoms = k
+        self.vocab_size = vocab_size
         self.code = LogCode(1e-6)
 
-    def _select(self, logits_TV: Tensor, lse_T: Tensor, seed: int, sample_ids_T: Tensor, positions_T: Tensor) -> Atoms:
-        top_TK, ids_TK = logits_TV.topk(self.k, dim=-1, sorted=False)
-        p_TK = (top_TK.double() - lse_T.double()[:, None]).exp().nan_to_num_(0.0)
-        counts_T = torch.full((len(p_TK),), self.k, dtype=torch.int32, device=p_TK.device)
+    def _select(self, p_TV: Tensor, seed: int, sample_ids_T: Tensor, positions_T: Tensor) -> Atoms:
+        p_TK, ids_TK = p_TV[:, : self.vocab_size].topk(self.k, dim=-1, sorted=False)
+        p_TK = p_TK.double().nan_to_num_(0.0)
         return Atoms(
-            heads_T=counts_T,
-            tails_T=torch.zeros_like(counts_T),
-            head_ids_N=ids_TK.reshape(-1).int(),
-            codes_N=self.code.nearest(p_TK.reshape(-1)),
-            tail_ids_M=counts_T.new_empty(0),
+            counts_T=torch.full((len(p_TK),), self.k, dtype=torch.int32, device=p_TK.device),
+            ids_N=ids_TK.reshape(-1).int(),
+            codes_N=self.code.nearest(p_TK.reshape(-1)).int(),
             rest_T=self.code.nearest(1 - p_TK.sum(-1)),
         )
 
-    def weights(self, atoms: Atoms) -> tuple[Tensor, float]:
+    def probs(self, atoms: Atoms) -> Tensor:
         # In fp64, so that the order of the atoms does not show.
         probs_N = self.code.decode(atoms.codes_N).double()
-        row_N = torch.repeat_interleave(atoms.heads_T.long(), output_size=len(probs_N))
-        sum_T = probs_N.new_zeros(len(atoms.heads_T)).index_add_(0, row_N, probs_N)
+        row_N = torch.repeat_interleave(atoms.counts_T.long(), output_size=len(probs_N))
+        sum_T = probs_N.new_zeros(len(atoms.counts_T)).index_add_(0, row_N, probs_N)
         scale_T = (1 - self.code.decode(atoms.rest_T).double()) / sum_T
-        return (probs_N * scale_T[row_N]).float(), 0.0
+        return (probs_N * scale_T[row_N]).float()

@@ -1,0 +1,160 @@
+"""Where the files of a cache lie: a local folder, or a folder of any file system that fsspec knows. No torch.
+
+Whoever writes puts a file in place at one stroke; a kill or a power cut at any moment leaves the old state or the new
+one. Names are relative to the cache's folder, with `/`. Errors are CacheErrors that name the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+
+from distill.cache.files import publish, read_at, reported, write_all
+from distill.config.errors import CacheError
+from distill.config.files import sync
+
+
+class Store(ABC):
+    """One folder."""
+
+    root: str
+    appends: bool
+    """Files can grow and be locked; otherwise a ledger is one object for each row."""
+
+    def path(self, name: str) -> str:
+        """Of a file, for messages."""
+        return f"{self.root}/{name}"
+
+    @abstractmethod
+    def names(self, folder: str) -> list[str]:
+        """Names of the files and folders in `folder`, sorted; none if there is no such folder."""
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """A whole file; CacheError from a FileNotFoundError if there is none."""
+
+    @abstractmethod
+    def read_at(self, name: str, start: int, size: int) -> bytes:
+        """`size` bytes from `start`, fewer where the file ends."""
+
+    @abstractmethod
+    def size(self, name: str) -> int: ...
+
+    @abstractmethod
+    def publish(self, name: str, data: bytes) -> None:
+        """Puts a file in place, over one that may be there."""
+
+    @abstractmethod
+    def create(self, name: str, data: bytes) -> bool:
+        """Puts a file in place unless there is one; False: there was."""
+
+    @abstractmethod
+    def remove(self, name: str) -> None: ...
+
+    def exists(self, name: str) -> bool:
+        try:
+            self.size(name)
+        except CacheError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return False
+            raise
+        return True
+
+
+def open_store(folder: str | Path) -> Store:
+    """The store of a path, or of a URL like s3://bucket/folder or memory://folder."""
+    if "://" in str(folder):
+        from distill.cache.far import FarStore  # fsspec is slow to load and seldom needed
+
+        return FarStore(str(folder))
+    return LocalStore(folder)
+
+
+class LocalStore(Store):
+    appends = True
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.root = str(folder)
+
+    def names(self, folder: str) -> list[str]:
+        with reported(self.folder / folder):
+            try:
+                return sorted(os.listdir(self.folder / folder))
+            except FileNotFoundError:
+                return []
+
+    def read(self, name: str) -> bytes:
+        with reported(self.folder / name):
+            return (self.folder / name).read_bytes()
+
+    def read_at(self, name: str, start: int, size: int) -> bytes:
+        with reported(self.folder / name):
+            return read_at(self.folder / name, start, size)
+
+    def size(self, name: str) -> int:
+        with reported(self.folder / name):
+            return (self.folder / name).stat().st_size
+
+    def publish(self, name: str, data: bytes) -> None:
+        publish(self.folder / name, data)
+
+    def create(self, name: str, data: bytes) -> bool:
+        with locked(self.folder / ".lock", "the cache's creation", wait=True):
+            if self.exists(name):
+                return False
+            self.publish(name, data)
+        return True
+
+    def remove(self, name: str) -> None:
+        with reported(self.folder / name):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def make_folders(self, *names: str) -> None:
+        for name in names:
+            with reported(self.folder / name):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+
+    def append(self, name: str, data: bytes) -> None:
+        """Appends durably; on an error part of the data may be there."""
+        with reported(self.folder / name):
+            fd = os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                write_all(fd, data)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+    def truncate(self, name: str, size: int) -> None:
+        with reported(self.folder / name):
+            os.truncate(self.folder / name, size)
+            sync(self.folder / name)
+
+
+@contextlib.contextmanager
+def locked(path: Path, holder: str, *, wait: bool) -> Iterator[None]:
+    """Holds an exclusive flock on `path`; the kernel releases it when the process ends, however it ends.
+
+    Raises:
+        CacheError: `wait` is false and another live process holds it; `holder` says what for.
+    """
+    with reported(path):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            with reported(path):
+                fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except CacheError as error:
+            if isinstance(error.__cause__, BlockingIOError):
+                pid = os.pread(fd, 32, 0).decode(errors="replace") or "unknown"
+                raise CacheError(f"{path}: another live process (pid {pid}) holds {holder}") from error
+            raise
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(fd)
