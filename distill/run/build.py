@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
 from distill.cache import CacheHeader, CacheReader, CacheWriter, is_written, make_codec
+from distill.cache.flops import flop_ledger
 from distill.config.errors import ConfigError
 from distill.config.load import to_dict
 from distill.config.schema import OnMissing, ReplayOrder, TrainConfig
@@ -101,13 +103,26 @@ def open_capture(run: Run, planned: dict[str, object], folders: dict[str, Path])
                         shard_samples=config.cache.shard_samples,
                         queue=config.cache.queue,
                         on_full=config.cache.on_full,
-                        flops_per_token=flops_per_token(config.teacher.model, corpus.sample_tokens),
+                        flops_per_token=flops_per_token(
+                            config.teacher.model, corpus.sample_tokens, corpus.tiles_per_sample
+                        ),
                     )
                 )
         run.dist.barrier()
     identity = xxhash.xxh3_64_hexdigest(repr(sorted(to_dict(config)["teacher"].items())).encode())
     tokens = train.batch * config.data.sample_tokens
     return Capture(make_codec(config.cache.codec, vocab_size), writers, config.seed, identity, tokens)
+
+
+def cache_figures(readers: list[CacheReader]) -> dict[str, Any]:
+    """What a summary says of the caches of a run: bytes of all published shards per token with a target in them, and
+    the ledger of floating-point operations."""
+    stats = [reader.stats() for reader in readers]
+    ledger = flop_ledger((row for reader in readers for row in reader.rows), readers[0].header.sample_tokens)
+    return {
+        "bytes_per_token": sum(s["bytes"] for s in stats) / max(sum(s["tokens"] for s in stats), 1),
+        "flops": {name: value for name, value in ledger.items() if value},
+    }
 
 
 def open_readers(run: Run) -> list[CacheReader]:
