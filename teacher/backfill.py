@@ -83,6 +83,14 @@ def label(
     return (hard_T.double() * valid_T).sum(), valid_T.sum()
 
 
+@torch.inference_mode()
+def label_loss(teacher: Frozen, batch: Batch, head_chunk: int) -> tuple[float, int]:
+    """Sum of the label losses over the valid tokens of a batch (nats), and their number; nothing is kept."""
+    valid_T = batch.valid_BS.flatten()
+    hard_T = teacher.label(batch, lambda start, logits_TV, lse_T: None, head_chunk)
+    return float((hard_T.double() * valid_T).sum()), int(valid_T.sum())
+
+
 def identity(model: nn.Module) -> str:
     """Sixteen hex digits that tell these weights from others, wherever and however they were stored.
 

@@ -437,8 +437,8 @@ class BackfillConfig:
     corpora: list[str] = field(default_factory=list)
     """Corpora to look at; empty: all of data.corpora."""
     min_lag: float | None = None
-    """Nats by which a record's teacher was worse than the best of its cache from which on it counts as stale; null:
-    only gaps are filled."""
+    """Nats by which a record's teacher was worse than the best of its cache from which on it counts as stale, and is
+    replaced if this teacher is better; null: only gaps are filled."""
     max_samples: int | None = None
     """Most samples that this teacher labels in all, those of earlier runs included; null: no bound."""
     max_tflops: float | None = None

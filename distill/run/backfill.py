@@ -21,13 +21,17 @@ from distill.cache import CacheHeader, CacheReader, CacheWriter, make_codec
 from distill.cache.header import exists
 from distill.config.schema import OnFull, OnMissing
 from distill.data.join import Batch, Joiner, Prefetch, check_cache
+from distill.data.packed import PackedCorpus
 from distill.run import build
 from distill.run.frozen import Teacher, load_teacher
 from distill.run.run import Run
 from distill.run.units import Held, Plan, Unit, make_plan
 from distill.tracking.console import duration, short
-from teacher.backfill import label
+from teacher.backfill import label, label_loss
 from teacher.capture import Capture
+
+PROBED = 256
+"""Samples, at most, on which a teacher shows whether it is better than those before it."""
 
 
 class Place(NamedTuple):
@@ -47,6 +51,11 @@ class Place(NamedTuple):
     """The teacher trained on the corpus."""
     flops_per_token: float
     """Of the teacher's forward pass, the tiles of pictures shared among the tokens."""
+
+    best: float
+    """Nats: the least loss of the cache's records; nan: none has one."""
+    teacher_loss: float
+    """Nats: this teacher's on samples that have records; nan: nothing asked for it."""
 
     @property
     def tflops_per_sample(self) -> float:
@@ -130,9 +139,26 @@ def _places(run: Run, teacher: Teacher) -> Iterator[tuple[Place, Held]]:
             )
             none_N = np.zeros(len(corpus), bool)
             held = Held(none_N, np.full(len(corpus), np.nan), none_N)
+        if config.backfill.min_lag is not None:
+            held = held._replace(teacher_loss=_own_loss(run, teacher, corpus, held))
         covered, done = int(held.covered_N.sum()), int(held.mine_N.sum())
         flops = teacher.model.flops_per_token(corpus.sample_tokens, corpus.tiles_per_sample)
-        yield Place(name, folder, header, covered, done, max(teacher.steps, newest + 1), seen, flops), held
+        step = max(teacher.steps, newest + 1)
+        yield Place(name, folder, header, covered, done, step, seen, flops, held.best, held.teacher_loss), held
+
+
+def _own_loss(run: Run, teacher: Teacher, corpus: PackedCorpus, held: Held) -> float:
+    """The teacher's mean label loss on samples that others have labelled, nats: it must not replace better targets."""
+    others = np.flatnonzero(held.covered_N & ~held.mine_N)
+    ids = others[:: -(-len(others) // PROBED) or 1]
+    joiner, b = Joiner([corpus], None, OnMissing.hard), run.config.backfill
+    total, tokens = 0.0, 0
+    for start in range(0, len(ids), b.batch):
+        some = ids[start : start + b.batch]
+        batch = joiner.batch(np.zeros(len(some), np.int64), some).to(run.dist.device)
+        loss, valid = label_loss(teacher.model, batch, b.head_chunk)
+        total, tokens = total + loss, tokens + valid
+    return total / tokens if tokens else np.nan
 
 
 def _held(reader: CacheReader, identity: str) -> Held:
@@ -154,6 +180,8 @@ def describe(run: Run, places: list[Place], plan: Plan, teacher: Teacher, rate: 
             f"this teacher); to label: {plan.gaps_C[number]:,} gaps, {stale:,} stale, at "
             f"{short(place.flops_per_token)}FLOP a token; into {place.folder} as step {place.step}"
         )
+        if not np.isnan(place.teacher_loss):
+            yield f"corpus {place.name}: best record {place.best:.3f} nats, this teacher {place.teacher_loss:.3f}"
     tokens = plan.samples * run.config.data.sample_tokens
     if plan.left_out:
         yield f"the budget leaves out {plan.left_out:,} samples"

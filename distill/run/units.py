@@ -1,10 +1,11 @@
 """What a backfill labels and in which order: a pure function of what the caches hold, so that it is repeatable.
 
-A sample is worth the nats per token by which its targets can improve. A stale record: its lag, the loss of the teacher
-that made it less the best loss of its cache. A gap: as if a teacher that knows nothing had filled it (log V nats, or
-the worst record's loss where that is worse), so a gap is worth at least as much as the stalest record. Worth per
-floating-point operation orders the work; what is done already is not in the plan, so a run that is started again does
-what is left.
+A record is stale when the loss of the teacher that made it exceeds the best loss of its cache by some lag. A sample is
+worth the nats per token by which its targets can improve. A stale record: its loss less that of the frozen teacher,
+where that is known, else less the best of its cache; if the frozen teacher is no better, nothing. A gap: as if a
+teacher that knows nothing had filled it (log V nats, or the worst record's loss where that is worse), so a gap is
+worth at least as much as the stalest record. Worth per floating-point operation orders the work; what is done already
+is not in the plan, so a run that is started again does what is left.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ class Held(NamedTuple):
     """Nats: mean label loss of the teacher that made the sample's targets; nan where not covered or not known."""
     mine_N: NDArray[np.bool_]
     """The frozen teacher's own: never stale."""
+    teacher_loss: float = math.nan
+    """Nats: the frozen teacher's mean label loss on such samples; nan: not known."""
 
     @property
     def best(self) -> float:
@@ -71,11 +74,13 @@ def worth(held: Held, vocab_size: int, min_lag: float | None) -> NDArray[np.floa
     min_lag: nats from which on a record is stale; None: only gaps count.
     """
     best = held.best
-    lag_N = np.nan_to_num(held.loss_N - best, nan=0.0)
-    worst = max(float(lag_N[held.covered_N].max(initial=0.0)), 0.0)
-    ignorance = math.log(vocab_size) - (0.0 if math.isnan(best) else best)
+    reference = best if math.isnan(held.teacher_loss) else held.teacher_loss
+    lag_N, gain_N = (np.nan_to_num(held.loss_N - loss, nan=0.0) for loss in (best, reference))
     stale_N = held.covered_N & ~held.mine_N & (lag_N >= (math.inf if min_lag is None else min_lag))
-    return np.where(held.covered_N, np.where(stale_N, lag_N, 0.0), max(ignorance, worst))
+    ignorance = math.log(vocab_size) - (0.0 if math.isnan(reference) else reference)
+    # A gap is filled whoever the teacher is: that is what it was called for.
+    gap = max(ignorance, float(gain_N[held.covered_N].max(initial=0.0)), 1e-6)
+    return np.where(held.covered_N, np.where(stale_N, gain_N.clip(min=0.0), 0.0), gap)
 
 
 def make_plan(

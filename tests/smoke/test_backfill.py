@@ -1,6 +1,7 @@
 """A corpus that joins after the teacher was trained, through the real command line; kills; foreign teachers."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -155,6 +156,14 @@ def test_any_causal_language_model_teaches(taught, tmp_path):
     reader = CacheReader(tmp_path / "c")
     assert {o.last_step for row in reader.rows for o in row.origins} == {0}
 
+    # A teacher that knows less than those before it replaces nothing, however stale; what it adds is the newest.
+    shutil.copytree(folder / "t" / "cache", tmp_path / "copy")
+    before = CacheReader(tmp_path / "copy")
+    every = np.arange(before.header.samples)
+    old = before.steps(every)
+    run(*label, "backfill.min_lag=0.01", f"cache.dir={tmp_path}/copy", f"hydra.run.dir={tmp_path}/d")
+    assert summary(tmp_path / "d")["stale"] == 0
+    assert (CacheReader(tmp_path / "copy").steps(every) == np.where(old < 0, old.max() + 1, old)).all()
     wide = LlamaConfig(**config.to_dict() | {"vocab_size": 280})
     AutoModelForCausalLM.from_config(wide).save_pretrained(tmp_path / "wide")
     other = run(*alone, "job=backfill", f"teacher.from=hf:{tmp_path}/wide", f"cache.dir={tmp_path}/c",

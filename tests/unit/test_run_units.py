@@ -48,6 +48,15 @@ def test_a_gap_is_worth_as_much_as_a_record_worse_than_knowing_nothing():
     assert worth(held([math.nan, 2.0, 2.2]), V, 0.1).tolist() == pytest.approx([0.0, 0.0, 0.2])
 
 
+def test_a_teacher_replaces_only_what_is_worse_than_its_own():
+    part = held([3.5, 2.0, 2.9, None])
+    assert worth(part._replace(teacher_loss=2.4), V, 0.5).tolist() == pytest.approx([1.1, 0, 0.5, math.log(V) - 2.4])
+    assert worth(part._replace(teacher_loss=3.0), V, 0.5)[[0, 2]].tolist() == pytest.approx([0.5, 0.0])
+    # One that knows nothing fills gaps alone.
+    ignorant = worth(part._replace(teacher_loss=math.log(V) + 1), V, 0.5)
+    assert ignorant[:3].tolist() == [0, 0, 0] and ignorant[3] > 0
+
+
 def test_what_the_teacher_made_itself_is_never_stale():
     assert flat(plan_of([held([3.5, 2.0, 3.5], mine=[0])], min_lag=0.1)) == [(0, 2)]
 
