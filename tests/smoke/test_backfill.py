@@ -53,7 +53,8 @@ def labelled_ids(cache):
 
 def test_a_second_corpus_joins_the_mix_after_the_teacher_was_trained(taught, tmp_path):
     folder, _, both = taught
-    caches = [f"cache.dirs.main={folder}/t/cache", f"cache.dirs.extra={tmp_path}/extra"]
+    shutil.copytree(folder / "t" / "cache", tmp_path / "main")
+    caches = [f"cache.dirs.main={tmp_path}/main", f"cache.dirs.extra={tmp_path}/extra"]
     label = [*both, *caches, "job=backfill", f"init_from={folder}/t", "backfill.corpora=[extra]", "backfill.batch=5",
              "backfill.unit_samples=16"]  # fmt: skip
     plan = run(*label, "backfill.dry_run=true", f"hydra.run.dir={tmp_path}/plan")
@@ -83,7 +84,7 @@ def test_a_second_corpus_joins_the_mix_after_the_teacher_was_trained(taught, tmp
     # The teacher did not finish an epoch of main: the backfill of all corpora fills what it never met.
     rest = run(*both, *caches, "job=backfill", f"init_from={folder}/t", f"hydra.run.dir={tmp_path}/b2")
     assert summary(tmp_path / "b2")["coverage"] == 1.0 and "corpus extra" in rest.stdout
-    assert {o.seen_before for row in ledger(folder / "t" / "cache") for o in row.origins} == {True}
+    assert {o.seen_before for row in ledger(tmp_path / "main") for o in row.origins} == {True}
     run(*student, "student.replay.order=own", "cache.on_missing=fail", f"hydra.run.dir={tmp_path}/s")
     assert summary(tmp_path / "s")["coverage"] == 1.0
     assert any("lag_factor" in row for row in rows(tmp_path / "s"))
