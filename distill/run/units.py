@@ -4,8 +4,9 @@ A record is stale when the loss of the teacher that made it exceeds the best los
 worth the nats per token by which its targets can improve. A stale record: its loss less that of the frozen teacher,
 where that is known, else less the best of its cache; if the frozen teacher is no better, nothing. A gap: as if a
 teacher that knows nothing had filled it (log V nats, or the worst record's loss where that is worse), so a gap is
-worth at least as much as the stalest record. Worth per floating-point operation orders the work; what is done already
-is not in the plan, so a run that is started again does what is left.
+worth at least as much as the stalest record. Worth per floating-point operation orders the work; where a budget cuts
+it, samples of equal worth are taken from all over the corpus. What is done already is not in the plan, so a run that is
+started again does what is left.
 """
 
 from __future__ import annotations
@@ -103,14 +104,17 @@ def make_plan(
         max_samples, max_flops: budget in all; what the teacher has labelled already has used some of it.
     """
     worth_CN = [worth(part, vocab_size, min_lag) for part in held]
+    budgeted = max_samples is not None or max_flops is not None
     units: list[tuple[float, Unit]] = []
     for corpus, (worth_N, cost) in enumerate(zip(worth_CN, flops_per_sample, strict=True)):
-        needed = np.flatnonzero(worth_N > 0)
-        order = needed[np.argsort(-worth_N[needed], kind="stable")]  # ids ascend where worths are equal
+        # Of equal worth: without a budget in the order of ids, which is that of the file.
+        among = np.random.default_rng(corpus).permutation(len(worth_N)) if budgeted else np.arange(len(worth_N))
+        needed = among[worth_N[among] > 0]
+        order = needed[np.argsort(-worth_N[needed], kind="stable")]
         for start in range(0, len(order), unit_samples):
             ids = order[start : start + unit_samples]
             gain = float(worth_N[ids].mean())
-            units.append((gain / cost, Unit(corpus, np.sort(ids), gain)))
+            units.append((gain / cost, Unit(corpus, ids, gain)))
     units.sort(key=lambda entry: -entry[0])
     done = [int(part.mine_N.sum()) for part in held]
     samples = math.inf if max_samples is None else max_samples - sum(done)
@@ -129,7 +133,7 @@ def _within(units: list[Unit], flops_per_sample: Sequence[float], samples: float
         cost = flops_per_sample[unit.corpus]
         room = int(max(0.0, min(samples, flops / cost, len(unit.sample_ids))))
         if room:
-            yield unit._replace(sample_ids=unit.sample_ids[:room])
+            yield unit._replace(sample_ids=np.sort(unit.sample_ids[:room]))
         if room < len(unit.sample_ids):
             return
         samples, flops = samples - room, flops - room * cost

@@ -79,6 +79,20 @@ def test_budgets_cut_the_plan_and_count_what_is_done():
 
 
 @pytest.mark.parametrize("seed", range(5))
+def test_a_budget_spreads_and_a_killed_run_ends_with_what_a_whole_one_does(seed):
+    rng = np.random.default_rng(seed)
+    settings = {"max_samples": 40, "unit_samples": 8, "min_lag": 0.2}
+    losses = [2.0 if i % 10 == 0 else 3.0 if i % 10 == 1 else None for i in range(200)]
+    whole = {i for _, i in flat(plan_of([held(losses)], **settings))}
+    assert len(whole) == 40 and 60 < np.mean(list(whole)) < 140  # the first 40 gaps have a mean of 25
+    done = [i for i in whole if rng.random() < 0.5]
+    for i in done:
+        losses[i] = 2.5
+    rest = {i for _, i in flat(plan_of([held(losses, done)], **settings))}
+    assert not rest & set(done) and rest | set(done) == whole
+
+
+@pytest.mark.parametrize("seed", range(5))
 def test_any_cache_against_one_sample_at_a_time(seed):
     rng = np.random.default_rng(seed)
     losses = [None if rng.random() < 0.4 else float(rng.uniform(1.5, 5.0)) for _ in range(50)]
