@@ -64,6 +64,7 @@ def train(run: Run) -> None:
         **build.cache_figures(readers),
         "capture_overhead": overhead,
         "coverage": learner.program.coverage,
+        "stall": learner.stalled / learner.seconds if learner.seconds else None,
         "agreement": result.agreement,
         "ece": result.ece,
     }

@@ -13,7 +13,7 @@ def render(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] | None 
     """Plain text within 80 columns: one sentence, one line per arm, and the facts of the run.
 
     summary: what `summary.json` holds: `<arm>_loss` (nats per token), `<arm>_accuracy`, `gap_closed`,
-    `capture_overhead`, `coverage` (shares), `bytes_per_token`, `seconds`; whatever is missing is left out.
+    `capture_overhead`, `coverage`, `stall` (shares), `bytes_per_token`, `seconds`; whatever is missing is left out.
     rows: `{"arm": name, "loss": nats, "gap_closed": share, "accuracy": share}`, the last two where they apply; None
     takes them from the summary.
     """
@@ -109,6 +109,7 @@ _FACTS = {
     "bytes_per_token": ("cache", lambda value: f"{value:.1f} bytes per token"),
     "capture_overhead": ("capture overhead", lambda value: f"{percent(value)} of the teacher's step"),
     "coverage": ("coverage", lambda value: f"{percent(value)} of the student's tokens"),
+    "stall": ("waiting for data", lambda value: f"{100 * value:.1f} % of the student's time"),
     "agreement": ("agreement", lambda value: f"{percent(value)} of the tokens"),
     "accuracy": ("accuracy", lambda value: f"{percent(value)} of the tokens"),
     "ece": ("calibration error", percent),
