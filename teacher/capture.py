@@ -58,8 +58,12 @@ class Capture:
 
         return tap
 
-    def put(self, batch: Batch, hard_T: Tensor, step: int) -> None:
-        """Hands the micro-batch's targets to the writers; waits or skips when their queue is full."""
+    def put(self, batch: Batch, hard_T: Tensor, step: int, tokens_seen: int | None = None) -> None:
+        """Hands the micro-batch's targets to the writers; waits or skips when their queue is full.
+
+        tokens_seen: by the teacher; None: those of its steps so far.
+        """
+        seen = step * self.tokens_per_step if tokens_seen is None else tokens_seen
         began = time.perf_counter()
         atoms, entropy_T = Atoms.cat(self._atoms), torch.cat(self._entropy)
         length = batch.ids_BS.shape[1]
@@ -77,7 +81,7 @@ class Capture:
                 entropy_T[rows_T],
                 batch.valid_BS.flatten()[rows_T],
                 step=step,
-                tokens_seen=step * self.tokens_per_step,
+                tokens_seen=seen,
                 teacher=self.teacher,
             )
         self.seconds += time.perf_counter() - began

@@ -116,6 +116,17 @@ _FACTS = {
     "needle_accuracy": ("needles found", lambda value: f"{percent(value)} within the trained length"),
     "needle_accuracy_across_chunks": ("across chunks", lambda value: f"{percent(value)} of the needles"),
     "tokens": ("tokens", short),
+    "flops.captured_tokens": ("captured", lambda value: f"{short(value)} tokens"),
+    "flops.saved_tflops": ("capture saved", lambda value: f"{value:.3g} TFLOP of a labelling pass"),
+    "flops.training_tflops": ("teacher's training", lambda value: f"{value:.3g} TFLOP"),
+    "flops.backfilled_tokens": ("backfilled", lambda value: f"{short(value)} tokens"),
+    "flops.backfill_tflops": ("backfill cost", lambda value: f"{value:.3g} TFLOP"),
+    "flops.imported_tokens": ("imported", lambda value: f"{short(value)} tokens"),
+    "flops.unpriced_tokens": ("of unknown cost", lambda value: f"{short(value)} tokens"),
+    "planned_tflops": ("planned", lambda value: f"{value:.3g} TFLOP"),
+    "planned_bytes": ("size of it", lambda value: f"{short(value)}B"),
+    "planned_seconds": ("time for it", duration),
+    "loss": ("teacher's loss", lambda value: f"{value:.3f} nats per token labelled"),
     "seconds": ("wall time", duration),
 }
 
