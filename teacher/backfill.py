@@ -33,7 +33,7 @@ class Frozen(Protocol):
         ...
 
     def label(self, batch: Batch, tap: Tap, head_chunk: int) -> Tensor:
-        """Shows the logits of every token to the tap, at most `head_chunk` at a time and in order.
+        """Shows the probabilities of every token to the tap, at most `head_chunk` at a time and in order.
 
         Returns the cross entropy against the labels, hard_T, nats.
         """
