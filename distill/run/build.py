@@ -126,10 +126,15 @@ def cache_figures(readers: list[CacheReader]) -> dict[str, Any]:
 
 
 def open_readers(run: Run) -> list[CacheReader]:
-    """The caches of all corpora, checked against the run's own tokenizer, vocabulary, packing and corpus."""
+    """The caches of all corpora, checked against the run's own tokenizer, vocabulary, packing and corpus.
+
+    A student that goes on from a checkpoint finds the view that it had: what was published since waits for a refresh.
+    """
+    roles = run.restored.state["roles"] if run.restored else {}
+    views = roles.get("student", {}).get("views", [])
     readers = []
-    for name, folder in cache_folders(run).items():
-        reader = CacheReader(folder)
+    for number, (name, folder) in enumerate(cache_folders(run).items()):
+        reader = CacheReader(folder, views[number] if views else None)
         check_cache(reader, run.data.tokenizer, run.data.train[name], run.config.student.model.vocab_size)
         readers.append(reader)
     return readers
