@@ -36,11 +36,6 @@ def _codec_json(config: CodecConfig) -> dict[str, Any]:
     return {"name": name.value, PARAMETERS[name]: getattr(config, PARAMETERS[name])}
 
 
-def exists(folder: str | Path) -> bool:
-    """Whether there is a cache in a folder, of whatever format."""
-    return open_store(folder).exists(HEADER)
-
-
 @dataclass(frozen=True)
 class CacheHeader:
     """The identity of a cache. Two headers are the same cache when `check` finds no difference."""
@@ -138,3 +133,8 @@ class CacheHeader:
         ]
         if wrong:
             raise CacheError(f"cache {self.folder or '(new)'} does not fit: " + "; ".join(wrong))
+
+
+def is_created(folder: str | Path) -> bool:
+    """Someone has made a cache in this folder, or URL; CacheError when it cannot be looked at."""
+    return open_store(folder).exists(HEADER)

@@ -118,6 +118,10 @@ class LedgerReader:
         """The last row read says that the writer's stream is complete."""
         self.torn = 0
         """Bytes of a row at the end that is not complete."""
+        self.torn_object = ""
+        """The object that is such a row: of a file system where an upload is seen while it lasts."""
+        self._objects = 0
+        """Rows read that are objects."""
         self.captures = True
         """No row says that this is another than a teacher in training."""
         self.last_step = -1
@@ -137,19 +141,36 @@ class LedgerReader:
         return found
 
     def _lines(self, limit: int | None) -> Iterator[tuple[bytes, str]]:
-        name = f"{LEDGER}/{self.writer}.jsonl"
-        if isinstance(self.store, LocalStore) or (self.offset == 0 and self.store.exists(name)):
-            yield from self._file_lines(name)
+        if isinstance(self.store, LocalStore) or not self._objects:
+            yield from self._file_lines(f"{LEDGER}/{self.writer}.jsonl")
         if limit is not None and self.seq >= limit:
             return
-        there = [name for name in self.store.names(f"{LEDGER}/{self.writer}") if name.endswith(".json")]
         first = row_object(self.writer, self.seq)
+        if self._objects and not self._is_there(first):
+            return
+        there = [name for name in self.store.names(f"{LEDGER}/{self.writer}") if name.endswith(".json")]
         fresh = [name for each in there if (name := f"{LEDGER}/{self.writer}/{each}") >= first]
         for seq, name in enumerate(fresh, start=self.seq):
             if name != row_object(self.writer, seq):
                 raise CacheError(f"{self.store.path(row_object(self.writer, seq))}: the row is missing")
-        for name, data in zip(fresh, _read_many(self.store, fresh), strict=True):
+        self.torn_object = ""
+        for name, data in zip(fresh, self.store.read_many(fresh), strict=True):
+            if name == fresh[-1] and not data.endswith(b"\n") and not _WHOLE_ROW.search(data):
+                log.warning("%s: %d bytes of a row that is not complete, not used", self.store.path(name), len(data))
+                self.torn_object = name
+                return
             yield data, self.store.path(name)
+            self._objects += 1
+
+    def _is_there(self, name: str) -> bool:
+        """By reading it: for who follows a ledger that is one request, however many rows there are."""
+        try:
+            self.store.read_many([name])
+        except CacheError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return False
+            raise
+        return True
 
     def _file_lines(self, name: str) -> Iterator[tuple[bytes, str]]:
         try:
@@ -237,6 +258,9 @@ class LedgerWriter:
             if reader.torn:
                 log.warning("%s: removed a torn last row of %d bytes", store.path(self._name), reader.torn)
                 store.truncate(self._name, reader.offset)
+        if reader.torn_object:
+            log.warning("%s: removed a torn last row", store.path(reader.torn_object))
+            store.remove(reader.torn_object)
 
     def append(self, row: ShardRow) -> None:
         """Publishes a shard: returns when the row is on disk."""
@@ -265,11 +289,3 @@ class LedgerWriter:
             if not self.store.create(name, seal(record)):
                 raise CacheError(f"{self.store.path(name)}: another live process has the writer's name {self.writer!r}")
         self.seq += 1
-
-
-def _read_many(store: Store, names: list[str]) -> list[bytes]:
-    many = getattr(store, "read_many", None)
-    if many is not None and names:
-        found: list[bytes] = many(names)
-        return found
-    return [store.read(name) for name in names]
