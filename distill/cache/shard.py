@@ -46,6 +46,10 @@ def build(columns: Columns, records: Array, ends: Array, metadata: dict[str, str
     """
     if len(records) >= 2**32 or len(set(columns.origins.tolist())) > 2**16:
         raise CacheError(f"{len(records)} bytes of records in one shard; allowed is less than {2**32}")
+    for name in ("steps", "atoms"):
+        numbers = getattr(columns, name)
+        if len(numbers) and not 0 <= numbers.min() <= numbers.max() < 2**32:
+            raise CacheError(f"{name} of a sample from {numbers.min()} to {numbers.max()}; allowed is 0 to {2**32 - 1}")
     starts = np.concatenate([[0], ends[:-1]])
     view = records.data
     checks = [
@@ -94,8 +98,11 @@ class Shard:
                 any(len(array) != row.samples for array in arrays.values())
                 or (np.diff(self.bounds) < 0).any()
                 or self.bounds[-1] != row.bytes
+                or spans[RECORDS] != (row.index_bytes, row.bytes)
                 or (arrays["origins"] >= len(row.origins)).any()
                 or (arrays["sample_ids"] < 0).any()
+                or (arrays["sample_ids"].min(), arrays["sample_ids"].max()) != (row.first_sample, row.last_sample)
+                or arrays["atoms"].sum() != row.atoms
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CacheError(f"{self.name} is damaged: {error}") from error
