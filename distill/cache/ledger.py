@@ -218,11 +218,11 @@ class LedgerReader:
             record = unseal(line)
             kind = record.pop("kind")
             if (record["writer"], record["seq"]) != (self.writer, self.seq):
-                raise ValueError(f"it is row {record['seq']} of {record['writer']}, expected {self.seq}")
+                raise ValueError(f"it is row {record['seq']!s:.80} of {record['writer']!s:.80}, expected {self.seq}")
             if self._old_row is not None:
                 record = self._old_row(record, self._cache)
             if record["cache"] != self._cache:
-                raise ValueError(f"it belongs to another cache, {record['cache']}; this one is {self._cache}")
+                raise ValueError(f"it belongs to another cache, {record['cache']!s:.80}; this one is {self._cache}")
             found: list[ShardRow | Retired] = []
             if kind == "shard":
                 found = [row := ShardRow.of(record)]
@@ -232,7 +232,7 @@ class LedgerReader:
                 self.captures = False
                 found = [Retired.of(retired) for retired in record["retired"]]
             elif kind != "finish":
-                raise ValueError(f"its kind is {kind!r}")
+                raise ValueError(f"its kind is {kind!r:.80}")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CacheError(f"{where} is damaged: {error}") from error
         self.finished = kind == "finish"

@@ -67,7 +67,16 @@ def run(kills: int, seed: int, progress: Any) -> tuple[dict[str, Any], list[str]
                     this.bad("wrong", f"{key}: other bytes than in the run that was not killed")
             shutil.rmtree(this.folder.parent)
             number += 1
-    keys = ("kills", "by clock", "at a call of the system", "writers killed", "runs", "torn rows", "orphan shards", "records")
+    keys = (
+        "kills",
+        "by clock",
+        "at a call of the system",
+        "writers killed",
+        "runs",
+        "torn rows",
+        "orphan shards",
+        "records",
+    )
     zeros = ("lost", "wrong", "duplicated", "failed")
     return {key: counts[key] for key in keys + zeros}, problems
 
