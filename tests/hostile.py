@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import shutil
@@ -75,10 +76,8 @@ class Parts:
                     facts["index_bytes"] = len(file) - _payload(front, body)
                     facts["index_digest"] = digest(file[: facts["index_bytes"]])
                     row |= {key: value for key, value in facts.items() if key in row}
-                try:
+                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a name that no file has
                     (folder / "shards" / row["shard"]).write_bytes(file)
-                except (OSError, ValueError, KeyError, TypeError):
-                    pass  # a name that no file has
             lines.append(seal(row))
         (folder / "ledger" / "w.jsonl").write_bytes(b"".join(lines))
 

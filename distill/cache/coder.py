@@ -261,8 +261,8 @@ def decode(
     """Inverse of `encode` for B samples at [start, end) of `data`, into arrays of T = B * S tokens, N = sum(atoms_B).
 
     total: of the codes of a token, one of which is implied; 0: none is. max_code, max_atoms: the largest code, and most
-    atoms of a token, that there are. Returns the first sample that is not what `encode` writes, or -1: whatever the bytes, nothing outside of the arrays is
-    touched.
+    atoms of a token, that there are. Returns the first sample that is not what `encode` writes, or -1: whatever the
+    bytes, nothing outside of the arrays is touched.
     """
     first = 0
     for sample in range(len(starts)):

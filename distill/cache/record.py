@@ -117,8 +117,8 @@ def decode(raws: Sequence[Raw], sample_tokens: int, ids_by_rank: Array, codec: C
     counts_T, rest_T = np.zeros(tokens, np.int32), np.zeros(tokens if has_rest else 0, np.uint8)
     ids_N, codes_N = np.empty(count, np.int32), np.empty(count, np.int32)
     bad = coder.decode(
-        data, starts_B, ends_B, atoms_B, ids_by_rank, codec.total, codec.max_code, codec.max_atoms, has_rest, sample_tokens, _FRESH,
-        valid_T, label_T, entropy_T, counts_T, ids_N, codes_N, rest_T,
+        data, starts_B, ends_B, atoms_B, ids_by_rank, codec.total, codec.max_code, codec.max_atoms, has_rest,
+        sample_tokens, _FRESH, valid_T, label_T, entropy_T, counts_T, ids_N, codes_N, rest_T,
     )  # fmt: skip
     if bad >= 0:
         raise ValueError(bad)

@@ -68,7 +68,7 @@ def build(columns: Columns, records: Array, ends: Array, metadata: dict[str, str
 
 
 def _in_order(data: bytes) -> bytes:
-    """The file with its metadata in the order of names: the library's is random, and equal work is to be equal bytes."""
+    """The file with its metadata in order of names: the library's order is random, and equal work is equal bytes."""
     front = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:front])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))

@@ -107,12 +107,12 @@ def says(found: list[Token], atoms: list[dict[int, int]], label: np.ndarray, ent
             return f"token {t}: a target where none is, or none where one is"
         if token is None:
             continue
-        e, l, _, pairs = token
+        e, label_code, _, pairs = token
         if dict(pairs) != atoms[t] or len(pairs) != len(atoms[t]):
             return f"token {t}: atoms {dict(pairs)}, the teacher's {atoms[t]}"
         for name, got, want, top in (
             ("entropy", e, entropy[t], float(np.log(vocab))),
-            ("label", l, -label[t], 32.0),
+            ("label", label_code, -label[t], 32.0),
         ):
             if abs(np.sqrt(min(max(float(want), 0.0), top) / top) * 255 - got) > 0.5001:
                 return f"token {t}: {name} is code {got}, of {want} nats"

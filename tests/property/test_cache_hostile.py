@@ -23,7 +23,7 @@ from distill.cache.store import open_store
 from distill.config.errors import CacheError
 from distill.config.schema import CodecConfig, CodecName
 from tests.hostile import Parts
-from tests.workers.cache import V, digests, header, put
+from tests.workers.cache import V, header, put
 
 FAST = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 ROOM = 64 << 20
@@ -39,7 +39,8 @@ INTS = st.sampled_from(
 )
 VALUES = st.one_of(
     st.none(), st.booleans(), INTS, INTS, st.integers(), st.integers(0, 100),
-    st.floats(), st.text(max_size=8), st.sampled_from(["", "..", "/etc", "a\0b", "\ud800", "x" * 300, "w" * 5000, ".", "NaN"]),
+    st.floats(), st.text(max_size=8),
+    st.sampled_from(["", "..", "/etc", "a\0b", "\ud800", "x" * 300, "w" * 5000, ".", "NaN"]),
     st.lists(st.integers(), max_size=3), st.dictionaries(st.text(max_size=3), st.integers(), max_size=2), st.just(DEEP),
 )  # fmt: skip
 
@@ -71,7 +72,7 @@ def use(folder):
     with limits():
         try:
             reader = CacheReader(folder)
-            reader.view, reader.torn, reader.finished, reader.frontier(1)  # noqa: B018
+            reader.view, reader.torn, reader.finished, reader.frontier(1)
             reader.stats()
             ids = np.arange(min(reader.header.samples, 50))
             covered = ids[reader.covers(ids)]
@@ -220,13 +221,13 @@ def test_records(caches, folder, data):
     """Bytes of any record, with checks that verify and any count of atoms."""
     parts = caches[data.draw(st.sampled_from([codec.value for codec in CodecName]))].copy()
     front, body = parts.shards[0]
-    first, end = front["records"]["data_offsets"]
+    first, _ = front["records"]["data_offsets"]
     count = front["ends"]["shape"][0]
     garbage = data.draw(
         st.one_of(st.binary(min_size=1, max_size=300), st.sampled_from([b"\0" * 200, b"\xff" * 200, b"\0" * 40_000]))
     )
     body = body[:first] + garbage
-    sizes = sorted(data.draw(st.integers(0, len(garbage))) for _ in range(count - 1)) + [len(garbage)]
+    sizes = [*sorted(data.draw(st.integers(0, len(garbage))) for _ in range(count - 1)), len(garbage)]
     atoms = [data.draw(st.one_of(st.integers(0, 40), st.integers(0, 2**32 - 1))) for _ in range(count)]
     for name, numbers in (("ends", sizes), ("atoms", atoms)):
         start = front[name]["data_offsets"][0]
