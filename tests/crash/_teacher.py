@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -18,8 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from distill.cache import Atoms, CacheWriter
-from tests.workers.cache import Batch, batch, header
+from distill.cache import Atoms, CacheReader, CacheWriter
+from tests.workers.cache import Batch, batch, digests, header
 
 SAMPLES, STEPS, WIDTH, EVERY, EPOCH = 96, 32, 6, 4, 16
 """Samples of the corpus; steps of the plan; samples a step; steps from checkpoint to checkpoint; steps an epoch."""
@@ -53,6 +54,13 @@ def prepare() -> None:
             said(sample, step)
     for sample in filled():
         said(sample, BACKFILL)
+    # Compiled here once, not by every child at the same time.
+    with tempfile.TemporaryDirectory() as folder:
+        with CacheWriter(folder, make_header(), writer="w") as writer:
+            writer.put(*said(*sorted(expected())[0]), step=0, tokens_seen=0, teacher="t")
+        reader = CacheReader(folder)
+        ids = np.flatnonzero(reader.covers(np.arange(SAMPLES)))
+        reader.read(ids, digests(ids))
 
 
 def expected() -> set[tuple[int, int]]:
