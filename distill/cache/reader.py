@@ -17,7 +17,7 @@ from distill.cache import record
 from distill.cache.codecs import make_codec
 from distill.cache.header import CacheHeader
 from distill.cache.index import Index
-from distill.cache.ledger import LedgerReader, Origin, Retired, ShardRow, ledgers
+from distill.cache.ledger import LedgerReader, Origin, Retired, ShardRow, ledgers, outside
 from distill.cache.ranks import load_ranks
 from distill.cache.record import Decoded
 from distill.cache.shard import Shard
@@ -298,11 +298,10 @@ class CacheReader:
     def _take_in(self) -> int:
         """`_unseen` into the view, at one stroke: an error leaves everything as it was."""
         retired = self._retired + [each for each in self._unseen if isinstance(each, Retired)]
-        gone = {(r.writer, r.seq) for r in self._now.rows if _is_retired(r, retired)}
-        new = [row for row in self._unseen if isinstance(row, ShardRow) and not _is_retired(row, retired)]
-        view = self._now
-        if gone:  # a compaction has replaced shards of the view: begin anew without them
-            new = [row for row in self._now.rows if (row.writer, row.seq) not in gone] + new
+        new = outside([row for row in self._unseen if isinstance(row, ShardRow)], retired)
+        view, left = self._now, outside(self._now.rows, retired)
+        if len(left) < len(view.rows):  # a compaction has replaced shards of the view: begin anew without them
+            new = left + new
             view = self._new_view()
         indexes = self._store.map(self._columns_of, new)
         view.add(new, indexes)
@@ -343,7 +342,7 @@ class CacheReader:
             if old:
                 return decode_old(old, self._ids_by_rank, self.header.codec.name)
             return record.decode(raws, self.header.sample_tokens, self._ids_by_rank, self.codec)
-        except ValueError as error:
+        except (ValueError, IndexError) as error:
             shard, index = found[error.args[0] if isinstance(error.args[0], int) else 0]
             sample = int(shard.columns.sample_ids[index])
             raise CacheError(f"{shard.path} is damaged: sample {sample} is not a record") from error
@@ -358,10 +357,6 @@ class CacheReader:
         parts = self._store.map(lambda shard: shard.some_records([found[p][1] for p in places[shard]]), places)
         data = dict(zip((p for part in places.values() for p in part), (d for part in parts for d in part)))
         return [data[place] for place in range(len(found))]
-
-
-def _is_retired(row: ShardRow, retired: list[Retired]) -> bool:
-    return any(each.ledger == row.writer and each.first <= row.seq <= each.last for each in retired)
 
 
 def _scatter(targets: SoftTargets, covered_T: Tensor) -> SoftTargets:
