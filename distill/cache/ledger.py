@@ -10,11 +10,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distill.cache.fields import check_types
 from distill.cache.layout import LEDGER, row_object
 from distill.cache.seal import seal, unseal
 from distill.cache.store import LocalStore, Store, open_store
@@ -22,6 +24,7 @@ from distill.config.errors import CacheError
 
 log = logging.getLogger(__name__)
 
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,250}")
 _WHOLE_ROW = re.compile(rb'"digest": "[0-9a-f]{16}"\}.', re.DOTALL)
 
 
@@ -83,9 +86,12 @@ class ShardRow:
     @classmethod
     def of(cls, record: dict[str, Any]) -> ShardRow:
         """From JSON; raises TypeError, KeyError or ValueError when it is not a row."""
+        check_types(record, cls)
+        for origin in record["origins"]:
+            check_types(origin, Origin)
         row = cls(**record | {"origins": tuple(Origin(**origin) for origin in record["origins"])})
         counts = (row.seq, row.samples, row.first_sample, row.tokens, row.atoms, row.bytes, row.index_bytes)
-        if not all(isinstance(count, int) and count >= 0 for count in counts) or "/" in row.shard:
+        if min(counts) < 0 or not _FILE_NAME.fullmatch(row.shard):
             raise ValueError("a number or a name that cannot be")
         return row
 
@@ -98,6 +104,29 @@ class Retired:
     first: int
     last: int
     """Inclusive."""
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> Retired:
+        """From JSON; raises as `ShardRow.of`."""
+        check_types(record, cls)
+        return cls(**record)
+
+
+def outside(rows: list[ShardRow], retired: Iterable[Retired]) -> list[ShardRow]:
+    """The rows that are not retired, in their order."""
+    ranges: dict[str, list[tuple[int, int]]] = {}
+    for each in sorted(retired, key=lambda each: (each.ledger, each.first)):
+        there = ranges.setdefault(each.ledger, [])
+        # Only what reaches further than all before it: then the last that begins at or before a row decides.
+        if not there or each.last > there[-1][1]:
+            there.append((each.first, each.last))
+    kept = []
+    for row in rows:
+        there = ranges.get(row.writer, [])
+        place = bisect_right(there, (row.seq, 2**63)) - 1
+        if place < 0 or there[place][1] < row.seq:
+            kept.append(row)
+    return kept
 
 
 class LedgerReader:
@@ -131,13 +160,19 @@ class LedgerReader:
         """New complete rows, in order; stops after row number `limit` - 1.
 
         Raises:
-            CacheError: a row that does not verify, is out of sequence, or was cut off after it had been read.
+            CacheError: a row that does not verify, is out of sequence, or was cut off after it had been read. Nothing
+                counts as read then: rows in front of it come again with the next call.
         """
+        before = dict(self.__dict__)
         found: list[ShardRow | Retired] = []
-        for line, where in self._lines(limit):
-            found += self._parse(line, where)
-            if limit is not None and self.seq >= limit:
-                break
+        try:
+            for line, where in self._lines(limit):
+                found += self._parse(line, where)
+                if limit is not None and self.seq >= limit:
+                    break
+        except BaseException:
+            self.__dict__.update(before)
+            raise
         return found
 
     def _lines(self, limit: int | None) -> Iterator[tuple[bytes, str]]:
@@ -185,8 +220,8 @@ class LedgerReader:
         data = self.store.read_at(name, self.offset, size - self.offset)
         *lines, torn = data.split(b"\n")
         for line in lines:
+            self.offset += len(line) + 1  # before the row is used: whoever asked for it may not come back
             yield line + b"\n", f"{where} line {self.seq + 1}"
-            self.offset += len(line) + 1
         if _WHOLE_ROW.search(torn):
             raise CacheError(f"{where} line {self.seq + 1} is damaged: no newline where the row ends")
         if torn and len(torn) != self.torn:
@@ -198,11 +233,11 @@ class LedgerReader:
             record = unseal(line)
             kind = record.pop("kind")
             if (record["writer"], record["seq"]) != (self.writer, self.seq):
-                raise ValueError(f"it is row {record['seq']} of {record['writer']}, expected {self.seq}")
+                raise ValueError(f"it is row {record['seq']!s:.80} of {record['writer']!s:.80}, expected {self.seq}")
             if self._old_row is not None:
                 record = self._old_row(record, self._cache)
             if record["cache"] != self._cache:
-                raise ValueError(f"it belongs to another cache, {record['cache']}; this one is {self._cache}")
+                raise ValueError(f"it belongs to another cache, {record['cache']!s:.80}; this one is {self._cache}")
             found: list[ShardRow | Retired] = []
             if kind == "shard":
                 found = [row := ShardRow.of(record)]
@@ -210,9 +245,9 @@ class LedgerReader:
                 self.last_step = max(self.last_step, row.last_step)
             elif kind == "retire":
                 self.captures = False
-                found = [Retired(**retired) for retired in record["retired"]]
+                found = [Retired.of(retired) for retired in record["retired"]]
             elif kind != "finish":
-                raise ValueError(f"its kind is {kind!r}")
+                raise ValueError(f"its kind is {kind!r:.80}")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CacheError(f"{where} is damaged: {error}") from error
         self.finished = kind == "finish"

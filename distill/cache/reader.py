@@ -17,7 +17,7 @@ from distill.cache import record
 from distill.cache.codecs import make_codec
 from distill.cache.header import CacheHeader
 from distill.cache.index import Index
-from distill.cache.ledger import LedgerReader, Origin, Retired, ShardRow, ledgers
+from distill.cache.ledger import LedgerReader, Origin, Retired, ShardRow, ledgers, outside
 from distill.cache.ranks import load_ranks
 from distill.cache.record import Decoded
 from distill.cache.shard import Shard
@@ -170,15 +170,23 @@ class CacheReader:
 
     def losses(self, sample_ids: Array) -> NDArray[np.float64]:
         """For each sample id, the teacher's mean label loss on the sample's shard when captured, nats; nan: none."""
-        found = np.full(len(sample_ids), np.nan)
+        numbers, origins = self.origins(sample_ids)
+        losses = np.array([np.nan if o.loss is None else o.loss for o in origins] + [np.nan])
+        found: NDArray[np.float64] = losses[numbers]  # -1, no record, is the last
+        return found
+
+    def origins(self, sample_ids: Array) -> tuple[NDArray[np.int64], list[Origin]]:
+        """For each sample id, which of the returned origins its newest record has; -1: there is no record."""
         view = self._now
         shards, places, _ = view.find(self._checked(sample_ids))
-        for number in np.unique(shards[shards >= 0]).tolist():
-            here = np.flatnonzero(shards == number)
-            shard = view.open(number)
-            losses = np.array([np.nan if o.loss is None else o.loss for o in shard.row.origins])
-            found[here] = losses[shard.columns.origins[places[here]]]
-        return found
+        numbers, found = np.full(len(shards), -1, np.int64), list[Origin]()
+        order = np.argsort(shards, kind="stable")
+        order = order[np.searchsorted(shards[order], 0) :]
+        for here in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1) if len(order) else ():
+            shard = view.open(int(shards[here[0]]))
+            numbers[here] = len(found) + shard.columns.origins[places[here]]
+            found += shard.row.origins
+        return numbers, found
 
     def read(self, sample_ids_B: Array, digests_B: Array) -> ReadResult:
         """Targets of a batch.
@@ -290,11 +298,10 @@ class CacheReader:
     def _take_in(self) -> int:
         """`_unseen` into the view, at one stroke: an error leaves everything as it was."""
         retired = self._retired + [each for each in self._unseen if isinstance(each, Retired)]
-        gone = {(r.writer, r.seq) for r in self._now.rows if _is_retired(r, retired)}
-        new = [row for row in self._unseen if isinstance(row, ShardRow) and not _is_retired(row, retired)]
-        view = self._now
-        if gone:  # a compaction has replaced shards of the view: begin anew without them
-            new = [row for row in self._now.rows if (row.writer, row.seq) not in gone] + new
+        new = outside([row for row in self._unseen if isinstance(row, ShardRow)], retired)
+        view, left = self._now, outside(self._now.rows, retired)
+        if len(left) < len(view.rows):  # a compaction has replaced shards of the view: begin anew without them
+            new = left + new
             view = self._new_view()
         indexes = self._store.map(self._columns_of, new)
         view.add(new, indexes)
@@ -306,7 +313,8 @@ class CacheReader:
         return _View(self.header.samples, self._shard, _OPEN_SHARDS if self._store.appends else _OPEN_FAR)
 
     def _teachers(self) -> list[LedgerReader]:
-        return [ledger for ledger in self._ledgers.values() if ledger.captures]
+        """Ledgers of teachers in training; one without a row does not say yet whose it is."""
+        return [ledger for ledger in self._ledgers.values() if ledger.captures and ledger.seq]
 
     # ------------------------------------------------------------ shards
 
@@ -334,7 +342,7 @@ class CacheReader:
             if old:
                 return decode_old(old, self._ids_by_rank, self.header.codec.name)
             return record.decode(raws, self.header.sample_tokens, self._ids_by_rank, self.codec)
-        except ValueError as error:
+        except (ValueError, IndexError) as error:
             shard, index = found[error.args[0] if isinstance(error.args[0], int) else 0]
             sample = int(shard.columns.sample_ids[index])
             raise CacheError(f"{shard.path} is damaged: sample {sample} is not a record") from error
@@ -349,10 +357,6 @@ class CacheReader:
         parts = self._store.map(lambda shard: shard.some_records([found[p][1] for p in places[shard]]), places)
         data = dict(zip((p for part in places.values() for p in part), (d for part in parts for d in part)))
         return [data[place] for place in range(len(found))]
-
-
-def _is_retired(row: ShardRow, retired: list[Retired]) -> bool:
-    return any(each.ledger == row.writer and each.first <= row.seq <= each.last for each in retired)
 
 
 def _scatter(targets: SoftTargets, covered_T: Tensor) -> SoftTargets:

@@ -48,6 +48,10 @@ def build(columns: Columns, records: Array, ends: Array, metadata: dict[str, str
     """
     if len(records) >= 2**32 or len(set(columns.origins.tolist())) > 2**16:
         raise CacheError(f"{len(records)} bytes of records in one shard; allowed is less than {2**32}")
+    for name in ("steps", "atoms"):
+        numbers = getattr(columns, name)
+        if len(numbers) and not 0 <= numbers.min() <= numbers.max() < 2**32:
+            raise CacheError(f"{name} of a sample from {numbers.min()} to {numbers.max()}; allowed is 0 to {2**32 - 1}")
     starts = np.concatenate([[0], ends[:-1]])
     view = records.data
     checks = [
@@ -58,11 +62,21 @@ def build(columns: Columns, records: Array, ends: Array, metadata: dict[str, str
     ]
     found = columns._asdict() | {"checks": np.array(checks, np.uint64), "ends": ends}
     arrays = {name: np.ascontiguousarray(found[name], _TYPES[dtype]) for name, dtype in _COLUMNS.items()}
-    data = safetensors.numpy.save(arrays | {RECORDS: records}, metadata=metadata)
+    data = _in_order(safetensors.numpy.save(arrays | {RECORDS: records}, metadata=metadata))
     # The library sorts by the width of a number, so that the index comes first: the ledger's digest relies on it.
     index_bytes = len(data) - len(records)
     assert _parse(data[:index_bytes], len(data))[RECORDS] == (index_bytes, len(data))
     return data, index_bytes
+
+
+def _in_order(data: bytes) -> bytes:
+    """The file with its metadata in order of names: the library's order is random, and equal work is equal bytes."""
+    front = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:front])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    assert len(text) <= front - 8, "a header that got longer"
+    return b"".join([data[:8], text.ljust(front - 8), memoryview(data)[front:]])
 
 
 def check(sample_id: int, token_digest: int, record: memoryview | bytes) -> int:
@@ -96,8 +110,11 @@ class Shard:
                 any(len(array) != row.samples for array in arrays.values())
                 or (np.diff(self.bounds) < 0).any()
                 or self.bounds[-1] != row.bytes
+                or spans[RECORDS] != (row.index_bytes, row.bytes)
                 or (arrays["origins"] >= len(row.origins)).any()
                 or (arrays["sample_ids"] < 0).any()
+                or (arrays["sample_ids"].min(), arrays["sample_ids"].max()) != (row.first_sample, row.last_sample)
+                or arrays["atoms"].sum() != row.atoms
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CacheError(f"{self.name} is damaged: {error}") from error

@@ -144,12 +144,15 @@ class LocalStore(Store):
     def append(self, name: str, data: bytes) -> None:
         """Appends durably; on an error part of the data may be there."""
         with reported(self.folder / name):
+            new = not (self.folder / name).exists()
             fd = os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
                 write_all(fd, data)
                 os.fsync(fd)
             finally:
                 os.close(fd)
+            if new:
+                sync((self.folder / name).parent)
 
     def truncate(self, name: str, size: int) -> None:
         with reported(self.folder / name):
@@ -175,8 +178,10 @@ def locked(path: Path, holder: str, *, wait: bool) -> Iterator[None]:
                 pid = os.pread(fd, 32, 0).decode(errors="replace") or "unknown"
                 raise CacheError(f"{path}: another live process (pid {pid}) holds {holder}") from error
             raise
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, str(os.getpid()).encode(), 0)
+        # Only for the message above: a full disk must not keep the lock from being held.
+        with contextlib.suppress(OSError):
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, str(os.getpid()).encode(), 0)
         yield
     finally:
         os.close(fd)
