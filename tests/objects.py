@@ -4,6 +4,7 @@ import itertools
 import threading
 from contextlib import contextmanager
 
+from moto.s3.models import s3_backends
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -56,6 +57,7 @@ def object_store(monkeypatch):
     import fsspec
     import s3fs
 
+    s3_backends.reset()  # of the whole process
     server = Server()
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)

@@ -339,12 +339,18 @@ def test_many_rows_take_a_request_each(s3):
         store.publish(f"ledger/w/{seq:09d}.json", seal(unseal(row) | {"seq": seq}))
 
     store.map(copy, range(1, 150))
+    folder = url.removeprefix("s3:/")
+
+    def requests():
+        """Of this cache's own files: an upload that another test broke off may still be sent again."""
+        return [path for _, path in server.requests if path.startswith(folder)]
+
     server.requests.clear()
     ledger = LedgerReader(store, "w", identity)
     assert len(ledger.poll()) == 150
-    assert len(server.requests) <= 153
+    assert 150 <= len(requests()) <= 152
     server.requests.clear()
-    assert ledger.poll() == [] and len(server.requests) == 1
+    assert ledger.poll() == [] and len(requests()) == 1
 
 
 # ------------------------------------------------------------ read-ahead
