@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from distill.cache import CacheHeader, CacheReader, CacheWriter, is_written, make_codec
@@ -138,6 +139,7 @@ def open_readers(run: Run) -> list[CacheReader]:
     for number, (name, folder) in enumerate(cache_folders(run).items()):
         reader = CacheReader(folder, views[number] if views else None)
         check_cache(reader, run.data.tokenizer, run.data.train[name], run.config.student.model.vocab_size)
+        reader.read(np.empty(0, np.int64), np.empty(0, np.uint64))  # loads the compiled decoder before the first step
         readers.append(reader)
     return readers
 
