@@ -100,6 +100,16 @@ class Retired:
     """Inclusive."""
 
 
+def outside(rows: list[ShardRow], retired: Iterable[Retired]) -> list[ShardRow]:
+    """The rows that are not retired, in their order."""
+    ranges: dict[str, list[tuple[int, int]]] = {}
+    for each in retired:
+        ranges.setdefault(each.ledger, []).append((each.first, each.last))
+    return [
+        row for row in rows if not any(first <= row.seq <= last for first, last in ranges.get(row.writer, ()))
+    ]
+
+
 class LedgerReader:
     """Follows one ledger.
 
@@ -131,7 +141,7 @@ class LedgerReader:
         """
         found: list[ShardRow | Retired] = []
         for line, where in self._lines(limit):
-            found += self._parse(line, where)
+            found += self.parse(line, where)
             if limit is not None and self.seq >= limit:
                 break
         return found
@@ -166,13 +176,19 @@ class LedgerReader:
         for line in lines:
             yield line + b"\n", f"{where} line {self.seq + 1}"
             self.offset += len(line) + 1
-        if _WHOLE_ROW.search(torn):
+        if self.is_whole(torn):
             raise CacheError(f"{where} line {self.seq + 1} is damaged: no newline where the row ends")
         if torn and len(torn) != self.torn:
             log.warning("%s line %d: %d bytes of a row that is not complete, not used", where, self.seq + 1, len(torn))
         self.torn = len(torn)
 
-    def _parse(self, line: bytes, where: str) -> list[ShardRow | Retired]:
+    @staticmethod
+    def is_whole(tail: bytes) -> bool:
+        """Bytes without a newline hold more than a row that was not finished: the newline is damaged."""
+        return _WHOLE_ROW.search(tail) is not None
+
+    def parse(self, line: bytes, where: str) -> list[ShardRow | Retired]:
+        """The row that comes next, number `seq`: what it says of shards. CacheError when it is not that row."""
         try:
             record = unseal(line)
             kind = record.pop("kind")

@@ -18,7 +18,7 @@ from distill.cache import record
 from distill.cache.codecs import make_codec
 from distill.cache.header import CacheHeader
 from distill.cache.index import Index
-from distill.cache.ledger import LedgerReader, Origin, Retired, ShardRow, ledgers
+from distill.cache.ledger import LedgerReader, Origin, Retired, ShardRow, ledgers, outside
 from distill.cache.ranks import load_ranks
 from distill.cache.record import Decoded
 from distill.cache.shard import Shard
@@ -213,6 +213,16 @@ class CacheReader:
             targets = _scatter(targets, torch.from_numpy(np.repeat(covered_B, self.header.sample_tokens)))
         return ReadResult(targets, loss_B, torch.from_numpy(step_B))
 
+    def digests(self, sample_ids: Array) -> NDArray[np.uint64]:
+        """For each sample id, the digest of the tokens that the teacher saw; 0 where there is no record."""
+        found = np.zeros(len(sample_ids), np.uint64)
+        view = self._now
+        shards, places, _ = view.find(self._checked(sample_ids))
+        for number in np.unique(shards[shards >= 0]).tolist():
+            here = np.flatnonzero(shards == number)
+            found[here] = view.open(number).columns.digests[places[here]]
+        return found
+
     def samples(self) -> Iterator[Sample]:
         """The newest record of every sample that has one, verified, in the order of shards: each file is read once."""
         view = self._now
@@ -233,6 +243,22 @@ class CacheReader:
                     int(columns.atoms[i]),
                     row.shard,
                 )
+
+    def records(self, sample_ids: Array) -> list[Sample | None]:
+        """The newest record of each sample, verified; None where there is none. Not of a cache of format 1."""
+        view = self._now
+        shards, places, steps = view.find(self._checked(sample_ids))
+        found: list[Sample | None] = []
+        for number, i, step in zip(shards.tolist(), places.tolist(), steps.tolist(), strict=True):
+            if number < 0:
+                found.append(None)
+                continue
+            shard = view.open(number)
+            assert isinstance(shard, Shard), "format 1"
+            columns, origin = shard.columns, shard.origin(i)
+            facts = int(columns.sample_ids[i]), int(columns.digests[i]), step, origin, shard.record(i)
+            found.append(Sample(*facts, int(columns.atoms[i]), shard.row.shard))
+        return found
 
     def decode(self, samples: Sequence[Sample]) -> Decoded:
         """What the records of any samples say; CacheError if one is not what a writer writes."""
@@ -288,11 +314,10 @@ class CacheReader:
     def _take_in(self) -> int:
         """`_unseen` into the view, at one stroke: an error leaves everything as it was."""
         retired = self._retired + [each for each in self._unseen if isinstance(each, Retired)]
-        gone = {(r.writer, r.seq) for r in self._now.rows if _is_retired(r, retired)}
-        new = [row for row in self._unseen if isinstance(row, ShardRow) and not _is_retired(row, retired)]
-        view = self._now
-        if gone:  # a compaction has replaced shards of the view: begin anew without them
-            new = [row for row in self._now.rows if (row.writer, row.seq) not in gone] + new
+        new = outside([row for row in self._unseen if isinstance(row, ShardRow)], retired)
+        view, left = self._now, outside(self._now.rows, retired)
+        if len(left) < len(view.rows):  # a compaction has replaced shards of the view: begin anew without them
+            new = left + new
             view = _View(self.header.samples, self._shard)
         indexes = list((self._pool.map if self._pool else map)(self._columns_of, new))
         view.add(new, indexes)
@@ -332,10 +357,6 @@ class CacheReader:
             shard, index = found[error.args[0] if isinstance(error.args[0], int) else 0]
             sample = int(shard.columns.sample_ids[index])
             raise CacheError(f"{shard.path} is damaged: sample {sample} is not a record") from error
-
-
-def _is_retired(row: ShardRow, retired: list[Retired]) -> bool:
-    return any(each.ledger == row.writer and each.first <= row.seq <= each.last for each in retired)
 
 
 def _scatter(targets: SoftTargets, covered_T: Tensor) -> SoftTargets:

@@ -1,0 +1,77 @@
+"""A damaged ledger, row by row: made again from the shards' files, which say all that a row says. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+from distill.cache.header import CacheHeader
+from distill.cache.layout import LEDGER, SHARDS, row_object
+from distill.cache.ledger import ShardRow
+from distill.cache.seal import seal
+from distill.cache.store import Store
+from distill.cache.tools.common import number_of, writer_of
+from distill.cache.tools.scan import Line, Scan, row_from_file
+from distill.config.errors import CacheError
+
+SHORTEST_SHARD_ROW = 250
+"""Bytes; the other kinds of rows that a writer makes are shorter."""
+
+
+def mended(store: Store, header: CacheHeader, found: Scan) -> tuple[list[Line], list[str]]:
+    """The ledger's lines with every number there once, and what to say about those that are new.
+
+    Where no file tells what a lost row said, an empty row holds its number, because views that checkpoints pin count
+    rows; at the end of a ledger it is left out.
+    """
+    good = found.good
+    last = max(good, default=-1)
+    files = {writer_of(name): name for name in store.names(SHARDS)}
+    damaged = [line for line in found.lines if line.error]
+    # A ledger may begin as a file and go on as objects.
+    file_ends = max((line.seq for line in found.lines if line.name.endswith(".jsonl")), default=-1)
+    has_objects = any(line.name.endswith(".json") for line in found.lines)
+    said = []
+    for seq in found.missing:
+        where = f"ledger {found.writer}: row {seq}"
+        as_object = has_objects and seq > file_ends
+        name = row_object(found.writer, seq) if as_object else f"{LEDGER}/{found.writer}.jsonl"
+        row = _from_file(store, header, found, files.get((found.writer, seq)))
+        if row is not None:
+            data = seal({"kind": "shard"} | dataclasses.asdict(row))
+            good[seq] = Line(name, data, seq, [row], "")
+            said.append(f"{where} is made again from {row.shard}")
+            continue
+        was_short = bool(damaged) and len(damaged[-1].data) < SHORTEST_SHARD_ROW
+        if seq < last or was_short or any(later in files_after(files, found.writer, seq) for later in found.missing):
+            good[seq] = Line(name, _empty(header, found, seq), seq, [], "")
+            said.append(f"{where} cannot be made again; an empty row takes its place")
+        else:
+            said.append(f"{where} cannot be made again; the ledger ends before it")
+            break
+    return [good[seq] for seq in sorted(good)], said
+
+
+def files_after(files: dict[tuple[str, int] | None, str], writer: str, seq: int) -> set[int]:
+    """Numbers of later rows whose shards are there."""
+    return {found[1] for found in files if found is not None and found[0] == writer and found[1] > seq}
+
+
+def _from_file(store: Store, header: CacheHeader, found: Scan, name: str | None) -> ShardRow | None:
+    if name is None:
+        return None
+    tool = number_of(found.writer)
+    others = Counter(row.source for line in found.good.values() for row in line.rows if isinstance(row, ShardRow))
+    source = tool[0] if tool else others.most_common(1)[0][0] if others else None
+    try:
+        return row_from_file(store, name, header.identity, source)
+    except (ValueError, KeyError, TypeError, IndexError, CacheError):
+        return None
+
+
+def _empty(header: CacheHeader, found: Scan, seq: int) -> bytes:
+    """A row that changes nothing: a tool's retires nothing; a writer's says `finish`, which holds until its next row."""
+    row: dict[str, object] = {"writer": found.writer, "seq": seq, "cache": header.identity}
+    if number_of(found.writer):
+        return seal({"kind": "retire"} | row | {"retired": []})
+    return seal({"kind": "finish"} | row)
