@@ -89,6 +89,11 @@ class Tokenizer:
         """The text of ids, special tokens included."""
         return self._library.decode(list(ids), skip_special_tokens=False)
 
+    def id(self, token: str) -> int | None:
+        """The id of a token; None where the tokenizer has no such token."""
+        found: int | None = self._library.token_to_id(token)
+        return found
+
     def token(self, token_id: int) -> str | None:
         """What the tokenizer calls an id; None where it has no such id."""
         return self._library.id_to_token(token_id) if token_id >= 0 else None

@@ -78,7 +78,7 @@ def test_a_swapped_picture_is_caught_at_the_join_with_the_teacher_s_targets(tmp_
     batch = Joiner([a], None, OnMissing.hard).batch(np.zeros(len(a), np.int64), everything)
     with CacheWriter(tmp_path / "cache", header, writer="t", counts_V=a.counts_V(290)) as writer:
         logits_TV = torch.zeros(len(a) * 16, 290)
-        atoms = make_codec(codec, 290).select(
+        atoms, _ = make_codec(codec, 290).select(
             logits_TV, logits_TV.logsumexp(-1), seed=0,
             sample_ids_T=torch.as_tensor(everything).repeat_interleave(16),
             positions_T=torch.arange(16).repeat(len(a)),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from distill.cache import Atoms, CacheHeader, CacheReader, CacheWriter, ReadResult, SoftTargets, make_codec
+from distill.cache import CacheHeader, CacheReader, CacheWriter, ReadResult, SoftTargets, make_codec
 from distill.config.errors import CacheError
 from distill.config.schema import CodecConfig, CodecName, CorpusConfig, DataConfig, OnMissing, Source, TokenizerConfig
 from distill.data.join import Joiner, Prefetch, check_cache
@@ -131,7 +131,7 @@ def cache(tmp_path, data):
     logits_TV = torch.zeros(len(ids_B) * S, V)
     logits_TV[torch.arange(len(ids_B) * S), owner(ids_B)] = 30.0
     with CacheWriter(tmp_path / "cache", header, writer="t", counts_V=corpus.counts_V(V)) as writer:
-        atoms: Atoms = make_codec(codec, V).select(
+        atoms, _ = make_codec(codec, V).select(
             logits_TV,
             logits_TV.logsumexp(-1),
             seed=0,

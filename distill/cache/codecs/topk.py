@@ -36,6 +36,10 @@ class TopK(Codec):
             rest_T=self.code.nearest(1 - p_TK.sum(-1)),
         )
 
+    def entries(self, counts_T: Tensor, ids_N: Tensor, probs_N: Tensor, rest_T: Tensor) -> Atoms:
+        """Atoms of distributions of which only these entries, at most k a token, and the rest's mass are known."""
+        return Atoms(counts_T.int(), ids_N.int(), self.code.nearest(probs_N).int(), self.code.nearest(rest_T))
+
     def probs(self, atoms: Atoms) -> Tensor:
         # In fp64, so that the order of the atoms does not show.
         probs_N = self.code.decode(atoms.codes_N).double()

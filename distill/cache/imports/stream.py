@@ -1,0 +1,123 @@
+"""What every foreign format is read into: sequences, and for each position what was kept of the distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distill.config.errors import CacheError
+
+Array = NDArray[Any]
+
+NOT_LOGPROBS = 0.01
+"""Nats above 0 that rounding may give a log-probability; more is something else."""
+_MAX_ID = 2**24 - 1
+
+
+class Entries(NamedTuple):
+    """Sparse distributions of P positions."""
+
+    counts_P: NDArray[np.int64]
+    """Entries of each position; 0: the format has no distribution there."""
+    ids_N: NDArray[np.int64]
+    """Position after position; distinct within one."""
+    logprobs_N: NDArray[np.float64]
+    """Finite."""
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One sequence of n tokens; position j of P has seen tokens 0 to j and is about token j + 1."""
+
+    where: str
+    """File and place in it, for messages."""
+    tokens: NDArray[np.int64] | None
+    """[n]; None: the format does not keep them."""
+    entries: Entries | None = None
+    dense_PV: NDArray[np.float32] | None = None
+    """Instead of entries: logits, up to a constant of each position. A position of NaN has no distribution."""
+    label_logprobs_P: NDArray[np.float64] | None = None
+    """Of token j + 1, where the format keeps it whether or not it is among the entries; NaN: unknown."""
+
+    @property
+    def positions(self) -> int:
+        """P."""
+        if self.entries is not None:
+            return len(self.entries.counts_P)
+        assert self.dense_PV is not None
+        return len(self.dense_PV)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What holds of everything that a source yields."""
+
+    format: str
+    bias: str
+    """One sentence: what is missing, and what that does."""
+    k: int | None
+    """Entries of a position at most; None: dense."""
+
+
+class Source(Protocol):
+    """Files of one foreign format. Opening it raises CacheError for what can be told without reading everything."""
+
+    facts: Facts
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """Raises CacheError for damaged files, naming the file and the place in it."""
+        ...
+
+
+def entries(counts_P: Array, ids_N: Array, logprobs_N: Array, where: str, *, logits: bool = False) -> Entries:
+    """Entries, checked; those of probability 0 are left out.
+
+    logits: the values are not normalised: each position's are made so, which spreads the mass of what is missing.
+
+    Raises:
+        CacheError: values that are no log-probabilities, a negative id, or an id twice in a position.
+    """
+    counts_P, ids_N = np.asarray(counts_P, np.int64), np.asarray(ids_N, np.int64)
+    logprobs_N = np.asarray(logprobs_N, np.float64)
+    position_N = np.repeat(np.arange(len(counts_P)), counts_P)
+    if logits:
+        logprobs_N = _normalised(logprobs_N, position_N, len(counts_P))
+    if (bad := np.flatnonzero(np.isnan(logprobs_N) | (logprobs_N > NOT_LOGPROBS))).size:
+        at, value = position_N[bad[0]], logprobs_N[bad[0]]
+        raise CacheError(f"{where}, position {at}: a value is {value:.6g}; log-probabilities are at most 0")
+    if (keep := logprobs_N > -np.inf).sum() < len(keep):
+        ids_N, logprobs_N, position_N = ids_N[keep], logprobs_N[keep], position_N[keep]
+        counts_P = np.bincount(position_N, minlength=len(counts_P))
+    if (bad := np.flatnonzero(ids_N < 0)).size:
+        raise CacheError(f"{where}, position {position_N[bad[0]]}: id is {ids_N[bad[0]]}; ids are at least 0")
+    if len(ids_N) and ids_N.max() > _MAX_ID:
+        raise CacheError(f"{where}: id is {ids_N.max()}; ids of a vocabulary are below 2**24")
+    keys = np.sort(position_N << 24 | ids_N)  # one sort of one number
+    if (twice := np.flatnonzero(keys[1:] == keys[:-1])).size:
+        position, token = divmod(int(keys[twice[0]]), _MAX_ID + 1)
+        raise CacheError(f"{where}, position {position}: id {token} comes twice")
+    return Entries(counts_P, ids_N, logprobs_N)
+
+
+def largest(found: Entries, k: int) -> Entries:
+    """The k entries of greatest probability of each position; of equals those that come first."""
+    if not len(found.counts_P) or found.counts_P.max() <= k:
+        return found
+    position_N = np.repeat(np.arange(len(found.counts_P)), found.counts_P)
+    order = np.lexsort((-found.logprobs_N, position_N))
+    within = np.arange(len(order)) - np.repeat(np.cumsum(found.counts_P) - found.counts_P, found.counts_P)
+    keep = np.sort(order[within < k])
+    return Entries(np.minimum(found.counts_P, k), found.ids_N[keep], found.logprobs_N[keep])
+
+
+def _normalised(logits_N: Array, position_N: Array, positions: int) -> NDArray[np.float64]:
+    top_P = np.full(positions, -np.inf)
+    np.maximum.at(top_P, position_N, logits_N)
+    shifted_N = logits_N - top_P[position_N]
+    sum_P = np.bincount(position_N, np.exp(shifted_N), minlength=positions)
+    result: NDArray[np.float64] = shifted_N - np.log(sum_P)[position_N]
+    return result

@@ -1,0 +1,116 @@
+"""Rows of Parquet files one by one, with errors that name the file and the row."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from distill.config.errors import CacheError
+
+DAMAGE = (OSError, ValueError, OverflowError, pa.ArrowException)
+"""What pyarrow raises for files that are not what they should be; text that is not UTF-8 is a ValueError."""
+
+
+class Row(NamedTuple):
+    """One row; a column's value is a pyarrow array, since all columns that are read are lists."""
+
+    where: str
+    columns: dict[str, Any]
+
+
+def files_of(paths: Sequence[str | Path], pattern: str) -> list[Path]:
+    """The files, and those of folders that fit `pattern`, in the order of the numbers in their names.
+
+    Raises:
+        CacheError: a path is not there, or a folder has no such file.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(path.glob(pattern), key=lambda file: _numbers(file.name))
+            if not inside:
+                raise CacheError(f"{path}: no {pattern} in this folder")
+            found += inside
+        elif path.exists():
+            found.append(path)
+        else:
+            raise CacheError(f"{path}: no such file or folder")
+    return found
+
+
+def columns_of(path: Path) -> dict[str, pa.DataType]:
+    """Names and types of a Parquet file's columns; CacheError when it is none."""
+    try:
+        schema = pq.read_schema(path)
+    except DAMAGE as error:
+        raise CacheError(f"{path}: not a Parquet file: {short(error)}") from error
+    return dict(zip(schema.names, schema.types))
+
+
+def demand(path: Path, names: Sequence[str], types: dict[str, str] | None = None) -> None:
+    """Raises CacheError when the file lacks a column, or one is not the list that `types` says."""
+    found = columns_of(path)
+    if missing := [name for name in names if name not in found]:
+        raise CacheError(f"{path}: has no column {', '.join(missing)}; its columns are {', '.join(found)}")
+    for name in names:
+        depth, kind = 0, found[name]
+        while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+            depth, kind = depth + 1, kind.value_type
+        want = (types or {}).get(name, "list of integers")
+        number = pa.types.is_integer(kind) if want.endswith("integers") else pa.types.is_floating(kind)
+        if (depth, number) != (want.count("list"), True):
+            raise CacheError(f"{path}: column {name} is {found[name]}; it must be a {want}")
+
+
+def rows(path: Path, names: Sequence[str], batch_rows: int = 16) -> Iterator[Row]:
+    """The rows of one file.
+
+    Raises:
+        CacheError: not a Parquet file, damaged, or a value that is missing.
+    """
+    number = 0
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            for batch in file.iter_batches(batch_size=batch_rows, columns=list(names)):
+                for i in range(batch.num_rows):
+                    where = f"{path} row {number}"
+                    values = {name: batch.column(name)[i] for name in names}
+                    for name, value in values.items():
+                        if not value.is_valid or value.values.null_count:
+                            raise CacheError(f"{where}: column {name} has an empty value")
+                    yield Row(where, {name: value.values for name, value in values.items()})
+                    number += 1
+    except DAMAGE as error:
+        raise CacheError(f"{path} is damaged near row {number}: {short(error)}") from error
+
+
+def flat(values: pa.Array) -> NDArray[Any]:
+    """A list's numbers, at any depth."""
+    while not pa.types.is_primitive(values.type):
+        values = values.flatten()
+    result: NDArray[Any] = values.to_numpy(zero_copy_only=False)
+    return result
+
+
+def lengths(values: pa.Array) -> NDArray[np.int64]:
+    """Lengths of the lists in a list of lists."""
+    result: NDArray[np.int64] = pc.list_value_length(values).to_numpy(zero_copy_only=False).astype(np.int64)
+    return result
+
+
+def _numbers(name: str) -> list[tuple[int, str]]:
+    """data_2 comes before data_10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def short(error: Exception) -> str:
+    """The first line of what a library says."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
