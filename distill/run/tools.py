@@ -300,6 +300,38 @@ def _estimate(args: argparse.Namespace) -> int:
     return run(args)
 
 
+# ---------------------------------------------------------------- import, export
+
+
+def _import_arguments(parser: Parser) -> None:
+    from distill.run.import_cache import add_arguments
+
+    add_arguments(parser)
+
+
+def _import(args: argparse.Namespace) -> int:
+    from distill.run.import_cache import run
+
+    run(args)
+    return 0
+
+
+def _export_arguments(parser: Parser) -> None:
+    _folder(parser, "a cache; a path or a URL")
+    parser.add_argument("file", metavar="FILE", help="the Parquet file")
+    parser.add_argument("--per", choices=["token", "sample"], default="sample", help="what a row is (%(default)s)")
+
+
+def _export(args: argparse.Namespace) -> int:
+    from distill.cache.export import Per, export
+    from distill.cache.reader import CacheReader
+    from distill.cache.tools import show
+
+    done = export(CacheReader(args.dir), args.file, Per(args.per))
+    print(f"{args.file}: {show.number(done['rows'])} rows, {show.number(done['tokens'])} tokens, {show.size(done['bytes'])}")
+    return 0
+
+
 COMMANDS = {
     "stats": Command("what a cache holds, what its bytes are, how far its teacher was behind", _stats_arguments, _stats),
     "verify": Command("every byte against its digest; exit code 1 if there is damage", _verify_arguments, _verify),
@@ -307,6 +339,8 @@ COMMANDS = {
     "compact": Command("many shards into few, without superseded records", _compact_arguments, _compact),
     "merge": Command("several caches of one corpus into one", _merge_arguments, _merge),
     "compare": Command("two caches, record by record; exit code 1 if they differ", _compare_arguments, _compare),
+    "export": Command("a cache as a Parquet file, for other tools", _export_arguments, _export),
+    "import": Command("soft targets of other stacks into a cache", _import_arguments, _import),
     "estimate": Command("size and hours of a cache before it is written", _estimate_arguments, _estimate),
 }
 

@@ -23,13 +23,21 @@ TOOLS = ("compact", "merge", "repair")
 def caches(folder: str | Path) -> list[Store]:
     """The cache in `folder`, or those of its folders (a mixture has one for each corpus); CacheError: none."""
     store = open_store(folder)
-    if store.exists(HEADER) or store.names(SHARDS):
+    if _is_cache(store):
         return [store]
-    found = [open_store(f"{store.root}/{name}") for name in store.names("") if not name.startswith(".")]
-    found = [each for each in found if each.names(SHARDS) or each.names(LEDGER)]
+    names = [name for name in store.names("") if not name.startswith(".") and name not in (LEDGER, SHARDS)]
+    found = [each for name in names if _is_cache(each := open_store(f"{store.root}/{name}"))]
     if not found:
         raise CacheError(f"{store.root}: no cache here ({HEADER} is missing), nor in a folder below it")
     return found
+
+
+def _is_cache(store: Store) -> bool:
+    """Even one whose header is lost."""
+    try:
+        return store.exists(HEADER) or bool(store.names(SHARDS))
+    except CacheError:  # a file where a folder would be
+        return False
 
 
 @contextlib.contextmanager

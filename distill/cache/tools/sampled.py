@@ -49,7 +49,8 @@ def sampled(store: Store, count: int) -> dict[str, Any]:
     edges = {
         "entropy": np.linspace(0, math.log(reader.header.vocab_size), BINS + 1),
         "label": np.linspace(0, max(float(flat["label"].max(initial=0)), 1e-3), BINS + 1),
-        "mass": np.linspace(0, max(2.0, float(flat["mass"].max(initial=0))), BINS + 1),
+        # 1, where most of it lies, is the middle of a bin.
+        "mass": np.arange(-0.05, max(1.95, float(flat["mass"].max(initial=0))) + 0.15, 0.1),
         "atoms": np.arange(0, most + step + 1, step, dtype=np.float64),
     }
     return {"samples": len(chosen), "tokens": len(flat["mass"])} | {
