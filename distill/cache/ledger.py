@@ -105,9 +105,7 @@ def outside(rows: list[ShardRow], retired: Iterable[Retired]) -> list[ShardRow]:
     ranges: dict[str, list[tuple[int, int]]] = {}
     for each in retired:
         ranges.setdefault(each.ledger, []).append((each.first, each.last))
-    return [
-        row for row in rows if not any(first <= row.seq <= last for first, last in ranges.get(row.writer, ()))
-    ]
+    return [row for row in rows if not any(first <= row.seq <= last for first, last in ranges.get(row.writer, ()))]
 
 
 class LedgerReader:

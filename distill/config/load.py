@@ -82,7 +82,7 @@ def precheck(arguments: list[str]) -> None:
 
 
 def resolve(overrides: list[str]) -> RunConfig:
-    """The configuration that a command line of overrides stands for, without starting Hydra; ConfigError as precheck."""
+    """The configuration that a command line of overrides stands for, Hydra not started; ConfigError as precheck."""
     precheck(overrides)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return load(compose("config", overrides=overrides))

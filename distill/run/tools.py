@@ -55,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 2
 
 
-def _folder(parser: Parser, what: str = "a cache, or a folder of caches; a path or a URL like s3://bucket/folder") -> None:
+def _folder(
+    parser: Parser, what: str = "a cache, or a folder of caches; a path or a URL like s3://bucket/folder"
+) -> None:
     parser.add_argument("dir", metavar="DIR", help=what)
 
 
@@ -73,7 +75,9 @@ def _print(found: Any) -> None:
 def _stats_arguments(parser: Parser) -> None:
     _folder(parser)
     _json(parser)
-    parser.add_argument("--quick", action="store_true", help="header and ledgers alone; coverage is an upper bound then")
+    parser.add_argument(
+        "--quick", action="store_true", help="header and ledgers alone; coverage is an upper bound then"
+    )
     parser.add_argument(
         "--deep", type=int, nargs="?", const=256, metavar="SAMPLES",
         help="decode so many samples, always the same ones, for histograms (%(const)s)",
@@ -140,7 +144,10 @@ def _verify(args: argparse.Namespace) -> int:
         for note in found.notes:
             print(f"note: {note}")
         verdict = f"{len(found.problems)} problems" if found.problems else "whole"
-        print(f"{store.root}: {verdict}; {show.number(found.samples)} records in {found.shards} shards of {show.size(found.bytes)}")
+        print(
+            f"{store.root}: {verdict}; {show.number(found.samples)} records in {found.shards} shards of "
+            f"{show.size(found.bytes)}"
+        )
     return 1 if bad else 0
 
 
@@ -174,7 +181,11 @@ def _repair(args: argparse.Namespace) -> int:
 
 def _shard_mb(parser: Parser) -> None:
     parser.add_argument(
-        "--shard-mb", type=int, default=512, metavar="MB", help="size of a shard; memory is three times that (%(default)s)"
+        "--shard-mb",
+        type=int,
+        default=512,
+        metavar="MB",
+        help="size of a shard; memory is three times that (%(default)s)",
     )
 
 
@@ -211,7 +222,10 @@ def _compact(args: argparse.Namespace) -> int:
             alone = len(stores) == 1
             target = open_store(args.into if alone else f"{args.into.rstrip('/')}/{store.root.rsplit('/', 1)[-1]}")
             merged = merge([store], target, shard_bytes=size)
-            print(f"{store.root}: {show.number(merged.copied)} records in {merged.shards} shards, {show.size(merged.bytes)}, in {target.root}")
+            print(
+                f"{store.root}: {show.number(merged.copied)} records in {merged.shards} shards, "
+                f"{show.size(merged.bytes)}, in {target.root}"
+            )
             continue
         done = compact(store, shard_bytes=size, purge=args.purge)
         print(
@@ -277,8 +291,14 @@ def _compare(args: argparse.Namespace) -> int:
     if found.other_step or found.other_teacher:
         print(f"records of another step: {found.other_step}; of another teacher: {found.other_teacher} (not compared)")
     if found.different:
-        print(f"tokens that differ: {found.tokens_different} of {found.tokens}; with a target in one alone: {found.tokens_one_side}")
-        print(f"probabilities: largest difference {found.largest_p:.6f}, mean {found.mean_p:.6f} over atoms of tokens that differ")
+        print(
+            f"tokens that differ: {found.tokens_different} of {found.tokens}; with a target in one alone: "
+            f"{found.tokens_one_side}"
+        )
+        print(
+            f"probabilities: largest difference {found.largest_p:.6f}, mean {found.mean_p:.6f} over atoms of tokens "
+            "that differ"
+        )
         print(f"total variation: mean {found.mean_tv:.6f} over all tokens, largest {found.largest_tv:.6f}")
         print(f"log p(label): largest difference {found.largest_label:.4f}; entropy: {found.largest_entropy:.4f} nats")
     print("equal" if same and not found.different else "equal within the tolerance" if same else "different")
@@ -328,12 +348,17 @@ def _export(args: argparse.Namespace) -> int:
     from distill.cache.tools import show
 
     done = export(CacheReader(args.dir), args.file, Per(args.per))
-    print(f"{args.file}: {show.number(done['rows'])} rows, {show.number(done['tokens'])} tokens, {show.size(done['bytes'])}")
+    print(
+        f"{args.file}: {show.number(done['rows'])} rows, {show.number(done['tokens'])} tokens, "
+        f"{show.size(done['bytes'])}"
+    )
     return 0
 
 
 COMMANDS = {
-    "stats": Command("what a cache holds, what its bytes are, how far its teacher was behind", _stats_arguments, _stats),
+    "stats": Command(
+        "what a cache holds, what its bytes are, how far its teacher was behind", _stats_arguments, _stats
+    ),
     "verify": Command("every byte against its digest; exit code 1 if there is damage", _verify_arguments, _verify),
     "repair": Command("make a damaged cache readable again, without losing what is good", _repair_arguments, _repair),
     "compact": Command("many shards into few, without superseded records", _compact_arguments, _compact),
@@ -343,4 +368,3 @@ COMMANDS = {
     "import": Command("soft targets of other stacks into a cache", _import_arguments, _import),
     "estimate": Command("size and hours of a cache before it is written", _estimate_arguments, _estimate),
 }
-

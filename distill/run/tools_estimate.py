@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--k", type=int, help="of codec topk (12)")
     add("--shard-samples", type=_count, help="samples of a shard (256)")
     add("--entropy", type=float, help=f"the teacher's mean entropy, nats a token ({DEFAULT_ENTROPY}); not with --like")
-    add("--tokens-per-second", type=_count, help="of the teacher with capture, or of a backfill, all processes together")
+    add(
+        "--tokens-per-second", type=_count, help="of the teacher with capture, or of a backfill, all processes together"
+    )
     add("--json", action="store_true", help="one JSON object, for programs")
 
 
@@ -120,7 +122,8 @@ def _lines(done: Estimate, tokens: int, sample_tokens: int, seconds: float | Non
     lines = [
         f"{number(tokens)} tokens in {number(done.samples)} samples of {number(sample_tokens)}",
         f"bytes per token: {each.likely:.2f} in records, {each.low:.2f} to {each.high:.2f} (from {each.source})",
-        f"size: {size(done.likely)}, {size(done.low)} to {size(done.high)}; all files, {done.likely / tokens:.2f} bytes a token",
+        f"size: {size(done.likely)}, {size(done.low)} to {size(done.high)}; with all files "
+        f"{done.likely / tokens:.2f} bytes a token",
         f"shards: {number(done.shards)}; ledgers {size(done.ledgers)}; ranks {size(done.ranks)}",
         f"a reader: {size(done.reader_memory)} of memory, {size(done.reader_table)} of temporary disk",
     ]

@@ -80,6 +80,8 @@ def _histograms(found: dict[str, Any]) -> str:
         each = found["sampled"][name]
         what, _, unit = title.partition(", ")
         edges, counts = each["edges"], each["counts"]
-        frame = charts.Frame(what, "share of tokens", unit, f"Mean {each['mean']:.3f}." if each["mean"] is not None else "")
+        frame = charts.Frame(
+            what, "share of tokens", unit, f"Mean {each['mean']:.3f}." if each["mean"] is not None else ""
+        )
         drawn.append(charts.histogram(frame, edges, counts))
     return "".join(drawn)

@@ -146,9 +146,7 @@ def histogram(frame: Frame, edges: Sequence[float], counts: Sequence[int]) -> st
     return _figure(frame, "", f'<g class="cells">{"".join(cells)}</g>', x_axis, y_axis)
 
 
-def _figure(
-    frame: Frame, legend: str, body: str, x_axis: Axis, y_axis: Axis, marks: Sequence[Mark] = ()
-) -> str:
+def _figure(frame: Frame, legend: str, body: str, x_axis: Axis, y_axis: Axis, marks: Sequence[Mark] = ()) -> str:
     axes = []
     for value, text in y_axis.marks():
         at = f"{100 * (1 - y_axis.share(value)):.2f}%"

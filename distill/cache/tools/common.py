@@ -84,7 +84,9 @@ class ToolLedger:
     def get(self) -> LedgerWriter:
         """CacheError when it cannot be made."""
         if self._ledger is None:
-            numbers = [int(each[1]) for name in ledgers(self.store) if (each := number_of(name)) and each[0] == self.kind]
+            numbers = [
+                int(each[1]) for name in ledgers(self.store) if (each := number_of(name)) and each[0] == self.kind
+            ]
             name = f"{self.kind}-{max(numbers, default=-1) + 1}"
             if self.store.appends:
                 first = {"kind": "retire", "writer": name, "seq": 0, "cache": self.identity, "retired": []}

@@ -95,7 +95,7 @@ def _choose(
     chosen, keep = [], {}
     for number, row in enumerate(rows):
         places = newest.of(number, open_shard(store, header, row).columns.sample_ids)
-        if len(places) < row.samples or row.bytes < shard_bytes / 2:
+        if len(places) < row.samples or row.bytes - row.index_bytes < shard_bytes / 2:
             chosen.append(row)
             keep[row.shard] = places
     if len(chosen) == 1 and len(keep[chosen[0].shard]) == chosen[0].samples:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from distill.cache.codecs import make_codec
 from distill.cache.header import CacheHeader
 from distill.cache.ranks import invert, load_ranks
 from distill.cache.record import Decoded, Raw
-from distill.cache.shard import Array, Columns
+from distill.cache.shard import Array
 from distill.cache.store import Store
 from distill.cache.tools.pack import Piece
 from distill.cache.v1.record import decode as decode_old
@@ -47,9 +48,9 @@ class Decoding:
         except ValueError as error:
             raise CacheError("a record verifies and cannot be decoded") from error
 
-    def bad(self, raws: Sequence[Raw]) -> list[int]:
-        """Which of them are not records of this cache's codec."""
-        found: list[int] = []
+    def undecodable(self, records: Sequence[bytes], atoms: Sequence[int]) -> list[int]:
+        """Which of some records, with so many atoms each, are not records of this cache's codec."""
+        raws, found = list(map(Raw, records, atoms)), []
         left = list(range(len(raws)))
         while left:
             try:
@@ -78,9 +79,9 @@ class Decoding:
             rank_of_id,
             self.codec,
         )
-        columns = Columns(*(column[keep] for column in shard.columns))._replace(atoms=encoded.atoms)
+        columns = shard.columns.take(keep)._replace(atoms=encoded.atoms)
         data, bounds = encoded.records.tobytes(), [0, *encoded.ends.tolist()]
-        records = [data[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        records = [data[a:b] for a, b in pairwise(bounds)]
         origin = shard.row.origins[0]
         if len(keep) < shard.row.samples:
             origin = dataclasses.replace(origin, samples=len(keep), tokens=int(decoded.valid_T.sum()))

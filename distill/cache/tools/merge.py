@@ -115,5 +115,7 @@ def _open(target: Store, source: _Source) -> CacheHeader:
         raise CacheError(f"{target.root}: format version is {there.format}, which can be read but not added to")
     there.check(**{name: getattr(header, name) for name in SAME})
     if not np.array_equal(load_ranks(target, there), ids_by_rank):
-        raise CacheError(f"cache {target.root} does not fit: its table of ranks is another than that of {source.store.root}")
+        raise CacheError(
+            f"cache {target.root} does not fit: its table of ranks is another than that of {source.store.root}"
+        )
     return there

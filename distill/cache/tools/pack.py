@@ -57,7 +57,7 @@ def piece(shard: Shard, records: Sequence[bytes | None], keep: Array, count: Cou
                 last_step=int(steps.max()),
             )
         )
-    part = Columns(*(column[keep] for column in columns))
+    part = columns.take(keep)
     return Piece(part._replace(origins=np.searchsorted(used, part.origins)), kept, tuple(left), size)
 
 

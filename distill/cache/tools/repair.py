@@ -18,7 +18,6 @@ from distill.cache.header import CacheHeader
 from distill.cache.layout import LEDGER, LOCK, SHARDS
 from distill.cache.ledger import ShardRow, ledgers
 from distill.cache.ranks import load_ranks
-from distill.cache.seal import seal
 from distill.cache.shard import Array, Shard
 from distill.cache.store import LocalStore, Store, locked
 from distill.cache.tools.common import Bar, ToolLedger, alone, is_live, number_of, ranges, to_quarantine, writer_of
@@ -113,7 +112,9 @@ def _lock_writers(store: Store, locks: contextlib.ExitStack, done: Repair) -> se
             if is_live(store, name):
                 done.lines.append(f"writer {name} is alive: its ledger and unpublished files are left alone")
                 continue
-            locks.enter_context(locked(store.folder / LEDGER / f"{name}{LOCK}", f"the writer's name {name!r}", wait=False))
+            locks.enter_context(
+                locked(store.folder / LEDGER / f"{name}{LOCK}", f"the writer's name {name!r}", wait=False)
+            )
         mine.add(name)
     return mine
 
@@ -149,10 +150,11 @@ def _mend_ledger(store: Store, header: CacheHeader, found: Scan, done: Repair, d
 
 def _examine(store: Store, header: CacheHeader, rows: Sequence[ShardRow]) -> list[_Salvage]:
     found = []
+    decoding = Decoding(store, header)
     with Bar("repair", sum(row.bytes for row in rows)) as bar:
         for row in rows:
-            shard, records, problems = examine(store, header, row, keep=True, progress=bar.add)
-            if problems:
+            if examine(store, header, row, progress=bar.add).problems:
+                shard, records, _ = examine(store, header, row, keep=True, bad=decoding.undecodable)
                 found.append(_salvage(row, shard, records, has_row=True))
     return found
 
@@ -188,7 +190,9 @@ def _strays(store: Store, header: CacheHeader, known: set[str], mine: set[str], 
     return found
 
 
-def _settle(header: CacheHeader, store: Store, rows: Sequence[ShardRow], salvages: list[_Salvage], done: Repair) -> None:
+def _settle(
+    header: CacheHeader, store: Store, rows: Sequence[ShardRow], salvages: list[_Salvage], done: Repair
+) -> None:
     """Which good records are worth copying, and which samples have lost their newest one."""
     damaged = {each.row.shard for each in salvages}
     newest = Newest(header.samples)
@@ -202,7 +206,8 @@ def _settle(header: CacheHeader, store: Store, rows: Sequence[ShardRow], salvage
             continue  # which samples it had is not known
         ids, steps_of = each.shard.columns.sample_ids, each.shard.columns.steps
         if each.has_row:
-            _note(wanted, ids.tolist(), steps_of.tolist())
+            real = (ids >= 0) & (ids < header.samples)  # an index that does not verify may say anything
+            _note(wanted, ids[real].tolist(), steps_of[real].tolist())
         keep = each.good[newest.steps(ids[each.good]) < steps_of[each.good]]
         # Of a sample that lies in the shard twice the later record counts.
         last = {int(ids[i]): i for i in sorted(keep.tolist(), key=lambda i: (int(steps_of[i]), i))}

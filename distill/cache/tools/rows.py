@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 
 from distill.cache.header import CacheHeader
@@ -11,8 +12,10 @@ from distill.cache.ledger import ShardRow
 from distill.cache.seal import seal
 from distill.cache.store import Store
 from distill.cache.tools.common import number_of, writer_of
-from distill.cache.tools.scan import Line, Scan, row_from_file
+from distill.cache.tools.scan import Line, Scan, read_row, row_from_file
 from distill.config.errors import CacheError
+
+_ROW = re.compile(rb'\{"kind": .*?"digest": "[0-9a-f]{16}"\}', re.DOTALL)
 
 SHORTEST_SHARD_ROW = 250
 """Bytes; the other kinds of rows that a writer makes are shorter."""
@@ -28,11 +31,16 @@ def mended(store: Store, header: CacheHeader, found: Scan) -> tuple[list[Line], 
     last = max(good, default=-1)
     files = {writer_of(name): name for name in store.names(SHARDS)}
     damaged = [line for line in found.lines if line.error]
+    run_together = _run_together(store, header, found.writer, damaged)
     # A ledger may begin as a file and go on as objects.
     file_ends = max((line.seq for line in found.lines if line.name.endswith(".jsonl")), default=-1)
     has_objects = any(line.name.endswith(".json") for line in found.lines)
     said = []
-    for seq in found.missing:
+    for seq in sorted({*found.missing, *run_together} - set(good)):
+        if seq in run_together:
+            good[seq] = run_together[seq]
+            said.append(f"ledger {found.writer}: row {seq} is whole, but for the newline beside it")
+            continue
         where = f"ledger {found.writer}: row {seq}"
         as_object = has_objects and seq > file_ends
         name = row_object(found.writer, seq) if as_object else f"{LEDGER}/{found.writer}.jsonl"
@@ -50,6 +58,12 @@ def mended(store: Store, header: CacheHeader, found: Scan) -> tuple[list[Line], 
             said.append(f"{where} cannot be made again; the ledger ends before it")
             break
     return [good[seq] for seq in sorted(good)], said
+
+
+def _run_together(store: Store, header: CacheHeader, writer: str, damaged: list[Line]) -> dict[int, Line]:
+    """Rows that verify within damaged lines: the newline after them, or before them, is not one any more."""
+    rows = [(line.name, data + b"\n") for line in damaged for data in _ROW.findall(line.data)]
+    return {line.seq: line for name, data in rows if not (line := read_row(store, header, writer, name, data)).error}
 
 
 def files_after(files: dict[tuple[str, int] | None, str], writer: str, seq: int) -> set[int]:
@@ -70,7 +84,7 @@ def _from_file(store: Store, header: CacheHeader, found: Scan, name: str | None)
 
 
 def _empty(header: CacheHeader, found: Scan, seq: int) -> bytes:
-    """A row that changes nothing: a tool's retires nothing; a writer's says `finish`, which holds until its next row."""
+    """A row that changes nothing: a tool's retires nothing; a writer's says `finish`, until its next row."""
     row: dict[str, object] = {"writer": found.writer, "seq": seq, "cache": header.identity}
     if number_of(found.writer):
         return seal({"kind": "retire"} | row | {"retired": []})

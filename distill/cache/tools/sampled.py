@@ -69,7 +69,9 @@ def _choose(reader: CacheReader, store: Store, count: int) -> NDArray[np.int64]:
     ends = np.cumsum([row.samples for row in rows], dtype=np.int64)
     if not len(ends) or not ends[-1]:
         return np.zeros(0, np.int64)
-    drawn = np.unique(np.random.default_rng(0).integers(0, ends[-1], count)) if count < ends[-1] else np.arange(ends[-1])
+    drawn = (
+        np.unique(np.random.default_rng(0).integers(0, ends[-1], count)) if count < ends[-1] else np.arange(ends[-1])
+    )
     shards = np.searchsorted(ends, drawn, side="right")
     ids = []
     for number in np.unique(shards).tolist():

@@ -109,6 +109,16 @@ def scan(store: Store, writer: str, header: CacheHeader) -> Scan:
     return Scan(writer, lines, torn)
 
 
+def read_row(store: Store, header: CacheHeader, writer: str, name: str, data: bytes) -> Line:
+    """One row by itself, whatever its number."""
+    reader = LedgerReader(store, writer, header.identity, old_row if header.format == 1 else None)
+    reader.seq = seq = _claimed(data) or 0
+    try:
+        return Line(name, data, seq, reader.parse(data, name), "")
+    except CacheError as error:
+        return Line(name, data, seq, [], str(error))
+
+
 def _claimed(data: bytes) -> int | None:
     """The number that a row says it has."""
     try:
@@ -148,7 +158,8 @@ def examine(
 ) -> Finding:
     """Verifies every byte of a shard.
 
-    keep: return the records. bad: places of those, among some records with so many atoms each, that cannot be decoded.
+    keep: return the records; with `bad`, even those of a shard whose index is damaged, where that can be. bad: places
+    of those, among some records with so many atoms each, that cannot be decoded.
     """
     name = f"{SHARDS}/{row.shard}"
     whole = xxhash.xxh3_64()
@@ -162,8 +173,12 @@ def examine(
         if len(ids) and int(ids.max()) >= header.samples:
             raise CacheError(f"{shard.name}: does not fit a corpus of {header.samples} samples")
     except CacheError as error:
-        progress(row.bytes)
-        return Finding(None, [], [*problems, str(error)])
+        problems.append(str(error))
+        salvaged = _without_index(store, header, row) if keep and bad is not None else None
+        if salvaged is None:
+            progress(row.bytes)
+            return Finding(None, [], problems)
+        shard, ids = salvaged, salvaged.columns.sample_ids
     problems += _facts(shard)
     whole.update(store.read_at(name, 0, row.index_bytes))
     progress(row.index_bytes)
@@ -176,6 +191,8 @@ def examine(
         for i in range(first, end):
             piece = data[bounds[i - first] : bounds[i - first + 1]]
             try:
+                if not 0 <= int(ids[i]) < header.samples:
+                    raise CacheError(f"{shard.path} is damaged: sample {int(ids[i])} does not verify")
                 pieces.append(shard.verified(i, piece))
             except CacheError as error:
                 problems.append(str(error))
@@ -193,6 +210,24 @@ def examine(
     if whole.hexdigest() != row.file_digest and not problems:
         problems.append(f"{shard.path} is damaged: its digest is {whole.hexdigest()}, {row.file_digest} in the ledger")
     return Finding(shard, found, problems)
+
+
+def _without_index(store: Store, header: CacheHeader, row: ShardRow) -> Shard | None:
+    """A shard whose index does not verify, if its records can be told from their own checks.
+
+    These bind id and token digest. One origin is whose it is, whatever the column says; of the step it is known that
+    it is at least the origin's first; and the number of atoms shows when a record is decoded.
+    """
+    if len(row.origins) != 1:
+        return None
+    try:
+        shard = Shard(store, row, whole=False, sound=False)
+    except CacheError:
+        return None
+    zeros = np.zeros(row.samples, np.int64)
+    first = row.origins[0].first_step
+    shard.columns = shard.columns._replace(steps=zeros + first, origins=zeros)
+    return shard
 
 
 def examine_old(store: Store, row: ShardRow) -> list[str]:
@@ -226,7 +261,12 @@ def _facts(shard: Shard) -> list[str]:
     row, columns = shard.row, shard.columns
     said = (row.first_sample, row.last_sample, row.atoms, row.tokens)
     ids = columns.sample_ids
-    true = (int(ids.min(initial=2**62)), int(ids.max(initial=-1)), int(columns.atoms.sum()), sum(o.tokens for o in row.origins))
+    true = (
+        int(ids.min(initial=2**62)),
+        int(ids.max(initial=-1)),
+        int(columns.atoms.sum()),
+        sum(o.tokens for o in row.origins),
+    )
     counts = np.bincount(columns.origins, minlength=len(row.origins)).tolist()
     problems = []
     if said != true:

@@ -35,7 +35,8 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns side by side; the first to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
-        "  " + "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        "  "
+        + "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     ]
 
@@ -47,11 +48,11 @@ def stats_lines(found: dict[str, Any]) -> list[str]:
     most = "" if found["exact"] else "at most "
     lines = [
         found["folder"],
-        f"  format {header['format']}, codec {header['codec']['name']} ({codec}), vocabulary {number(header['vocab_size'])}, "
-        f"samples of {number(header['sample_tokens'])} tokens",
+        f"  format {header['format']}, codec {header['codec']['name']} ({codec}), "
+        f"vocabulary {number(header['vocab_size'])}, samples of {number(header['sample_tokens'])} tokens",
         f"  coverage: {most}{number(found['samples'])} of {number(header['samples'])} samples, {found['coverage']:.2%}",
-        f"  {number(found['records'])} records in {number(found['shards'])} shards, {number(tokens)} tokens with a target, "
-        f"{found['atoms_per_token']:.2f} atoms a token",
+        f"  {number(found['records'])} records in {number(found['shards'])} shards, {number(tokens)} tokens with "
+        f"a target, {found['atoms_per_token']:.2f} atoms a token",
         "",
         f"Bytes: {found['bytes_per_token']:.2f} a token in shards",
         *_bytes(found["bytes"], tokens),
@@ -96,7 +97,8 @@ def _origins(origins: Sequence[dict[str, Any]]) -> list[str]:
 
 def _lag(lag: dict[str, list[float]]) -> list[str]:
     """Means over equal stretches of tokens."""
-    total, groups, seen = sum(lag["tokens"]), [], 0.0
+    total, seen = sum(lag["tokens"]), 0.0
+    groups: list[list[float]] = []
     for step, value, tokens in zip(lag["step"], lag["lag"], lag["tokens"], strict=True):
         place = min(int(LINES * seen / max(total, 1)), LINES - 1)
         if not groups or groups[-1][0] != place:
@@ -107,7 +109,10 @@ def _lag(lag: dict[str, list[float]]) -> list[str]:
         seen += tokens
     means = [each[3] / max(each[4], 1) for each in groups]
     most = max(means)
-    rows = [["steps", "lag"], *([f"{int(g[1])} to {int(g[2])}", f"{m:.3f}"] for g, m in zip(groups, means, strict=True))]
+    rows = [
+        ["steps", "lag"],
+        *([f"{int(g[1])} to {int(g[2])}", f"{m:.3f}"] for g, m in zip(groups, means, strict=True)),
+    ]
     bars = ["", *(bar(mean / most if most else 0) for mean in means)]
     return [f"{line}  {each}".rstrip() for line, each in zip(table(rows), bars, strict=True)]
 

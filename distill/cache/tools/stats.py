@@ -1,4 +1,4 @@
-"""What is in a cache: how much of the corpus, how many bytes for what, from which teachers, how far behind. No torch."""
+"""What is in a cache: how much of the corpus, bytes for what, from which teachers, how far behind. No torch."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _sizes(
     indexes = sum(row.index_bytes for row in rows)
     shards |= {"headers": indexes - sum(shards.values()), "records": sum(row.bytes for row in rows) - indexes}
     files = store.names(SHARDS)
-    there, counted = set(files), {row.shard for row in rows + list(retired)}
+    there, counted = set(files), {row.shard for row in [*rows, *retired]}
     others = [name for name in files if name not in counted]
     ranks = "ranks.safetensors" if header.format == 1 else ranks_name(header.ranks)
     return {

@@ -16,6 +16,7 @@ from distill.cache.tools.common import Bar, is_live, writer_of
 from distill.cache.tools.scan import Scan, examine, examine_old, rows_of, scan
 from distill.config.errors import CacheError
 
+
 class Verdict(NamedTuple):
     """What was found."""
 
@@ -61,21 +62,18 @@ def verify(store: Store, *, decode: bool = False, jobs: int = 1) -> Verdict:
     replaced = [row for row in retired if row.shard in there]
     if replaced:
         size = sum(row.bytes for row in replaced)
-        notes.append(f"{len(replaced)} shards of {size / 1e6:.1f} MB are replaced by others; compact --purge removes them")
+        notes.append(
+            f"{len(replaced)} shards of {size / 1e6:.1f} MB are replaced by others; compact --purge removes them"
+        )
     return Verdict(problems, notes, len(rows), sum(row.samples for row in rows), sum(row.bytes for row in rows))
 
 
 def _shards(store: Store, header: CacheHeader, rows: list[ShardRow], decode: bool, jobs: int) -> list[str]:
     bad: Callable[[list[bytes], list[int]], list[int]] | None = None
     if decode and header.format != 1:
-        from distill.cache.record import Raw
-        from distill.cache.tools.decoding import Decoding
+        from distill.cache.tools.decoding import Decoding  # torch
 
-        decoding = Decoding(store, header)
-
-        def bad(records: list[bytes], atoms: list[int]) -> list[int]:
-            return decoding.bad(list(map(Raw, records, atoms)))
-
+        bad = Decoding(store, header).undecodable
     with Bar("verify", sum(row.bytes for row in rows)) as bar, ThreadPoolExecutor(max(jobs, 1)) as pool:
 
         def look(row: ShardRow) -> list[str]:
