@@ -76,14 +76,24 @@ def checked(folder, expected, lost=()):
 
 
 def test_a_whole_cache_is_whole(cache, whole):
-    assert verify(open_store(cache), decode=True, jobs=3) == ([], [], 4, 11, sum(p.stat().st_size for p in (cache / "shards").iterdir()))
+    assert verify(open_store(cache), decode=True, jobs=3) == (
+        [],
+        [],
+        4,
+        11,
+        sum(p.stat().st_size for p in (cache / "shards").iterdir()),
+    )
     before = {p: p.read_bytes() for p in cache.rglob("*") if p.is_file()}
     assert repair(open_store(cache)).lines == []
-    after = {p: p.read_bytes() for p in cache.rglob("*") if p.is_file() and p.suffix != ".lock" and ".tools" not in p.name}
+    after = {
+        p: p.read_bytes() for p in cache.rglob("*") if p.is_file() and p.suffix != ".lock" and ".tools" not in p.name
+    }
     assert after == {p: data for p, data in before.items() if p.suffix != ".lock"}
 
 
-@pytest.mark.parametrize("name", ["cache.json", "ranks-*.safetensors", "ledger/w.jsonl", "shards/w-000000-*.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["cache.json", "ranks-*.safetensors", "ledger/w.jsonl", "shards/w-000000-*.safetensors"]
+)
 def test_verify_finds_every_flipped_bit_and_names_the_file(cache, name):
     (path,) = cache.glob(name)
     data = path.read_bytes()
@@ -117,7 +127,7 @@ def test_damage_of_single_records(cache, whole, capsys):
 
 def test_an_older_record_takes_the_place_of_a_lost_one(cache, whole):
     path = shard(cache, 3)
-    first, end = place_of(path, "records")
+    first, _ = place_of(path, "records")
     path.write_bytes(path.read_bytes()[:first])  # both records of shard 3
     store = open_store(cache)
     assert main(["repair", str(cache)]) == 0
@@ -141,7 +151,10 @@ def test_truncated_and_missing_shards(cache, whole, left, lost):
         assert done.lost == [39]
 
 
-@pytest.mark.parametrize("column, lost", [("steps", []), ("origins", []), ("atoms", [5]), ("checks", [5]), ("digests", [5]), ("sample_ids", [5])])
+@pytest.mark.parametrize(
+    "column, lost",
+    [("steps", []), ("origins", []), ("atoms", [5]), ("checks", [5]), ("digests", [5]), ("sample_ids", [5])],
+)
 def test_a_damaged_index_costs_what_it_made_uncertain(cache, whole, column, lost):
     path = shard(cache, 0)
     first, end = place_of(path, column)
@@ -187,7 +200,7 @@ def test_damaged_and_missing_rows_are_made_again(cache, whole, number, how):
         CacheReader(cache)
     done = checked(cache, format_reader.cache(whole))
     assert ledger.read_bytes() == original and done.lost == []
-    assert any(f"row {number} is made again" in line for line in done.lines)
+    assert any(f"row {number} is {'whole' if how == 'newline' else 'made again'}" in line for line in done.lines)
     assert len(CacheReader(cache, view).rows) == 4
     assert [p.name for p in (cache / "quarantine").iterdir()] == ["ledger-w.jsonl"]
 
@@ -304,7 +317,10 @@ def test_damage_after_a_compaction_with_many_origins(cache, whole):
     expected = format_reader.cache(whole)
     done = checked(cache, expected, lost=[0])
     assert done.lost == [0] and done.saved == 9
-    steps = {s.sample_id: (s.step, s.origin.first_step, s.origin.samples, s.origin.tokens) for s in CacheReader(cache).samples()}
+    steps = {
+        s.sample_id: (s.step, s.origin.first_step, s.origin.samples, s.origin.tokens)
+        for s in CacheReader(cache).samples()
+    }
     assert steps[5] == (0, 0, 2, 30) and steps[39] == (1, 1, 2, 30) and steps[30] == (7, 7, 2, 30)
 
 

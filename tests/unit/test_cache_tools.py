@@ -141,7 +141,9 @@ def test_a_live_reader_and_a_live_writer_go_on_during_a_compaction(cache, monkey
     writer.close()
     reader.refresh()
     assert len(seen) > 12
-    assert sorted(format_reader.cache(cache)) == sorted(seen) == np.flatnonzero(reader.covers(np.arange(SAMPLES))).tolist()
+    assert (
+        sorted(format_reader.cache(cache)) == sorted(seen) == np.flatnonzero(reader.covers(np.arange(SAMPLES))).tolist()
+    )
 
 
 def test_purge(cache):
@@ -165,7 +167,7 @@ def test_purge(cache):
         put(writer, [5], step=0)  # done before: passed over
         put(writer, [33], step=1)
     assert CacheReader(cache).stats()["shards"] == 2
-    assert verify(open_store(cache), decode=True) [:2] == ([], [])
+    assert verify(open_store(cache), decode=True)[:2] == ([], [])
 
 
 def test_tools_on_an_object_store():
@@ -202,7 +204,7 @@ def test_a_cache_of_format_one_is_rewritten(tmp_path, codec):
         for row, targets in enumerate((x.targets, y.targets)):
             np.add.at(dense[row], targets.ids_TK[t].numpy(), targets.probs_TK[t].numpy())
         assert np.allclose(dense[0], dense[1], rtol=1e-6, atol=0)
-    with pytest.raises(CacheError, match="format version is 1.*compact --into"):
+    with pytest.raises(CacheError, match=r"format version is 1.*compact --into"):
         compact(open_store(old), shard_bytes=MB)
 
 
@@ -314,7 +316,9 @@ def test_stats_are_what_was_put(cache):
     assert found["bytes"]["shards"]["sample_ids"] == 8 * 11
     assert found["bytes_per_token"] == pytest.approx(on_disk / found["tokens"])
     assert found["bytes"]["others"]["ledgers"] == sum(p.stat().st_size for p in (cache / "ledger").iterdir())
-    losses = [-b.label_logprob[b.valid].double().mean().item() for b in (batch(ids, step=step) for ids, step, _ in PARTS)]
+    losses = [
+        -b.label_logprob[b.valid].double().mean().item() for b in (batch(ids, step=step) for ids, step, _ in PARTS)
+    ]
     assert found["lag"]["step"] == [0, 1, 2, 3, 4]
     assert found["lag"]["lag"] == pytest.approx([loss - min(losses) for loss in losses], rel=1e-5)
     assert [(o["teacher"], o["samples"], o["first_step"], o["last_step"]) for o in found["origins"]] == [
@@ -328,7 +332,11 @@ def test_stats_are_what_was_put(cache):
 def test_the_command_line_of_stats(cache, tmp_path, capsys):
     assert main(["stats", str(cache), "--json", "--deep", "4", "--html", str(tmp_path / "page.html")]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["sampled"]["tokens"] == sum(found["sampled"]["entropy"]["counts"]) == found["sampled"]["samples"] * (S - 1)
+    assert (
+        found["sampled"]["tokens"]
+        == sum(found["sampled"]["entropy"]["counts"])
+        == found["sampled"]["samples"] * (S - 1)
+    )
     assert sum(found["sampled"]["mass"]["counts"]) == found["sampled"]["tokens"]
     text = (tmp_path / "page.html").read_text()
     assert "Lag over time" in text and text.count("<figure") == 6

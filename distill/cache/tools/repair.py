@@ -16,7 +16,7 @@ import numpy as np
 from distill.cache.files import TEMPORARY
 from distill.cache.header import CacheHeader
 from distill.cache.layout import LEDGER, LOCK, SHARDS
-from distill.cache.ledger import ShardRow, ledgers
+from distill.cache.ledger import Retired, ShardRow, ledgers, outside
 from distill.cache.ranks import load_ranks
 from distill.cache.shard import Array, Shard
 from distill.cache.store import LocalStore, Store, locked
@@ -80,8 +80,14 @@ def repair(store: Store, *, dry_run: bool = False) -> Repair:
         _settle(header, store, rows, salvages, done)
         for each in salvages:
             done.lines += _told(store, each)
+        left = _left(store, scans, retired)
+        done.lines += [
+            f"{store.path(name)}: retired by a repair that was stopped; moved to quarantine" for name in left
+        ]
         if not dry_run:
             _carry_out(store, header, salvages)
+            for name in left:
+                to_quarantine(store, name)
             _sweep(store, header, mine)
     return done
 
@@ -188,6 +194,21 @@ def _strays(store: Store, header: CacheHeader, known: set[str], mine: set[str], 
             else:
                 found.append(_salvage(row, shard, records, has_row=False))
     return found
+
+
+def _left(store: Store, scans: Sequence[Scan], retired: Sequence[ShardRow]) -> list[str]:
+    """Files that an earlier repair has retired and not moved."""
+    ranges = [
+        each
+        for found in scans
+        if (number_of(found.writer) or ("",))[0] == "repair"
+        for line in found.lines
+        for each in line.rows
+        if isinstance(each, Retired)
+    ]
+    there = set(store.names(SHARDS))
+    kept = {(row.writer, row.seq) for row in outside(list(retired), ranges)}
+    return [f"{SHARDS}/{row.shard}" for row in retired if (row.writer, row.seq) not in kept and row.shard in there]
 
 
 def _settle(

@@ -44,6 +44,7 @@ def verify(store: Store, *, decode: bool = False, jobs: int = 1) -> Verdict:
         load_ranks(store, header)
     except CacheError as error:
         problems.append(str(error))
+        decode = False  # without ranks there are no ids
     # Files first: a shard that is published meanwhile then has its row.
     files = store.names(SHARDS)
     scans = [scan(store, name, header) for name in ledgers(store)]
@@ -54,7 +55,7 @@ def verify(store: Store, *, decode: bool = False, jobs: int = 1) -> Verdict:
         if each.torn and not is_live(store, each.writer)
     ]
     rows, retired = rows_of(scans)
-    problems += _shards(store, header, rows, decode and not problems, jobs)
+    problems += _shards(store, header, rows, decode, jobs)
     lost, left = strays(store, files, scans, rows + retired)
     problems += lost
     notes += left
