@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from distill.config.errors import UserError
-from distill.config.load import CONF, load, precheck
+from distill.config.load import CONF, load, precheck, spelt
 from distill.config.schema import Job, RunConfig
 
 
@@ -28,7 +28,7 @@ def compose_and_run(cfg: DictConfig) -> None:
 def run_job(config: RunConfig) -> None:
     # Imported only now: a wrong configuration must be told before torch and DeepSpeed are loaded.
     from distill.engine import dist
-    from distill.run import codistill, export, student, teacher
+    from distill.run import backfill, codistill, export, student, teacher
     from distill.run.run import Run
 
     ranks = dist.start(config.engine)
@@ -45,6 +45,7 @@ def run_job(config: RunConfig) -> None:
         Job.teacher: teacher.train,
         Job.student: student.train,
         Job.codistill: codistill.train,
+        Job.backfill: backfill.backfill,
         Job.evaluate: student.evaluate,
     }
     jobs[config.job](run)
@@ -52,6 +53,7 @@ def run_job(config: RunConfig) -> None:
 
 def main() -> int:
     """Exit code 2 and one line per fault for what a person can mend; tracebacks are for our own mistakes."""
+    sys.argv[1:] = spelt(sys.argv[1:])
     try:
         precheck(sys.argv[1:])
     except UserError as error:

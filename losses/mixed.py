@@ -62,7 +62,8 @@ def mixed_loss(
         ids_TK, probs_TK: stored atoms; padding has probability 0 and any id in [0, V); an id that
             occurs twice counts twice.
         chunk: tokens whose logits live at one time; the result does not depend on it beyond rounding.
-        tap: called under no_grad with (first token, logits_TV, lse_T) of every chunk; it must not write to them.
+        tap: called under no_grad with (first token, probabilities, their logarithms), [t, V] each, of every chunk; it
+            must not write to the probabilities.
 
     Returns:
         MixedLoss in at least fp32. Gradients flow to hidden_TD and weight_VD.
@@ -105,8 +106,6 @@ class _Mixed(torch.autograd.Function):
             hidden_tD = hidden_TD[rows]
             logits_tV = (hidden_tD @ weight_VD.T).to(dtype)
             lse_t = logits_tV.logsumexp(-1)
-            if tap is not None:
-                tap(start, logits_tV, lse_t)
             labels_t1 = labels_T[rows, None]
             w_hard_t = w_hard_T[rows].to(dtype)
             hard_t = lse_t - logits_tV.gather(-1, labels_t1).squeeze(-1)
@@ -125,10 +124,18 @@ class _Mixed(torch.autograd.Function):
                 agree_T[rows] = (logits_tV.argmax(-1) == best_t) & (mass_t > 0)
             loss_sum += loss_t.sum()
 
-            if grad_hidden_TD is None and grad_weight_VD is None:
+            if grad_hidden_TD is None and grad_weight_VD is None and tap is None:
                 continue
-            # In place: the logits are spent, and this chunk needs no second [t, V] tensor.
-            grad_tV = logits_tV.sub_(lse_t[:, None]).exp_().mul_(total_t[:, None])
+            # In place: the logits are spent, and but for a tap this chunk needs no second [t, V] tensor.
+            logprobs_tV = logits_tV.sub_(lse_t[:, None])
+            if tap is None:
+                probs_tV = logprobs_tV.exp_()
+            else:
+                probs_tV = logprobs_tV.exp()
+                tap(start, probs_tV, logprobs_tV)
+                if grad_hidden_TD is None and grad_weight_VD is None:
+                    continue
+            grad_tV = probs_tV.mul_(total_t[:, None])
             grad_tV.scatter_add_(-1, labels_t1, -w_hard_t[:, None])
             if ids_TK is not None:
                 grad_tV.scatter_add_(-1, ids_tK, -w_soft_t[:, None] * probs_tK)

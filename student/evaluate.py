@@ -102,10 +102,10 @@ def _predict(model: nn.Module, batch: Batch, chunk: int) -> tuple[MixedLoss, Ten
     labels_T, valid_T = batch.labels_BS.flatten(), batch.valid_BS.flatten()
     best, confidence = [], []
 
-    def tap(start: int, logits_TV: Tensor, lse_T: Tensor) -> None:
-        top_T, ids_T = logits_TV.max(-1)
+    def tap(start: int, probs_TV: Tensor, logprobs_TV: Tensor) -> None:
+        top_T, ids_T = logprobs_TV.max(-1)
         best.append(ids_T)
-        confidence.append((top_T - lse_T).exp())
+        confidence.append(top_T.exp())
 
     def head(hidden_TD: Tensor, weight_VD: Tensor) -> MixedLoss:
         return mixed_loss(hidden_TD, weight_VD, labels_T, valid_T.float(), chunk=chunk, tap=tap)

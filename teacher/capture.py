@@ -1,6 +1,6 @@
 """Soft targets taken out of the forward passes of a teacher in training.
 
-Per chunk of the head: logits -> atoms of the codec, the entropy and the label's log-probability; per micro-batch: one
+Per chunk of the head: probabilities -> atoms of the codec and the entropy; per micro-batch: one
 `put` into the writer of its corpus. Probabilities are normalised over all of V at temperature 1.
 """
 
@@ -41,13 +41,13 @@ class Capture:
         self._entropy: list[Tensor] = []
 
         @torch.no_grad()
-        def tap(start: int, logits_TV: Tensor, lse_T: Tensor) -> None:
+        def tap(start: int, probs_TV: Tensor, logprobs_TV: Tensor) -> None:
             began = time.perf_counter()
-            rows = slice(start, start + len(lse_T))
-            device = logits_TV.device
-            found = self.codec.select(
-                logits_TV,
-                lse_T,
+            rows = slice(start, start + len(probs_TV))
+            device = probs_TV.device
+            found = self.codec.select_probs(
+                probs_TV,
+                logprobs_TV,
                 seed=self.seed,
                 sample_ids_T=sample_ids_T[rows].to(device),
                 positions_T=positions_T[rows].to(device),
@@ -58,8 +58,12 @@ class Capture:
 
         return tap
 
-    def put(self, batch: Batch, hard_T: Tensor, step: int) -> None:
-        """Hands the micro-batch's targets to the writers; waits or skips when their queue is full."""
+    def put(self, batch: Batch, hard_T: Tensor, step: int, tokens_seen: int | None = None) -> None:
+        """Hands the micro-batch's targets to the writers; waits or skips when their queue is full.
+
+        tokens_seen: by the teacher; None: those of its steps so far.
+        """
+        seen = step * self.tokens_per_step if tokens_seen is None else tokens_seen
         began = time.perf_counter()
         atoms, entropy_T = Atoms.cat(self._atoms), torch.cat(self._entropy)
         length = batch.ids_BS.shape[1]
@@ -77,7 +81,7 @@ class Capture:
                 entropy_T[rows_T],
                 batch.valid_BS.flatten()[rows_T],
                 step=step,
-                tokens_seen=step * self.tokens_per_step,
+                tokens_seen=seen,
                 teacher=self.teacher,
             )
         self.seconds += time.perf_counter() - began

@@ -36,6 +36,11 @@ def _codec_json(config: CodecConfig) -> dict[str, Any]:
     return {"name": name.value, PARAMETERS[name]: getattr(config, PARAMETERS[name])}
 
 
+def exists(folder: str | Path) -> bool:
+    """Whether there is a cache in a folder, of whatever format."""
+    return open_store(folder).exists(HEADER)
+
+
 @dataclass(frozen=True)
 class CacheHeader:
     """The identity of a cache. Two headers are the same cache when `check` finds no difference."""

@@ -170,15 +170,23 @@ class CacheReader:
 
     def losses(self, sample_ids: Array) -> NDArray[np.float64]:
         """For each sample id, the teacher's mean label loss on the sample's shard when captured, nats; nan: none."""
-        found = np.full(len(sample_ids), np.nan)
+        numbers, origins = self.origins(sample_ids)
+        losses = np.array([np.nan if o.loss is None else o.loss for o in origins] + [np.nan])
+        found: NDArray[np.float64] = losses[numbers]  # -1, no record, is the last
+        return found
+
+    def origins(self, sample_ids: Array) -> tuple[NDArray[np.int64], list[Origin]]:
+        """For each sample id, which of the returned origins its newest record has; -1: there is no record."""
         view = self._now
         shards, places, _ = view.find(self._checked(sample_ids))
-        for number in np.unique(shards[shards >= 0]).tolist():
-            here = np.flatnonzero(shards == number)
-            shard = view.open(number)
-            losses = np.array([np.nan if o.loss is None else o.loss for o in shard.row.origins])
-            found[here] = losses[shard.columns.origins[places[here]]]
-        return found
+        numbers, found = np.full(len(shards), -1, np.int64), list[Origin]()
+        order = np.argsort(shards, kind="stable")
+        order = order[np.searchsorted(shards[order], 0) :]
+        for here in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1) if len(order) else ():
+            shard = view.open(int(shards[here[0]]))
+            numbers[here] = len(found) + shard.columns.origins[places[here]]
+            found += shard.row.origins
+        return numbers, found
 
     def read(self, sample_ids_B: Array, digests_B: Array) -> ReadResult:
         """Targets of a batch.
@@ -326,7 +334,8 @@ class CacheReader:
         return len(new)
 
     def _teachers(self) -> list[LedgerReader]:
-        return [ledger for ledger in self._ledgers.values() if ledger.captures]
+        """Ledgers of teachers in training; one without a row does not say yet whose it is."""
+        return [ledger for ledger in self._ledgers.values() if ledger.captures and ledger.seq]
 
     # ------------------------------------------------------------ shards
 

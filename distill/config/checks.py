@@ -31,8 +31,9 @@ def check(run: RunConfig) -> Iterator[str]:
     """Every broken rule of a complete configuration: key, value, what is allowed."""
     trains_teacher = run.job in (Job.teacher, Job.codistill)
     trains_student = run.job in (Job.student, Job.codistill)
-    yield from _model("teacher.model", run.teacher.model, run.data.sample_tokens)
-    yield from _model("student.model", run.student.model, run.data.sample_tokens)
+    length = 1 if run.job is Job.backfill else run.data.sample_tokens  # neither model is part of a backfill
+    yield from _model("teacher.model", run.teacher.model, length)
+    yield from _model("student.model", run.student.model, length)
     for role, part in (("teacher", run.teacher), ("student", run.student)):
         yield from _optim(f"{role}.optim", part.optim)
         if part.model.parametrization is Parametrization.transfer and part.optim.optimizer is not OptimizerName.adamw:
@@ -74,13 +75,14 @@ def check(run: RunConfig) -> Iterator[str]:
     yield from _at_least("engine.threads", run.engine.threads, 0)
     if run.engine.timeout <= 0:
         yield f"engine.timeout is {run.engine.timeout}; it must be positive (seconds)"
-    if run.precision is Precision.bf16 and run.engine.zero == 0:
+    if run.precision is Precision.bf16 and run.engine.zero == 0 and run.job is not Job.backfill:
         yield "precision is bf16 with engine.zero 0; fp32 master weights need engine.zero 1"
 
     if run.job is Job.evaluate and run.init_from is None:
         yield "init_from is null; job=evaluate needs the folder of the model to evaluate"
     if run.job is Job.export:
         yield from _export(run)
+    yield from _backfill(run)
     if run.job is Job.codistill and run.init_from is not None:
         yield f"init_from is {run.init_from}; job=codistill trains two models: set teacher. or student.init_from"
     if trains_teacher and trains_student and run.teacher.model.vocab_size != run.student.model.vocab_size:
@@ -93,7 +95,46 @@ def check(run: RunConfig) -> Iterator[str]:
     if run.cache.follow and run.job is not Job.student:
         yield f"cache.follow is true with job={run.job.value}; only job=student follows another run's cache"
     if run.job is Job.student and run.student.cached and run.cache.dir is None:
-        yield "cache.dir is null; job=student reads the cache of a teacher's run (or set student.cached=false)"
+        lacking = [name for name in run.data.corpora if name not in run.cache.dirs]
+        if lacking:
+            which = f" and cache.dirs has no {', '.join(lacking)}" if run.cache.dirs else ""
+            yield (
+                f"cache.dir is null{which}; job=student reads the cache of a teacher's run (or set "
+                "student.cached=false)"
+            )
+    if run.student.replay.order is ReplayOrder.own and (run.job is Job.codistill or run.cache.follow):
+        where = "with cache.follow" if run.cache.follow else f"with job={run.job.value}"
+        yield f"student.replay.order is own {where}; whoever keeps pace with a teacher takes its stream"
+
+
+def _backfill(run: RunConfig) -> Iterator[str]:
+    b, source = run.backfill, run.teacher.from_
+    if run.job is Job.backfill:
+        named = {"teacher.from": source, "init_from": run.init_from, "teacher.init_from": run.teacher.init_from}
+        given = [f"{key} is {value}" for key, value in named.items() if value is not None]
+        if len(given) != 1:
+            yield (
+                f"{' and '.join(given) or 'init_from is null'}; job=backfill takes one frozen teacher: "
+                "init_from=FOLDER or teacher.from=hf:FOLDER"
+            )
+        if source is not None and source.startswith("hf:") and run.data.has_pictures:
+            yield f"teacher.from is {source}; data.corpora have pictures, which only the project's own models see"
+    elif source is not None:
+        yield f"teacher.from is {source} with job={run.job.value}; only job=backfill labels with a frozen teacher"
+    if source is not None:
+        yield from _folder("teacher.from", source.removeprefix("hf:"))
+    for name in b.corpora:
+        if name not in run.data.corpora:
+            yield f"backfill.corpora has {name}; allowed: {', '.join(run.data.corpora)}"
+    if len(set(b.corpora)) < len(b.corpora):
+        yield f"backfill.corpora is {list(b.corpora)}; each once"
+    for name in ("batch", "unit_samples", "head_chunk"):
+        yield from _at_least(f"backfill.{name}", getattr(b, name), 1)
+    if b.max_samples is not None:
+        yield from _at_least("backfill.max_samples", b.max_samples, 1)
+    for name in ("min_lag", "max_tflops"):
+        if (value := getattr(b, name)) is not None and value <= 0:
+            yield f"backfill.{name} is {value}; it must be positive"
 
 
 def _export(run: RunConfig) -> Iterator[str]:
@@ -261,7 +302,8 @@ def _data(run: RunConfig) -> Iterator[str]:
         if d.has_pictures:
             specials += len(IMAGE_TOKENS)
         yield from _at_least("data.tokenizer.vocab_size", d.tokenizer.vocab_size, 256 + specials)
-        for role in ("teacher", "student"):
+        # job=backfill takes its teacher as it was saved: it is checked when it is there.
+        for role in () if run.job is Job.backfill else ("teacher", "student"):
             size = getattr(run, role).model.vocab_size
             if d.tokenizer.vocab_size > size:
                 yield f"data.tokenizer.vocab_size is {d.tokenizer.vocab_size}; {role}.model.vocab_size allows {size}"
@@ -342,6 +384,11 @@ def _cache(run: RunConfig) -> Iterator[str]:
         yield f"cache.codec.k is {c.codec.k}; allowed: 1 to teacher.model.vocab_size, {run.teacher.model.vocab_size}"
     yield from _at_least("cache.shard_samples", c.shard_samples, 1)
     yield from _at_least("cache.queue", c.queue, 1)
+    for name in c.dirs:
+        if name not in run.data.corpora:
+            yield f"cache.dirs has {name}; allowed: {', '.join(run.data.corpora)}, the names of data.corpora"
+    if len(set(c.dirs.values())) < len(c.dirs):
+        yield f"cache.dirs are {', '.join(c.dirs.values())}; each corpus has a cache of its own"
     if c.follow_timeout <= 0:
         yield f"cache.follow_timeout is {c.follow_timeout}; it must be positive (seconds)"
     if c.follow and run.student.replay.order is ReplayOrder.newest:

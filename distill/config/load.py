@@ -34,6 +34,21 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 
 ConfigStore.instance().store(name="schema", node=RunConfig)
 
+FREE_NAMES = "cache.dirs"
+"""Hydra wants a `+` before a key that no file of `conf/` has; the corpora's names are checked all the same."""
+
+
+def spelt(arguments: list[str]) -> list[str]:
+    """A command line as Hydra takes it: `teacher.from` is no name that a Python field may have."""
+    found = []
+    for argument in arguments:
+        if argument.startswith("teacher.from="):
+            argument = argument.replace("teacher.from=", "teacher.from_=", 1)
+        elif argument.startswith((f"{FREE_NAMES}.", f"{FREE_NAMES}=")):
+            argument = f"++{argument}"
+        found.append(argument)
+    return found
+
 
 def load(cfg: DictConfig) -> RunConfig:
     """A composed configuration as typed objects; raises ConfigError with every problem found."""
@@ -50,7 +65,7 @@ def precheck(arguments: list[str]) -> None:
         arguments: Hydra's, without the program's name; flags (`--multirun`, `--cfg job`) are left to Hydra.
     """
     problems: list[str] = []
-    overrides, own = _split(arguments)
+    overrides, own = _split(spelt(arguments))
     texts = [a for a in overrides if not a.lower().startswith(("hydra.", "+hydra.", "++hydra."))]
     sound: list[str] = []
     GlobalHydra.instance().clear()

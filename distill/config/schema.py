@@ -23,6 +23,7 @@ class Job(StrEnum):
     teacher = "teacher"
     student = "student"
     codistill = "codistill"
+    backfill = "backfill"
     evaluate = "evaluate"
     export = "export"
 
@@ -47,6 +48,7 @@ class Schedule(Enum):
 
 
 class ReplayOrder(Enum):
+    own = "own"
     same = "same"
     newest = "newest"
     late_first = "late_first"
@@ -215,7 +217,8 @@ class WeightingConfig:
 @dataclass
 class ReplayConfig:
     order: ReplayOrder = ReplayOrder.late_first
-    """Order over the teacher's stream: as the teacher met it, backwards, or its second half first."""
+    """Order over the teacher's stream: as the teacher met it (same), backwards, or its second half first; own: not the
+    teacher's stream but the run's own, from its corpora, their weights and data.seed."""
 
 
 @dataclass
@@ -241,6 +244,9 @@ class TeacherConfig:
     """Hugging Face folder or our checkpoint that gives the first weights."""
     capture: bool = True
     """Write soft targets of every training batch to the cache."""
+    from_: str | None = None
+    """Frozen teacher of job=backfill, on the command line also spelt `teacher.from`: a run, a checkpoint, a Hugging
+    Face Llama 4 folder; or `hf:FOLDER`, any causal language model that transformers loads (extra `hf`)."""
 
 
 @dataclass
@@ -369,6 +375,8 @@ class CodecConfig:
 class CacheConfig:
     dir: str | None = None
     """Folder of the cache; null: `cache/` in the run folder. A mixture keeps one folder per corpus in it."""
+    dirs: dict[str, str] = field(default_factory=dict)
+    """Folder of the cache of a corpus, by the corpus' name, where it is not the one that `dir` gives."""
     codec: CodecConfig = field(default_factory=CodecConfig)
     shard_samples: int = 256
     """Samples per published shard."""
@@ -419,6 +427,29 @@ class CodistillConfig:
     """Alternations of teacher and student in one process."""
     arms: dict[str, ArmConfig] = field(default_factory=dict)
     """Further students for comparison, by name."""
+
+
+@dataclass
+class BackfillConfig:
+    """A frozen teacher labels, forward only, what the caches of the run's corpora lack or hold too stale."""
+
+    corpora: list[str] = field(default_factory=list)
+    """Corpora to look at; empty: all of data.corpora."""
+    min_lag: float | None = None
+    """Nats by which a record's teacher was worse than the best of its cache from which on it counts as stale, and is
+    replaced if this teacher is better; null: only gaps are filled."""
+    max_samples: int | None = None
+    """Most samples that this teacher labels in all, those of earlier runs included; null: no bound."""
+    max_tflops: float | None = None
+    """Most it may spend on them, 10^12 floating-point operations; null: no bound."""
+    batch: int = 16
+    """Samples of a forward pass on each rank."""
+    unit_samples: int = 256
+    """Samples of a unit of work: the ranks take units in turns, and a logged row covers one."""
+    head_chunk: int = 4096
+    """Tokens whose logits live at one time."""
+    dry_run: bool = False
+    """Tell the plan and what it would cost, label nothing."""
 
 
 @dataclass
@@ -473,12 +504,13 @@ class RunConfig:
     resume: bool = False
     """Go on from the run folder's newest valid checkpoint, or start if there is none."""
     init_from: str | None = None
-    """First weights of the model that the job trains, or the model that it evaluates or exports: a run, a checkpoint or
-    a Hugging Face folder (job=codistill: use teacher. / student.init_from)."""
+    """First weights of the model that the job trains, or the model that it evaluates, exports or labels with: a run, a
+    checkpoint or a Hugging Face folder (job=codistill: use teacher. / student.init_from)."""
     data: DataConfig = field(default_factory=DataConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     codistill: CodistillConfig = field(default_factory=CodistillConfig)
+    backfill: BackfillConfig = field(default_factory=BackfillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)

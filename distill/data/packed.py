@@ -216,6 +216,11 @@ class PackedCorpus:
     def __len__(self) -> int:
         return self._samples
 
+    @property
+    def tiles_per_sample(self) -> float:
+        """Tiles of pictures, mean over the samples; a tile that lies across two counts once."""
+        return 0.0 if self._tile_format is None else len(self._tiles) / max(self._samples, 1)
+
     def counts_V(self, vocab_size: int) -> NDArray[np.int64]:
         """How often each id stands where a label may stand, masked or not; int64 [vocab_size]."""
         stored = self._stored_counts_V

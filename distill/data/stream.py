@@ -95,11 +95,13 @@ class Stream:
 def replay(order: ReplayOrder, planned: int) -> Callable[[Ints], Ints]:
     """Maps a student's positions to those of a teacher that had `planned`; beyond them it starts over.
 
-    same: as the teacher met them; newest: backwards; late_first: from half-way on, then the first half.
+    same: as the teacher met them; newest: backwards; late_first: from half-way on, then the first half; own: the stream
+    is the student's, and its positions are too.
     """
     assert planned > 0, planned
     late = planned // 2
     return {
+        ReplayOrder.own: lambda positions: positions,
         ReplayOrder.same: lambda positions: positions % planned,
         ReplayOrder.newest: lambda positions: planned - 1 - positions % planned,
         ReplayOrder.late_first: lambda positions: (positions % planned + late) % planned,

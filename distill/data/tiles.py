@@ -104,6 +104,9 @@ class TileFile:
         self._rows = self._reader.get_batch(0).num_rows if batches else 1
         self._count = (batches - 1) * self._rows + self._reader.get_batch(batches - 1).num_rows if batches else 0
 
+    def __len__(self) -> int:
+        return self._count
+
     def pictures(self, ids_BS: NDArray[np.int32], starts_B: Ints) -> Seen:
         """The pictures of samples whose inputs are `ids_BS`, with `starts_B` image tokens before each."""
         tokens = self._format.tokens

@@ -98,6 +98,12 @@ class Tokenizer:
         """What the tokenizer calls an id; None where it has no such id."""
         return self._library.id_to_token(token_id) if token_id >= 0 else None
 
+    def agrees(self, other: Tokenizer) -> bool:
+        """Whether both give every text the same ids, as far as their files say: padding and templates aside."""
+        deciding = ("model", "added_tokens", "normalizer", "pre_tokenizer")
+        mine, theirs = json.loads(self._json), json.loads(other._json)
+        return all(mine.get(part) == theirs.get(part) for part in deciding)
+
     def save(self, path: str | Path) -> None:
         """Writes a complete `tokenizer.json` at one stroke; equal tokenizers have equal bytes."""
         write_text(Path(path), self._json)

@@ -49,11 +49,11 @@ def _vision_parameters(v: VisionConfig) -> int:
     return embeddings + v.layers * block + 2 * 2 * size + adapter
 
 
-def flops_per_token(config: ModelConfig, sample_tokens: int) -> float:
+def flops_per_token(config: ModelConfig, sample_tokens: int, tiles: float = 0.0) -> float:
     """Floating-point operations of a forward pass, mean per token of a one-document sample; training takes 3 times it.
 
     A multiply-add is 2. Matrix products and attention over the visible positions are counted; norms, softmax and
-    activations are not.
+    activations are not. `tiles`: of pictures in a sample.
     """
     norms = (2 * config.layers + 1) * config.hidden_size
     products = count_parameters(config).active_without_embedding - norms
@@ -63,7 +63,8 @@ def flops_per_token(config: ModelConfig, sample_tokens: int) -> float:
     chunk_pairs = chunks * chunk * (chunk + 1) / 2 + rest * (rest + 1) / 2
     pairs = sum(chunk_pairs if rope else full_pairs for rope in rope_layers(config))
     # Scores and mixing: two multiply-adds per pair, head and channel.
-    return 2 * products + 4 * config.heads * config.head_dim * pairs / sample_tokens
+    sight = tiles * vision_flops_per_tile(config) / sample_tokens
+    return 2 * products + 4 * config.heads * config.head_dim * pairs / sample_tokens + sight
 
 
 def vision_flops_per_tile(config: ModelConfig) -> float:

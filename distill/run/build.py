@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
 from distill.cache import CacheHeader, CacheReader, CacheWriter, is_written, make_codec
+from distill.cache.flops import flop_ledger
 from distill.config.errors import ConfigError
 from distill.config.load import to_dict
 from distill.config.schema import OnMissing, ReplayOrder, TrainConfig
@@ -43,9 +45,10 @@ def cache_root(run: Run) -> Path:
 
 
 def cache_folders(run: Run) -> dict[str, Path]:
-    """The cache of each corpus: the root itself, or one folder in it for each corpus of a mixture."""
-    root, names = cache_root(run), list(run.data.train)
-    return {names[0]: root} if len(names) == 1 else {name: root / name for name in names}
+    """The cache of each corpus: as `cache.dirs` says, else the root itself, or a folder in it for each of a mixture."""
+    root, names, named = cache_root(run), list(run.data.train), run.config.cache.dirs
+    usual = {names[0]: root} if len(names) == 1 else {name: root / name for name in names}
+    return {name: Path(named[name]) if name in named else folder for name, folder in usual.items()}
 
 
 def teacher(run: Run) -> tuple[Trainer, Capture | None]:
@@ -100,13 +103,26 @@ def open_capture(run: Run, planned: dict[str, object], folders: dict[str, Path])
                         shard_samples=config.cache.shard_samples,
                         queue=config.cache.queue,
                         on_full=config.cache.on_full,
-                        flops_per_token=flops_per_token(config.teacher.model, corpus.sample_tokens),
+                        flops_per_token=flops_per_token(
+                            config.teacher.model, corpus.sample_tokens, corpus.tiles_per_sample
+                        ),
                     )
                 )
         run.dist.barrier()
     identity = xxhash.xxh3_64_hexdigest(repr(sorted(to_dict(config)["teacher"].items())).encode())
     tokens = train.batch * config.data.sample_tokens
     return Capture(make_codec(config.cache.codec, vocab_size), writers, config.seed, identity, tokens)
+
+
+def cache_figures(readers: list[CacheReader]) -> dict[str, Any]:
+    """What a summary says of the caches of a run: bytes of all published shards per token with a target in them, and
+    the ledger of floating-point operations."""
+    stats = [reader.stats() for reader in readers]
+    ledger = flop_ledger((row for reader in readers for row in reader.rows), readers[0].header.sample_tokens)
+    return {
+        "bytes_per_token": sum(s["bytes"] for s in stats) / max(sum(s["tokens"] for s in stats), 1),
+        "flops": {name: value for name, value in ledger.items() if value},
+    }
 
 
 def open_readers(run: Run) -> list[CacheReader]:
@@ -120,21 +136,41 @@ def open_readers(run: Run) -> list[CacheReader]:
 
 
 def student(run: Run, readers: list[CacheReader] | None) -> Trainer:
-    """A student on the teacher's stream as the cache records it, or (no cache) on the configuration's own."""
+    """A student on the teacher's stream as the cache records it, or (no cache, or order=own) on its own."""
     config, part = run.config, run.config.student
     steps = steps_of(run, "student")
     sizes = {name: len(corpus) for name, corpus in run.data.train.items()}
-    if readers:
-        recorded = readers[0].header.stream
-        stream, planned = Stream.from_description(recorded), int(recorded["planned"])
-        if stream.names != list(sizes):
-            raise ConfigError(f"data.corpora are {', '.join(sizes)}; the teacher's were {', '.join(stream.names)}")
+    if readers and part.replay.order is not ReplayOrder.own:
+        stream, planned = teachers_stream(readers, list(sizes))
     else:
         weights = {name: config.data.corpora[name].weight for name in sizes}
         stream, planned = Stream(sizes, weights, config.data.seed), steps * part.train.batch
     meters, vocab_size = Meters(run.dist.device), part.model.vocab_size
     step = StudentStep(meters, part.train.head_chunk, part.weighting, vocab_size, steps, len(sizes))
     return _trainer(run, "student", step, steps, stream, replay(part.replay.order, planned), readers)
+
+
+def teachers_stream(readers: list[CacheReader], names: list[str]) -> tuple[Stream, int]:
+    """The stream that the caches of all corpora record, and how many of its positions the teacher planned.
+
+    Raises:
+        ConfigError: they record none (a backfill made one of them), or it is not one of these corpora.
+    """
+    way_out = "; student.replay.order=own trains on the run's own stream"
+    for reader, name in zip(readers, names):
+        recorded = reader.header.stream
+        if not recorded:
+            raise ConfigError(f"cache {reader.folder} of corpus {name} was backfilled and records no stream{way_out}")
+        stream = Stream.from_description(recorded)
+        if stream.names != names:
+            raise ConfigError(
+                f"data.corpora are {', '.join(names)}; the teacher of cache {reader.folder} had "
+                f"{', '.join(stream.names)}{way_out}"
+            )
+        if recorded != readers[0].header.stream:
+            raise ConfigError(f"caches {readers[0].folder} and {reader.folder} record streams that differ{way_out}")
+    recorded = readers[0].header.stream
+    return Stream.from_description(recorded), int(recorded["planned"])
 
 
 def _trainer(

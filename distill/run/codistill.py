@@ -14,7 +14,6 @@ from distill.config.schema import ArmConfig, CodistillConfig, Job, ReplayConfig,
 from distill.run import build, student
 from distill.run.overhead import capture_overhead
 from distill.run.run import Run
-from distill.run.teacher import bytes_per_token
 from distill.run.trainer import Trainer
 from distill.tracking import table
 from student.step import StudentStep
@@ -62,9 +61,10 @@ def train(run: Run) -> None:
     summary: dict[str, Any] = {
         "job": "codistill",
         **figures,
-        "bytes_per_token": bytes_per_token(run),
+        **build.cache_figures(readers),
         "capture_overhead": overhead,
         "coverage": learner.program.coverage,
+        "stall": learner.stalled / learner.seconds if learner.seconds else None,
         "agreement": result.agreement,
         "ece": result.ece,
     }

@@ -25,6 +25,7 @@ from distill.data.join import Batch, Joiner
 from distill.data.prepare import Prepared, prepare
 from distill.data.tokenizer import Tokenizer
 from distill.engine import checkpoint
+from distill.engine.checkpoint import Checkpoint
 from distill.engine.dist import Dist
 from distill.engine.zero import Engine, load_weights
 from distill.model import Transformer, hf
@@ -44,8 +45,10 @@ _FREE = (
     "engine.",
     "tracking.",
     "evaluate.",
+    "backfill.",
     "data.dir",
     "cache.dir",
+    "cache.dirs",
     "cache.queue",
     "cache.follow",
     "teacher.train.keep_checkpoints",
@@ -58,7 +61,7 @@ class Run:
 
     Args:
         folder: created here; a folder that holds a run already needs resume=true.
-        data: of the run that this one is an arm of; None prepares its own.
+        data: of the run that this one is an arm of; None prepares its own (job=backfill does, once it has its teacher).
 
     Attributes:
         finished: the folder holds a finished run; nothing is to be done.
@@ -89,7 +92,10 @@ class Run:
             enabled=dist.is_main,
             resume_steps={role: s["step"] for role, s in state["roles"].items()} if config.resume else None,
         )
-        self.data = data or self._prepare()
+        if data is not None:
+            self.data = data
+        elif config.job is not Job.backfill:
+            self.prepare(min(getattr(config, role).model.vocab_size for role in self.roles))
 
     def _claim(self) -> list[str]:
         try:
@@ -112,14 +118,14 @@ class Run:
             if not key.startswith(_FREE) and before.get(key) != now.get(key)
         ]
 
-    def _prepare(self) -> Prepared:
+    def prepare(self, vocab_size: int) -> None:
+        """Tokenizer and packed corpora, for models of this vocabulary; collective."""
         data = self.config.data
         folder = Path(data.dir) if data.dir else self.folder / "data"
-        sizes = [getattr(self.config, role).model.vocab_size for role in self.roles]
         prepared = None
         for turn in (True, False):  # the main rank packs, the others find it packed
             if self.dist.is_main is turn:
-                prepared = prepare(data, folder, min(sizes))
+                prepared = prepare(data, folder, vocab_size)
             self.dist.barrier()
         assert prepared is not None
         if self.config.job is not Job.evaluate:
@@ -127,12 +133,13 @@ class Run:
                 check_sight(f"{role}.model.vision", getattr(self.config, role).model.vision, data, prepared.tokenizer)
         if self.dist.is_main:  # whoever exports a model of this run needs no data
             prepared.tokenizer.save(self.folder / TOKENIZER)
-        return prepared
+        self.data = prepared
 
     @property
     def roles(self) -> tuple[str, ...]:
         job = self.config.job.value
-        return {"codistill": ("teacher", "student"), "evaluate": ("student",)}.get(job, (job,))
+        others = {"codistill": ("teacher", "student"), "evaluate": ("student",), "backfill": ()}
+        return others.get(job, (job,))
 
     @property
     def seconds(self) -> float:
@@ -249,19 +256,20 @@ def check_sight(key: str, vision: VisionConfig | None, data: DataConfig, tokeniz
         raise ConfigError(*problems)
 
 
-def load_model(folder: Path, role: str, want: ModelConfig | None) -> Transformer:
+def load_model(folder: Path, role: str, want: ModelConfig | None, found: Checkpoint | None = None) -> Transformer:
     """A model from a Hugging Face folder, a checkpoint of ours, or a run folder.
 
     Args:
         role: which model of a checkpoint that holds several.
         want: refuse another architecture, naming the keys that differ; of a model with sight the text model alone is
             taken where `want` has none. None takes what is there.
+        found: the checkpoint in the folder, where it is open already: its files need not be verified again.
     """
     sight = want is None or want.vision is not None
     if (folder / "config.json").exists():
         model = hf.load(folder, vision=sight)
     else:
-        found = checkpoint.find(folder)
+        found = found or checkpoint.find(folder)
         name = role if role in found.engines else found.engines[0]
         stored = OmegaConf.merge(OmegaConf.structured(ModelConfig), found.state["models"][name])
         config = cast(ModelConfig, OmegaConf.to_object(stored))

@@ -49,6 +49,7 @@ def train(run: Run) -> None:
             **run.figures("student", result),
             "ece": result.ece,
             "coverage": program.coverage,
+            "stall": trainer.stalled / trainer.seconds if trainer.seconds else None,
             "steps": trainer.steps,
             "tokens": tokens,
             **by_length,

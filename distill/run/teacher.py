@@ -26,13 +26,7 @@ def train(run: Run) -> None:
     if capture:
         capture.finish()
         capture.close()
-        summary["bytes_per_token"] = bytes_per_token(run)
+        summary |= build.cache_figures(build.open_readers(run))
         summary["capture_overhead"] = capture_overhead(run, trainer)
     trainer.engine.close()
     run.finish({**summary, "seconds": run.seconds})
-
-
-def bytes_per_token(run: Run) -> float:
-    """Bytes of all published shards per token with a target in them, over all caches."""
-    stats = [reader.stats() for reader in build.open_readers(run)]
-    return float(sum(s["bytes"] for s in stats) / max(sum(s["tokens"] for s in stats), 1))

@@ -75,7 +75,9 @@ class Trainer:
         self.tracker, self.dist, self.held_out = tracker, dist, held_out
         self.at = 0
         self.sample_tokens = sample_tokens
-        self._window = [0.0, 0]  # seconds and tokens since the last logged row
+        self._window = [0.0, 0.0, 0]  # seconds, seconds without a batch, and tokens since the last logged row
+        self.seconds = self.stalled = 0.0
+        """In `advance`, and there without a batch; of this process."""
 
     def state(self) -> dict[str, Any]:
         return {"step": self.at, "program": self.program.state()}
@@ -90,10 +92,14 @@ class Trainer:
         with Prefetch(self.batch, self.at, stop) as batches:
             began = time.perf_counter()
             for batch in batches:
+                waited = time.perf_counter() - began
                 self._one(batch)
-                now = time.perf_counter()
-                self._window[0] += now - began
-                self._window[1] += self.config.batch * self.sample_tokens
+                seconds = time.perf_counter() - began
+                self.seconds += seconds
+                self.stalled += waited
+                self._window[0] += seconds
+                self._window[1] += waited
+                self._window[2] += self.config.batch * self.sample_tokens
                 self._report()
                 began = time.perf_counter()
 
@@ -162,9 +168,10 @@ class Trainer:
         histograms: dict[str, list[float]] = {}
         if log_now:
             row, histograms = self.program.meters.flush(self.dist.sum if self.dist.world > 1 else None)
-            seconds, tokens = self._window
-            self._window = [0.0, 0]
+            seconds, waited, tokens = self._window
+            self._window = [0.0, 0.0, 0]
             row |= {"tokens": at * self.config.batch * self.sample_tokens, "tokens_per_second": tokens / seconds}
+            row["stall"] = waited / seconds
             row |= self.program.figures()
             text = f"loss {row['loss']:.3f}" if "loss" in row else ""
             self.tracker.progress(self.role, at, total, tokens=int(tokens), text=text)

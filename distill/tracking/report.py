@@ -45,6 +45,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("lag", "Lag", "nats", "How much worse than at its best the teacher was on these targets.", zero=True),
         Panel("lag_factor", "Lag factor", "1: as good as the best targets", "What the lag leaves of alpha.", zero=True),
         Panel("coverage", "Coverage", "share of tokens with targets", smoothed=False, zero=True),
+        Panel("stall", "Waiting for data", "share of the time", smoothed=False, zero=True),
         Panel("agreement", "Agreement", "share of tokens", "Student's and teacher's first choice are the same."),
         Panel("mass", "Mass of stored targets", "1 on average", "Sampled codecs keep it at 1 in expectation."),
         Panel("bytes_per_token", "Size of the cache", "bytes per token", smoothed=False, zero=True),

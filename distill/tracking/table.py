@@ -13,7 +13,7 @@ def render(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] | None 
     """Plain text within 80 columns: one sentence, one line per arm, and the facts of the run.
 
     summary: what `summary.json` holds: `<arm>_loss` (nats per token), `<arm>_accuracy`, `gap_closed`,
-    `capture_overhead`, `coverage` (shares), `bytes_per_token`, `seconds`; whatever is missing is left out.
+    `capture_overhead`, `coverage`, `stall` (shares), `bytes_per_token`, `seconds`; whatever is missing is left out.
     rows: `{"arm": name, "loss": nats, "gap_closed": share, "accuracy": share}`, the last two where they apply; None
     takes them from the summary.
     """
@@ -109,12 +109,24 @@ _FACTS = {
     "bytes_per_token": ("cache", lambda value: f"{value:.1f} bytes per token"),
     "capture_overhead": ("capture overhead", lambda value: f"{percent(value)} of the teacher's step"),
     "coverage": ("coverage", lambda value: f"{percent(value)} of the student's tokens"),
+    "stall": ("waiting for data", lambda value: f"{100 * value:.1f} % of the student's time"),
     "agreement": ("agreement", lambda value: f"{percent(value)} of the tokens"),
     "accuracy": ("accuracy", lambda value: f"{percent(value)} of the tokens"),
     "ece": ("calibration error", percent),
     "needle_accuracy": ("needles found", lambda value: f"{percent(value)} within the trained length"),
     "needle_accuracy_across_chunks": ("across chunks", lambda value: f"{percent(value)} of the needles"),
     "tokens": ("tokens", short),
+    "flops.captured_tokens": ("captured", lambda value: f"{short(value)} tokens"),
+    "flops.saved_tflops": ("capture saved", lambda value: f"{value:.3g} TFLOP of a labelling pass"),
+    "flops.training_tflops": ("teacher's training", lambda value: f"{value:.3g} TFLOP"),
+    "flops.backfilled_tokens": ("backfilled", lambda value: f"{short(value)} tokens"),
+    "flops.backfill_tflops": ("backfill cost", lambda value: f"{value:.3g} TFLOP"),
+    "flops.imported_tokens": ("imported", lambda value: f"{short(value)} tokens"),
+    "flops.unpriced_tokens": ("of unknown cost", lambda value: f"{short(value)} tokens"),
+    "planned_tflops": ("planned", lambda value: f"{value:.3g} TFLOP"),
+    "planned_bytes": ("size of it", lambda value: f"{short(value)}B"),
+    "planned_seconds": ("time for it", duration),
+    "loss": ("teacher's loss", lambda value: f"{value:.3f} nats per token labelled"),
     "seconds": ("wall time", duration),
 }
 

@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from distill.config.errors import ConfigError
-from distill.config.load import CONF, load, precheck, to_dict
+from distill.config.load import CONF, load, precheck, spelt, to_dict
 from distill.config.schema import Freeze, Job
 from tests.cli import environment
 
@@ -20,7 +20,7 @@ def problems(*arguments):
 def loaded(*arguments):
     precheck(list(arguments))
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return load(compose("config", overrides=list(arguments)))
+        return load(compose("config", overrides=spelt(list(arguments))))
 
 
 def test_export_needs_a_model_and_a_new_folder(tmp_path):
@@ -39,6 +39,60 @@ def test_export_needs_a_model_and_a_new_folder(tmp_path):
     for new in ("empty", "nowhere"):
         run = loaded("job=export", model, f"export.dir={tmp_path}/{new}", "export.role=teacher", "export.dtype=bf16")
         assert run.export.role.value == "teacher" and run.export.dtype.value == "bf16"
+
+
+def test_a_backfill_needs_one_frozen_teacher(tmp_path):
+    (line,) = problems("job=backfill")
+    assert line.startswith("init_from is null; job=backfill takes one frozen teacher")
+    text = "\n".join(
+        problems(
+            "job=backfill",
+            "teacher.from=hf:/nowhere",
+            f"init_from={tmp_path}",
+            "cache.dirs.mian=/x",
+            "backfill.corpora=[main,other,main]",
+            "backfill.batch=0",
+            "backfill.unit_samples=0",
+            "backfill.head_chunk=0",
+            "backfill.max_samples=0",
+            "backfill.min_lag=0",
+            "backfill.max_tflops=-1",
+        )
+    )
+    for part in (
+        f"teacher.from is hf:/nowhere and init_from is {tmp_path}; job=backfill takes one frozen teacher",
+        "teacher.from is /nowhere; no such folder",
+        "cache.dirs has mian; allowed: main",
+        "backfill.corpora has other; allowed: main",
+        "backfill.corpora is ['main', 'other', 'main']; each once",
+        "backfill.batch is 0; at least 1",
+        "backfill.unit_samples is 0; at least 1",
+        "backfill.head_chunk is 0; at least 1",
+        "backfill.max_samples is 0; at least 1",
+        "backfill.min_lag is 0.0; it must be positive",
+        "backfill.max_tflops is -1.0; it must be positive",
+    ):
+        assert part in text, (part, text)
+    sight = ["vision@teacher.model.vision=tiny", "data.corpora.main.image_key=picture", "data=files"]
+    (line,) = problems("job=backfill", f"teacher.from=hf:{tmp_path}", "data.corpora.main.files=[x]", *sight)
+    assert "data.corpora have pictures" in line
+    # What the run's models would not take is no concern of a backfill: it takes its teacher as it was saved.
+    run = loaded(
+        "job=backfill", f"teacher.from=hf:{tmp_path}", "data.sample_tokens=100000", "data.tokenizer.vocab_size=5000",
+        "precision=bf16", "cache.dirs={main:/x/y}",
+    )  # fmt: skip
+    assert run.teacher.from_ == f"hf:{tmp_path}" and run.cache.dirs == {"main": "/x/y"}
+
+
+def test_a_frozen_teacher_and_an_order_of_its_own_stay_where_they_belong(tmp_path):
+    assert problems("job=teacher", f"teacher.from=hf:{tmp_path}") == [
+        f"teacher.from is hf:{tmp_path} with job=teacher; only job=backfill labels with a frozen teacher"
+    ]
+    (line,) = problems("job=codistill", "student.replay.order=own")
+    assert line.startswith("student.replay.order is own with job=codistill")
+    (line,) = problems("job=student", "student.replay.order=own", "cache.follow=true", "cache.dir=/x")
+    assert line.startswith("student.replay.order is own with cache.follow")
+    assert loaded("job=student", "cache.dirs.main=/x").cache.dirs == {"main": "/x"}
 
 
 def test_all_faults_of_a_command_line_come_at_once_each_with_key_value_and_what_is_allowed():
@@ -60,9 +114,9 @@ def test_all_faults_of_a_command_line_come_at_once_each_with_key_value_and_what_
     )
     text = "\n".join(found)
     for part in (
-        "job is techer; Invalid value 'techer', expected one of [teacher, student, codistill, evaluate, export]",
+        "job is techer; Invalid value 'techer', expected one of [teacher, student, codistill, backfill,",
         "student.optim.lrr is no key; allowed there: lr",
-        "foo is no key; allowed: cache,",
+        "foo is no key; allowed: backfill,",
         "loss is no key",
         "cache is mysterious; allowed: multinomial, systematic, threshold, topk",
         "experiment is nope; allowed: demo, digits, needle, smoke",

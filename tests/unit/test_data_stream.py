@@ -125,6 +125,7 @@ def test_weights_that_cannot_be_met():
         (ReplayOrder.late_first, 4, [2, 3, 0, 1, 2, 3]),
         (ReplayOrder.late_first, 5, [2, 3, 4, 0, 1, 2]),
         (ReplayOrder.late_first, 1, [0, 0, 0, 0, 0, 0]),
+        (ReplayOrder.own, 4, [0, 1, 2, 3, 4, 5]),
     ],
 )
 def test_replay_by_hand(order, planned, expected):

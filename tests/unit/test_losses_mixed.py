@@ -114,12 +114,26 @@ def test_bf16_input_keeps_fp32_loss():
     torch.testing.assert_close(out.loss_sum.double(), want, rtol=2e-2, atol=2e-2)
 
 
-def test_tap_sees_every_token_once_with_normalisable_logits():
+@pytest.mark.parametrize("training", [True, False])
+def test_tap_sees_the_probabilities_of_every_token_once_and_changes_nothing(training):
     hidden, weight, *rest = problem()
+    hidden.requires_grad_(), weight.requires_grad_()
+    untapped = mixed_loss(hidden, weight, *rest, chunk=5)
     seen = []
-    mixed_loss(hidden, weight, *rest, chunk=5, tap=lambda start, z, lse: seen.append((start, (z - lse[:, None]).exp())))
-    assert [s for s, _ in seen] == [0, 5, 10]
-    torch.testing.assert_close(torch.cat([p for _, p in seen]), torch.softmax(hidden @ weight.T, -1))
+
+    def tap(start, probs, logprobs):
+        seen.append((start, probs.clone(), logprobs.clone()))
+
+    with torch.set_grad_enabled(training):
+        out = mixed_loss(hidden, weight, *rest, chunk=5, tap=tap)
+    assert [s for s, *_ in seen] == [0, 5, 10]
+    want = torch.log_softmax(hidden @ weight.T, -1).detach()
+    torch.testing.assert_close(torch.cat([p for _, p, _ in seen]), want.exp())
+    torch.testing.assert_close(torch.cat([logp for *_, logp in seen]), want)
+    assert all(map(torch.equal, out, untapped))
+    if training:
+        grads = [torch.autograd.grad(x.loss_sum, (hidden, weight)) for x in (out, untapped)]
+        assert all(map(torch.equal, *grads))
 
 
 def test_large_vocabulary_ids():

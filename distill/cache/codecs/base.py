@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distill.cache.codecs.blocks import probabilities
+from distill.cache.codecs.blocks import whole_blocks
 from distill.cache.targets import Atoms
 
 _CPU_CHUNK = 2**22
-"""Probabilities at one time. Their memory (16 MiB) is used again; a larger block would be paged in anew each time, at
-three times the cost of computing it."""
+"""Numbers at one time. Their memory (16 MiB) is used again; a larger block would be paged in anew each time, at three
+times the cost of computing it."""
 
 
 class Selection(NamedTuple):
@@ -44,25 +44,30 @@ class Codec(ABC):
         logits_TV: any float type; lse_T: log-sum-exp of the whole row; sample_ids_T and positions_T (within the
         sample): integers that, with the seed, fix all randomness. A row with NaN gets no sampled atoms.
         """
-        tokens, vocab = logits_TV.shape
-        inputs = (logits_TV, lse_T, sample_ids_T, positions_T)
-        rows = max(1, _CPU_CHUNK // vocab) if logits_TV.device.type == "cpu" else max(tokens, 1)
-        parts = [[x[t : t + rows] for x in inputs] for t in range(0, max(tokens, 1), rows)]
-        found = [self._part(z_TV, lse, seed, ids, places) for z_TV, lse, ids, places in parts]
-        if len(found) == 1:
-            return found[0]
-        return Selection(Atoms.cat([part.atoms for part in found]), torch.cat([part.entropy_T for part in found]))
+        parts = []
+        for rows in _chunks(logits_TV):
+            logprobs_TV = torch.sub(logits_TV[rows].float(), lse_T[rows].float()[:, None])
+            where = {"sample_ids_T": sample_ids_T[rows], "positions_T": positions_T[rows]}
+            parts.append(self.select_probs(logprobs_TV.exp(), logprobs_TV, seed=seed, **where))
+        if len(parts) == 1:
+            return parts[0]
+        return Selection(Atoms.cat([part.atoms for part in parts]), torch.cat([part.entropy_T for part in parts]))
 
-    def _part(self, logits_TV: Tensor, lse_T: Tensor, seed: int, ids_T: Tensor, positions_T: Tensor) -> Selection:
-        p_TV = probabilities(logits_TV, lse_T)
-        # Without the bound an id of logit -inf, which has no share, would give 0 * -inf.
-        bounded_TV = logits_TV.clamp(min=torch.finfo(logits_TV.dtype).min)
-        mean_T = torch.linalg.vecdot(p_TV[:, : logits_TV.shape[1]], bounded_TV.float())
-        return Selection(self._select(p_TV, seed, ids_T, positions_T), lse_T.float() - mean_T)
+    @torch.no_grad()
+    def select_probs(
+        self, probs_TV: Tensor, logprobs_TV: Tensor, *, seed: int, sample_ids_T: Tensor, positions_T: Tensor
+    ) -> Selection:
+        """`select` for whoever has probabilities and their logarithms at hand; they are left as they are."""
+        entropy_T = probs_TV.new_empty(len(probs_TV), dtype=torch.float32)
+        least = torch.finfo(logprobs_TV.dtype).min
+        for rows in _chunks(probs_TV):
+            # Without the bound an id of no probability would give 0 * -inf.
+            torch.sum(logprobs_TV[rows].clamp(min=least).mul_(probs_TV[rows]), -1, out=entropy_T[rows])
+        return Selection(self._select(whole_blocks(probs_TV), seed, sample_ids_T, positions_T), entropy_T.neg_())
 
     @abstractmethod
     def _select(self, p_TV: Tensor, seed: int, sample_ids_T: Tensor, positions_T: Tensor) -> Atoms:
-        """Atoms of probabilities [T, V], V padded to whole blocks; they may be overwritten."""
+        """Atoms of probabilities float32 [T, V], V padded to whole blocks."""
 
     @abstractmethod
     def probs(self, atoms: Atoms) -> Tensor:
@@ -78,3 +83,10 @@ class Codec(ABC):
         probs_TK = torch.zeros(len(counts_T), width)
         pad(*(x.numpy() for x in (counts_T, atoms.ids_N, self.probs(atoms), ids_TK, probs_TK)))
         return ids_TK, probs_TK
+
+
+def _chunks(rows_TV: Tensor) -> list[slice]:
+    """Of rows, at least one."""
+    tokens, vocab = rows_TV.shape
+    size = max(1, _CPU_CHUNK // vocab) if rows_TV.device.type == "cpu" else max(tokens, 1)
+    return [slice(t, t + size) for t in range(0, max(tokens, 1), size)]

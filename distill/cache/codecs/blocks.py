@@ -12,16 +12,11 @@ from torch import Tensor
 WIDTH = 32
 
 
-def probabilities(logits_TV: Tensor, lse_T: Tensor) -> Tensor:
-    """exp(logits - lse) as a new float32 [T, V], V padded with zeros to whole blocks."""
-    vocab = logits_TV.shape[1]
-    padded = -(-vocab // WIDTH) * WIDTH
-    if padded == vocab:
-        return torch.sub(logits_TV.float(), lse_T.float()[:, None]).exp_()
-    p_TV = logits_TV.new_zeros(len(logits_TV), padded, dtype=torch.float32)
-    torch.sub(logits_TV.float(), lse_T.float()[:, None], out=p_TV[:, :vocab])
-    p_TV[:, :vocab].exp_()
-    return p_TV
+def whole_blocks(p_TV: Tensor) -> Tensor:
+    """The same as float32 [T, V], V padded with zeros to whole blocks; a copy only where it has to be."""
+    missing = -p_TV.shape[1] % WIDTH
+    p_TV = p_TV.float().contiguous()
+    return torch.nn.functional.pad(p_TV, (0, missing)) if missing else p_TV
 
 
 def cumulate(p_TV: Tensor) -> Tensor:
@@ -42,6 +37,17 @@ def locate(p_TV: Tensor, block: Tensor, within: Tensor) -> Tensor:
 
     Never an id without mass, as long as the block has some.
     """
+    if p_TV.device.type == "cpu":
+        from distill.cache.codecs import compiled  # a GPU needs none of it
+
+        found = torch.empty_like(block)
+        compiled.locate(p_TV.view(-1).numpy(), WIDTH, block.numpy(), within.numpy(), found.numpy())
+        return found
+    return locate_by_sums(p_TV, block, within)
+
+
+def locate_by_sums(p_TV: Tensor, block: Tensor, within: Tensor) -> Tensor:
+    """`locate` on any device."""
     inner = p_TV.view(-1, WIDTH)[block].double().cumsum_(-1)
     # The two sums of a block differ in their last bits; a draw beyond the second one belongs to its last id.
     within = torch.minimum(within, torch.nextafter(inner[:, -1], torch.zeros_like(within)))

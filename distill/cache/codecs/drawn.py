@@ -35,23 +35,10 @@ class _Drawn(Codec):
         """float64 [T, N], ascending in [0, 1): where the running mass is drawn."""
 
     def _select(self, p_TV: Tensor, seed: int, sample_ids_T: Tensor, positions_T: Tensor) -> Atoms:
-        tokens, width = p_TV.shape
-        mass = blocks.cumulate(p_TV)
+        mass_TB = blocks.cumulate(p_TV)
         # Scaled by the summed mass, which is 1 only up to rounding.
-        u_TN = self._points(token_keys(seed, sample_ids_T, positions_T)) * mass[:, -1:]
-        block_TN = torch.searchsorted(mass, u_TN, right=True).clamp_(max=mass.shape[1] - 1)
-        before_TN = torch.where(block_TN > 0, mass.gather(1, (block_TN - 1).clamp(min=0)), 0.0)
-        block_TN += torch.arange(tokens, device=p_TV.device)[:, None] * mass.shape[1]
-        drawn = blocks.locate(p_TV, block_TN.view(-1), (u_TN - before_TN).view(-1))
-        broken_T = ~(mass[:, -1] > 0)
-        drawn = drawn[~broken_T.repeat_interleave(self.draws)]
-        atoms, counts = drawn.unique_consecutive(return_counts=True)
-        return Atoms(
-            counts_T=torch.bincount(atoms // width, minlength=tokens).int(),
-            ids_N=(atoms % width).int(),
-            codes_N=counts.int(),
-            rest_T=counts.new_empty(0, dtype=torch.uint8),
-        )
+        points_TN = self._points(token_keys(seed, sample_ids_T, positions_T)) * mass_TB[:, -1:]
+        return (_compiled if p_TV.device.type == "cpu" else by_tensors)(p_TV, mass_TB, points_TN)
 
     def probs(self, atoms: Atoms) -> Tensor:
         return atoms.codes_N.float() / self.draws
@@ -71,3 +58,32 @@ class Systematic(_Drawn):
     def _points(self, keys_T: Tensor) -> Tensor:
         draw = torch.arange(self.draws, device=keys_T.device)
         return (draw + uniforms(keys_T[:, None], 0)) / self.draws
+
+
+def _compiled(p_TV: Tensor, mass_TB: Tensor, points_TN: Tensor) -> Atoms:
+    from distill.cache.codecs import compiled  # a GPU needs none of it
+
+    counts_T = torch.zeros(len(p_TV), dtype=torch.int32)
+    ids_N, codes_N = (torch.empty(points_TN.numel(), dtype=torch.int32) for _ in range(2))
+    found = compiled.draw(
+        p_TV.numpy(), mass_TB.numpy(), points_TN.numpy(), blocks.WIDTH, counts_T.numpy(), ids_N.numpy(), codes_N.numpy()
+    )
+    return Atoms(counts_T, ids_N[:found].clone(), codes_N[:found].clone(), torch.empty(0, dtype=torch.uint8))
+
+
+def by_tensors(p_TV: Tensor, mass_TB: Tensor, points_TN: Tensor) -> Atoms:
+    """Atoms at `points_TN` of the running mass, on any device."""
+    tokens, width = p_TV.shape
+    block_TN = torch.searchsorted(mass_TB, points_TN, right=True).clamp_(max=mass_TB.shape[1] - 1)
+    before_TN = torch.where(block_TN > 0, mass_TB.gather(1, (block_TN - 1).clamp(min=0)), 0.0)
+    block_TN += torch.arange(tokens, device=p_TV.device)[:, None] * mass_TB.shape[1]
+    drawn = blocks.locate_by_sums(p_TV, block_TN.view(-1), (points_TN - before_TN).view(-1))
+    broken_T = ~(mass_TB[:, -1] > 0)
+    drawn = drawn[~broken_T.repeat_interleave(points_TN.shape[1])]
+    atoms, counts = drawn.unique_consecutive(return_counts=True)
+    return Atoms(
+        counts_T=torch.bincount(atoms // width, minlength=tokens).int(),
+        ids_N=(atoms % width).int(),
+        codes_N=counts.int(),
+        rest_T=counts.new_empty(0, dtype=torch.uint8),
+    )

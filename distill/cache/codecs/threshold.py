@@ -39,6 +39,7 @@ class Threshold(Codec):
 
         head = blocks.at_least(p_TV, float(self.code.levels[0]))
         codes = 1 + self.code.unbiased(p_TV.view(-1)[head], uniforms(keys_T[head // width], head % width + 1)).int()
+        p_TV = p_TV.clone()
         p_TV.view(-1)[head] = 0.0
 
         # Points below each running mass; their differences are the points in each block.

@@ -1,0 +1,305 @@
+"""job=backfill: a frozen teacher labels what the caches lack or hold too stale; forward only, through the same path.
+
+A second corpus that joins the student's mix after the teacher was trained is the everyday case. What is published
+carries the teacher's identity and beats what was stale, so that a run that was killed finds it done when it starts
+again, here or in another folder.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from distill.cache import CacheHeader, CacheReader, CacheWriter, make_codec
+from distill.cache.header import exists
+from distill.config.schema import OnFull, OnMissing
+from distill.data.join import Batch, Joiner, Prefetch, check_cache
+from distill.data.packed import PackedCorpus
+from distill.run import build
+from distill.run.frozen import Teacher, load_teacher
+from distill.run.run import Run
+from distill.run.units import Held, Plan, Unit, make_plan
+from distill.tracking.console import duration, short
+from teacher.backfill import label, label_loss
+from teacher.capture import Capture
+
+PROBED = 256
+"""Samples, at most, on which a teacher shows whether it is better than those before it."""
+
+
+class Place(NamedTuple):
+    """One corpus and its cache."""
+
+    name: str
+    folder: str | Path
+    header: CacheHeader
+    """Of the cache that is there, whose codec and seed hold; else of the one that will be made."""
+    covered: int
+    """Samples that have targets."""
+    done: int
+    """Of these, samples that this very teacher has labelled."""
+    step: int
+    """Of the records to be made: later than any that they are to beat, and the same when a run starts again."""
+    seen_before: bool
+    """The teacher trained on the corpus."""
+    flops_per_token: float
+    """Of the teacher's forward pass, the tiles of pictures shared among the tokens."""
+
+    best: float
+    """Nats: the least loss of the cache's records; nan: none has one."""
+    teacher_loss: float
+    """Nats: this teacher's on samples that have records; nan: nothing asked for it."""
+
+    @property
+    def tflops_per_sample(self) -> float:
+        return self.flops_per_token * self.header.sample_tokens / 1e12
+
+
+class Rate(NamedTuple):
+    tokens_per_second: float
+    """Of all ranks together, encoding included."""
+    bytes_per_token: float
+
+
+def backfill(run: Run) -> None:
+    b, dist = run.config.backfill, run.dist
+    teacher = load_teacher(run)
+    # Only the main rank looks: what it sees is the plan of all.
+    places, plan = dist.from_main(_planned(run, teacher) if dist.is_main else None)
+    mine = plan.share(dist.rank, dist.world)
+    rate = measure(run, teacher, places, mine)
+    for line in describe(run, places, plan, teacher, rate):
+        run.tracker.message(line)
+    summary: dict[str, Any] = {"job": "backfill", "teacher": teacher.identity, "gaps": plan.gaps}
+    summary |= {"stale": plan.samples - plan.gaps, "left_out": plan.left_out}
+    if b.dry_run:
+        tokens = plan.samples * run.config.data.sample_tokens
+        summary |= {
+            "dry_run": True,
+            "planned_tokens": tokens,
+            "planned_tflops": _tflops(places, plan.units),
+            "planned_bytes": tokens * rate.bytes_per_token,
+            "planned_seconds": tokens / rate.tokens_per_second if tokens else 0.0,
+        }
+    else:
+        summary |= _label_all(run, teacher, places, plan, mine)
+        readers = [CacheReader(place.folder) for place in places]
+        stats = [reader.stats() for reader in readers]
+        summary["coverage"] = sum(s["samples"] for s in stats) / max(sum(place.header.samples for place in places), 1)
+        summary |= build.cache_figures(readers)
+    run.finish({**summary, "seconds": run.seconds})
+
+
+def _planned(run: Run, teacher: Teacher) -> tuple[list[Place], Plan]:
+    b = run.config.backfill
+    found = list(_places(run, teacher))
+    plan = make_plan(
+        [held for _, held in found],
+        vocab_size=teacher.model.vocab_size,
+        flops_per_sample=[place.tflops_per_sample * 1e12 for place, _ in found],
+        min_lag=b.min_lag,
+        unit_samples=b.unit_samples,
+        max_samples=b.max_samples,
+        max_flops=None if b.max_tflops is None else b.max_tflops * 1e12,
+    )
+    return [place for place, _ in found], plan
+
+
+def _places(run: Run, teacher: Teacher) -> Iterator[tuple[Place, Held]]:
+    config, vocab_size = run.config, teacher.model.vocab_size
+    wanted = config.backfill.corpora or list(run.data.train)
+    for name, folder in build.cache_folders(run).items():
+        if name not in wanted:
+            continue
+        corpus, newest = run.data.train[name], -1
+        seen = teacher.trained_on(corpus.digest)
+        if exists(folder):
+            reader = CacheReader(folder)
+            check_cache(reader, run.data.tokenizer, corpus, vocab_size)
+            header, held = reader.header, _held(reader, teacher.identity)
+            others = [o for row in reader.rows for o in row.origins if o.teacher != teacher.identity]
+            newest = max((o.last_step for o in others), default=-1)
+            seen = seen or any(o.source == "capture" for o in others)
+        else:
+            header = CacheHeader(
+                vocab_size=vocab_size,
+                tokenizer=run.data.tokenizer.digest,
+                corpus=corpus.digest,
+                sample_tokens=corpus.sample_tokens,
+                samples=len(corpus),
+                codec=config.cache.codec,
+                seed=config.seed,
+            )
+            none_N = np.zeros(len(corpus), bool)
+            held = Held(none_N, np.full(len(corpus), np.nan), none_N)
+        if config.backfill.min_lag is not None:
+            held = held._replace(teacher_loss=_own_loss(run, teacher, corpus, held))
+        covered, done = int(held.covered_N.sum()), int(held.mine_N.sum())
+        flops = teacher.model.flops_per_token(corpus.sample_tokens, corpus.tiles_per_sample)
+        step = max(teacher.steps, newest + 1)
+        yield Place(name, folder, header, covered, done, step, seen, flops, held.best, held.teacher_loss), held
+
+
+def _own_loss(run: Run, teacher: Teacher, corpus: PackedCorpus, held: Held) -> float:
+    """The teacher's mean label loss on samples that others have labelled, nats: it must not replace better targets."""
+    others = np.flatnonzero(held.covered_N & ~held.mine_N)
+    ids = others[:: -(-len(others) // PROBED) or 1]
+    joiner, b = Joiner([corpus], None, OnMissing.hard), run.config.backfill
+    total, tokens = 0.0, 0
+    for start in range(0, len(ids), b.batch):
+        some = ids[start : start + b.batch]
+        batch = joiner.batch(np.zeros(len(some), np.int64), some).to(run.dist.device)
+        loss, valid = label_loss(teacher.model, batch, b.head_chunk)
+        total, tokens = total + loss, tokens + valid
+    return total / tokens if tokens else np.nan
+
+
+def _held(reader: CacheReader, identity: str) -> Held:
+    ids_N = np.arange(reader.header.samples)
+    origins_N, origins = reader.origins(ids_N)
+    loss = np.array([np.nan if o.loss is None else o.loss for o in origins] + [np.nan])
+    mine = np.array([o.teacher == identity for o in origins] + [False])
+    return Held(origins_N >= 0, loss[origins_N], mine[origins_N])  # -1, no origin, is the last
+
+
+def describe(run: Run, places: list[Place], plan: Plan, teacher: Teacher, rate: Rate) -> Iterator[str]:
+    """The plan and what it will cost, in lines."""
+    yield f"teacher {teacher.identity}: {teacher.name}"
+    for number, place in enumerate(places):
+        samples = sum(len(unit.sample_ids) for unit in plan.units if unit.corpus == number)
+        stale = samples - plan.gaps_C[number]
+        yield (
+            f"corpus {place.name}: {place.header.samples:,} samples, {place.covered:,} have targets ({place.done:,} by "
+            f"this teacher); to label: {plan.gaps_C[number]:,} gaps, {stale:,} stale, at "
+            f"{short(place.flops_per_token)}FLOP a token; into {place.folder} as step {place.step}"
+        )
+        if not np.isnan(place.teacher_loss):
+            yield f"corpus {place.name}: best record {place.best:.3f} nats, this teacher {place.teacher_loss:.3f}"
+    tokens = plan.samples * run.config.data.sample_tokens
+    if plan.left_out:
+        yield f"the budget leaves out {plan.left_out:,} samples"
+    if plan.samples:
+        yield (
+            f"{plan.samples:,} samples in {len(plan.units):,} units, {short(tokens)} tokens, "
+            f"{_tflops(places, plan.units):.4g} TFLOP, about {short(tokens * rate.bytes_per_token)}B, "
+            f"{duration(tokens / rate.tokens_per_second)} at {short(rate.tokens_per_second)} tokens/s"
+        )
+    else:
+        yield "nothing to label"
+
+
+def _tflops(places: list[Place], units: list[Unit]) -> float:
+    return sum(places[unit.corpus].tflops_per_sample * len(unit.sample_ids) for unit in units)
+
+
+def measure(run: Run, teacher: Teacher, places: list[Place], units: list[Unit]) -> Rate:
+    """Speed and size, from the first batch labelled into a cache that is thrown away; collective."""
+    seconds, size, tokens = 0.0, 0.0, 0
+    if units:
+        first = units[0]
+        place, ids = places[first.corpus], first.sample_ids[: run.config.backfill.batch]
+        folder = run.folder / f"measure-{run.dist.rank}.tmp"
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            with _capture(run, teacher, place, folder) as capture:
+                for timed in (False, True):  # the first warms up
+                    began = time.perf_counter()
+                    corpus = run.data.train[place.name]
+                    batch = Joiner([corpus], None, OnMissing.hard).batch(np.zeros(len(ids), np.int64), ids)
+                    _label(run, teacher, batch, capture, place.step + timed)
+                    capture.flush()
+                    seconds = time.perf_counter() - began
+                stats = capture.writers[0].stats
+                size, tokens = stats.bytes / 2, stats.tokens // 2
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    positions = len(units[0].sample_ids[: run.config.backfill.batch]) * run.config.data.sample_tokens if units else 0
+    sums = torch.tensor([positions / seconds if seconds else 0.0, size, float(tokens)], dtype=torch.float64)
+    speed, size, counted = run.dist.sum(sums.to(run.dist.device)).tolist()
+    return Rate(speed, size / max(counted, 1.0))
+
+
+@contextmanager
+def _capture(run: Run, teacher: Teacher, place: Place, folder: str | Path) -> Iterator[Capture]:
+    """The capture of one corpus; publishes nothing more after an exception."""
+    with CacheWriter(
+        folder,
+        place.header,
+        writer=f"backfill-{run.dist.rank:05d}",
+        counts_V=None if exists(folder) else run.data.train[place.name].counts_V(teacher.model.vocab_size),
+        shard_samples=run.config.cache.shard_samples,
+        queue=run.config.cache.queue,
+        on_full=OnFull.block,
+        source="backfill",
+        seen_before=place.seen_before,
+        flops_per_token=place.flops_per_token,
+    ) as writer:
+        codec = make_codec(place.header.codec, teacher.model.vocab_size)
+        yield Capture(codec, [writer], place.header.seed, teacher.identity, 0)
+
+
+def _label(run: Run, teacher: Teacher, batch: Batch, capture: Capture, step: int) -> torch.Tensor:
+    """Loss and number of the valid tokens, [2] fp64 on the device."""
+    rows = batch.to(run.dist.device)
+    parts = label(teacher.model, rows, capture, step, teacher.tokens_seen, run.config.backfill.head_chunk)
+    return torch.stack([part.double() for part in parts])
+
+
+def _label_all(run: Run, teacher: Teacher, places: list[Place], plan: Plan, mine: list[Unit]) -> dict[str, Any]:
+    """This rank's units; all ranks keep step unit by unit, so that a row says what all have done."""
+    b, dist, length = run.config.backfill, run.dist, run.config.data.sample_tokens
+    rounds = -(-len(plan.units) // dist.world)
+    pieces = [
+        (unit.corpus, unit.sample_ids[start : start + b.batch], start + b.batch >= len(unit.sample_ids))
+        for unit in mine
+        for start in range(0, len(unit.sample_ids), b.batch)
+    ]
+    joiners = [Joiner([run.data.train[place.name]], None, OnMissing.hard) for place in places]
+
+    def batch(index: int) -> Batch:
+        corpus, ids, _ = pieces[index]
+        return joiners[corpus].batch(np.zeros(len(ids), np.int64), ids)
+
+    done = sum(place.done for place in places)
+    totals = torch.zeros(2, dtype=torch.float64, device=dist.device)
+    with ExitStack() as stack:
+        captures = []
+        for turn in (True, False):  # the rank that comes first makes the cache
+            if dist.is_main is turn:
+                captures += [stack.enter_context(_capture(run, teacher, place, place.folder)) for place in places]
+            dist.barrier()
+        batches = iter(stack.enter_context(Prefetch(batch, 0, len(pieces))))
+        run.tracker.progress("backfill", 0, plan.samples, tokens=0)
+        at, began, labelled = 0, time.perf_counter(), 0
+        for turn_number in range(rounds):
+            sums = torch.zeros(3, dtype=torch.float64, device=dist.device)  # loss, valid tokens, samples
+            while turn_number < len(mine):
+                corpus, ids, last = pieces[at]
+                sums[:2] += _label(run, teacher, next(batches), captures[corpus], places[corpus].step)
+                sums[2] += len(ids)
+                at += 1
+                if last:
+                    break
+            loss, valid, samples = dist.sum(sums).tolist()
+            totals += sums[:2]
+            labelled += int(samples)
+            seconds, tokens = time.perf_counter() - began, samples * length
+            began = time.perf_counter()
+            row = {"loss": loss / max(valid, 1.0), "tokens": labelled * length, "tokens_per_second": tokens / seconds}
+            run.tracker.log("backfill", done + labelled, row)
+            text = f"loss {row['loss']:.3f}"
+            run.tracker.progress("backfill", labelled, plan.samples, tokens=int(tokens), text=text)
+        for capture in captures:
+            capture.flush()
+        dist.barrier()  # every rank's shards are out before any rank looks
+    loss, valid = totals.tolist()
+    figures: dict[str, Any] = {"samples": labelled, "tokens": labelled * length}
+    figures["tflops"] = _tflops(places, plan.units)
+    return figures | ({"loss": loss / valid} if valid else {})

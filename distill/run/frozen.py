@@ -1,0 +1,122 @@
+"""The frozen teacher of a backfill: loaded, named, and checked against the run's tokenizer, pictures and samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import OmegaConf
+
+from distill.cache import CacheHeader
+from distill.config.errors import CacheError, ConfigError
+from distill.config.schema import Precision
+from distill.data import tokenizer as tokenizers
+from distill.engine import checkpoint
+from distill.engine.checkpoint import Checkpoint
+from distill.run.run import TOKENIZER, Run, check_sight, load_model
+from teacher.backfill import Frozen, Own, identity
+
+
+class Teacher(NamedTuple):
+    """A frozen teacher and what is known of it."""
+
+    model: Frozen
+    name: str
+    """What messages call it."""
+    identity: str
+    steps: int
+    """Optimizer steps that it was trained for; 0: not known."""
+    tokens_seen: int
+    """In these steps; 0: not known."""
+    corpora: frozenset[str]
+    """Digests of the corpora that it is known to have trained on."""
+
+    def trained_on(self, corpus: str) -> bool:
+        return corpus in self.corpora
+
+
+def load_teacher(run: Run) -> Teacher:
+    """The teacher that the configuration names, on the run's device; prepares the run's data for it. Collective.
+
+    Raises:
+        ConfigError: it cannot be loaded, cannot see the run's pictures, takes shorter samples only, or has another
+            tokenizer; names both.
+    """
+    config = run.config
+    source = config.teacher.from_ or config.teacher.init_from or config.init_from
+    assert source is not None
+    folder = Path(source.removeprefix("hf:"))
+    dtype = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}[config.precision]
+    trained: Checkpoint | None = None
+    model: Frozen
+    if source.startswith("hf:"):
+        from teacher import hf
+
+        foreign = hf.load(folder, dtype)
+        model, longest, vision = foreign, foreign.max_positions, None
+    else:
+        if not (folder / "config.json").exists():
+            trained = checkpoint.find(folder)
+        own = load_model(folder, "teacher", None, trained).to(dtype)
+        model, longest, vision = Own(own), own.config.max_positions, own.config.vision
+    if longest is not None and config.data.sample_tokens > longest:
+        raise ConfigError(f"data.sample_tokens is {config.data.sample_tokens}; the model in {folder} takes {longest}")
+    model.model.to(run.dist.device)
+    run.prepare(model.vocab_size)
+    check_sight(f"vision of the model in {folder}", vision, config.data, run.data.tokenizer)
+    home = _home(folder)
+    _check_tokenizer(run, home)
+    steps, tokens = (0, 0) if trained is None else _progress(trained, home)
+    return Teacher(
+        model,
+        str(folder),
+        run.dist.from_main(identity(model.model)),
+        steps,
+        tokens,
+        frozenset(_corpora(home)),
+    )
+
+
+def _home(folder: Path) -> Path:
+    """The run that a checkpoint lies in; a Hugging Face folder or a run is its own."""
+    place = folder.absolute()
+    return next((f for f in (place, *list(place.parents)[:2]) if (f / "config.yaml").exists()), place)
+
+
+def _check_tokenizer(run: Run, home: Path) -> None:
+    path = home / TOKENIZER
+    if not path.exists():
+        return
+    theirs = tokenizers.load(dataclasses.replace(run.config.data.tokenizer, bos=None, eos=None), path)
+    if not run.data.tokenizer.agrees(theirs):
+        raise ConfigError(
+            f"data.tokenizer.file is {run.config.data.tokenizer.file or 'null (a trained one)'}; its ids (of "
+            f"{run.data.tokenizer.vocab_size}) are not those of the teacher's {path} (of {theirs.vocab_size}): "
+            f"set data.tokenizer.file={path}"
+        )
+
+
+def _progress(trained: Checkpoint, home: Path) -> tuple[int, int]:
+    """Optimizer steps of a checkpoint's teacher, and the tokens that its run says it saw in them."""
+    roles: dict[str, Any] = trained.state["roles"]
+    role = "teacher" if "teacher" in roles else next(iter(roles))
+    steps = int(roles[role]["step"])
+    if not (home / "config.yaml").exists():
+        return steps, 0
+    config = OmegaConf.load(home / "config.yaml")
+    batch, length = OmegaConf.select(config, f"{role}.train.batch"), OmegaConf.select(config, "data.sample_tokens")
+    return steps, steps * int(batch or 0) * int(length or 0)
+
+
+def _corpora(home: Path) -> list[str]:
+    """Digests of the corpora of the caches that a run left in its folder."""
+    found = []
+    for path in (home / "cache" / "cache.json", *(home / "cache").glob("*/cache.json")):
+        if path.exists():
+            try:
+                found.append(CacheHeader.load(path.parent).corpus)
+            except CacheError:  # it says nothing then; the backfill does not need it
+                continue
+    return found
