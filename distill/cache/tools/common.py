@@ -12,7 +12,6 @@ from tqdm import tqdm
 from distill.cache.files import TEMPORARY
 from distill.cache.layout import HEADER, LEDGER, LOCK, QUARANTINE, SHARDS, TOOLS_LOCK
 from distill.cache.ledger import LedgerWriter, ledgers
-from distill.cache.seal import seal
 from distill.cache.store import LocalStore, Store, locked, open_store
 from distill.config.errors import CacheError
 
@@ -71,11 +70,7 @@ def is_live(store: Store, writer: str) -> bool:
 
 
 class ToolLedger:
-    """A ledger of a tool's own, which is made when it is first needed; the caller holds `alone`.
-
-    Its first row retires nothing, and comes into being together with the ledger: no one ever takes it for that of a
-    teacher who is about to begin.
-    """
+    """A ledger of a tool's own, which is made when it is first needed; the caller holds `alone`."""
 
     def __init__(self, store: Store, kind: str, identity: str):
         self.store, self.kind, self.identity = store, kind, identity
@@ -88,12 +83,7 @@ class ToolLedger:
                 int(each[1]) for name in ledgers(self.store) if (each := number_of(name)) and each[0] == self.kind
             ]
             name = f"{self.kind}-{max(numbers, default=-1) + 1}"
-            if self.store.appends:
-                first = {"kind": "retire", "writer": name, "seq": 0, "cache": self.identity, "retired": []}
-                self.store.publish(f"{LEDGER}/{name}.jsonl", seal(first))
             self._ledger = LedgerWriter(self.store, name, self.identity)
-            if not self.store.appends:
-                self._ledger.retire([])
         return self._ledger
 
 

@@ -61,6 +61,7 @@ def stats_lines(found: dict[str, Any]) -> list[str]:
         lines += ["", "Where the records come from", *_origins(found["origins"])]
     if found["lag"]["step"]:
         lines += ["", "Lag: how much worse than at its best the teacher was, nats", *_lag(found["lag"])]
+    lines += ["", "What the targets cost", *_flops(found["flops"])]
     notes = [
         f"  {each['name']}: {each['rows']} rows"
         + (", finished" if each["finished"] else "")
@@ -93,6 +94,24 @@ def _origins(origins: Sequence[dict[str, Any]]) -> list[str]:
         steps = f"{each['first_step']} to {each['last_step']}"
         rows.append([each["teacher"], by, number(each["samples"]), number(each["tokens"]), steps, *losses])
     return table(rows) + ([f"  and {len(origins) - LINES} more"] if len(origins) > LINES else [])
+
+
+def _flops(flops: dict[str, float]) -> list[str]:
+    rows = [
+        [
+            "forward passes taken from training",
+            f"{flops['saved_tflops']:,.3g} TFLOP",
+            f"{number(flops['captured_tokens'])} tokens",
+        ],
+        [
+            "forward passes made for targets",
+            f"{flops['backfill_tflops']:,.3g} TFLOP",
+            f"{number(flops['backfilled_tokens'])} tokens",
+        ],
+        ["imported", "", f"{number(flops['imported_tokens'])} tokens"],
+        ["of teachers whose cost is not recorded", "", f"{number(flops['unpriced_tokens'])} tokens"],
+    ]
+    return table([row for row in rows if row[2] != "0 tokens"] or [["nothing", "", ""]])
 
 
 def _lag(lag: dict[str, list[float]]) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from distill.cache.files import TEMPORARY
+from distill.cache.flops import flop_ledger
 from distill.cache.header import CacheHeader
 from distill.cache.layout import HEADER, LEDGER, QUARANTINE, SHARDS, ranks_name
 from distill.cache.ledger import Origin, ShardRow
@@ -44,6 +45,7 @@ def stats(store: Store, *, quick: bool = False) -> dict[str, Any]:
         "atoms_per_token": sum(row.atoms for row in rows) / max(tokens, 1),
         "origins": _origins(rows),
         "lag": lag(rows),
+        "flops": flop_ledger(rows, header.sample_tokens),
         "writers": [
             {
                 "name": each.writer,
