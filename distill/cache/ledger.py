@@ -60,7 +60,7 @@ class ShardRow:
     shard: str
     """File name in `shards/`."""
     source: str
-    """Who wrote it: capture, backfill, import, compact or merge."""
+    """Who wrote it: capture, backfill, import, compact, merge or repair."""
     samples: int
     first_sample: int
     """Smallest id; which ids there are is in the shard."""

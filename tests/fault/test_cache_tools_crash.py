@@ -81,7 +81,7 @@ def test_a_compaction(whole, tmp_path, monkeypatch, step, size):
         assert verify(open_store(folder), decode=True)[:2] == ([], [])
         rows = CacheReader(folder).rows
         assert sum(row.samples for row in rows) == len(before) == sum(row.tokens for row in rows) // 15
-    assert allowed >= 2
+    assert allowed >= 1
 
 
 @pytest.mark.parametrize("step", ["fsync", "rename"])
@@ -95,9 +95,9 @@ def test_a_merge(whole, tmp_path, monkeypatch, step):
         assert there.items() <= before.items()
         assert merge([open_store(whole)], open_store(folder), shard_bytes=900).copied == len(before) - len(there)
         assert format_reader.cache(folder) == before
-        assert verify(open_store(folder), decode=True).problems == []
+        assert verify(open_store(folder), decode=True)[:2] == ([], [])
         assert sum(row.samples for row in CacheReader(folder).rows) == len(before)
-    assert allowed > 5
+    assert allowed >= 4
 
 
 @pytest.mark.parametrize("step", ["fsync", "rename", "unlink"])

@@ -224,7 +224,7 @@ def test_merge(tmp_path):
     check_ledger_counts(tmp_path / "all")
     names = ledgers(open_store(tmp_path / "all"))
     assert merge(sources, open_store(tmp_path / "all"), shard_bytes=MB).copied == 0
-    assert ledgers(open_store(tmp_path / "all")) == names == ["merge-0", "w"]
+    assert ledgers(open_store(tmp_path / "all")) == names == ["merge", "w"]
     # The records are those of the sources, byte for byte.
     x, y, both = (format_reader.cache(tmp_path / name) for name in ("x", "y", "all"))
     assert both[1] == y[1] and both[3] == x[3] and both[10] == x[10]

@@ -11,12 +11,12 @@ from tqdm import tqdm
 
 from distill.cache.files import TEMPORARY
 from distill.cache.layout import HEADER, LEDGER, LOCK, QUARANTINE, SHARDS, TOOLS_LOCK
-from distill.cache.ledger import LedgerWriter, ledgers
+from distill.cache.ledger import LedgerWriter
 from distill.cache.store import LocalStore, Store, locked, open_store
 from distill.config.errors import CacheError
 
 TOOLS = ("compact", "merge", "repair")
-"""Kinds of ledgers that are not a teacher's: `<kind>-<number>`."""
+"""Names of ledgers that are not a teacher's."""
 
 
 def caches(folder: str | Path) -> list[Store]:
@@ -44,7 +44,7 @@ def alone(store: Store) -> Iterator[None]:
     """No other tool changes the cache meanwhile; CacheError if one does.
 
     Elsewhere than in local folders there are no locks. Two compactions or merges at one time are safe all the same: a
-    tool retires only rows that it has copied, and two cannot have one ledger.
+    tool retires only rows that it has copied, and of two that write to one ledger one fails.
     """
     if isinstance(store, LocalStore):
         with locked(store.folder / TOOLS_LOCK, "the cache for compact, merge or repair", wait=False):
@@ -70,7 +70,7 @@ def is_live(store: Store, writer: str) -> bool:
 
 
 class ToolLedger:
-    """A ledger of a tool's own, which is made when it is first needed; the caller holds `alone`."""
+    """The ledger that a kind of tool has, opened when it is first needed; the caller holds `alone`."""
 
     def __init__(self, store: Store, kind: str, identity: str):
         self.store, self.kind, self.identity = store, kind, identity
@@ -79,18 +79,16 @@ class ToolLedger:
     def get(self) -> LedgerWriter:
         """CacheError when it cannot be made."""
         if self._ledger is None:
-            numbers = [
-                int(each[1]) for name in ledgers(self.store) if (each := number_of(name)) and each[0] == self.kind
-            ]
-            name = f"{self.kind}-{max(numbers, default=-1) + 1}"
-            self._ledger = LedgerWriter(self.store, name, self.identity)
+            self._ledger = LedgerWriter(self.store, self.kind, self.identity)
         return self._ledger
 
 
-def number_of(ledger: str) -> tuple[str, str] | None:
-    """Kind and number of a tool's ledger; None: it is a writer's."""
-    kind, _, number = ledger.rpartition("-")
-    return (kind, number) if kind in TOOLS and number.isdigit() else None
+def remove_leftovers(store: Store, known: set[str]) -> None:
+    """Files that a stopped tool left behind: no tool is at work now."""
+    for name in store.names(SHARDS) if store.appends else []:
+        found = writer_of(name)
+        if found is not None and found[0] in TOOLS and name not in known:
+            store.remove(f"{SHARDS}/{name}")
 
 
 def writer_of(shard: str) -> tuple[str, int] | None:

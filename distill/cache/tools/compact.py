@@ -16,7 +16,7 @@ from distill.cache.layout import SHARDS
 from distill.cache.ledger import Retired, ShardRow
 from distill.cache.shard import Array, Shard
 from distill.cache.store import Store
-from distill.cache.tools.common import Bar, ToolLedger, alone, number_of, writer_of
+from distill.cache.tools.common import Bar, ToolLedger, alone, remove_leftovers
 from distill.cache.tools.decoding import Decoding
 from distill.cache.tools.pack import Packer, piece
 from distill.cache.view import Newest, open_shard, published
@@ -58,7 +58,7 @@ def compact(store: Store, *, shard_bytes: int, purge: bool = False) -> Compactio
                 f"{store.root}: format version is 1; it is not changed, only rewritten: compact --into NEW_FOLDER"
             )
         rows, retired, _ = published(store, header)
-        _remove_leftovers(store, {row.shard for row in rows + retired})
+        remove_leftovers(store, {row.shard for row in rows + retired})
         chosen, keep = _choose(store, header, rows, shard_bytes)
         packed: list[ShardRow] = []
         copied = sum(len(keep[row.shard]) for row in chosen)
@@ -140,11 +140,3 @@ def _purge(store: Store, header: CacheHeader, purge: bool) -> tuple[int, int]:
             if purge:
                 store.remove(f"{SHARDS}/{row.shard}")
     return sizes[0], sizes[1]
-
-
-def _remove_leftovers(store: Store, known: set[str]) -> None:
-    """Files that a stopped tool left behind: no tool is at work now."""
-    for name in store.names(SHARDS) if store.appends else []:
-        found = writer_of(name)
-        if found is not None and number_of(found[0]) is not None and name not in known:
-            store.remove(f"{SHARDS}/{name}")

@@ -13,7 +13,7 @@ from distill.cache.publish import create
 from distill.cache.ranks import invert, load_ranks
 from distill.cache.shard import Shard
 from distill.cache.store import LocalStore, Store
-from distill.cache.tools.common import Bar, ToolLedger, alone
+from distill.cache.tools.common import Bar, ToolLedger, alone, remove_leftovers
 from distill.cache.tools.compact import in_order
 from distill.cache.tools.decoding import Decoding
 from distill.cache.tools.pack import Packer, piece
@@ -40,7 +40,8 @@ class Merge(NamedTuple):
 class _Source:
     def __init__(self, store: Store):
         self.store, self.header = store, CacheHeader.read(store)
-        self.rows = published(store, self.header).rows
+        self.rows, retired, _ = published(store, self.header)
+        self.files = {row.shard for row in self.rows + retired}
         self.newest = Newest(self.header.samples)
         for row in self.rows:
             columns = open_shard(store, self.header, row).columns
@@ -65,6 +66,7 @@ def merge(sources: Sequence[Store], target: Store, *, shard_bytes: int) -> Merge
     with alone(target):
         header = _open(target, found[0])
         there = _Source(target)
+        remove_leftovers(target, there.files)
         packer = Packer(ToolLedger(target, "merge", header.identity), shard_bytes)
         copied = passed = 0
         with Bar("merge", sum(row.bytes for source in found for row in source.rows)) as bar:

@@ -20,7 +20,7 @@ from distill.cache.ledger import Retired, ShardRow, ledgers, outside
 from distill.cache.ranks import load_ranks
 from distill.cache.shard import Array, Shard
 from distill.cache.store import LocalStore, Store, locked
-from distill.cache.tools.common import Bar, ToolLedger, alone, is_live, number_of, ranges, to_quarantine, writer_of
+from distill.cache.tools.common import Bar, ToolLedger, alone, is_live, ranges, to_quarantine, writer_of
 from distill.cache.tools.compact import runs
 from distill.cache.tools.decoding import Decoding
 from distill.cache.tools.pack import Packer, piece
@@ -201,7 +201,7 @@ def _left(store: Store, scans: Sequence[Scan], retired: Sequence[ShardRow]) -> l
     ranges = [
         each
         for found in scans
-        if (number_of(found.writer) or ("",))[0] == "repair"
+        if found.writer == "repair"
         for line in found.lines
         for each in line.rows
         if isinstance(each, Retired)
@@ -270,8 +270,11 @@ def _carry_out(store: Store, header: CacheHeader, salvages: list[_Salvage]) -> N
     packer.flush()
     if retired := runs(each.row for each in salvages if each.has_row):
         ledger.get().retire(retired)
+    published = {row.shard for row in packer.rows}
     for each in salvages:
         name = f"{SHARDS}/{each.row.shard}"
+        if each.row.shard in published:
+            continue  # a stopped repair had written the very same file, without its row
         if each.has_row and store.exists(name):
             to_quarantine(store, name)
         elif not each.has_row:
@@ -284,7 +287,7 @@ def _sweep(store: Store, header: CacheHeader, mine: set[str]) -> None:
     known = {row.shard for row in rows + retired}
     for name in store.names(SHARDS):
         writer = writer_of(name)
-        if name in known or (writer is not None and writer[0] not in mine and number_of(writer[0]) is None):
+        if name in known or (writer is not None and writer[0] not in mine):
             continue
         if name.endswith(TEMPORARY):
             store.remove(f"{SHARDS}/{name}")

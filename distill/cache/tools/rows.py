@@ -11,7 +11,7 @@ from distill.cache.layout import LEDGER, SHARDS, row_object
 from distill.cache.ledger import ShardRow
 from distill.cache.seal import seal
 from distill.cache.store import Store
-from distill.cache.tools.common import number_of, writer_of
+from distill.cache.tools.common import TOOLS, writer_of
 from distill.cache.tools.scan import Line, Scan, read_row, row_from_file
 from distill.config.errors import CacheError
 
@@ -74,9 +74,8 @@ def files_after(files: dict[tuple[str, int] | None, str], writer: str, seq: int)
 def _from_file(store: Store, header: CacheHeader, found: Scan, name: str | None) -> ShardRow | None:
     if name is None:
         return None
-    tool = number_of(found.writer)
     others = Counter(row.source for line in found.good.values() for row in line.rows if isinstance(row, ShardRow))
-    source = tool[0] if tool else others.most_common(1)[0][0] if others else None
+    source = found.writer if found.writer in TOOLS else others.most_common(1)[0][0] if others else None
     try:
         return row_from_file(store, name, header.identity, source)
     except (ValueError, KeyError, TypeError, IndexError, CacheError):
@@ -86,6 +85,6 @@ def _from_file(store: Store, header: CacheHeader, found: Scan, name: str | None)
 def _empty(header: CacheHeader, found: Scan, seq: int) -> bytes:
     """A row that changes nothing: a tool's retires nothing; a writer's says `finish`, until its next row."""
     row: dict[str, object] = {"writer": found.writer, "seq": seq, "cache": header.identity}
-    if number_of(found.writer):
+    if found.writer in TOOLS:
         return seal({"kind": "retire"} | row | {"retired": []})
     return seal({"kind": "finish"} | row)
