@@ -125,6 +125,11 @@ def test_damage_of_single_records(cache, whole, capsys):
     assert [p.name for p in (cache / "quarantine").iterdir()] == [path.name]
 
 
+def test_records_that_are_superseded_are_not_copied(cache, whole):
+    flip(shard(cache, 0), place_of(shard(cache, 0), "records")[0])  # sample 0, beside 3, 5 and 9
+    assert checked(cache, format_reader.cache(whole), lost=[0]).saved == 2
+
+
 def test_an_older_record_takes_the_place_of_a_lost_one(cache, whole):
     path = shard(cache, 3)
     first, _ = place_of(path, "records")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-
-from tqdm import tqdm
+from typing import Any
 
 from distill.cache.files import TEMPORARY
 from distill.cache.layout import HEADER, LEDGER, LOCK, QUARANTINE, SHARDS, TOOLS_LOCK
@@ -117,19 +117,24 @@ class Bar:
     """A progress bar in bytes, where someone looks."""
 
     def __init__(self, what: str, total: int):
-        self._bar = tqdm(
-            desc=what, total=total, unit="B", unit_scale=True, unit_divisor=1000, disable=None, leave=False,
-            dynamic_ncols=True,
-        )  # fmt: skip
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm  # slow to load for a tool that answers at once
+
+            self._bar = tqdm(
+                desc=what, total=total, unit="B", unit_scale=True, leave=False, dynamic_ncols=True, file=sys.stderr
+            )
 
     def add(self, count: int) -> None:
-        self._bar.update(count)
+        if self._bar is not None:
+            self._bar.update(count)
 
     def __enter__(self) -> Bar:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
 
 def ranges(numbers: list[int]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from distill.cache.files import TEMPORARY
@@ -14,6 +15,8 @@ from distill.cache.shard import WIDTHS
 from distill.cache.store import Store
 from distill.cache.tools.common import Bar, is_live
 from distill.cache.view import Newest, open_shard, published
+
+_REQUESTS = 32
 
 
 def stats(store: Store, *, quick: bool = False) -> dict[str, Any]:
@@ -62,9 +65,11 @@ def stats(store: Store, *, quick: bool = False) -> dict[str, Any]:
 
 def _covered(store: Store, header: CacheHeader, rows: Sequence[ShardRow]) -> int:
     newest = Newest(header.samples)
-    with Bar("indexes", sum(row.index_bytes for row in rows)) as bar:
-        for row in rows:
-            columns = open_shard(store, header, row).columns
+    with Bar("indexes", sum(row.index_bytes for row in rows)) as bar, ThreadPoolExecutor(_REQUESTS) as pool:
+        columns_of = pool.map if not store.appends else map  # where a request takes long, many at a time
+        for row, columns in zip(
+            rows, columns_of(lambda row: open_shard(store, header, row).columns, rows), strict=True
+        ):
             newest.add(columns.sample_ids, columns.steps)
             bar.add(row.index_bytes)
     return newest.index.covered()
@@ -87,23 +92,20 @@ def _sizes(
         "others": {
             HEADER: store.size(HEADER),
             "ranks": store.size(ranks),
-            "ledgers": sum(_size(store, f"{LEDGER}/{name}") for name in store.names(LEDGER)),
+            "ledgers": store.bytes_in(LEDGER),
         },
         "of no use": {
             "replaced by compaction": sum(row.bytes for row in retired if row.shard in there),
-            "without a row": sum(_size(store, f"{SHARDS}/{n}") for n in others if not n.endswith(TEMPORARY)),
-            "temporary": sum(_size(store, f"{SHARDS}/{n}") for n in others if n.endswith(TEMPORARY)),
-            "quarantine": sum(_size(store, f"{QUARANTINE}/{name}") for name in store.names(QUARANTINE)),
+            "without a row": _size(store, [n for n in others if not n.endswith(TEMPORARY)]),
+            "temporary": _size(store, [n for n in others if n.endswith(TEMPORARY)]),
+            "quarantine": store.bytes_in(QUARANTINE),
         },
     }
 
 
-def _size(store: Store, name: str) -> int:
-    """Of a file, or of the files in a folder; 0 for one that is gone meanwhile."""
-    inside = store.names(name) if "." not in name.rsplit("/", 1)[-1] else []
-    if inside:
-        return sum(_size(store, f"{name}/{each}") for each in inside)
-    return store.size(name) if store.exists(name) else 0
+def _size(store: Store, names: list[str]) -> int:
+    """Of files in `shards/`, without those that are gone meanwhile."""
+    return sum(store.size(name) for each in names if store.exists(name := f"{SHARDS}/{each}"))
 
 
 def _origins(rows: Sequence[ShardRow]) -> list[dict[str, Any]]:
