@@ -5,7 +5,7 @@ BIN := .venv/bin
 CONSTRAINTS ?= constraints-cpu.txt
 RUN := $(BIN)/python -m distill
 .DEFAULT_GOAL := help
-.PHONY: help setup smoke demo digits needle test lint bench coordcheck lr-transfer config clean
+.PHONY: help setup smoke demo digits needle test lint bench crash coordcheck lr-transfer config clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-11s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ lint: setup ## ruff, mypy, import contracts
 
 bench: setup ## Measurements of tests/bench into runs/bench (ONLY=name for one)
 	$(BIN)/python -m tests.bench $(ONLY)
+
+crash: setup ## Kill writers, flip bits; fails unless nothing is lost or unnoticed (ONLY=cache KILLS=200 FLIPS=10000 SEED=0)
+	$(BIN)/python -m tests.crash $(ONLY) $(if $(KILLS),--kills $(KILLS)) $(if $(FLIPS),--flips $(FLIPS)) $(if $(SEED),--seed $(SEED))
 
 coordcheck: setup ## Does a step of training change all outputs alike at every width? Slopes and a picture
 	$(BIN)/python -m tests.bench coordcheck

@@ -1,4 +1,4 @@
-"""The cache of soft targets: the only code that knows bytes on disk.
+"""The cache of soft targets: the only code that knows bytes on disk. docs/python.md shows its use.
 
 Names are loaded on first use, so that `CacheHeader` and the ledger start without torch.
 """
@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distill.cache.codecs import Codec, Selection, make_codec
-    from distill.cache.header import CacheHeader
+    from distill.cache.header import CacheHeader, is_created
     from distill.cache.ledger import is_written
     from distill.cache.reader import CacheReader, ReadResult
+    from distill.cache.store import is_url
     from distill.cache.targets import Atoms, SoftTargets
+    from distill.cache.tokens import token_digests
     from distill.cache.writer import CacheWriter
+    from distill.config.schema import CodecConfig
 
 __all__ = [
-    "Atoms", "CacheHeader", "CacheReader", "CacheWriter", "Codec", "ReadResult", "Selection", "SoftTargets",
-    "is_written", "make_codec",
+    "Atoms", "CacheHeader", "CacheReader", "CacheWriter", "Codec", "CodecConfig", "ReadResult", "Selection",
+    "SoftTargets", "is_created", "is_url", "is_written", "make_codec", "token_digests",
 ]  # fmt: skip
 
 _HOMES = {
@@ -30,12 +33,17 @@ _HOMES = {
     "ReadResult": "reader",
     "Selection": "codecs",
     "SoftTargets": "targets",
+    "is_created": "header",
+    "is_url": "store",
     "is_written": "ledger",
     "make_codec": "codecs",
+    "token_digests": "tokens",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "CodecConfig":
+        return import_module("distill.config.schema").CodecConfig
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -255,14 +255,14 @@ def _get_byte(data, begin, at, end, code, width, bit, model):
 
 @njit(cache=True, nogil=True)
 def decode(
-    data, starts, ends, atoms_B, ids_by_rank, total, max_code, has_rest, sample_tokens, models0,
+    data, starts, ends, atoms_B, ids_by_rank, total, max_code, max_atoms, has_rest, sample_tokens, models0,
     valid_T, label_T, entropy_T, counts_T, ids_N, codes_N, rest_T
 ):  # fmt: skip
     """Inverse of `encode` for B samples at [start, end) of `data`, into arrays of T = B * S tokens, N = sum(atoms_B).
 
-    total: of the codes of a token, one of which is implied; 0: none is. max_code: the largest that there is. Returns
-    the first sample that is not what `encode` writes, or -1: whatever the bytes, nothing outside of the arrays is
-    touched.
+    total: of the codes of a token, one of which is implied; 0: none is. max_code, max_atoms: the largest code, and most
+    atoms of a token, that there are. Returns the first sample that is not what `encode` writes, or -1: whatever the
+    bytes, nothing outside of the arrays is touched.
     """
     first = 0
     for sample in range(len(starts)):
@@ -279,7 +279,7 @@ def decode(
             if number == 0:
                 continue
             atoms = number - 1
-            if atoms > stop - first:
+            if atoms > stop - first or atoms > max_atoms:
                 return sample
             counts_T[t] = atoms
             model = models[ENTROPY + min(atoms, 15)]

@@ -1,40 +1,57 @@
 """A cache on any file system that fsspec knows: object stores first of all, where nothing grows and nothing is renamed.
 
-An object appears whole when its upload ends, so that a put is a publication. Reads go through a bounded read-ahead of
-blocks, since records of a shard are mostly read in its order and a request costs far more than its bytes.
+An object appears whole when its upload ends, so that a put is a publication. Retries of requests are the client
+library's (s3fs: five, with growing waits).
 """
 
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections import OrderedDict
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import fsspec
 
+from distill.cache.ahead import ReadAhead
 from distill.cache.store import Store
 from distill.config.errors import CacheError
 
-BLOCK = 4 << 20
-"""Bytes of one read."""
-BLOCKS = 64
-"""Kept at one time, the least recently used first to go."""
+T = TypeVar("T")
+U = TypeVar("U")
+
+REQUESTS = 32
+"""At one time."""
+SHORT = 1 << 16
+"""Bytes of a file that are asked for without asking for its size."""
 
 
 class FarStore(Store):
     appends = False
 
     def __init__(self, url: str):
+        """Raises CacheError: no such file system, a library of its own is missing, or it refuses."""
         self.root = url.rstrip("/")
+        self._open()
+
+    def _open(self) -> None:
+        self._pid = os.getpid()
         with self._reported(""):
-            self._fs, self._folder = fsspec.core.url_to_fs(self.root)
-        self._blocks: OrderedDict[tuple[str, int], bytes] = OrderedDict()
-        self._lock = threading.Lock()
+            # What others put must be seen: no listing is kept, nor, where sizes come from listings, a size.
+            self._fs_here, self._folder = fsspec.core.url_to_fs(self.root, use_listings_cache=False)
+        self._pool = ThreadPoolExecutor(REQUESTS, "far-store")
+        self._ahead = ReadAhead(self._range)
+
+    @property
+    def _fs(self) -> Any:
+        """The file system. Neither its connections nor threads survive a fork: a child opens its own."""
+        if self._pid != os.getpid():
+            self._open()
+        return self._fs_here
 
     def names(self, folder: str) -> list[str]:
         with self._reported(folder):
-            self._fs.invalidate_cache()
             try:
                 found = self._fs.ls(self._at(folder), detail=False)
             except FileNotFoundError:
@@ -47,19 +64,14 @@ class FarStore(Store):
         return data
 
     def read_many(self, names: list[str]) -> list[bytes]:
-        """Whole files, many requests at a time where the file system can."""
-        with self._reported(names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"):
-            found = self._fs.cat([self._at(name) for name in names], on_error="raise")
-        if isinstance(found, bytes):
-            return [found]
-        return [found[self._at(name)] for name in names]
+        return self.map(self._read_short, names)
 
     def read_at(self, name: str, start: int, size: int) -> bytes:
-        pieces = []
-        for number in range(start // BLOCK, -(-(start + size) // BLOCK)):
-            block, first = self._block(name, number), number * BLOCK
-            pieces.append(block[max(start - first, 0) : start + size - first])
-        return b"".join(pieces)
+        return self._range(name, start, start + size) if size else b""
+
+    def read_ahead(self, name: str, start: int, size: int) -> bytes:
+        _ = self._fs  # what a fork left of the read-ahead is not used
+        return self._ahead.read(name, start, size) if size else b""
 
     def size(self, name: str) -> int:
         with self._reported(name):
@@ -74,33 +86,54 @@ class FarStore(Store):
             self._fs.pipe_file(self._at(name), data)
 
     def create(self, name: str, data: bytes) -> bool:
+        """As everywhere; but True where the same bytes are there already: a put whose answer was lost is sent twice.
+
+        Of two who create at one moment both would succeed only where the file system cannot put on a condition. S3,
+        Google, Azure and memory can.
+        """
+        path = self._at(name)
         with self._reported(name):
-            try:
-                self._fs.pipe_file(self._at(name), data, mode="create")
-            except FileExistsError:
-                return False
-        return True
+            if not self._fs.exists(path):
+                try:
+                    self._create(path, data)
+                except Exception:  # "there is one" has many dialects; what is there decides
+                    if not self._fs.exists(path):
+                        raise
+                else:
+                    return True
+            return bool(self._fs.cat_file(path) == data)
 
     def remove(self, name: str) -> None:
         with self._reported(name), contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._at(name))
 
+    def map(self, function: Callable[[T], U], items: Iterable[T]) -> list[U]:
+        """Many at one time."""
+        _ = self._fs
+        return list(self._pool.map(function, items))
+
     def _at(self, name: str) -> str:
         return f"{self._folder}/{name}".rstrip("/")
 
-    def _block(self, name: str, number: int) -> bytes:
-        key = (name, number)
-        with self._lock:
-            if key in self._blocks:
-                self._blocks.move_to_end(key)
-                return self._blocks[key]
+    def _range(self, name: str, start: int, end: int) -> bytes:
         with self._reported(name):
-            data: bytes = self._fs.cat_file(self._at(name), start=number * BLOCK, end=(number + 1) * BLOCK)
-        with self._lock:
-            self._blocks[key] = data
-            while len(self._blocks) > BLOCKS:
-                self._blocks.popitem(last=False)
+            data: bytes = self._fs.cat_file(self._at(name), start=start, end=end)
         return data
+
+    def _read_short(self, name: str) -> bytes:
+        try:
+            data = self._range(name, 0, SHORT)
+        except CacheError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise
+            return self.read(name)  # of an empty file there is no range
+        return data if len(data) < SHORT else self.read(name)
+
+    def _create(self, path: str, data: bytes) -> None:
+        try:
+            self._fs.pipe_file(path, data, mode="create")
+        except (TypeError, ValueError, NotImplementedError):  # it cannot put on a condition
+            self._fs.pipe_file(path, data)
 
     @contextlib.contextmanager
     def _reported(self, name: str) -> Iterator[None]:
@@ -109,5 +142,8 @@ class FarStore(Store):
             yield
         except CacheError:
             raise
+        except FileNotFoundError as error:
+            raise CacheError(f"{self.path(name)}: no such file, folder or bucket") from error
         except Exception as error:
-            raise CacheError(f"{self.path(name)}: {error or type(error).__name__}") from error
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise CacheError(f"{self.path(name)}: {reason}") from error

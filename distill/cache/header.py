@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distill.cache.layout import FORMAT, HEADER, MAX_VOCAB
+from distill.cache.fields import check_types
+from distill.cache.layout import FORMAT, HEADER, MAX_SAMPLE_TOKENS, MAX_VOCAB
 from distill.cache.seal import digest, seal, unseal
 from distill.cache.store import Store, open_store
 from distill.config.errors import CacheError
@@ -23,6 +25,9 @@ PARAMETERS = {
 """The one field of `CodecConfig` that each codec reads."""
 
 
+_DIGEST = re.compile(r"[0-9a-f]{16}")
+
+
 def codec_name(config: CodecConfig) -> CodecName:
     """The codec's name; CacheError when there is none such."""
     name = config.name.value if isinstance(config.name, CodecName) else str(config.name)
@@ -34,11 +39,6 @@ def codec_name(config: CodecConfig) -> CodecName:
 def _codec_json(config: CodecConfig) -> dict[str, Any]:
     name = codec_name(config)
     return {"name": name.value, PARAMETERS[name]: getattr(config, PARAMETERS[name])}
-
-
-def exists(folder: str | Path) -> bool:
-    """Whether there is a cache in a folder, of whatever format."""
-    return open_store(folder).exists(HEADER)
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ class CacheHeader:
         """The bytes of cache.json; CacheError when they do not fit the format."""
         if not 2 <= self.vocab_size <= MAX_VOCAB:
             raise CacheError(f"vocab_size is {self.vocab_size}; a cache holds vocabularies of 2 to {MAX_VOCAB} ids")
-        for name in ("sample_tokens", "samples"):
-            if not 0 <= getattr(self, name) < 2**48:
-                raise CacheError(f"{name} is {getattr(self, name)}; allowed is 0 to {2**48 - 1}")
+        for name, most in (("sample_tokens", MAX_SAMPLE_TOKENS), ("samples", 2**48 - 1)):
+            if not 0 <= getattr(self, name) <= most:
+                raise CacheError(f"{name} is {getattr(self, name)}; allowed is 0 to {most}")
         return seal(self.json(), indent=1)
 
     @classmethod
@@ -102,16 +102,28 @@ class CacheHeader:
         """
         path = store.path(HEADER)
         try:
-            record = unseal(store.read(HEADER))
+            data = store.read(HEADER)
+            record = unseal(data)
             version = record.get("format")
             if version not in (1, FORMAT):
-                raise CacheError(f"{path}: format version is {version}; this program reads 1 and {FORMAT}")
+                raise CacheError(f"{path}: format version is {version!r:.80}; this program reads 1 and {FORMAT}")
+            check_types(record, cls)
             codec = record.pop("codec")
             if codec["name"] not in CodecName.__members__:
-                raise CacheError(f"{path}: codec is {codec['name']!r}; allowed are {', '.join(CodecName.__members__)}")
+                raise CacheError(
+                    f"{path}: codec is {codec['name']!r:.80}; allowed are {', '.join(CodecName.__members__)}"
+                )
+            check_types(codec, CodecConfig)
             config = CodecConfig(**codec | {"name": CodecName[codec["name"]]})
             header = cls(**record, codec=config, folder=store.root)
-            header.dump()
+            if not _DIGEST.fullmatch(header.ranks):
+                raise ValueError(f"ranks is {header.ranks!r:.80}, not a digest")
+            try:
+                same = header.dump() == data
+            except CacheError as error:
+                raise CacheError(f"{path}: {error}") from None
+            if not same and header.format == FORMAT:  # rows name the digest of these bytes: see `identity`
+                raise ValueError("it is not laid out as writers of this version do")
             return header
         except CacheError as error:
             if isinstance(error.__cause__, FileNotFoundError):
@@ -138,3 +150,8 @@ class CacheHeader:
         ]
         if wrong:
             raise CacheError(f"cache {self.folder or '(new)'} does not fit: " + "; ".join(wrong))
+
+
+def is_created(folder: str | Path) -> bool:
+    """Someone has made a cache in this folder, or URL; CacheError when it cannot be looked at."""
+    return open_store(folder).exists(HEADER)

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distill.cache.files import reported
+
 Array = NDArray[Any]
 
 _ENTRY = np.dtype([("shard", np.int32), ("place", np.int32), ("step", np.int64)])
@@ -20,17 +22,24 @@ class Index:
     """For each of `samples` ids the shard number, the place in the shard and the step of its newest record."""
 
     def __init__(self, samples: int):
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the mapping)
-        # Zeros that no one has written take no disk; so shards are counted from 1 in here.
-        self._file.truncate(max(samples, 1) * _ENTRY.itemsize)
-        self._table = np.memmap(self._file, _ENTRY, "r+", shape=(max(samples, 1),))
+        """Raises CacheError when the system has no room for the table."""
+        size = max(samples, 1) * _ENTRY.itemsize
+        with reported(f"a table of {samples} samples in {tempfile.gettempdir()}"):
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the mapping)
+            # Zeros that no one has written take no disk; so shards are counted from 1 in here.
+            self._file.truncate(size)
+            self._table = np.memmap(self._file, _ENTRY, "r+", shape=(max(samples, 1),))
+        self._covered = 0
 
     def add(self, number: int, sample_ids: Array, steps: Array, rank_of: Array) -> None:
         """Takes in shard `number`. Of two records the greater step wins, then the greater rank_of[shard]."""
         here = self._table[sample_ids]
         old = here["shard"] - 1
+        self._covered += len(np.unique(sample_ids[old < 0]))
         wins = (old < 0) | (steps > here["step"]) | ((steps == here["step"]) & (rank_of[number] > rank_of[old]))
         places = np.flatnonzero(wins)
+        # Of a sample that is there twice the last assignment counts.
+        places = places[np.argsort(steps[places], kind="stable")]
         entries = np.empty(len(places), _ENTRY)
         entries["shard"], entries["place"], entries["step"] = number + 1, places, steps[places]
         self._table[sample_ids[places]] = entries
@@ -43,7 +52,4 @@ class Index:
 
     def covered(self) -> int:
         """Samples that have a record."""
-        block = 1 << 20
-        return sum(
-            int((self._table["shard"][first : first + block] > 0).sum()) for first in range(0, len(self._table), block)
-        )
+        return self._covered

@@ -8,6 +8,7 @@ from distill.config.errors import CacheError
 
 FORMAT = 2
 MAX_VOCAB = 2**24
+MAX_SAMPLE_TOKENS = 2**24
 HEADER = "cache.json"
 SHARDS = "shards"
 LEDGER = "ledger"

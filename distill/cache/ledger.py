@@ -10,11 +10,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distill.cache.fields import check_types
 from distill.cache.layout import LEDGER, row_object
 from distill.cache.seal import seal, unseal
 from distill.cache.store import LocalStore, Store, open_store
@@ -22,6 +24,7 @@ from distill.config.errors import CacheError
 
 log = logging.getLogger(__name__)
 
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,250}")
 _WHOLE_ROW = re.compile(rb'"digest": "[0-9a-f]{16}"\}.', re.DOTALL)
 
 
@@ -83,9 +86,12 @@ class ShardRow:
     @classmethod
     def of(cls, record: dict[str, Any]) -> ShardRow:
         """From JSON; raises TypeError, KeyError or ValueError when it is not a row."""
+        check_types(record, cls)
+        for origin in record["origins"]:
+            check_types(origin, Origin)
         row = cls(**record | {"origins": tuple(Origin(**origin) for origin in record["origins"])})
         counts = (row.seq, row.samples, row.first_sample, row.tokens, row.atoms, row.bytes, row.index_bytes)
-        if not all(isinstance(count, int) and count >= 0 for count in counts) or "/" in row.shard:
+        if min(counts) < 0 or not _FILE_NAME.fullmatch(row.shard):
             raise ValueError("a number or a name that cannot be")
         return row
 
@@ -99,13 +105,28 @@ class Retired:
     last: int
     """Inclusive."""
 
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> Retired:
+        """From JSON; raises as `ShardRow.of`."""
+        check_types(record, cls)
+        return cls(**record)
+
 
 def outside(rows: list[ShardRow], retired: Iterable[Retired]) -> list[ShardRow]:
     """The rows that are not retired, in their order."""
     ranges: dict[str, list[tuple[int, int]]] = {}
-    for each in retired:
-        ranges.setdefault(each.ledger, []).append((each.first, each.last))
-    return [row for row in rows if not any(first <= row.seq <= last for first, last in ranges.get(row.writer, ()))]
+    for each in sorted(retired, key=lambda each: (each.ledger, each.first)):
+        there = ranges.setdefault(each.ledger, [])
+        # Only what reaches further than all before it: then the last that begins at or before a row decides.
+        if not there or each.last > there[-1][1]:
+            there.append((each.first, each.last))
+    kept = []
+    for row in rows:
+        there = ranges.get(row.writer, [])
+        place = bisect_right(there, (row.seq, 2**63)) - 1
+        if place < 0 or there[place][1] < row.seq:
+            kept.append(row)
+    return kept
 
 
 class LedgerReader:
@@ -126,6 +147,10 @@ class LedgerReader:
         """The last row read says that the writer's stream is complete."""
         self.torn = 0
         """Bytes of a row at the end that is not complete."""
+        self.torn_object = ""
+        """The object that is such a row: of a file system where an upload is seen while it lasts."""
+        self._objects = 0
+        """Rows read that are objects."""
         self.captures = True
         """No row says that this is another than a teacher in training."""
         self.last_step = -1
@@ -135,29 +160,52 @@ class LedgerReader:
         """New complete rows, in order; stops after row number `limit` - 1.
 
         Raises:
-            CacheError: a row that does not verify, is out of sequence, or was cut off after it had been read.
+            CacheError: a row that does not verify, is out of sequence, or was cut off after it had been read. Nothing
+                counts as read then: rows in front of it come again with the next call.
         """
+        before = dict(self.__dict__)
         found: list[ShardRow | Retired] = []
-        for line, where in self._lines(limit):
-            found += self.parse(line, where)
-            if limit is not None and self.seq >= limit:
-                break
+        try:
+            for line, where in self._lines(limit):
+                found += self.parse(line, where)
+                if limit is not None and self.seq >= limit:
+                    break
+        except BaseException:
+            self.__dict__.update(before)
+            raise
         return found
 
     def _lines(self, limit: int | None) -> Iterator[tuple[bytes, str]]:
-        name = f"{LEDGER}/{self.writer}.jsonl"
-        if isinstance(self.store, LocalStore) or (self.offset == 0 and self.store.exists(name)):
-            yield from self._file_lines(name)
+        if isinstance(self.store, LocalStore) or not self._objects:
+            yield from self._file_lines(f"{LEDGER}/{self.writer}.jsonl")
         if limit is not None and self.seq >= limit:
             return
-        there = [name for name in self.store.names(f"{LEDGER}/{self.writer}") if name.endswith(".json")]
         first = row_object(self.writer, self.seq)
+        if self._objects and not self._is_there(first):
+            return
+        there = [name for name in self.store.names(f"{LEDGER}/{self.writer}") if name.endswith(".json")]
         fresh = [name for each in there if (name := f"{LEDGER}/{self.writer}/{each}") >= first]
         for seq, name in enumerate(fresh, start=self.seq):
             if name != row_object(self.writer, seq):
                 raise CacheError(f"{self.store.path(row_object(self.writer, seq))}: the row is missing")
-        for name, data in zip(fresh, _read_many(self.store, fresh), strict=True):
+        self.torn_object = ""
+        for name, data in zip(fresh, self.store.read_many(fresh), strict=True):
+            if name == fresh[-1] and not data.endswith(b"\n") and not self.is_whole(data):
+                log.warning("%s: %d bytes of a row that is not complete, not used", self.store.path(name), len(data))
+                self.torn_object = name
+                return
             yield data, self.store.path(name)
+            self._objects += 1
+
+    def _is_there(self, name: str) -> bool:
+        """By reading it: for who follows a ledger that is one request, however many rows there are."""
+        try:
+            self.store.read_many([name])
+        except CacheError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return False
+            raise
+        return True
 
     def _file_lines(self, name: str) -> Iterator[tuple[bytes, str]]:
         try:
@@ -172,8 +220,8 @@ class LedgerReader:
         data = self.store.read_at(name, self.offset, size - self.offset)
         *lines, torn = data.split(b"\n")
         for line in lines:
+            self.offset += len(line) + 1  # before the row is used: whoever asked for it may not come back
             yield line + b"\n", f"{where} line {self.seq + 1}"
-            self.offset += len(line) + 1
         if self.is_whole(torn):
             raise CacheError(f"{where} line {self.seq + 1} is damaged: no newline where the row ends")
         if torn and len(torn) != self.torn:
@@ -191,11 +239,11 @@ class LedgerReader:
             record = unseal(line)
             kind = record.pop("kind")
             if (record["writer"], record["seq"]) != (self.writer, self.seq):
-                raise ValueError(f"it is row {record['seq']} of {record['writer']}, expected {self.seq}")
+                raise ValueError(f"it is row {record['seq']!s:.80} of {record['writer']!s:.80}, expected {self.seq}")
             if self._old_row is not None:
                 record = self._old_row(record, self._cache)
             if record["cache"] != self._cache:
-                raise ValueError(f"it belongs to another cache, {record['cache']}; this one is {self._cache}")
+                raise ValueError(f"it belongs to another cache, {record['cache']!s:.80}; this one is {self._cache}")
             found: list[ShardRow | Retired] = []
             if kind == "shard":
                 found = [row := ShardRow.of(record)]
@@ -203,9 +251,9 @@ class LedgerReader:
                 self.last_step = max(self.last_step, row.last_step)
             elif kind == "retire":
                 self.captures = False
-                found = [Retired(**retired) for retired in record["retired"]]
+                found = [Retired.of(retired) for retired in record["retired"]]
             elif kind != "finish":
-                raise ValueError(f"its kind is {kind!r}")
+                raise ValueError(f"its kind is {kind!r:.80}")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CacheError(f"{where} is damaged: {error}") from error
         self.finished = kind == "finish"
@@ -251,6 +299,9 @@ class LedgerWriter:
             if reader.torn:
                 log.warning("%s: removed a torn last row of %d bytes", store.path(self._name), reader.torn)
                 store.truncate(self._name, reader.offset)
+        if reader.torn_object:
+            log.warning("%s: removed a torn last row", store.path(reader.torn_object))
+            store.remove(reader.torn_object)
 
     def append(self, row: ShardRow) -> None:
         """Publishes a shard: returns when the row is on disk."""
@@ -279,11 +330,3 @@ class LedgerWriter:
             if not self.store.create(name, seal(record)):
                 raise CacheError(f"{self.store.path(name)}: another live process has the writer's name {self.writer!r}")
         self.seq += 1
-
-
-def _read_many(store: Store, names: list[str]) -> list[bytes]:
-    many = getattr(store, "read_many", None)
-    if many is not None and names:
-        found: list[bytes] = many(names)
-        return found
-    return [store.read(name) for name in names]

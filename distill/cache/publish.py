@@ -27,7 +27,8 @@ def create(store: Store, header: CacheHeader, counts_V: Array | None) -> CacheHe
         table = rank_table(counts_V, header.vocab_size)
         header = dataclasses.replace(header, ranks=digest(table), format=FORMAT, folder=store.root)
         data = header.dump()
-        store.publish(ranks_name(header.ranks), table)
+        # Not published over one that is there: another process may be at the same place, and read or write it.
+        store.create(ranks_name(header.ranks), table)
         if store.create(HEADER, data):
             return header
     there = CacheHeader.read(store)

@@ -41,9 +41,12 @@ def load_ranks(store: Store, header: CacheHeader) -> NDArray[np.uint32]:
         )
     try:
         ids_by_rank: NDArray[np.uint32] = safetensors.numpy.load(data)["ids_by_rank"]
+        # The length first: what the header says must not decide how much memory is taken.
+        if ids_by_rank.dtype != np.uint32 or ids_by_rank.shape != (header.vocab_size,):
+            raise ValueError(f"{ids_by_rank.dtype} {list(ids_by_rank.shape)} in place of {header.vocab_size} ids")
         if not np.array_equal(np.sort(ids_by_rank), np.arange(header.vocab_size)):
             raise ValueError(f"not every id below {header.vocab_size} once")
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
         raise CacheError(f"{store.path(name)} is damaged: {error}") from error
     return ids_by_rank
 

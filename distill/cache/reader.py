@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,10 +30,8 @@ from distill.config.errors import CacheError
 
 Array = NDArray[Any]
 
-_OPEN_SHARDS = 64
-"""Whose indexes are kept at one time."""
-_REQUESTS = 32
-"""At one time, to a store where one takes long."""
+_OPEN_SHARDS, _OPEN_FAR = 64, 512
+"""Whose indexes are kept at one time; more where reading one anew takes long."""
 
 
 class ReadResult(NamedTuple):
@@ -64,10 +61,10 @@ class Sample(NamedTuple):
 class _View:
     """Shards, and which of them holds what. It only grows, so that one thread may read while another adds."""
 
-    def __init__(self, samples: int, shard: Callable[[ShardRow], Shard | OldShard]):
+    def __init__(self, samples: int, shard: Callable[[ShardRow], Shard | OldShard], open_shards: int):
         self.rows: list[ShardRow] = []
         self.index = Index(samples)
-        self.open = lru_cache(_OPEN_SHARDS)(lambda number: shard(self.rows[number]))
+        self.open = lru_cache(open_shards)(lambda number: shard(self.rows[number]))
         self._lock = threading.Lock()
 
     def add(self, rows: list[ShardRow], indexes: list[tuple[Array, Array]]) -> None:
@@ -107,14 +104,17 @@ class CacheReader:
         self._ids_by_rank = load_ranks(self._store, self.header).astype(np.int32)
         self._ledgers: dict[str, LedgerReader] = {}
         self._unseen: list[ShardRow | Retired] = []
-        self._pool = None if self._store.appends else ThreadPoolExecutor(_REQUESTS, "cache-reader")
         self._seen: dict[str, int] = {}
         self._retired: list[Retired] = []
-        self._now = _View(self.header.samples, self._shard)
+        self._now = self._new_view()
         if view is None:
             self.refresh()
         else:
             self._open_view(view)
+
+    def __reduce__(self) -> tuple[type[CacheReader], tuple[str | Path, dict[str, int]]]:
+        """For worker processes: there it is opened anew, with the same view."""
+        return CacheReader, (self.folder, self.view)
 
     def refresh(self) -> int:
         """Takes in what has been published since; returns the number of new shards.
@@ -201,9 +201,11 @@ class CacheReader:
         shards_B, places_B, step_B = view.find(self._checked(sample_ids_B))
         covered_B = shards_B >= 0
         loss_B = torch.full((len(covered_B),), torch.nan)
+        numbers = np.unique(shards_B[covered_B]).tolist()
+        opened = dict(zip(numbers, self._store.map(view.open, numbers)))
         found = []
         for place in np.flatnonzero(covered_B).tolist():
-            shard, index = view.open(int(shards_B[place])), int(places_B[place])
+            shard, index = opened[int(shards_B[place])], int(places_B[place])
             seen = int(shard.columns.digests[index])
             if seen != digests_B[place]:
                 raise CacheError(
@@ -256,15 +258,23 @@ class CacheReader:
         """The newest record of each sample, verified; None where there is none. Not of a cache of format 1."""
         view = self._now
         shards, places, steps = view.find(self._checked(sample_ids))
+        numbers = np.unique(shards[shards >= 0]).tolist()
+        opened = dict(zip(numbers, self._store.map(view.open, numbers)))
+        there: list[tuple[Shard, int]] = []
+        for number, i in zip(shards.tolist(), places.tolist()):
+            if number >= 0:
+                shard = opened[number]
+                assert isinstance(shard, Shard), "format 1"
+                there.append((shard, i))
+        records = iter(zip(there, self._raw(there)))
         found: list[Sample | None] = []
-        for number, i, step in zip(shards.tolist(), places.tolist(), steps.tolist(), strict=True):
-            if number < 0:
+        for step in steps.tolist():
+            if step < 0:
                 found.append(None)
                 continue
-            shard = view.open(number)
-            assert isinstance(shard, Shard), "format 1"
-            columns, origin = shard.columns, shard.origin(i)
-            facts = int(columns.sample_ids[i]), int(columns.digests[i]), step, origin, shard.record(i)
+            (shard, i), data = next(records)
+            columns = shard.columns
+            facts = int(columns.sample_ids[i]), int(columns.digests[i]), step, shard.origin(i), data
             found.append(Sample(*facts, int(columns.atoms[i]), shard.row.shard))
         return found
 
@@ -326,12 +336,15 @@ class CacheReader:
         view, left = self._now, outside(self._now.rows, retired)
         if len(left) < len(view.rows):  # a compaction has replaced shards of the view: begin anew without them
             new = left + new
-            view = _View(self.header.samples, self._shard)
-        indexes = list((self._pool.map if self._pool else map)(self._columns_of, new))
+            view = self._new_view()
+        indexes = self._store.map(self._columns_of, new)
         view.add(new, indexes)
         self._now, self._retired, self._unseen = view, retired, []
         self._seen = {name: ledger.seq for name, ledger in self._ledgers.items()}
         return len(new)
+
+    def _new_view(self) -> _View:
+        return _View(self.header.samples, self._shard, _OPEN_SHARDS if self._store.appends else _OPEN_FAR)
 
     def _teachers(self) -> list[LedgerReader]:
         """Ledgers of teachers in training; one without a row does not say yet whose it is."""
@@ -356,16 +369,28 @@ class CacheReader:
         return sample_ids, shard.columns.steps
 
     def _decode(self, found: list[tuple[Shard | OldShard, int]]) -> Decoded:
-        new = [(record.Raw(s.record(i), int(s.columns.atoms[i]))) for s, i in found if isinstance(s, Shard)]
+        new = [(s, i) for s, i in found if isinstance(s, Shard)]
+        raws = [record.Raw(data, int(s.columns.atoms[i])) for data, (s, i) in zip(self._raw(new), new)]
         old = [s.record(i) for s, i in found if isinstance(s, OldShard)]
         try:
             if old:
                 return decode_old(old, self._ids_by_rank, self.header.codec.name)
-            return record.decode(new, self.header.sample_tokens, self._ids_by_rank, self.codec)
-        except ValueError as error:
+            return record.decode(raws, self.header.sample_tokens, self._ids_by_rank, self.codec)
+        except (ValueError, IndexError) as error:
             shard, index = found[error.args[0] if isinstance(error.args[0], int) else 0]
             sample = int(shard.columns.sample_ids[index])
             raise CacheError(f"{shard.path} is damaged: sample {sample} is not a record") from error
+
+    def _raw(self, found: list[tuple[Shard, int]]) -> list[bytes]:
+        """The records' bytes; from far away those of a shard together, and of several shards at one time."""
+        if self._store.appends:
+            return [shard.record(index) for shard, index in found]
+        places: dict[Shard, list[int]] = {}
+        for place, (shard, _) in enumerate(found):
+            places.setdefault(shard, []).append(place)
+        parts = self._store.map(lambda shard: shard.some_records([found[p][1] for p in places[shard]]), places)
+        data = dict(zip((p for part in places.values() for p in part), (d for part in parts for d in part)))
+        return [data[place] for place in range(len(found))]
 
 
 def _scatter(targets: SoftTargets, covered_T: Tensor) -> SoftTargets:

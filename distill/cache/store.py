@@ -10,12 +10,16 @@ import contextlib
 import fcntl
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from distill.cache.files import publish, read_at, reported, write_all
 from distill.config.errors import CacheError
 from distill.config.files import sync
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 class Store(ABC):
@@ -23,11 +27,12 @@ class Store(ABC):
 
     root: str
     appends: bool
-    """Files can grow and be locked; otherwise a ledger is one object for each row."""
+    """Files can grow and be locked, and reading one is quick. Otherwise a ledger is one object for each row, and a
+    request takes long: readers ask for much at a time, and for many things at one time."""
 
     def path(self, name: str) -> str:
         """Of a file, for messages."""
-        return f"{self.root}/{name}"
+        return f"{self.root}/{name}".rstrip("/")
 
     @abstractmethod
     def names(self, folder: str) -> list[str]:
@@ -40,6 +45,18 @@ class Store(ABC):
     @abstractmethod
     def read_at(self, name: str, start: int, size: int) -> bytes:
         """`size` bytes from `start`, fewer where the file ends."""
+
+    def read_ahead(self, name: str, start: int, size: int) -> bytes:
+        """The same of a file that never changes, for one who mostly reads on from where the last read ended."""
+        return self.read_at(name, start, size)
+
+    def read_many(self, names: list[str]) -> list[bytes]:
+        """Whole files."""
+        return [self.read(name) for name in names]
+
+    def map(self, function: Callable[[T], U], items: Iterable[T]) -> list[U]:
+        """Of functions that read: at one time where that is quicker."""
+        return [function(item) for item in items]
 
     @abstractmethod
     def size(self, name: str) -> int: ...
@@ -71,11 +88,16 @@ class Store(ABC):
 
 def open_store(folder: str | Path) -> Store:
     """The store of a path, or of a URL like s3://bucket/folder or memory://folder."""
-    if "://" in str(folder):
+    if is_url(folder):
         from distill.cache.far import FarStore  # fsspec is slow to load and seldom needed
 
         return FarStore(str(folder))
-    return LocalStore(folder)
+    return LocalStore(str(folder).removeprefix("file://"))
+
+
+def is_url(folder: str | Path) -> bool:
+    """It is not of this machine's own file system."""
+    return "://" in str(folder) and not str(folder).startswith("file://")
 
 
 class LocalStore(Store):
@@ -130,12 +152,15 @@ class LocalStore(Store):
     def append(self, name: str, data: bytes) -> None:
         """Appends durably; on an error part of the data may be there."""
         with reported(self.folder / name):
+            new = not (self.folder / name).exists()
             fd = os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
                 write_all(fd, data)
                 os.fsync(fd)
             finally:
                 os.close(fd)
+            if new:
+                sync((self.folder / name).parent)
 
     def truncate(self, name: str, size: int) -> None:
         with reported(self.folder / name):
@@ -161,8 +186,10 @@ def locked(path: Path, holder: str, *, wait: bool) -> Iterator[None]:
                 pid = os.pread(fd, 32, 0).decode(errors="replace") or "unknown"
                 raise CacheError(f"{path}: another live process (pid {pid}) holds {holder}") from error
             raise
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, str(os.getpid()).encode(), 0)
+        # Only for the message above: a full disk must not keep the lock from being held.
+        with contextlib.suppress(OSError):
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, str(os.getpid()).encode(), 0)
         yield
     finally:
         os.close(fd)

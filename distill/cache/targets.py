@@ -57,3 +57,6 @@ class SoftTargets(NamedTuple):
     sqrt(32 x) / 254 + 0.0002, larger ones read as 32."""
     entropy_T: Tensor
     """float32 nats; kept in a byte: |error| <= sqrt(x log V) / 255 + 0.0001."""
+
+    def to(self, device: torch.device | str) -> SoftTargets:
+        return SoftTargets(*(column.to(device, non_blocking=True) for column in self))

@@ -177,6 +177,48 @@ class CacheWriter:
             self._change.notify_all()
             return True
 
+    @torch.no_grad()
+    def put_logits(
+        self,
+        sample_ids_B: Array,
+        digests_B: Array,
+        logits_TV: Tensor,
+        labels_T: Tensor,
+        valid_T: Tensor,
+        *,
+        step: int,
+        tokens_seen: int,
+        teacher: str,
+    ) -> bool:
+        """`put` of what the codec makes of a teacher's logits, taken at temperature 1 on the device that they are on.
+
+        logits_TV: any float type, row t predicts labels_T[t]; T = B * S tokens, V = the header's vocab_size. labels_T:
+        int64, any id of the vocabulary where not valid. valid_T: bool.
+        """
+        vocab, tokens = self.header.vocab_size, len(sample_ids_B) * self.header.sample_tokens
+        assert logits_TV.shape == (tokens, vocab), f"logits are {tuple(logits_TV.shape)}, expected {(tokens, vocab)}"
+        device = logits_TV.device
+        lse_T = logits_TV.float().logsumexp(-1)
+        found = self._codec.select(
+            logits_TV,
+            lse_T,
+            seed=self.header.seed,
+            sample_ids_T=torch.as_tensor(sample_ids_B, device=device).repeat_interleave(self.header.sample_tokens),
+            positions_T=torch.arange(self.header.sample_tokens, device=device).repeat(len(sample_ids_B)),
+        )
+        label_logprob_T = logits_TV.gather(-1, labels_T.to(device)[:, None])[:, 0].float() - lse_T
+        return self.put(
+            sample_ids_B,
+            digests_B,
+            found.atoms,
+            label_logprob_T,
+            found.entropy_T,
+            valid_T,
+            step=step,
+            tokens_seen=tokens_seen,
+            teacher=teacher,
+        )
+
     def flush(self) -> None:
         """Publishes all that was accepted, in a short shard if need be, and returns when it is on disk."""
         self._ask("flush")

@@ -374,9 +374,10 @@ class CodecConfig:
 @dataclass
 class CacheConfig:
     dir: str | None = None
-    """Folder of the cache; null: `cache/` in the run folder. A mixture keeps one folder per corpus in it."""
+    """Folder of the cache, or URL of one that fsspec knows (s3://bucket/folder); null: `cache/` in the run folder. A
+    mixture keeps one folder per corpus in it."""
     dirs: dict[str, str] = field(default_factory=dict)
-    """Folder of the cache of a corpus, by the corpus' name, where it is not the one that `dir` gives."""
+    """Folder, or URL, of the cache of a corpus, by the corpus' name, where it is not the one that `dir` gives."""
     codec: CodecConfig = field(default_factory=CodecConfig)
     shard_samples: int = 256
     """Samples per published shard."""

@@ -131,6 +131,11 @@ class Joiner:
         assert len({corpus.sample_tokens for corpus in corpora}) <= 1, "one length of samples"
         self._corpora, self._readers, self._on_missing = corpora, readers, on_missing
 
+    @property
+    def views(self) -> list[dict[str, int]]:
+        """What each cache's reader has taken in, in the order of corpora; empty without caches."""
+        return [reader.view for reader in self._readers or []]
+
     def batch(self, corpus_B: NDArray[np.int64], sample_ids_B: NDArray[np.int64]) -> Batch:
         """The samples of these ids, each of its corpus, in this order.
 

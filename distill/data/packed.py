@@ -27,6 +27,7 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
+from distill.cache import token_digests
 from distill.config.errors import DataError
 from distill.config.files import sync
 from distill.data import tiles
@@ -53,8 +54,7 @@ class Samples(NamedTuple):
 
 def digests(columns: dict[str, NDArray[Any]]) -> NDArray[np.uint64]:
     """The digest [n] of each row of `ids`, `documents` and `mask`, each [n, S+1]."""
-    parts = [np.ascontiguousarray(columns[name], dtype).view(np.uint8) for name, dtype in COLUMNS.items()]
-    return np.array([xxhash.xxh3_64_intdigest(row) for row in np.concatenate(parts, axis=1)], np.uint64)
+    return token_digests(*(np.asarray(columns[name], dtype) for name, dtype in COLUMNS.items()))
 
 
 @dataclass(frozen=True)

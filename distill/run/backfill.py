@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from distill.cache import CacheHeader, CacheReader, CacheWriter, make_codec
-from distill.cache.header import exists
+from distill.cache import CacheHeader, CacheReader, CacheWriter, is_created, make_codec
 from distill.config.schema import OnFull, OnMissing
 from distill.data.join import Batch, Joiner, Prefetch, check_cache
 from distill.data.packed import PackedCorpus
@@ -120,7 +119,7 @@ def _places(run: Run, teacher: Teacher) -> Iterator[tuple[Place, Held]]:
             continue
         corpus, newest = run.data.train[name], -1
         seen = teacher.trained_on(corpus.digest)
-        if exists(folder):
+        if is_created(folder):
             reader = CacheReader(folder)
             check_cache(reader, run.data.tokenizer, corpus, vocab_size)
             header, held = reader.header, _held(reader, teacher.identity)
@@ -233,7 +232,7 @@ def _capture(run: Run, teacher: Teacher, place: Place, folder: str | Path) -> It
         folder,
         place.header,
         writer=f"backfill-{run.dist.rank:05d}",
-        counts_V=None if exists(folder) else run.data.train[place.name].counts_V(teacher.model.vocab_size),
+        counts_V=None if is_created(folder) else run.data.train[place.name].counts_V(teacher.model.vocab_size),
         shard_samples=run.config.cache.shard_samples,
         queue=run.config.cache.queue,
         on_full=OnFull.block,

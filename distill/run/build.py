@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,16 @@ def steps_of(run: Run, role: str) -> int:
     return steps
 
 
-def cache_root(run: Run) -> Path:
-    return Path(run.config.cache.dir) if run.config.cache.dir else run.folder / "cache"
+def cache_root(run: Run) -> str:
+    """A path, or a URL of a file system that fsspec knows."""
+    return run.config.cache.dir or str(run.folder / "cache")
 
 
-def cache_folders(run: Run) -> dict[str, Path]:
+def cache_folders(run: Run) -> dict[str, str]:
     """The cache of each corpus: as `cache.dirs` says, else the root itself, or a folder in it for each of a mixture."""
-    root, names, named = cache_root(run), list(run.data.train), run.config.cache.dirs
-    usual = {names[0]: root} if len(names) == 1 else {name: root / name for name in names}
-    return {name: Path(named[name]) if name in named else folder for name, folder in usual.items()}
+    root, names = cache_root(run).rstrip("/"), list(run.data.train)
+    usual = {names[0]: root} if len(names) == 1 else {name: f"{root}/{name}" for name in names}
+    return {name: run.config.cache.dirs.get(name, folder) for name, folder in usual.items()}
 
 
 def teacher(run: Run) -> tuple[Trainer, Capture | None]:
@@ -65,7 +67,7 @@ def teacher(run: Run) -> tuple[Trainer, Capture | None]:
     return _trainer(run, "teacher", step, steps, stream, positions, None), capture
 
 
-def open_capture(run: Run, planned: dict[str, object], folders: dict[str, Path]) -> Capture:
+def open_capture(run: Run, planned: dict[str, object], folders: Mapping[str, str | Path]) -> Capture:
     """One writer per corpus on every rank; the rank that comes first creates the cache.
 
     A cache that holds another run's targets is refused: they would give way to this run's, sample by sample.
@@ -126,10 +128,15 @@ def cache_figures(readers: list[CacheReader]) -> dict[str, Any]:
 
 
 def open_readers(run: Run) -> list[CacheReader]:
-    """The caches of all corpora, checked against the run's own tokenizer, vocabulary, packing and corpus."""
+    """The caches of all corpora, checked against the run's own tokenizer, vocabulary, packing and corpus.
+
+    A student that goes on from a checkpoint finds the view that it had: what was published since waits for a refresh.
+    """
+    roles = run.restored.state["roles"] if run.restored else {}
+    views = roles.get("student", {}).get("views", [])
     readers = []
-    for name, folder in cache_folders(run).items():
-        reader = CacheReader(folder)
+    for number, (name, folder) in enumerate(cache_folders(run).items()):
+        reader = CacheReader(folder, views[number] if views else None)
         check_cache(reader, run.data.tokenizer, run.data.train[name], run.config.student.model.vocab_size)
         readers.append(reader)
     return readers

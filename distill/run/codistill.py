@@ -106,6 +106,6 @@ def arm_config(run: Run, arm: ArmConfig) -> RunConfig:
         job=Job.student,
         student=own,
         codistill=CodistillConfig(),
-        cache=dataclasses.replace(config.cache, dir=str(build.cache_root(run))),
+        cache=dataclasses.replace(config.cache, dir=build.cache_root(run)),
         tracking=dataclasses.replace(config.tracking, report=False),
     )

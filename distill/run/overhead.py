@@ -27,7 +27,7 @@ def capture_overhead(run: Run, trainer: Trainer) -> float:
     if run.dist.is_main:
         shutil.rmtree(folder, ignore_errors=True)
     run.dist.barrier()
-    capture = build.open_capture(run, {}, {name: folder / name for name in build.cache_folders(run)})
+    capture = build.open_capture(run, {}, {name: str(folder / name) for name in build.cache_folders(run)})
     length = -(-run.config.cache.shard_samples * run.dist.world // trainer.config.batch)
 
     def block(on: bool, steps: int) -> float:

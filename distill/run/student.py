@@ -7,14 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-from distill.cache import CacheReader
+from distill.cache import CacheReader, is_created, is_url
 from distill.config.errors import CacheError
 from distill.run import build, length
 from distill.run.run import Run, check_sight, load_model
 from distill.run.trainer import Trainer
 from student.step import StudentStep
 
-POLL_SECONDS = 0.2
+POLL_SECONDS, POLL_FAR_SECONDS = 0.2, 2.0
+"""Between two looks for news; each look at an object store is a few requests, which are paid for."""
 
 
 def train(run: Run) -> None:
@@ -81,11 +82,15 @@ def ready(trainer: Trainer, readers: list[CacheReader], goal: int) -> int:
 
 def _await_cache(run: Run) -> None:
     deadline = time.monotonic() + run.config.cache.follow_timeout
-    while run.dist.is_main and not all((f / "cache.json").exists() for f in build.cache_folders(run).values()):
+    while run.dist.is_main and not all(is_created(f) for f in build.cache_folders(run).values()):
         if time.monotonic() > deadline:
             raise CacheError(f"cache.dir is {run.config.cache.dir}; no cache appeared within cache.follow_timeout")
-        time.sleep(POLL_SECONDS)
+        time.sleep(_poll_seconds(run))
     run.dist.barrier()
+
+
+def _poll_seconds(run: Run) -> float:
+    return POLL_FAR_SECONDS if is_url(build.cache_root(run)) else POLL_SECONDS
 
 
 def _await_targets(run: Run, trainer: Trainer, readers: list[CacheReader], goal: int) -> int:
@@ -110,7 +115,7 @@ def _await_targets(run: Run, trainer: Trainer, readers: list[CacheReader], goal:
         if not said:
             run.tracker.message(f"student waits at step {trainer.at} for the teacher")
             said = True
-        time.sleep(POLL_SECONDS)
+        time.sleep(_poll_seconds(run))
 
 
 def evaluate(run: Run) -> None:

@@ -80,7 +80,7 @@ class Trainer:
         """In `advance`, and there without a batch; of this process."""
 
     def state(self) -> dict[str, Any]:
-        return {"step": self.at, "program": self.program.state()}
+        return {"step": self.at, "program": self.program.state(), "views": self.joiner.views}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.at = state["step"]

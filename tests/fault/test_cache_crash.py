@@ -3,7 +3,6 @@
 import errno
 import multiprocessing
 import os
-import random
 import time
 
 import numpy as np
@@ -30,26 +29,6 @@ def published_is_whole(folder):
         for t in range(0, len(ids) * S, 7):
             assert same_row(targets, t, ids_TK[t], probs_TK[t]) or not want.valid[t]
     return reader
-
-
-def test_kill_at_any_moment(tmp_path):
-    rng = random.Random(0)
-    shards = 0
-    for repeat in range(8):
-        ready = FORK.Event()
-        child = FORK.Process(target=write_until_killed, args=(tmp_path, ready, repeat), daemon=True)
-        child.start()
-        assert ready.wait(20)
-        time.sleep(rng.uniform(0, 0.15))
-        child.kill()
-        child.join()
-        reader = published_is_whole(tmp_path)
-        assert reader.stats()["shards"] >= shards
-        shards = reader.stats()["shards"]
-    assert shards > 8
-    CacheWriter(tmp_path, header(), writer="w").close()
-    assert len(list((tmp_path / "shards").iterdir())) == shards
-    assert not list(tmp_path.rglob("*.tmp"))
 
 
 @pytest.mark.parametrize("step", ["fsync", "rename"])

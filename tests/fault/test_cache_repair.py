@@ -372,8 +372,11 @@ def test_on_an_object_store():
     row = "ledger/w/000000001.json"
     good = store.read(row)
     store.publish(row, good[:40] + b"?" + good[41:])
-    assert len(verify(store).problems) == 2
+    torn = "ledger/w/000000004.json"
+    store.publish(torn, good[:40])
+    assert len(verify(store).problems) == 2 and torn in verify(store).notes[0]
     done = repair(open_store(url))
+    assert not store.exists(torn)
     assert done.lost == [9] and verify(open_store(url), decode=True)[:2] == ([], [])
     assert store.read(row) == good and ledgers(store) == ["repair", "w"]
     assert sorted(s.sample_id for s in CacheReader(url).samples()) == [0, 3, 5, 17, 20, 21, 22, 30, 39]

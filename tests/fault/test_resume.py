@@ -6,8 +6,11 @@ import signal
 import subprocess
 import time
 
+import numpy as np
 import pytest
+import torch
 
+from distill.cache import Atoms, CacheReader, CacheWriter
 from tests.cli import TINY, command, environment, losses, run, write_corpus
 
 STEPS = ["teacher.train.steps=60", "student.train.steps=60", "teacher.train.checkpoint_every=6",
@@ -83,6 +86,33 @@ def test_a_student_follows_a_live_teacher_and_both_may_be_killed(tmp_path, data)
     assert restarted.wait(timeout=120) == 0
     assert losses(tmp_path / "t") == losses(tmp_path / "whole")
     assert losses(tmp_path / "s") == losses(tmp_path / "alone")
+
+
+def relabel(folder):
+    """A later teacher's targets for every sample: all of them say id 0."""
+    reader = CacheReader(folder)
+    width = reader.header.sample_tokens
+    with CacheWriter(folder, reader.header, writer="later", source="backfill") as writer:
+        for sample in reader.samples():
+            ones = torch.ones(width, dtype=torch.int32)
+            atoms = Atoms(ones, ones * 0, ones * reader.codec.total, torch.empty(0, dtype=torch.uint8))
+            ids, digests = np.array([sample.sample_id]), np.array([sample.digest], np.uint64)
+            facts = (ids, digests, atoms, -ones.float(), ones.float(), ones.bool())
+            writer.put(*facts, step=10**6, tokens_seen=0, teacher="later")
+
+
+def test_a_student_s_view_of_the_cache_is_in_its_checkpoint(tmp_path, data):
+    """What is published after a kill does not reach the run that goes on; a new run finds it."""
+    run(*TINY, *data, *STEPS, "job=teacher", f"hydra.run.dir={tmp_path}/t")
+    student = [*TINY, *data, *STEPS, "job=student", f"cache.dir={tmp_path}/t/cache"]
+    run(*student, f"hydra.run.dir={tmp_path}/whole")
+    folder = tmp_path / "cut"
+    assert kill_when(student, folder, lambda: (folder / "checkpoints" / "step-00000018").exists())
+    relabel(tmp_path / "t" / "cache")
+    run(*student, f"hydra.run.dir={folder}", "resume=true")
+    assert losses(folder) == losses(tmp_path / "whole")
+    run(*student, f"hydra.run.dir={tmp_path}/new")
+    assert losses(tmp_path / "new") != losses(tmp_path / "whole")
 
 
 def test_a_damaged_checkpoint_costs_steps_not_the_run(tmp_path, data):

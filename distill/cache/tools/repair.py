@@ -127,13 +127,13 @@ def _lock_writers(store: Store, locks: contextlib.ExitStack, done: Repair) -> se
 
 def _mend_ledger(store: Store, header: CacheHeader, found: Scan, done: Repair, dry_run: bool) -> Scan:
     """The ledger as it is afterwards."""
-    torn = f"{store.path(f'{LEDGER}/{found.writer}.jsonl')}: a torn last row of {found.torn} bytes is removed"
+    if found.torn:
+        done.lines.append(f"{store.path(found.torn_in)}: a torn last row of {found.torn} bytes is removed")
+        if not dry_run and isinstance(store, LocalStore) and found.torn_in.endswith(".jsonl"):
+            store.truncate(found.torn_in, store.size(found.torn_in) - found.torn)
+        elif not dry_run:
+            store.remove(found.torn_in)
     if not found.problems:
-        if found.torn:
-            done.lines.append(torn)
-            if not dry_run and isinstance(store, LocalStore):
-                name = f"{LEDGER}/{found.writer}.jsonl"
-                store.truncate(name, store.size(name) - found.torn)
         return found._replace(torn=0)
     done.lines += found.problems
     lines, said = mended(store, header, found)
@@ -151,7 +151,7 @@ def _mend_ledger(store: Store, header: CacheHeader, found: Scan, done: Repair, d
         for name in dict.fromkeys(line.name for line in lines):
             if not any(line.name == name for line in found.lines):
                 store.publish(name, b"".join(line.data for line in lines if line.name == name))
-    return Scan(found.writer, lines, 0)
+    return Scan(found.writer, lines, 0, "")
 
 
 def _examine(store: Store, header: CacheHeader, rows: Sequence[ShardRow]) -> list[_Salvage]:

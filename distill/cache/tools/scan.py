@@ -42,7 +42,9 @@ class Scan(NamedTuple):
     writer: str
     lines: list[Line]
     torn: int
-    """Bytes of a row that was not finished, at the end of the file."""
+    """Bytes of a row at the end that was not finished."""
+    torn_in: str
+    """The file that ends in it, or the object that is it."""
 
     @property
     def good(self) -> dict[int, Line]:
@@ -75,7 +77,7 @@ def scan(store: Store, writer: str, header: CacheHeader) -> Scan:
     """Reads a whole ledger. Whatever it holds, this succeeds; CacheError only where a file cannot be read."""
     reader = LedgerReader(store, writer, header.identity, old_row if header.format == 1 else None)
     lines: list[Line] = []
-    torn = 0
+    torn, torn_in = 0, ""
     name = f"{LEDGER}/{writer}.jsonl"
 
     def take(name: str, data: bytes, where: str) -> None:
@@ -101,12 +103,14 @@ def scan(store: Store, writer: str, header: CacheHeader) -> Scan:
         if LedgerReader.is_whole(rest):
             take(name, rest, f"{store.path(name)} line {len(whole) + 1}")
         else:
-            torn = len(rest)
-    for each in store.names(f"{LEDGER}/{writer}"):
-        if each.endswith(".json"):
-            name = f"{LEDGER}/{writer}/{each}"
-            take(name, store.read(name), store.path(name))
-    return Scan(writer, lines, torn)
+            torn, torn_in = len(rest), name
+    objects = [f"{LEDGER}/{writer}/{each}" for each in store.names(f"{LEDGER}/{writer}") if each.endswith(".json")]
+    for name, data in zip(objects, store.read_many(objects), strict=True):
+        if name == objects[-1] and not data.endswith(b"\n") and not LedgerReader.is_whole(data):
+            torn, torn_in = len(data), name
+        else:
+            take(name, data, store.path(name))
+    return Scan(writer, lines, torn, torn_in)
 
 
 def read_row(store: Store, header: CacheHeader, writer: str, name: str, data: bytes) -> Line:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from distill.cache.files import TEMPORARY
@@ -16,7 +15,8 @@ from distill.cache.store import Store
 from distill.cache.tools.common import Bar, is_live
 from distill.cache.view import Newest, open_shard, published
 
-_REQUESTS = 32
+_TOGETHER = 256
+"""Shards whose indexes are read together."""
 
 
 def stats(store: Store, *, quick: bool = False) -> dict[str, Any]:
@@ -65,13 +65,12 @@ def stats(store: Store, *, quick: bool = False) -> dict[str, Any]:
 
 def _covered(store: Store, header: CacheHeader, rows: Sequence[ShardRow]) -> int:
     newest = Newest(header.samples)
-    with Bar("indexes", sum(row.index_bytes for row in rows)) as bar, ThreadPoolExecutor(_REQUESTS) as pool:
-        columns_of = pool.map if not store.appends else map  # where a request takes long, many at a time
-        for row, columns in zip(
-            rows, columns_of(lambda row: open_shard(store, header, row).columns, rows), strict=True
-        ):
-            newest.add(columns.sample_ids, columns.steps)
-            bar.add(row.index_bytes)
+    with Bar("indexes", sum(row.index_bytes for row in rows)) as bar:
+        for first in range(0, len(rows), _TOGETHER):
+            part = rows[first : first + _TOGETHER]
+            for row, columns in zip(part, store.map(lambda row: open_shard(store, header, row).columns, part)):
+                newest.add(columns.sample_ids, columns.steps)
+                bar.add(row.index_bytes)
     return newest.index.covered()
 
 

@@ -50,7 +50,7 @@ def verify(store: Store, *, decode: bool = False, jobs: int = 1) -> Verdict:
     scans = [scan(store, name, header) for name in ledgers(store)]
     problems += [problem for each in scans for problem in each.problems]
     notes += [
-        f"{store.path(f'ledger/{each.writer}.jsonl')}: {each.torn} bytes of a row at its end that was not finished"
+        f"{store.path(each.torn_in)}: {each.torn} bytes of a row at its end that was not finished"
         for each in scans
         if each.torn and not is_live(store, each.writer)
     ]

@@ -50,6 +50,8 @@ class Decoder:
         index = np.arange(count_B.sum()) + np.repeat(self._next - start_B, count_B)
         each = np.repeat(orders_BC.ravel(), stored_BC.ravel())
         bits = self._zeros[index] + each
+        if (bits > 24).any():
+            raise ValueError("a number of more than 24 bits")
         after = np.cumsum(bits)
         total = np.concatenate([[0], after])
         first = after - bits + np.repeat(self._bit - total[start_B], count_B)

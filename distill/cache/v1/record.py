@@ -33,6 +33,7 @@ from distill.config.schema import CodecName
 
 Array = NDArray[Any]
 
+_MOST_ATOMS = 1000
 NO_TARGET, LABEL_LEVELS, LABEL_TOP, ENTROPY_LEVELS = 255, 254, 32.0, 255
 
 
@@ -49,6 +50,8 @@ def decode(records: Sequence[dict[str, Array]], ids_by_rank: Array, codec: Codec
     runs_B2 = np.stack([valid_B, valid_B], axis=1)
     counts = coder.read(runs_B2, orders_B6[:, :2]) + np.repeat(orders_B6[:, 4:].ravel(), runs_B2.ravel())
     is_head = np.repeat(np.tile([True, False], len(label)), runs_B2.ravel())
+    if counts.max(initial=0) > _MOST_ATOMS:
+        raise ValueError("more atoms in a token than any codec makes")
     heads, tails = counts[is_head], counts[~is_head]
     heads_T, tails_T = np.zeros(label.size, np.int64), np.zeros(label.size, np.int64)
     heads_T[valid_BS.ravel()], tails_T[valid_BS.ravel()] = heads, tails

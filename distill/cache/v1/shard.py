@@ -46,27 +46,37 @@ class OldShard:
         size = store.size(self._name)
         if size != row.bytes:
             raise CacheError(f"{self.name} is damaged: {size} bytes, {row.bytes} in the ledger")
+        if not 8 < row.index_bytes <= row.bytes:
+            raise CacheError(f"{self.name} is damaged: an index of {row.index_bytes} bytes in a file of {row.bytes}")
         data = store.read_at(self._name, 0, row.index_bytes)
         if (found := digest(data)) != row.index_digest:
             raise CacheError(f"{self.name} is damaged: index digest {found}, {row.index_digest} in the ledger")
         try:
             front = 8 + int.from_bytes(data[:8], "little")
             header = json.loads(data[8:front])
-            self._spans = {
-                name: (front + header[name]["data_offsets"][0], front + header[name]["data_offsets"][1])
-                for name in PAYLOAD
-            }
-            self._widths = {name: header[name]["shape"][1] if len(header[name]["shape"]) > 1 else 0 for name in PAYLOAD}
+            self._spans, self._widths = {}, {}
+            for name in PAYLOAD:
+                (start, end), shape = header[name]["data_offsets"], header[name]["shape"]
+                width = shape[1] if len(shape) > 1 else 0
+                whole = all(type(number) is int for number in (start, end, width))
+                if not whole or not 0 <= start <= end <= row.bytes - front or width * row.samples > end - start:
+                    raise ValueError(f"column {name} is not what it should be")
+                self._spans[name], self._widths[name] = (front + start, front + end), width
             arrays = {}
             for name in ("sample_ids", "digests", "checks", "ends"):
                 start, end = (front + offset for offset in header[name]["data_offsets"])
                 arrays[name] = np.frombuffer(data[start:end], _TYPES[header[name]["dtype"]])
             ends = arrays["ends"].astype(np.int64).reshape(-1, 3)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise CacheError(f"{self.name} is damaged: {error}") from error
         if any(len(arrays[name]) != row.samples for name in ("sample_ids", "digests", "checks")):
             raise CacheError(f"{self.name} is damaged: its columns do not fit the ledger")
         self._bounds = np.concatenate([np.zeros((1, 3), np.int64), ends])
+        sizes = [self._spans[name][1] - self._spans[name][0] for name in RAGGED]
+        if len(ends) != row.samples or (np.diff(self._bounds, axis=0) < 0).any() or (self._bounds > sizes).any():
+            raise CacheError(f"{self.name} is damaged: records end where there is nothing")
+        if (arrays["sample_ids"] < 0).any() or not row.samples:
+            raise CacheError(f"{self.name} is damaged: its columns do not fit the ledger")
         self._checks = arrays["checks"]
         zeros = np.zeros(row.samples, np.int64)
         self.columns = Columns(arrays["sample_ids"], arrays["digests"], zeros + row.last_step, zeros, zeros)

@@ -1,0 +1,340 @@
+"""Whatever lies in a cache's files, with digests that verify or not: it is read, or a CacheError says what is wrong.
+
+Never another error, a hang, or memory out of proportion.
+"""
+
+import contextlib
+import copy
+import json
+import random
+import resource
+import signal
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from distill.cache import CacheHeader, CacheReader, CacheWriter
+from distill.cache.ledger import LedgerWriter
+from distill.cache.store import open_store
+from distill.config.errors import CacheError
+from distill.config.schema import CodecConfig, CodecName
+from tests.hostile import Parts
+from tests.workers.cache import V, header, put
+
+FAST = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+ROOM = 64 << 20
+"""Bytes of memory that a small cache may take, whatever it says."""
+SECONDS = 20.0
+"""After which a reader counts as hanging: thousands of times what it needs."""
+GOLDEN = Path(__file__).parents[1] / "golden" / "cache-v1"
+CACHES = [*(codec.value for codec in CodecName), "old threshold", "old topk"]
+
+DEEP = json.loads("[" * 800 + "]" * 800)
+INTS = st.sampled_from(
+    [-1, 0, 1, 2, 255, 2**15, 2**24, 2**31, 2**32 - 1, 2**32, 2**47, 2**60, 2**62, 2**63, 2**64, -(2**63), 10**40]
+)
+VALUES = st.one_of(
+    st.none(), st.booleans(), INTS, INTS, st.integers(), st.integers(0, 100),
+    st.floats(), st.text(max_size=8),
+    st.sampled_from(["", "..", "/etc", "a\0b", "\ud800", "x" * 300, "w" * 5000, ".", "NaN"]),
+    st.lists(st.integers(), max_size=3), st.dictionaries(st.text(max_size=3), st.integers(), max_size=2), st.just(DEEP),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory):
+    """A small cache of each codec, in pieces; and caches of format 1."""
+    found = {}
+    for codec in CodecName:
+        folder = tmp_path_factory.mktemp(codec.value)
+        config = CodecConfig(codec)
+        with CacheWriter(folder, header(config), writer="w", counts_V=np.arange(V) % 7, shard_samples=4) as writer:
+            for first in (0, 2, 4, 6):
+                put(writer, [first, first + 1], config)
+            writer.finish()
+        found[codec.value] = Parts.of(folder)
+    for name in ("threshold", "topk"):
+        found[f"old {name}"] = Parts.of(GOLDEN / name)
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("hostile") / "cache"
+
+
+def use(folder):
+    """Everything that reads; True if all of it was possible."""
+    with limits():
+        try:
+            reader = CacheReader(folder)
+            reader.view, reader.torn, reader.finished, reader.frontier(1)
+            reader.stats()
+            ids = np.arange(min(reader.header.samples, 50))
+            covered = ids[reader.covers(ids)]
+            reader.losses(ids)
+            for sample in covered:
+                reader.read(np.array([sample]), seen(reader, sample))
+            if reader.header.format != 1:
+                reader.decode(list(reader.samples()))
+            LedgerWriter(open_store(folder), "w", CacheHeader.load(folder).identity)
+        except CacheError as error:
+            assert len(str(error)) < 3000
+            return False
+    return True
+
+
+def seen(reader, sample):
+    """The digest that the cache has of a sample's tokens, so that its record is read."""
+    shards, places, _ = reader._now.find(np.array([sample]))
+    return reader._now.open(int(shards[0])).columns.digests[places]
+
+
+@contextlib.contextmanager
+def limits():
+    """Within the block little memory and little time is left."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+    def late(*_):
+        raise TimeoutError("hangs")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_untouched_caches_are_read(caches, folder):
+    for parts in caches.values():
+        parts.write(folder)
+        assert use(folder) or parts.header["format"] == 1  # which cannot be added to
+
+
+def change(draw, record):
+    """One or two values anywhere in a JSON object become others, or go, or come."""
+    for _ in range(draw(st.integers(1, 2))):
+        at, key = record, None
+        while isinstance(at, dict | list) and len(at):
+            parent = at
+            key = draw(st.sampled_from(sorted(at) if isinstance(at, dict) else range(len(at))))
+            at = at[key]
+            if draw(st.booleans()):
+                break
+        if key is None:
+            return
+        match draw(st.sampled_from(["set", "set", "set", "drop", "add"])):
+            case "set":
+                parent[key] = copy.deepcopy(draw(VALUES))
+            case "drop":
+                del parent[key]
+            case "add" if isinstance(parent, dict):
+                parent[draw(st.text(max_size=5))] = draw(VALUES)
+            case "add":
+                parent.append(draw(VALUES))
+
+
+def drawn(data, caches):
+    return caches[data.draw(st.sampled_from(CACHES))].copy()
+
+
+@FAST
+@given(st.data())
+def test_headers(caches, folder, data):
+    parts = drawn(data, caches)
+    change(data.draw, parts.header)
+    parts.write(folder)
+    use(folder)
+
+
+@FAST
+@given(st.data())
+def test_rows(caches, folder, data):
+    parts = drawn(data, caches)
+    for _ in range(data.draw(st.integers(1, 2))):
+        change(data.draw, parts.rows[data.draw(st.integers(0, len(parts.rows) - 1))])
+    parts.keep_digests = data.draw(st.booleans())
+    parts.write(folder)
+    use(folder)
+
+
+@FAST
+@given(st.data())
+def test_retired_ranges(caches, folder, data):
+    """Of any numbers; as many as a file can hold."""
+    parts = drawn(data, caches)
+    ranges = data.draw(
+        st.lists(
+            st.fixed_dictionaries({"ledger": st.sampled_from(["w", "v", ""]), "first": INTS, "last": INTS}), max_size=3
+        )
+    )
+    many = [
+        {"ledger": "w", "first": 2**40 + 2 * i, "last": 2**40 + 2 * i}
+        for i in range(data.draw(st.sampled_from([0, 0, 2000])))
+    ]
+    parts.rows.append({"kind": "retire", "writer": "w", "seq": len(parts.rows), "cache": "", "retired": ranges + many})
+    if data.draw(st.booleans()):
+        change(data.draw, parts.rows[-1])
+    parts.write(folder)
+    use(folder)
+
+
+@FAST
+@given(st.data())
+def test_shard_headers(caches, folder, data):
+    parts = drawn(data, caches)
+    change(data.draw, parts.shards[0][0])
+    parts.write(folder)
+    use(folder)
+
+
+@FAST
+@given(st.data())
+def test_index_columns(caches, folder, data):
+    """Numbers of any column, of any size, with checks that verify."""
+    parts = drawn(data, caches)
+    front, body = parts.shards[0]
+    spans = {name: column["data_offsets"] for name, column in front.items() if name != "__metadata__"}
+    for _ in range(data.draw(st.integers(1, 3))):
+        start, end = spans[data.draw(st.sampled_from([name for name in spans if spans[name][0] < spans[name][1]]))]
+        width = data.draw(st.sampled_from([1, 2, 4, 8]))
+        at = data.draw(st.integers(start, max(end - width, start)))
+        value = data.draw(st.one_of(INTS, st.integers(0, 300))) % 256**width
+        body = body[:at] + value.to_bytes(width, "little") + body[at + width :]
+    parts.shards[0] = front, body[: max(end for _, end in spans.values())]
+    parts.write(folder)
+    use(folder)
+
+
+@FAST
+@given(st.data())
+def test_records(caches, folder, data):
+    """Bytes of any record, with checks that verify and any count of atoms."""
+    parts = caches[data.draw(st.sampled_from([codec.value for codec in CodecName]))].copy()
+    front, body = parts.shards[0]
+    first, _ = front["records"]["data_offsets"]
+    count = front["ends"]["shape"][0]
+    garbage = data.draw(
+        st.one_of(st.binary(min_size=1, max_size=300), st.sampled_from([b"\0" * 200, b"\xff" * 200, b"\0" * 40_000]))
+    )
+    body = body[:first] + garbage
+    sizes = [*sorted(data.draw(st.integers(0, len(garbage))) for _ in range(count - 1)), len(garbage)]
+    atoms = [data.draw(st.one_of(st.integers(0, 40), st.integers(0, 2**32 - 1))) for _ in range(count)]
+    for name, numbers in (("ends", sizes), ("atoms", atoms)):
+        start = front[name]["data_offsets"][0]
+        body = body[:start] + struct.pack(f"<{count}I", *numbers) + body[start + 4 * count :]
+    front["records"] |= {"data_offsets": [first, len(body)], "shape": [len(garbage)]}
+    parts.shards[0] = front, body
+    parts.rows[0]["atoms"] = sum(atoms)
+    if data.draw(st.booleans()):
+        parts.header["sample_tokens"] = data.draw(st.sampled_from([1, 2, 1000, 2**16, 2**24]))
+    parts.write(folder)
+    use(folder)
+
+
+@FAST
+@given(st.data())
+def test_ranks(caches, folder, data):
+    """The table of ranks, its digest in the header."""
+    from tests.hostile import digest
+
+    parts = drawn(data, caches)
+    (front,) = struct.unpack("<Q", parts.ranks[:8])
+    table, body = json.loads(parts.ranks[8 : 8 + front]), parts.ranks[8 + front :]
+    match data.draw(st.sampled_from(["header", "body", "bytes"])):
+        case "header":
+            change(data.draw, table)
+        case "body":
+            at = data.draw(st.integers(0, len(body) - 4))
+            body = body[:at] + struct.pack("<I", data.draw(INTS) % 2**32) + body[at + 4 :]
+        case "bytes":
+            body = data.draw(st.binary(max_size=300))
+    text = json.dumps(table).encode()
+    parts.ranks = struct.pack("<Q", data.draw(st.sampled_from([len(text)] * 5 + [0, 2**62, 2**64 - 1]))) + text + body
+    parts.header["ranks"] = digest(parts.ranks)
+    if data.draw(st.booleans()):
+        parts.header["vocab_size"] = data.draw(st.sampled_from([2, 63, 65, 2**24]))
+    parts.write(folder)
+    use(folder)
+
+
+@FAST
+@given(st.data())
+def test_any_bytes_in_any_file(caches, folder, data):
+    """Nothing made to verify: files cut, emptied, filled, spliced, or swapped."""
+    parts = drawn(data, caches)
+    parts.write(folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    path = data.draw(st.sampled_from(files))
+    whole = path.read_bytes()
+    at = data.draw(st.integers(0, len(whole)))
+    match data.draw(st.sampled_from(["cut", "fill", "insert", "other", "bytes", "twice"])):
+        case "cut":
+            path.write_bytes(whole[:at])
+        case "fill":
+            path.write_bytes(whole[:at] + data.draw(st.binary(max_size=20)) + whole[at + 20 :])
+        case "insert":
+            path.write_bytes(whole[:at] + data.draw(st.binary(max_size=20)) + whole[at:])
+        case "other":
+            path.write_bytes(data.draw(st.sampled_from(files)).read_bytes())
+        case "bytes":
+            path.write_bytes(data.draw(st.binary(max_size=100)))
+        case "twice":
+            path.write_bytes(whole + whole)
+    use(folder)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("shard",), "a\0b"), (("shard",), "\ud800"), (("shard",), ".."), (("origins", 0, "loss"), "much"),
+        (("origins", 0, "loss"), float("nan")), (("origins", 0, "last_step"), 2**70), (("bytes",), True),
+        (("last_sample",), None), (("origins", 0, "seen_before"), 3), (("index_bytes",), 2**62), (("samples",), 2**60),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["systematic", "old topk"])
+def test_values_that_no_row_has(caches, folder, name, place, value):
+    parts = caches[name].copy()
+    at = parts.rows[0]
+    for key in place[:-1]:
+        if key in ("origins", 0) and name == "old topk":
+            continue  # format 1 has these facts in the row itself
+        at = at[key]
+    at[place[-1]] = value
+    parts.keep_digests = True
+    parts.write(folder)
+    assert not use(folder) or (name, place[-1]) == ("old topk", "seen_before")
+
+
+@pytest.mark.parametrize(
+    "retired", [{"ledger": "w", "first": "x", "last": 1}, {"ledger": None, "first": 0, "last": 1}, 7]
+)
+def test_ranges_that_cannot_be(caches, folder, retired):
+    parts = caches["systematic"].copy()
+    parts.rows.append({"kind": "retire", "writer": "w", "seq": 3, "cache": "", "retired": [retired]})
+    parts.write(folder)
+    assert not use(folder)
+
+
+def test_many_retired_ranges_take_no_time(caches, folder):
+    """A quadratic search over 20,000 rows and ranges would take minutes."""
+    from distill.cache.ledger import Retired, ShardRow, outside
+
+    row = caches["systematic"].rows[0]
+    record = {key: value for key, value in row.items() if key != "kind"} | {"cache": ""}
+    rows = [ShardRow.of(record | {"seq": i}) for i in range(20_000)]
+    rng = random.Random(0)
+    firsts = [rng.randrange(20_000) for _ in range(20_000)]
+    retired = [Retired("w", first, first + rng.randrange(2)) for first in firsts if first % 3]
+    gone = {n for each in retired for n in range(each.first, each.last + 1)}
+    with limits():
+        assert [row.seq for row in outside(rows, retired)] == [i for i in range(20_000) if i not in gone]
