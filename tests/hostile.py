@@ -16,7 +16,7 @@ import xxhash
 from tests.format_reader import sealed
 
 
-@dataclass
+@dataclass(repr=False)
 class Parts:
     """A cache of one ledger, in pieces to be changed before `write` puts digests on them."""
 

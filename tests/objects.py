@@ -4,6 +4,7 @@ import itertools
 import threading
 from contextlib import contextmanager
 
+from moto.s3.models import s3_backends
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -40,11 +41,8 @@ class Server:
             return self._app(environ, start_response)
         else:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-        body = (
-            b""
-            if method == "HEAD"
-            else b"<?xml version='1.0'?><Error><Code>InternalError</Code><Message>asked for</Message></Error>"
-        )
+        body = b"<Error><Code>InternalError</Code><Message>asked for</Message></Error>"
+        body = b"" if method == "HEAD" else body
         start_response(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
         return [body]
 
@@ -59,6 +57,7 @@ def object_store(monkeypatch):
     import fsspec
     import s3fs
 
+    s3_backends.reset()  # of the whole process
     server = Server()
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)

@@ -130,7 +130,7 @@ class CacheHeader:
                 raise CacheError(f"{store.root}: no cache here ({HEADER} is missing)") from None
             raise
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise CacheError(f"{path} is damaged: {error}") from error
+            raise CacheError(f"{path} is damaged: {error!s:.300}") from error
 
     def check(self, **expected: Any) -> None:
         """Compares fields with what a run needs.

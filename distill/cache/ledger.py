@@ -255,7 +255,7 @@ class LedgerReader:
             elif kind != "finish":
                 raise ValueError(f"its kind is {kind!r:.80}")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise CacheError(f"{where} is damaged: {error}") from error
+            raise CacheError(f"{where} is damaged: {error!s:.300}") from error
         self.finished = kind == "finish"
         self.seq += 1
         return found

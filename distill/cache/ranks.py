@@ -47,7 +47,7 @@ def load_ranks(store: Store, header: CacheHeader) -> NDArray[np.uint32]:
         if not np.array_equal(np.sort(ids_by_rank), np.arange(header.vocab_size)):
             raise ValueError(f"not every id below {header.vocab_size} once")
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise CacheError(f"{store.path(name)} is damaged: {error}") from error
+        raise CacheError(f"{store.path(name)} is damaged: {error!s:.300}") from error
     return ids_by_rank
 
 

@@ -131,7 +131,7 @@ class Shard:
                 or (sound and not self._fits(arrays))
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CacheError(f"{self.name} is damaged: {error}") from error
+            raise CacheError(f"{self.name} is damaged: {error!s:.300}") from error
         if wrong:
             raise CacheError(f"{self.name} is damaged: its columns do not fit each other or the ledger")
         self._checks = arrays["checks"]

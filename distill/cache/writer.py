@@ -116,13 +116,28 @@ class CacheWriter:
         self._thread.start()
 
     def _remove_leftovers(self, store: LocalStore) -> None:
-        """What a kill left: temporary files, and a shard whose row was never written."""
+        """What a kill left: temporary files, and the one shard whose row was never written.
+
+        Raises:
+            CacheError: there are shards beyond it, so the ledger has lost rows.
+        """
         known = {row.shard for row in self._ledger.rows}
+        left, next_seq = [], self._ledger.seq
         for name in store.names(SHARDS):
             number, _, rest = name.removeprefix(f"{self.writer}-").partition("-")
-            mine = name.startswith(f"{self.writer}-") and number.isdigit() and "-" not in rest
-            if mine and (name not in known or name.endswith(TEMPORARY)):
-                store.remove(f"{SHARDS}/{name}")
+            if not (name.startswith(f"{self.writer}-") and number.isdigit() and "-" not in rest):
+                continue
+            if name.endswith(TEMPORARY):
+                left.append(name)
+            elif name not in known:
+                left.append(name)
+                if int(number) > next_seq:
+                    raise CacheError(
+                        f"{store.path(f'{SHARDS}/{name}')}: shard {int(number)} is there, but ledger {self.writer} has "
+                        f"{next_seq} rows: it was cut; get it back with python -m distill.cache repair {store.root}"
+                    )
+        for name in left:
+            store.remove(f"{SHARDS}/{name}")
 
     @property
     def stats(self) -> WriterStats:

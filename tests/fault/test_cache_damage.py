@@ -156,3 +156,19 @@ def test_a_writer_refuses_a_damaged_ledger(tmp_path):
     with pytest.raises(CacheError, match=r"w\.jsonl line 1 is damaged"):
         CacheWriter(tmp_path, header(), writer="w")
     CacheWriter(tmp_path, header(), writer="w2").close()
+
+
+def test_a_writer_does_not_go_on_after_a_ledger_that_was_cut_between_rows(tmp_path):
+    """A kill leaves one shard without a row; two or more mean that rows are gone, and their shards must not go too."""
+    with CacheWriter(tmp_path, header(), writer="w", shard_samples=1) as writer:
+        for i in range(3):
+            put(writer, [i])
+    ledger = tmp_path / "ledger" / "w.jsonl"
+    lines = ledger.read_bytes().splitlines(keepends=True)
+    ledger.write_bytes(lines[0])
+    with pytest.raises(CacheError, match=r"w-000002-.*: shard 2 is there, but ledger w has 1 rows: it was cut"):
+        CacheWriter(tmp_path, header(), writer="w")
+    assert len(list((tmp_path / "shards").iterdir())) == 3
+    ledger.write_bytes(b"".join(lines[:2]))
+    CacheWriter(tmp_path, header(), writer="w").close()
+    assert len(list((tmp_path / "shards").iterdir())) == 2

@@ -1,4 +1,4 @@
-"""Caches on file systems where nothing grows and nothing is renamed: one in memory, one that speaks S3."""
+"""Caches where nothing grows and nothing is renamed: in memory, and on an object store that speaks S3."""
 
 import multiprocessing
 import pickle
@@ -229,6 +229,22 @@ def test_without_conditional_puts_a_row_that_is_there_is_not_replaced():
     assert CacheReader("plain://cache").covers(ALL).sum() == 2
 
 
+def test_what_another_client_puts_is_seen(s3):
+    """No listing is kept: sizes, names and rows are what they are now."""
+    _, url = s3
+    write(url, [0, 1])
+    reader, store = CacheReader(url), open_store(url)
+    assert store.names("ledger/w") == ["000000000.json"] and not store.exists("ledger/v.jsonl")
+    store.names("ledger")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    write(url, [2, 3])
+    write(url, [4, 5], writer="v")
+    put_file(f"{url}/ledger/x.jsonl", b"")
+    assert store.names("ledger/w") == ["000000000.json", "000000001.json"]
+    assert store.names("ledger") == ["v", "w", "x.jsonl"] and store.size("ledger/x.jsonl") == 0
+    assert reader.refresh() == 2
+
+
 def test_errors_name_the_url(s3):
     _, url = s3
     for folder, reason in (
@@ -323,12 +339,18 @@ def test_many_rows_take_a_request_each(s3):
         store.publish(f"ledger/w/{seq:09d}.json", seal(unseal(row) | {"seq": seq}))
 
     store.map(copy, range(1, 150))
+    folder = url.removeprefix("s3:/")
+
+    def requests():
+        """Of this cache's own files: an upload that another test broke off may still be sent again."""
+        return [path for _, path in server.requests if path.startswith(folder)]
+
     server.requests.clear()
     ledger = LedgerReader(store, "w", identity)
     assert len(ledger.poll()) == 150
-    assert len(server.requests) <= 153
+    assert 150 <= len(requests()) <= 152
     server.requests.clear()
-    assert ledger.poll() == [] and len(server.requests) == 1
+    assert ledger.poll() == [] and len(requests()) == 1
 
 
 # ------------------------------------------------------------ read-ahead

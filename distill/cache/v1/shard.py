@@ -68,7 +68,7 @@ class OldShard:
                 arrays[name] = np.frombuffer(data[start:end], _TYPES[header[name]["dtype"]])
             ends = arrays["ends"].astype(np.int64).reshape(-1, 3)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-            raise CacheError(f"{self.name} is damaged: {error}") from error
+            raise CacheError(f"{self.name} is damaged: {error!s:.300}") from error
         if any(len(arrays[name]) != row.samples for name in ("sample_ids", "digests", "checks")):
             raise CacheError(f"{self.name} is damaged: its columns do not fit the ledger")
         self._bounds = np.concatenate([np.zeros((1, 3), np.int64), ends])
