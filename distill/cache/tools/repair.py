@@ -24,7 +24,7 @@ from distill.cache.tools.common import Bar, ToolLedger, alone, is_live, ranges, 
 from distill.cache.tools.compact import runs
 from distill.cache.tools.decoding import Decoding
 from distill.cache.tools.pack import Packer, piece
-from distill.cache.tools.rows import mended
+from distill.cache.tools.rows import mended, strays
 from distill.cache.tools.scan import Scan, examine, row_from_file, rows_of, scan
 from distill.cache.view import Newest
 from distill.config.errors import CacheError
@@ -73,7 +73,7 @@ def repair(store: Store, *, dry_run: bool = False) -> Repair:
     with alone(store), contextlib.ExitStack() as locks:
         done = Repair()
         mine = _lock_writers(store, locks, done)
-        scans = [scan(store, name, header) for name in ledgers(store)]
+        scans = [scan(store, name, header) for name in sorted({*ledgers(store), *mine})]
         scans = [_mend_ledger(store, header, each, done, dry_run) if each.writer in mine else each for each in scans]
         rows, retired = rows_of(scans)
         salvages = _examine(store, header, rows) + _strays(store, header, {r.shard for r in rows + retired}, mine, done)
@@ -133,7 +133,7 @@ def _mend_ledger(store: Store, header: CacheHeader, found: Scan, done: Repair, d
             store.truncate(found.torn_in, store.size(found.torn_in) - found.torn)
         elif not dry_run:
             store.remove(found.torn_in)
-    if not found.problems:
+    if not found.problems and not strays(store, found):
         return found._replace(torn=0)
     done.lines += found.problems
     lines, said = mended(store, header, found)
@@ -143,7 +143,8 @@ def _mend_ledger(store: Store, header: CacheHeader, found: Scan, done: Repair, d
             data = b"".join(line.data for line in lines if line.name == name)
             old = store.read(name)
             if data != old:
-                to_quarantine(store, name, copy=True)
+                if found.problems:
+                    to_quarantine(store, name, copy=True)
                 if data or name.endswith(".jsonl"):
                     store.publish(name, data)
                 else:

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections import Counter
 
+from distill.cache.files import TEMPORARY
 from distill.cache.header import CacheHeader
 from distill.cache.layout import LEDGER, SHARDS, row_object
 from distill.cache.ledger import ShardRow
@@ -28,30 +29,29 @@ def mended(store: Store, header: CacheHeader, found: Scan) -> tuple[list[Line], 
     rows; at the end of a ledger it is left out.
     """
     good = found.good
-    last = max(good, default=-1)
-    files = {writer_of(name): name for name in store.names(SHARDS)}
+    files = strays(store, found)
     damaged = [line for line in found.lines if line.error]
     run_together = _run_together(store, header, found.writer, damaged)
+    numbers = {*found.missing, *run_together, *files} - set(good)
+    made = {seq: row for seq in numbers if (row := _from_file(store, header, found, files.get(seq, []))) is not None}
+    last = max([*good, *made, *run_together], default=-1)
     # A ledger may begin as a file and go on as objects.
-    file_ends = max((line.seq for line in found.lines if line.name.endswith(".jsonl")), default=-1)
-    has_objects = any(line.name.endswith(".json") for line in found.lines)
+    in_file = [line.seq for line in found.lines if line.name.endswith(".jsonl")]
+    as_objects = any(line.name.endswith(".json") for line in found.lines) or not (found.lines or store.appends)
+    was_short = bool(damaged) and len(damaged[-1].data) < SHORTEST_SHARD_ROW
     said = []
-    for seq in sorted({*found.missing, *run_together} - set(good)):
+    for seq in sorted((set(range(last + 1)) | set(found.missing)) - set(good)):
+        where = f"ledger {found.writer}: row {seq}"
+        as_object = as_objects and seq > max(in_file, default=-1)
+        name = row_object(found.writer, seq) if as_object else f"{LEDGER}/{found.writer}.jsonl"
         if seq in run_together:
             good[seq] = run_together[seq]
-            said.append(f"ledger {found.writer}: row {seq} is whole, but for the newline beside it")
-            continue
-        where = f"ledger {found.writer}: row {seq}"
-        as_object = has_objects and seq > file_ends
-        name = row_object(found.writer, seq) if as_object else f"{LEDGER}/{found.writer}.jsonl"
-        row = _from_file(store, header, found, files.get((found.writer, seq)))
-        if row is not None:
-            data = seal({"kind": "shard"} | dataclasses.asdict(row))
-            good[seq] = Line(name, data, seq, [row], "")
-            said.append(f"{where} is made again from {row.shard}")
-            continue
-        was_short = bool(damaged) and len(damaged[-1].data) < SHORTEST_SHARD_ROW
-        if seq < last or was_short or any(later in files_after(files, found.writer, seq) for later in found.missing):
+            said.append(f"{where} is whole, but for the newline beside it")
+        elif seq in made:
+            data = seal({"kind": "shard"} | dataclasses.asdict(made[seq]))
+            good[seq] = Line(name, data, seq, [made[seq]], "")
+            said.append(f"{where} is made again from {made[seq].shard}")
+        elif seq < last or was_short:
             good[seq] = Line(name, _empty(header, found, seq), seq, [], "")
             said.append(f"{where} cannot be made again; an empty row takes its place")
         else:
@@ -60,26 +60,32 @@ def mended(store: Store, header: CacheHeader, found: Scan) -> tuple[list[Line], 
     return [good[seq] for seq in sorted(good)], said
 
 
+def strays(store: Store, found: Scan) -> dict[int, list[str]]:
+    """Shards by the number of a row that the ledger lacks. After its end, only a writer's: a tool begins anew."""
+    last, files = max(found.good, default=-1), dict[int, list[str]]()
+    for name in store.names(SHARDS):
+        writer, seq = writer_of(name) or ("", -1)
+        wanted = writer == found.writer and seq not in found.good and not name.endswith(TEMPORARY)
+        if wanted and (seq <= last or seq in found.missing or writer not in TOOLS):
+            files.setdefault(seq, []).append(name)
+    return files
+
+
 def _run_together(store: Store, header: CacheHeader, writer: str, damaged: list[Line]) -> dict[int, Line]:
     """Rows that verify within damaged lines: the newline after them, or before them, is not one any more."""
     rows = [(line.name, data + b"\n") for line in damaged for data in _ROW.findall(line.data)]
     return {line.seq: line for name, data in rows if not (line := read_row(store, header, writer, name, data)).error}
 
 
-def files_after(files: dict[tuple[str, int] | None, str], writer: str, seq: int) -> set[int]:
-    """Numbers of later rows whose shards are there."""
-    return {found[1] for found in files if found is not None and found[0] == writer and found[1] > seq}
-
-
-def _from_file(store: Store, header: CacheHeader, found: Scan, name: str | None) -> ShardRow | None:
-    if name is None:
-        return None
+def _from_file(store: Store, header: CacheHeader, found: Scan, names: list[str]) -> ShardRow | None:
     others = Counter(row.source for line in found.good.values() for row in line.rows if isinstance(row, ShardRow))
     source = found.writer if found.writer in TOOLS else others.most_common(1)[0][0] if others else None
-    try:
-        return row_from_file(store, name, header.identity, source)
-    except (ValueError, KeyError, TypeError, IndexError, CacheError):
-        return None
+    for name in names:
+        try:
+            return row_from_file(store, name, header.identity, source)
+        except (ValueError, KeyError, TypeError, IndexError, CacheError):
+            continue
+    return None
 
 
 def _empty(header: CacheHeader, found: Scan, seq: int) -> bytes:
