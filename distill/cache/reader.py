@@ -260,12 +260,8 @@ class CacheReader:
         shards, places, steps = view.find(self._checked(sample_ids))
         numbers = np.unique(shards[shards >= 0]).tolist()
         opened = dict(zip(numbers, self._store.map(view.open, numbers)))
-        there: list[tuple[Shard, int]] = []
-        for number, i in zip(shards.tolist(), places.tolist()):
-            if number >= 0:
-                shard = opened[number]
-                assert isinstance(shard, Shard), "format 1"
-                there.append((shard, i))
+        assert all(isinstance(shard, Shard) for shard in opened.values()), "format 1"
+        there: list[Any] = [(opened[n], i) for n, i in zip(shards.tolist(), places.tolist()) if n >= 0]
         records = iter(zip(there, self._raw(there)))
         found: list[Sample | None] = []
         for step in steps.tolist():

@@ -51,12 +51,12 @@ def compact(store: Store, *, shard_bytes: int, purge: bool = False) -> Compactio
     Raises:
         CacheError: damage (then nothing is retired), another tool at work, format 1, or a file that cannot be written.
     """
+    header = CacheHeader.read(store)
+    if header.format == 1:
+        raise CacheError(
+            f"{store.root}: format version is 1; it is not changed, only rewritten: compact --into NEW_FOLDER"
+        )
     with alone(store):
-        header = CacheHeader.read(store)
-        if header.format == 1:
-            raise CacheError(
-                f"{store.root}: format version is 1; it is not changed, only rewritten: compact --into NEW_FOLDER"
-            )
         rows, retired, _ = published(store, header)
         remove_leftovers(store, {row.shard for row in rows + retired})
         chosen, keep = _choose(store, header, rows, shard_bytes)
