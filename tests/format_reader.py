@@ -97,12 +97,16 @@ def cache(folder):
     header = sealed((folder / "cache.json").read_bytes())
     with safe_open(folder / f"ranks-{header['ranks']}.safetensors", "np") as file:
         id_of_rank = file.get_tensor("ids_by_rank").tolist()
-    found = {}
-    for ledger in sorted((folder / "ledger").glob("*.jsonl")):
-        for seq, line in enumerate(ledger.read_bytes().splitlines(keepends=True)):
+    found, retired = {}, set()
+    ledgers = {ledger: ledger.read_bytes().splitlines(keepends=True) for ledger in (folder / "ledger").glob("*.jsonl")}
+    for line in (line for lines in ledgers.values() for line in lines):
+        for gone in sealed(line).get("retired", []):
+            retired |= {(gone["ledger"], seq) for seq in range(gone["first"], gone["last"] + 1)}
+    for ledger, lines in sorted(ledgers.items()):
+        for seq, line in enumerate(lines):
             row = sealed(line)
             assert (row["writer"], row["seq"]) == (ledger.stem, seq)
-            if row["kind"] != "shard":
+            if row["kind"] != "shard" or (ledger.stem, seq) in retired:
                 continue
             path = folder / "shards" / row["shard"]
             assert xxhash.xxh3_64_hexdigest(path.read_bytes()) == row["file_digest"]

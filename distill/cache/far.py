@@ -77,6 +77,10 @@ class FarStore(Store):
         with self._reported(name):
             return int(self._fs.size(self._at(name)))
 
+    def bytes_in(self, folder: str) -> int:
+        with self._reported(folder):
+            return sum(int(facts["size"]) for facts in self._fs.find(self._at(folder), detail=True).values())
+
     def publish(self, name: str, data: bytes) -> None:
         with self._reported(name):
             self._fs.pipe_file(self._at(name), data)

@@ -13,6 +13,8 @@ HEADER = "cache.json"
 SHARDS = "shards"
 LEDGER = "ledger"
 LOCK = ".lock"
+TOOLS_LOCK = ".tools.lock"
+QUARANTINE = "quarantine"
 
 INDEX = ("sample_ids", "digests", "checks", "ends", "steps", "atoms", "origins")
 RECORDS = "records"

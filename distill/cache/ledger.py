@@ -63,7 +63,7 @@ class ShardRow:
     shard: str
     """File name in `shards/`."""
     source: str
-    """Who wrote it: capture, backfill, import, compact or merge."""
+    """Who wrote it: capture, backfill, import, compact, merge or repair."""
     samples: int
     first_sample: int
     """Smallest id; which ids there are is in the shard."""
@@ -167,7 +167,7 @@ class LedgerReader:
         found: list[ShardRow | Retired] = []
         try:
             for line, where in self._lines(limit):
-                found += self._parse(line, where)
+                found += self.parse(line, where)
                 if limit is not None and self.seq >= limit:
                     break
         except BaseException:
@@ -190,7 +190,7 @@ class LedgerReader:
                 raise CacheError(f"{self.store.path(row_object(self.writer, seq))}: the row is missing")
         self.torn_object = ""
         for name, data in zip(fresh, self.store.read_many(fresh), strict=True):
-            if name == fresh[-1] and not data.endswith(b"\n") and not _WHOLE_ROW.search(data):
+            if name == fresh[-1] and not data.endswith(b"\n") and not self.is_whole(data):
                 log.warning("%s: %d bytes of a row that is not complete, not used", self.store.path(name), len(data))
                 self.torn_object = name
                 return
@@ -222,13 +222,19 @@ class LedgerReader:
         for line in lines:
             self.offset += len(line) + 1  # before the row is used: whoever asked for it may not come back
             yield line + b"\n", f"{where} line {self.seq + 1}"
-        if _WHOLE_ROW.search(torn):
+        if self.is_whole(torn):
             raise CacheError(f"{where} line {self.seq + 1} is damaged: no newline where the row ends")
         if torn and len(torn) != self.torn:
             log.warning("%s line %d: %d bytes of a row that is not complete, not used", where, self.seq + 1, len(torn))
         self.torn = len(torn)
 
-    def _parse(self, line: bytes, where: str) -> list[ShardRow | Retired]:
+    @staticmethod
+    def is_whole(tail: bytes) -> bool:
+        """Bytes without a newline hold more than a row that was not finished: the newline is damaged."""
+        return _WHOLE_ROW.search(tail) is not None
+
+    def parse(self, line: bytes, where: str) -> list[ShardRow | Retired]:
+        """The row that comes next, number `seq`: what it says of shards. CacheError when it is not that row."""
         try:
             record = unseal(line)
             kind = record.pop("kind")

@@ -35,7 +35,7 @@ def create(store: Store, header: CacheHeader, counts_V: Array | None) -> CacheHe
     if there.format != FORMAT:
         raise CacheError(
             f"{store.path(HEADER)}: format version is {there.format}, which can be read but not added to; rewrite it: "
-            "python -m distill.cache compact"
+            "python -m distill.cache compact --into NEW_FOLDER"
         )
     expected = header.json()
     if counts_V is None:

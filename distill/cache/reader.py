@@ -223,6 +223,16 @@ class CacheReader:
             targets = _scatter(targets, torch.from_numpy(np.repeat(covered_B, self.header.sample_tokens)))
         return ReadResult(targets, loss_B, torch.from_numpy(step_B))
 
+    def digests(self, sample_ids: Array) -> NDArray[np.uint64]:
+        """For each sample id, the digest of the tokens that the teacher saw; 0 where there is no record."""
+        found = np.zeros(len(sample_ids), np.uint64)
+        view = self._now
+        shards, places, _ = view.find(self._checked(sample_ids))
+        for number in np.unique(shards[shards >= 0]).tolist():
+            here = np.flatnonzero(shards == number)
+            found[here] = view.open(number).columns.digests[places[here]]
+        return found
+
     def samples(self) -> Iterator[Sample]:
         """The newest record of every sample that has one, verified, in the order of shards: each file is read once."""
         view = self._now
@@ -243,6 +253,26 @@ class CacheReader:
                     int(columns.atoms[i]),
                     row.shard,
                 )
+
+    def records(self, sample_ids: Array) -> list[Sample | None]:
+        """The newest record of each sample, verified; None where there is none. Not of a cache of format 1."""
+        view = self._now
+        shards, places, steps = view.find(self._checked(sample_ids))
+        numbers = np.unique(shards[shards >= 0]).tolist()
+        opened = dict(zip(numbers, self._store.map(view.open, numbers)))
+        assert all(isinstance(shard, Shard) for shard in opened.values()), "format 1"
+        there: list[Any] = [(opened[n], i) for n, i in zip(shards.tolist(), places.tolist()) if n >= 0]
+        records = iter(zip(there, self._raw(there)))
+        found: list[Sample | None] = []
+        for step in steps.tolist():
+            if step < 0:
+                found.append(None)
+                continue
+            (shard, i), data = next(records)
+            columns = shard.columns
+            facts = int(columns.sample_ids[i]), int(columns.digests[i]), step, shard.origin(i), data
+            found.append(Sample(*facts, int(columns.atoms[i]), shard.row.shard))
+        return found
 
     def decode(self, samples: Sequence[Sample]) -> Decoded:
         """What the records of any samples say; CacheError if one is not what a writer writes."""

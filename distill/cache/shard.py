@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,8 @@ _COLUMNS = {
     "sample_ids": "I64", "digests": "U64", "checks": "U64", "ends": "U32", "steps": "U32", "atoms": "U32",
     "origins": "U16",
 }  # fmt: skip
+WIDTHS = {name: np.dtype(_TYPES[dtype]).itemsize for name, dtype in _COLUMNS.items()}
+"""Bytes of a sample in each column of the index."""
 
 
 class Columns(NamedTuple):
@@ -38,6 +41,12 @@ class Columns(NamedTuple):
     atoms: NDArray[np.int64]
     origins: NDArray[np.int64]
     """Index into the row's origins."""
+
+    def take(self, places: Array) -> Columns:
+        """Of the samples at these places."""
+        return Columns(
+            self.sample_ids[places], self.digests[places], self.steps[places], self.atoms[places], self.origins[places]
+        )
 
 
 def build(columns: Columns, records: Array, ends: Array, metadata: dict[str, str]) -> tuple[bytes, int]:
@@ -65,7 +74,7 @@ def build(columns: Columns, records: Array, ends: Array, metadata: dict[str, str
     data = _in_order(safetensors.numpy.save(arrays | {RECORDS: records}, metadata=metadata))
     # The library sorts by the width of a number, so that the index comes first: the ledger's digest relies on it.
     index_bytes = len(data) - len(records)
-    assert _parse(data[:index_bytes], len(data))[RECORDS] == (index_bytes, len(data))
+    assert parse(data[:index_bytes], len(data))[RECORDS] == (index_bytes, len(data))
     return data, index_bytes
 
 
@@ -89,20 +98,28 @@ def check(sample_id: int, token_digest: int, record: memoryview | bytes) -> int:
 class Shard:
     """The index of a published shard, verified, and its records on demand."""
 
-    def __init__(self, store: Store, row: ShardRow):
-        """Raises CacheError when the file is missing, of another size, or its index is damaged."""
+    def __init__(self, store: Store, row: ShardRow, *, whole: bool = True, sound: bool = True):
+        """Raises CacheError when the file is missing, of another size, or its index is damaged.
+
+        whole: it must be of the size in the ledger. sound: so must be the index's digest; without it only what a record
+        that verifies binds can be trusted, its id and token digest.
+        """
         self.row, self._store, self._name = row, store, f"{SHARDS}/{row.shard}"
         self.path = store.path(self._name)
         # Far away that is one request more; the records' own digests find what is missing.
-        if store.appends and (size := store.size(self._name)) != row.bytes:
-            raise CacheError(f"{self.name} is damaged: {size} bytes, {row.bytes} in the ledger")
+        if store.appends and whole:
+            with self._there():
+                size = store.size(self._name)
+            if size != row.bytes:
+                raise CacheError(f"{self.name} is damaged: {size} bytes, {row.bytes} in the ledger")
         if not 8 < row.index_bytes <= row.bytes:
             raise CacheError(f"{self.name} is damaged: an index of {row.index_bytes} bytes in a file of {row.bytes}")
-        data = store.read_at(self._name, 0, row.index_bytes)
-        if (found := digest(data)) != row.index_digest:
+        with self._there():
+            data = store.read_at(self._name, 0, row.index_bytes)
+        if sound and (found := digest(data)) != row.index_digest:
             raise CacheError(f"{self.name} is damaged: index digest {found}, {row.index_digest} in the ledger")
         try:
-            spans = _parse(data, row.bytes)
+            spans = parse(data, row.bytes)
             arrays = {name: np.frombuffer(data[slice(*spans[name])], _TYPES[_COLUMNS[name]]) for name in INDEX}
             ends = arrays["ends"].astype(np.int64)
             self.bounds = row.index_bytes + np.concatenate([[0], ends])
@@ -111,10 +128,7 @@ class Shard:
                 or (np.diff(self.bounds) < 0).any()
                 or self.bounds[-1] != row.bytes
                 or spans[RECORDS] != (row.index_bytes, row.bytes)
-                or (arrays["origins"] >= len(row.origins)).any()
-                or (arrays["sample_ids"] < 0).any()
-                or (arrays["sample_ids"].min(), arrays["sample_ids"].max()) != (row.first_sample, row.last_sample)
-                or arrays["atoms"].sum() != row.atoms
+                or (sound and not self._fits(arrays))
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CacheError(f"{self.name} is damaged: {error!s:.300}") from error
@@ -127,6 +141,16 @@ class Shard:
             *(arrays[name].astype(np.int64) for name in ("steps", "atoms", "origins")),
         )
 
+    def _fits(self, arrays: dict[str, Array]) -> bool:
+        """The columns say what the row says."""
+        row, ids = self.row, arrays["sample_ids"]
+        return bool(
+            (arrays["origins"] < len(row.origins)).all()
+            and (ids.min(), ids.max()) == (row.first_sample, row.last_sample)
+            and ids.min() >= 0
+            and arrays["atoms"].sum() == row.atoms
+        )
+
     @property
     def name(self) -> str:
         """File and the samples in it, for messages."""
@@ -137,8 +161,19 @@ class Shard:
 
     def record(self, index: int) -> bytes:
         """The record of one sample, verified; CacheError names file and sample when it is not what was written."""
-        start, end = self.bounds[index : index + 2].tolist()
-        return self.verified(index, self._store.read_at(self._name, start, end - start))
+        return self.span(index, index + 1)[0]
+
+    def span(self, first: int, end: int) -> list[bytes]:
+        """The records of samples number `first` to `end` - 1 of the shard, verified, in one read."""
+        data = self.read(first, end)
+        bounds = (self.bounds[first : end + 1] - self.bounds[first]).tolist()
+        return [self.verified(first + i, data[bounds[i] : bounds[i + 1]]) for i in range(end - first)]
+
+    def read(self, first: int, end: int) -> bytes:
+        """Their bytes, not verified."""
+        start, stop = int(self.bounds[first]), int(self.bounds[end])
+        with self._there():
+            return self._store.read_at(self._name, start, stop - start)
 
     def some_records(self, indexes: Sequence[int]) -> list[bytes]:
         """Those of some samples, verified; neighbours come in one read."""
@@ -147,7 +182,8 @@ class Shard:
         gaps = self.bounds[wanted[1:]] - self.bounds[wanted[:-1] + 1]
         for run in np.split(wanted, np.flatnonzero(gaps > NEAR) + 1):
             first = int(self.bounds[run[0]])
-            data = self._store.read_ahead(self._name, first, int(self.bounds[run[-1] + 1]) - first)
+            with self._there():
+                data = self._store.read_ahead(self._name, first, int(self.bounds[run[-1] + 1]) - first)
             for index in run.tolist():
                 start, end = (self.bounds[index : index + 2] - first).tolist()
                 found[index] = self.verified(index, data[start:end])
@@ -155,10 +191,20 @@ class Shard:
 
     def records(self) -> list[bytes]:
         """All of them, verified, in one read."""
-        first = self.row.index_bytes
-        data = memoryview(self._store.read_at(self._name, first, self.row.bytes - first))
-        bounds = (self.bounds - first).tolist()
-        return [self.verified(i, bytes(data[bounds[i] : bounds[i + 1]])) for i in range(self.row.samples)]
+        return self.span(0, self.row.samples)
+
+    @contextlib.contextmanager
+    def _there(self) -> Iterator[None]:
+        """A file that is gone was either lost, or retired and then purged behind a reader's back."""
+        try:
+            yield
+        except CacheError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise CacheError(
+                    f"{error}; if `compact --purge` has removed it, refresh the reader: a view from before the "
+                    "compaction cannot be read any more"
+                ) from error.__cause__
+            raise
 
     def verified(self, index: int, data: bytes) -> bytes:
         sample, token_digest = int(self.columns.sample_ids[index]), int(self.columns.digests[index])
@@ -167,7 +213,7 @@ class Shard:
         return data
 
 
-def _parse(data: bytes, size: int) -> dict[str, tuple[int, int]]:
+def parse(data: bytes, size: int) -> dict[str, tuple[int, int]]:
     """Where each column lies in a file of `size` bytes that begins with `data`; ValueError if that cannot be."""
     front = 8 + int.from_bytes(data[:8], "little")
     if not 8 < front <= len(data):

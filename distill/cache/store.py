@@ -72,6 +72,10 @@ class Store(ABC):
     @abstractmethod
     def remove(self, name: str) -> None: ...
 
+    @abstractmethod
+    def bytes_in(self, folder: str) -> int:
+        """Size of all files in a folder and the folders in it; 0 if there is no such folder."""
+
     def exists(self, name: str) -> bool:
         try:
             self.size(name)
@@ -121,6 +125,10 @@ class LocalStore(Store):
     def size(self, name: str) -> int:
         with reported(self.folder / name):
             return (self.folder / name).stat().st_size
+
+    def bytes_in(self, folder: str) -> int:
+        with reported(self.folder / folder):
+            return sum(path.stat().st_size for path in (self.folder / folder).rglob("*") if path.is_file())
 
     def publish(self, name: str, data: bytes) -> None:
         publish(self.folder / name, data)

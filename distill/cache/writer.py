@@ -18,12 +18,13 @@ from distill.cache.files import TEMPORARY
 from distill.cache.header import CacheHeader
 from distill.cache.index import Index
 from distill.cache.layout import LEDGER, LOCK, SHARDS, check_writer
-from distill.cache.ledger import LedgerReader, LedgerWriter, Origin, ShardRow, ledgers
+from distill.cache.ledger import LedgerWriter, Origin
 from distill.cache.publish import create, publish_shard
 from distill.cache.ranks import invert, load_ranks
 from distill.cache.shard import Array, Columns, Shard
 from distill.cache.store import LocalStore, locked, open_store
 from distill.cache.targets import Atoms
+from distill.cache.view import published
 from distill.config.errors import CacheError
 from distill.config.schema import OnFull
 
@@ -298,11 +299,10 @@ class CacheWriter:
     def _published(self, step: int) -> Index:
         """What any writer has published of this step and later ones."""
         index, order = Index(self.header.samples), np.zeros(1, np.int64)
-        for name in ledgers(self._store):
-            for row in LedgerReader(self._store, name, self._identity).poll():
-                if isinstance(row, ShardRow) and row.last_step >= step:
-                    columns = Shard(self._store, row).columns
-                    index.add(0, columns.sample_ids, columns.steps, order)
+        for row in published(self._store, self.header).rows:
+            if row.last_step >= step:
+                columns = Shard(self._store, row).columns
+                index.add(0, columns.sample_ids, columns.steps, order)
         return index
 
     def _ask(self, request: str) -> None:

@@ -96,6 +96,13 @@ def precheck(arguments: list[str]) -> None:
         raise ConfigError(*dict.fromkeys(problems))
 
 
+def resolve(overrides: list[str]) -> RunConfig:
+    """The configuration that a command line of overrides stands for, Hydra not started; ConfigError as precheck."""
+    precheck(overrides)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return load(compose("config", overrides=overrides))
+
+
 def to_dict(run: RunConfig) -> dict[str, Any]:
     """The resolved configuration as plain JSON-able values."""
     box = OmegaConf.to_container(OmegaConf.structured(run), resolve=True, enum_to_str=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
-from omegaconf import MISSING
+MISSING: Any = "???"
+"""Omegaconf's word for a value that must be given; spelt out, since loading that library takes longer than a tool."""
 
 
 class Parametrization(Enum):

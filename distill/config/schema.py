@@ -11,8 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
-from omegaconf import MISSING
-
+from distill.config.model import MISSING
 from distill.config.model import BaseSizes as BaseSizes
 from distill.config.model import ModelConfig as ModelConfig
 from distill.config.model import Parametrization as Parametrization

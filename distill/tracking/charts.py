@@ -130,6 +130,22 @@ def heat_map(frame: Frame, label: str, x: np.ndarray, counts: np.ndarray, mean: 
     return _figure(title, f'<ul class="legend">{legend}</ul>', body, x_axis, y_axis)
 
 
+def histogram(frame: Frame, edges: Sequence[float], counts: Sequence[int]) -> str:
+    """Bars from edge to edge [N + 1], as high as the share of counts [N]."""
+    total = max(sum(counts), 1)
+    shares = [count / total for count in counts]
+    x_axis, y_axis = Axis(float(edges[0]), float(edges[-1])), Axis(0.0, 1.06 * max(max(shares), 1e-9))
+    cells = []
+    for low, high, share in zip(edges[:-1], edges[1:], shares, strict=True):
+        left, right = 1000 * float(x_axis.share(low)), 1000 * float(x_axis.share(high))
+        top = 1000 * (1 - float(y_axis.share(share)))
+        cells.append(
+            f'<rect x="{left + 2:.1f}" y="{top:.1f}" width="{right - left - 4:.1f}" height="{1000 - top:.1f}" '
+            f'fill-opacity="0.8" data-share="{percent(share)}"/>'
+        )
+    return _figure(frame, "", f'<g class="cells">{"".join(cells)}</g>', x_axis, y_axis)
+
+
 def _figure(frame: Frame, legend: str, body: str, x_axis: Axis, y_axis: Axis, marks: Sequence[Mark] = ()) -> str:
     axes = []
     for value, text in y_axis.marks():

@@ -154,7 +154,8 @@ for (const plot of document.querySelectorAll('.plot:not(.matrix)')) {
         if (Math.abs(near[i][0] - at) < 25) rows.push([element('i', 'swatch ' + style), label, value]);
       });
     } else if (cell) {
-      rows.push(['', 'alpha', cell.dataset.bin], ['', 'share', cell.dataset.share]);
+      if (cell.dataset.bin) rows.push(['', 'alpha', cell.dataset.bin]);
+      rows.push(['', 'share', cell.dataset.share]);
     } else return hide();
     rows.unshift(['', unit, text(along(left, right, at / 1000, log.includes('x')))]);
     tip.replaceChildren(...rows.map(([dot, name, value]) => element('div', '', dot, name, element('b', '', value))));
