@@ -51,10 +51,10 @@ def header(samples: int, sample_tokens: int) -> CacheHeader:
     return CacheHeader(VOCAB, "yardstick", "yardstick", sample_tokens, samples, CodecConfig(), 0)
 
 
-def tokens_of(count: int) -> tuple[Atoms, np.ndarray, np.ndarray]:
-    """Atoms, log-probabilities of a label and entropies of `count` tokens: 512 rows of the yardstick, repeated."""
+def tokens_of(count: int, distinct: int = 512) -> tuple[Atoms, np.ndarray, np.ndarray]:
+    """Atoms, log-probabilities of a label and entropies of `count` tokens: some rows of the yardstick, repeated."""
     codec, parts, first = make_codec(CodecConfig(), VOCAB), [], 0
-    for p_TV in rows(512, seed=0):
+    for p_TV in rows(distinct, seed=0):
         place_T = torch.arange(first, first + len(p_TV))
         parts.append(
             codec.select(p_TV.log().float(), torch.zeros(len(p_TV)), seed=0, sample_ids_T=place_T, positions_T=place_T)
