@@ -186,12 +186,14 @@ def picture(measured: dict[tuple[CodecName, float], Found], peers: dict[str, tup
         for style, name in enumerate(SWEEPS)
     ]
     curves += [curve(label, 4 + i, [point, point]) for i, (label, point) in enumerate(peers.items())]
-    frame = charts.Frame(
-        "Error over bytes",
-        "expected squared error",
-        "bytes a token",
-        f"Rows of the yardstick, V = {VOCAB:,}.",
-        wide=True,
-    )
+    note = f"Rows of the yardstick, V = {VOCAB:,}. The error of topk is bias: it does not average out over tokens."
+    frame = charts.Frame("Error over bytes", "expected squared error", "bytes a token", note, wide=True)
     body = charts.line_chart(frame, curves, smoothed=False, zero=False, log_x=True, log_y=True)
+    angles = [
+        curve(name.value, style, [(f.bytes, f.batch_angle_deg) for (n, _), f in measured.items() if n is name])
+        for style, name in enumerate(SWEEPS)
+    ]
+    note = "Of the gradient summed over all tokens, to that of dense targets."
+    frame = charts.Frame("Angle of the gradient", "degrees", "bytes a token", note, wide=True)
+    body += charts.line_chart(frame, angles, smoothed=False, zero=True, log_x=True)
     draw("codec", "Fidelity per byte", f'<div class="grid">\n{body}</div>\n')
