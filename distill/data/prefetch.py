@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Generic, TypeVar
@@ -23,13 +24,17 @@ class Prefetch(Generic[T]):
     def __init__(self, fn: Callable[[int], T], start: int, stop: int, depth: int = 2):
         self._fn, self._range = fn, range(start, stop)
         self._ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
+        self.waited = 0.0
+        """Seconds that the iterating thread has stood still for want of a result."""
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
         self._thread.start()
 
     def __iter__(self) -> Iterator[T]:
         for _ in self._range:
+            began = time.perf_counter()
             result, error = self._ready.get()
+            self.waited += time.perf_counter() - began
             if error is not None:
                 raise error
             yield result  # type: ignore[misc]

@@ -75,9 +75,9 @@ class Trainer:
         self.tracker, self.dist, self.held_out = tracker, dist, held_out
         self.at = 0
         self.sample_tokens = sample_tokens
-        self._window = [0.0, 0.0, 0]  # seconds, seconds without a batch, and tokens since the last logged row
+        self._window = [0.0, 0.0, 0]  # seconds, those waiting for a batch, and tokens since the last logged row
         self.seconds = self.stalled = 0.0
-        """In `advance`, and there without a batch; of this process."""
+        """In `advance`, and of that waiting for a batch; of this process."""
 
     def state(self) -> dict[str, Any]:
         return {"step": self.at, "program": self.program.state(), "views": self.joiner.views}
@@ -90,18 +90,17 @@ class Trainer:
         """Trains up to step `stop`."""
         assert stop <= self.steps, (stop, self.steps)
         with Prefetch(self.batch, self.at, stop) as batches:
-            began = time.perf_counter()
+            began, waited = time.perf_counter(), 0.0
             for batch in batches:
-                waited = time.perf_counter() - began
                 self._one(batch)
-                seconds = time.perf_counter() - began
+                seconds, stalled = time.perf_counter() - began, batches.waited - waited
                 self.seconds += seconds
-                self.stalled += waited
+                self.stalled += stalled
                 self._window[0] += seconds
-                self._window[1] += waited
+                self._window[1] += stalled
                 self._window[2] += self.config.batch * self.sample_tokens
                 self._report()
-                began = time.perf_counter()
+                began, waited = time.perf_counter(), batches.waited
 
     def batch(self, step: int) -> Batch:
         """This rank's rows of optimizer step `step`."""
