@@ -38,7 +38,7 @@ lint: setup ## ruff, mypy, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: setup ## Measurements of tests/bench into runs/bench (ONLY=name for one)
+bench: setup ## Measurements of tests/bench into runs/bench (ONLY=name for one; codec takes SEED= and ROWS=)
 	$(BIN)/python -m tests.bench $(ONLY)
 
 crash: setup ## Kill writers, flip bits; fails unless nothing is lost or unnoticed (ONLY=cache KILLS=200 FLIPS=10000 SEED=0)

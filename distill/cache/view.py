@@ -71,3 +71,13 @@ class Newest:
     def steps(self, sample_ids: NDArray[Any]) -> NDArray[np.int64]:
         """Step of the record that counts, -1 where there is none."""
         return self.index.find(sample_ids)[2]
+
+
+def newest_since(store: Store, header: CacheHeader, step: int) -> Newest:
+    """What has been published of the teacher's step `step` and later ones; CacheError as `open_shard`."""
+    newest = Newest(header.samples)
+    for row in published(store, header).rows:
+        if row.last_step >= step:
+            columns = open_shard(store, header, row).columns
+            newest.add(columns.sample_ids, columns.steps)
+    return newest

@@ -16,15 +16,14 @@ from distill.cache import record
 from distill.cache.codecs import make_codec
 from distill.cache.files import TEMPORARY
 from distill.cache.header import CacheHeader
-from distill.cache.index import Index
 from distill.cache.layout import LEDGER, LOCK, SHARDS, check_writer
 from distill.cache.ledger import LedgerWriter, Origin
 from distill.cache.publish import create, publish_shard
 from distill.cache.ranks import invert, load_ranks
-from distill.cache.shard import Array, Columns, Shard
+from distill.cache.shard import Array, Columns
 from distill.cache.store import LocalStore, locked, open_store
 from distill.cache.targets import Atoms
-from distill.cache.view import published
+from distill.cache.view import Newest, newest_since
 from distill.config.errors import CacheError
 from distill.config.schema import OnFull
 
@@ -94,7 +93,7 @@ class CacheWriter:
         self._shard_samples, self._queue, self._on_full = shard_samples, queue, OnFull(on_full)
         self._source, self._seen_before, self._flops_per_token = source, seen_before, flops_per_token
         self._rank_of_id = invert(load_ranks(self._store, self.header))
-        self._done: Index | None = None
+        self._done: Newest | None = None
         with contextlib.ExitStack() as stack:
             if isinstance(self._store, LocalStore):
                 lock = self._store.folder / LEDGER / f"{writer}{LOCK}"
@@ -282,8 +281,8 @@ class CacheWriter:
         """Without the samples whose targets of this step, or of a later one, had been published before this writer's
         first `put`: a run that goes on from a checkpoint does some steps again."""
         if self._done is None:
-            self._done = self._published(batch.step)
-        new_B = self._done.find(batch.sample_ids_B)[2] < batch.step
+            self._done = newest_since(self._store, self.header, batch.step)
+        new_B = self._done.steps(batch.sample_ids_B) < batch.step
         if new_B.all():
             return batch
         new_T = np.repeat(new_B, self.header.sample_tokens)
@@ -295,15 +294,6 @@ class CacheWriter:
             entropy_T=batch.entropy_T[new_T],
             valid_T=batch.valid_T[new_T],
         )
-
-    def _published(self, step: int) -> Index:
-        """What any writer has published of this step and later ones."""
-        index, order = Index(self.header.samples), np.zeros(1, np.int64)
-        for row in published(self._store, self.header).rows:
-            if row.last_step >= step:
-                columns = Shard(self._store, row).columns
-                index.add(0, columns.sample_ids, columns.steps, order)
-        return index
 
     def _ask(self, request: str) -> None:
         """Hands a request to the thread and waits until it is done, or the thread has failed."""

@@ -12,7 +12,7 @@ from distill.run.run import Run
 from distill.run.trainer import Trainer
 from teacher.step import TeacherStep
 
-PAIRS = 3
+PAIRS = 5
 
 
 def capture_overhead(run: Run, trainer: Trainer) -> float:

@@ -5,8 +5,8 @@ records, and a reader's whole way from disk to padded targets in batches of 8 sa
 the thread's own time. `select_vs_head`: the default codec over the head's product at V = 202,048, hidden 5,120 (bench
 `select`). `capture_overhead` and `stall`: teacher and student of the smoke, shortened (paired blocks with capture on
 and off; share of the student's time without a batch). `open_ms`, `resident_mb`: 100 million tokens in 1,000 shards,
-opened by a fresh process that has imported torch, and what that process has grown by after 10,000 reads of random
-samples (`process_mb`: all that it has).
+opened by a fresh process, and what that process has grown by over one that has torch alone after 10,000 reads of
+random samples: code, compiled code, index (`process_mb`: all that it has).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from distill.cache.shard import Columns
 from distill.cache.store import LocalStore
 from distill.config.schema import CodecConfig
 from tests.bench import select
+from tests.bench._resident import resident_mb
 from tests.bench._yardstick import VOCAB, rows
 
 SAMPLE, BATCH = 1024, 8
@@ -113,8 +114,7 @@ def _job(name: str, folder: Path, arguments: list[str]) -> dict[str, float]:
 def at_scale() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         samples = large_cache(Path(folder))
-        code = f"from tests.bench.cache import open_and_read; open_and_read({folder!r}, {samples})"
-        found = [json.loads(subprocess.check_output([sys.executable, "-c", code])) for _ in range(3)]
+        found = [json.loads(subprocess.check_output(fresh_process(folder, samples))) for _ in range(3)]
         size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
     figures = {name: statistics.median(run[name] for run in found) for name in found[0]}
     return figures | {"stored_gb": size / 1e9, "index_bytes_per_sample": 16.0}
@@ -144,32 +144,34 @@ def large_cache(folder: Path) -> int:
     return samples
 
 
-def open_and_read(folder: str, samples: int) -> None:
-    """In a process of its own: prints what it measured as JSON."""
+def fresh_process(folder: str, samples: int, reads: int = READS) -> list[str]:
+    """The command that opens and reads in a process of its own, which prints what it measured as JSON."""
+    code = (
+        "import torch; from tests.bench._resident import resident_mb; before = resident_mb(); "
+        f"from tests.bench.cache import open_and_read; open_and_read({folder!r}, {samples}, {reads}, before)"
+    )
+    return [sys.executable, "-c", code]
+
+
+def open_and_read(folder: str, samples: int, reads: int, before: float) -> None:
     torch.set_num_threads(1)
-    before = _resident_mb()
     began = time.perf_counter()
     reader = CacheReader(folder)
     seconds = time.perf_counter() - began
     rng = np.random.default_rng(0)
     began = time.perf_counter()
-    for sample in rng.integers(0, samples, READS):
+    for sample in rng.integers(0, samples, reads):
         found = reader.read(np.array([sample]), np.array([sample], np.uint64))
         assert bool(found.targets.covered_T.all())
     read = time.perf_counter() - began
-    after = _resident_mb()
+    after = resident_mb()
     print(
         json.dumps(
             {
                 "open_ms": 1e3 * seconds,
                 "resident_mb": after - before,
                 "process_mb": after,
-                "random_reads_s": READS / read,
+                "random_reads_s": reads / read,
             }
         )
     )
-
-
-def _resident_mb() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096 / 2**20

@@ -4,12 +4,14 @@
 ledger, per-token statistics included; the table of ranks, once for a whole cache, is not. Errors are expected squared
 distances to the true rows. Angles and norms are those of the gradient of the forward KL with respect to the logits, for
 a student whose logits are off by noise of size 0.5: mean over tokens, and of the sum over all tokens (`batch_`), in
-which what is unbiased averages out. Sizes of the peers are what they store at this vocabulary.
+which what is unbiased averages out. Sizes of the peers are what they store at this vocabulary. SEED= and ROWS= (200 or
+more; fewer than 2,048 are sampled several times) measure it anew.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -54,7 +56,8 @@ class Found(NamedTuple):
     atoms: float
 
 
-def run(seed: int = 0, count: int = ROWS) -> dict[str, float]:
+def run() -> dict[str, float]:
+    seed, count = int(os.environ.get("SEED", 0)), int(os.environ.get("ROWS", ROWS))
     settings = [(name, value) for name, (_, values) in SWEEPS.items() for value in values]
     measured = measure(settings, seed, count)
     default = [found for (name, _), found in measured.items() if name is CodecConfig().name]
@@ -79,17 +82,18 @@ def run(seed: int = 0, count: int = ROWS) -> dict[str, float]:
 
 
 def measure(settings: list[tuple[CodecName, float]], seed: int, count: int) -> dict[tuple[CodecName, float], Found]:
-    """Every setting on the same rows."""
-    meters = {key: _Meter(*key, count) for key in settings}
+    """Every setting on the same rows; few of them are sampled several times."""
+    passes = -(-ROWS // count)
+    meters = {key: _Meter(*key, seed, count * passes, SAMPLE if count % SAMPLE == 0 else count) for key in settings}
     g = torch.Generator().manual_seed(seed + 1)
     first = 0
-    for p_TV in rows(count, seed):
+    for p_TV in (block_TV for _ in range(passes) for block_TV in rows(count, seed)):
         student_TV = (p_TV.log() + 0.5 * torch.randn(p_TV.shape, generator=g)).softmax(-1)
         labels_T = torch.multinomial(p_TV.float(), 1, generator=g)[:, 0]
         for meter in meters.values():
             meter.add(p_TV, student_TV, labels_T, first)
         first += len(p_TV)
-        print(f"\r  {first} of {count} rows", end="", flush=True)
+        print(f"\r  {first} of {count * passes} tokens", end="", flush=True)
     print("\r", end="")
     return {key: meter.found() for key, meter in meters.items()}
 
@@ -97,10 +101,10 @@ def measure(settings: list[tuple[CodecName, float]], seed: int, count: int) -> d
 class _Meter:
     """One codec at one setting."""
 
-    def __init__(self, name: CodecName, value: float, count: int):
+    def __init__(self, name: CodecName, value: float, seed: int, tokens: int, sample_tokens: int):
+        self.seed, self.tokens, self.sample_tokens = seed, tokens, sample_tokens
         self.config = CodecConfig(name, **{SWEEPS[name][0]: value})
         self.codec = make_codec(self.config, VOCAB)
-        self.count = count
         self.parts: list[tuple[Atoms, Tensor, Tensor]] = []
         self.errors, self.angles, self.ratios = [], [], []
         self.sums = torch.zeros(2, VOCAB, dtype=torch.float64)
@@ -108,9 +112,8 @@ class _Meter:
     def add(self, p_TV: Tensor, student_TV: Tensor, labels_T: Tensor, first: int) -> None:
         place_T = torch.arange(first, first + len(p_TV))
         logits_TV = p_TV.log().float()
-        atoms, entropy_T = self.codec.select(
-            logits_TV, torch.zeros(len(p_TV)), seed=0, sample_ids_T=place_T // SAMPLE, positions_T=place_T % SAMPLE
-        )
+        where = {"sample_ids_T": place_T // self.sample_tokens, "positions_T": place_T % self.sample_tokens}
+        atoms, entropy_T = self.codec.select(logits_TV, torch.zeros(len(p_TV)), seed=self.seed, **where)
         self.parts.append((atoms, logits_TV.gather(1, labels_T[:, None])[:, 0], entropy_T))
         ids_TK, probs_TK = self.codec.decode(atoms)
         sparse_TV = torch.zeros_like(p_TV).scatter_add_(1, ids_TK, probs_TK.double())
@@ -137,25 +140,25 @@ class _Meter:
 
     def _bytes(self, atoms: Atoms) -> float:
         """Through the writer; what it wrote is read back and compared."""
-        samples = self.count // SAMPLE
+        samples = self.tokens // self.sample_tokens
         ids, digests = np.arange(samples), np.arange(samples, dtype=np.uint64)
-        header = CacheHeader(VOCAB, "yardstick", "yardstick", SAMPLE, samples, self.config, 0)
+        header = CacheHeader(VOCAB, "yardstick", "yardstick", self.sample_tokens, samples, self.config, 0)
         label_T, entropy_T = (torch.cat([part[i] for part in self.parts]) for i in (1, 2))
         with tempfile.TemporaryDirectory() as folder:
             with CacheWriter(folder, header, writer="teacher-00000") as writer:
                 writer.put(
-                    ids, digests, atoms, label_T, entropy_T, torch.ones(self.count, dtype=torch.bool),
+                    ids, digests, atoms, label_T, entropy_T, torch.ones(self.tokens, dtype=torch.bool),
                     step=0, tokens_seen=0, teacher="yardstick",
                 )  # fmt: skip
             targets = CacheReader(folder).read(ids, digests).targets
             want = self.codec.decode(atoms)
-            for t in range(0, self.count, 97):
+            for t in range(0, self.tokens, 97):
                 pairs = [dict(zip(i[t].tolist(), p[t].tolist())) for i, p in (targets[:2], want)]
                 assert all(
                     {i: p for i, p in pair.items() if p} == {i: p for i, p in pairs[1].items() if p} for pair in pairs
                 )
             files = [*Path(folder).glob("shards/*.safetensors"), *Path(folder).glob("ledger/*.jsonl")]
-            return sum(path.stat().st_size for path in files) / self.count
+            return sum(path.stat().st_size for path in files) / self.tokens
 
 
 def topk_errors(seed: int, count: int) -> list[float]:

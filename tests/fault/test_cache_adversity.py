@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from distill.cache import CacheReader, CacheWriter
-from distill.cache.index import Index
 from distill.cache.ledger import LedgerReader, Retired
 from distill.cache.store import LocalStore
+from distill.cache.view import Newest
 from distill.config.errors import CacheError
 from tests.crash import _checker as checker
 from tests.workers.cache import SAMPLES, digests, header, put
@@ -230,7 +230,7 @@ def test_equal_work_of_two_with_one_name_points_at_whole_bytes():
     """The same shard and row twice are one of each, as where an answer was lost; unequal work is refused."""
     url = "memory://equal-work"
     first, second = (CacheWriter(url, header(), writer="w", shard_samples=2) for _ in range(2))
-    second._done = Index(SAMPLES)  # it looked before the first had published
+    second._done = Newest(SAMPLES)  # it looked before the first had published
     put(first, [0, 1])
     first.flush()
     put(second, [0, 1])
@@ -278,7 +278,7 @@ def test_a_reader_while_shards_are_replaced(tmp_path):
         assert all(x.equal(y) for x, y in zip(got.targets, truth.targets)) and got.step_B.equal(truth.step_B)
 
     with CacheWriter(folder, header(), writer="z", shard_samples=4, source="backfill") as writer:
-        writer._done = Index(SAMPLES)  # knows of nothing: a compaction writes what is there already
+        writer._done = Newest(SAMPLES)  # knows of nothing: a compaction writes what is there already
         for first in (0, 4):
             put(writer, list(range(first, first + 4)))
             writer.flush()

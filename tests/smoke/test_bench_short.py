@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ def one_thread():
 
 def test_errors_of_the_bench_are_those_of_theory(monkeypatch):
     """The variance of N independent draws, and of counts floor(N p) or ceil(N p); the bias of top-k. In closed form."""
-    monkeypatch.setattr(codec, "SAMPLE", COUNT)
+    monkeypatch.setattr(codec, "ROWS", COUNT)
     settings = [(CodecName.multinomial, 50), (CodecName.systematic, 17), (CodecName.topk, 4)]
     found = codec.measure(settings, seed=3, count=COUNT)
     p_TV = torch.cat(list(rows(COUNT, seed=3)))
@@ -53,7 +52,6 @@ def test_a_small_large_cache_is_read_at_random(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "SHARDS", 12)
     samples = cache.large_cache(tmp_path)
     assert samples == 24 and len(list((tmp_path / "shards").iterdir())) == 12
-    code = f"from tests.bench import cache; cache.READS = 40; cache.open_and_read({str(tmp_path)!r}, {samples})"
-    found = json.loads(subprocess.check_output([sys.executable, "-c", code]))
+    found = json.loads(subprocess.check_output(cache.fresh_process(str(tmp_path), samples, reads=40)))
     assert found.keys() == {"open_ms", "resident_mb", "process_mb", "random_reads_s"}
     assert all(value > 0 for value in found.values())
