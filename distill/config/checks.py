@@ -1,4 +1,7 @@
-"""Rules between fields: what types alone cannot say. Yields one sentence per broken rule, never stops at the first."""
+"""Rules between fields: what types alone cannot say. Yields one sentence per broken rule, never stops at the first.
+
+Longer than other files, so that all rules are read in one place.
+"""
 
 from __future__ import annotations
 
