@@ -26,6 +26,7 @@ from distill.cache.targets import SoftTargets
 from distill.cache.v1.record import decode as decode_old
 from distill.cache.v1.shard import OldShard
 from distill.cache.v1.shard import row as old_row
+from distill.cache.view import open_shard
 from distill.config.errors import CacheError
 
 Array = NDArray[Any]
@@ -355,14 +356,11 @@ class CacheReader:
         return sample_ids
 
     def _shard(self, row: ShardRow) -> Shard | OldShard:
-        return (OldShard if self.header.format == 1 else Shard)(self._store, row)
+        return open_shard(self._store, self.header, row)
 
     def _columns_of(self, row: ShardRow) -> tuple[Array, Array]:
-        shard = self._shard(row)
-        sample_ids = shard.columns.sample_ids
-        if len(sample_ids) and int(sample_ids.max()) >= self.header.samples:
-            raise CacheError(f"{shard.name}: does not fit a corpus of {self.header.samples} samples")
-        return sample_ids, shard.columns.steps
+        columns = self._shard(row).columns
+        return columns.sample_ids, columns.steps
 
     def _decode(self, found: list[tuple[Shard | OldShard, int]]) -> Decoded:
         new = [(s, i) for s, i in found if isinstance(s, Shard)]

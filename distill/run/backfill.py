@@ -127,15 +127,7 @@ def _places(run: Run, teacher: Teacher) -> Iterator[tuple[Place, Held]]:
             newest = max((o.last_step for o in others), default=-1)
             seen = seen or any(o.source == "capture" for o in others)
         else:
-            header = CacheHeader(
-                vocab_size=vocab_size,
-                tokenizer=run.data.tokenizer.digest,
-                corpus=corpus.digest,
-                sample_tokens=corpus.sample_tokens,
-                samples=len(corpus),
-                codec=config.cache.codec,
-                seed=config.seed,
-            )
+            header = build.new_header(run, corpus, vocab_size, {})
             none_N = np.zeros(len(corpus), bool)
             held = Held(none_N, np.full(len(corpus), np.nan), none_N)
         if config.backfill.min_lag is not None:

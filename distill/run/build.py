@@ -15,6 +15,7 @@ from distill.config.errors import ConfigError
 from distill.config.load import to_dict
 from distill.config.schema import OnMissing, ReplayOrder, TrainConfig
 from distill.data.join import Joiner, check_cache
+from distill.data.packed import PackedCorpus
 from distill.data.stream import Stream, replay
 from distill.model.count import flops_per_token
 from distill.run.run import Run
@@ -87,16 +88,7 @@ def open_capture(run: Run, planned: dict[str, object], folders: Mapping[str, str
         if run.dist.is_main is turn:
             for name, folder in folders.items():
                 corpus = run.data.train[name]
-                header = CacheHeader(
-                    vocab_size=vocab_size,
-                    tokenizer=run.data.tokenizer.digest,
-                    corpus=corpus.digest,
-                    sample_tokens=corpus.sample_tokens,
-                    samples=len(corpus),
-                    codec=config.cache.codec,
-                    seed=config.seed,
-                    stream=planned,
-                )
+                header = new_header(run, corpus, vocab_size, planned)
                 writers.append(
                     CacheWriter(
                         folder,
@@ -115,6 +107,20 @@ def open_capture(run: Run, planned: dict[str, object], folders: Mapping[str, str
     identity = xxhash.xxh3_64_hexdigest(repr(sorted(to_dict(config)["teacher"].items())).encode())
     tokens = train.batch * config.data.sample_tokens
     return Capture(make_codec(config.cache.codec, vocab_size), writers, config.seed, identity, tokens)
+
+
+def new_header(run: Run, corpus: PackedCorpus, vocab_size: int, stream: dict[str, object]) -> CacheHeader:
+    """Of the cache of a corpus, as this run would make it; stream: the teacher's plan, empty where none trains."""
+    return CacheHeader(
+        vocab_size=vocab_size,
+        tokenizer=run.data.tokenizer.digest,
+        corpus=corpus.digest,
+        sample_tokens=corpus.sample_tokens,
+        samples=len(corpus),
+        codec=run.config.cache.codec,
+        seed=run.config.seed,
+        stream=stream,
+    )
 
 
 def cache_figures(readers: list[CacheReader]) -> dict[str, Any]:
