@@ -52,7 +52,7 @@ def run_job(config: RunConfig) -> None:
 
 
 def main() -> int:
-    """Exit code 2 and one line per fault for what a person can mend; tracebacks are for our own mistakes."""
+    """The error's exit code and one line per fault for what a person can mend; tracebacks are for our own mistakes."""
     sys.argv[1:] = spelt(sys.argv[1:])
     try:
         precheck(sys.argv[1:])
@@ -73,7 +73,7 @@ def _told(error: UserError | OSError) -> int:
         raise error  # nothing that a person could mend: the traceback is for us
     for line in str(error).splitlines():
         print(f"error: {line}", file=sys.stderr)
-    return 2
+    return error.exit_code if isinstance(error, UserError) else 2
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""The three kinds of error that people, not programmers, can cause.
+"""The kinds of error that people, not programmers, can cause or mend.
 
 Each message names the key or file, the value found and what is allowed. `__main__` prints them
-without a traceback and exits with code 2; our own invariants use `assert` instead.
+without a traceback and exits with their code; our own invariants use `assert` instead.
 """
 
 
 class UserError(Exception):
-    """Base of everything that is the input's fault."""
+    """Base of everything that a person can mend."""
+
+    exit_code = 2
+    """Of the process that ends with it."""
 
 
 class ConfigError(UserError):
@@ -27,3 +30,9 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint or model folder that is damaged, missing, or does not fit the model."""
+
+
+class DivergenceError(UserError):
+    """A loss, gradient or weight that is not finite: going on would only spoil what is good."""
+
+    exit_code = 3
