@@ -99,7 +99,7 @@ class StudentStep:
     def loss(self, model: Any, batch: Batch) -> tuple[Tensor, Routing]:
         """Sum over valid tokens of soft and hard loss, weighted (nats), and what the routers did."""
         labels_T, valid_T = batch.labels_BS.flatten(), batch.valid_BS.flatten()
-        alpha_T, ids_TK, probs_TK, w_soft_T = torch.zeros(len(valid_T)), None, None, None
+        alpha_T, ids_TK, probs_TK, w_soft_T = torch.zeros(len(valid_T), device=valid_T.device), None, None, None
         if batch.targets is not None:
             alpha_T, lag_B = self.weigh(batch)
             alpha_T = alpha_T.to(valid_T.device)
