@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from distill.config import console, owner, stop
 from distill.config.errors import UserError
 from distill.config.load import CONF, load, precheck, spelt
 from distill.config.schema import Job, RunConfig
@@ -23,9 +26,21 @@ def compose_and_run(cfg: DictConfig) -> None:
     except (UserError, OSError) as error:
         # Here, not only in main: on its way there Hydra would print the whole command line.
         sys.exit(_told(error))
+    finally:
+        owner.release_all()
 
 
 def run_job(config: RunConfig) -> None:
+    refusal: UserError | None = owner.refusal()
+    folder, alone = Path(HydraConfig.get().runtime.output_dir), int(os.environ.get("WORLD_SIZE", "1")) == 1
+    try:
+        if int(os.environ.get("RANK", "0")) == 0 and refusal is None:
+            _own(config, folder)
+    except UserError as error:
+        refusal = error
+    if alone and refusal is not None:
+        raise refusal
+    stop.check()
     # Imported only now: a wrong configuration must be told before torch and DeepSpeed are loaded.
     from distill.engine import dist
     from distill.run import backfill, codistill, export, student, teacher
@@ -33,38 +48,90 @@ def run_job(config: RunConfig) -> None:
 
     ranks = dist.start(config.engine)
     # Each rank composes its own time stamp; the main rank's folder is the run's.
-    folder = Path(ranks.from_main(HydraConfig.get().runtime.output_dir))
-    if config.job is Job.export:
-        export.export(config, folder, ranks)
-        return
-    run = Run(config, folder, ranks)
-    if run.finished:
-        print(f"{folder}: finished; nothing to resume")
-        return
-    jobs = {
-        Job.teacher: teacher.train,
-        Job.student: student.train,
-        Job.codistill: codistill.train,
-        Job.backfill: backfill.backfill,
-        Job.evaluate: student.evaluate,
-    }
-    jobs[config.job](run)
+    refusal, folder = ranks.from_main((refusal, folder))
+    if refusal is not None:
+        raise refusal
+    try:
+        stop.check()
+        if config.job is Job.export:
+            export.export(config, folder, ranks)
+            return
+        run = Run(config, folder, ranks)
+        if run.finished:
+            print(f"{folder}: finished; nothing to resume")
+            return
+        jobs = {
+            Job.teacher: teacher.train,
+            Job.student: student.train,
+            Job.codistill: codistill.train,
+            Job.backfill: backfill.backfill,
+            Job.evaluate: student.evaluate,
+        }
+        with run:
+            jobs[config.job](run)
+    except stop.Stopped as stopped:
+        if ranks.is_main:
+            print(f"{stopped.word}: {_remains(config.job, folder)}", file=sys.stderr)
+        sys.exit(stopped.exit_code)
+    except Exception:
+        if alone or (number := stop.asked()) is None:
+            raise
+        # Another rank has stopped first, and what this one was waiting for will not come.
+        sys.exit(stop.EXIT_CODES[number])
+
+
+def _own(config: RunConfig, folder: Path) -> None:
+    name = f"job={config.job.value}"
+    owner.own(folder, "hydra.run.dir", name)
+    if config.job is Job.export and config.export.dir is not None:
+        owner.own_name(Path(config.export.dir), "export.dir", name)
+
+
+def _remains(job: Job, folder: Path) -> str:
+    """What there is to go on from, in a sentence."""
+    from distill.engine import checkpoint
+
+    again = f"the same command with hydra.run.dir={folder} resume=true"
+    if not (folder / "config.yaml").exists():
+        return "nothing was begun; the same command starts it"
+    places = [folder / "checkpoints", *(folder / "arms").glob("*/checkpoints")]
+    found = [newest for place in places if (newest := checkpoint.latest(place)) is not None]
+    if found:
+        return f"{max(found, key=lambda path: path.stat().st_mtime)} remains; {again} goes on from it"
+    if job is Job.backfill:
+        return f"what was labelled is published; {again} does what is left"
+    return f"there is no checkpoint; {again} starts afresh"
 
 
 def main() -> int:
     """The error's exit code and one line per fault for what a person can mend; tracebacks are for our own mistakes."""
+    with console.spared(), stop.signals():
+        try:
+            return _main()
+        except stop.Stopped as stopped:
+            print(f"{stopped.word}: nothing was begun; the same command starts it", file=sys.stderr)
+            return stopped.exit_code
+        finally:
+            owner.release_all()
+
+
+def _main() -> int:
     sys.argv[1:] = spelt(sys.argv[1:])
     try:
         precheck(sys.argv[1:])
     except UserError as error:
         return _told(error)
+    stop.check()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    if int(os.environ.get("RANK", "0")) > 0:
-        sys.argv.append("hydra.run.dir=.")  # or each rank would leave an empty folder with its own time stamp
-    try:
-        compose_and_run()
-    except OSError as error:  # Hydra makes the run folder before it calls us
-        return _told(error)
+    with contextlib.ExitStack() as stack:
+        if int(os.environ.get("RANK", "0")) > 0:
+            # Or each rank would leave empty folders with its own time stamp.
+            scratch = stack.enter_context(tempfile.TemporaryDirectory())
+            sys.argv += ["hydra.run.dir=.", f"hydra.sweep.dir='{scratch}'"]
+        try:
+            compose_and_run()
+        except OSError as error:  # Hydra makes the run folder before it calls us
+            return _told(error)
     return 0
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from distill.config import stop
 from distill.config.schema import NeedleTestConfig
 from distill.data.needle import trial
 from distill.data.tokenizer import Tokenizer
@@ -41,7 +42,7 @@ def find(
         for column, depth in enumerate(config.depths):
             mine = range(dist.rank, config.trials, dist.world)
             trials = [trial(tokenizer, length, depth, config.facts, (seed, length, depth, n)) for n in mine]
-            for part in (trials[start : start + batch] for start in range(0, len(trials), batch)):
+            for part in stop.checked(trials[start : start + batch] for start in range(0, len(trials), batch)):
                 prompts = [torch.tensor(t.prompt, device=dist.device) for t in part]
                 told = model.generate(prompts, max(len(t.answer) for t in part), eos_ids=[])
                 for t, ids in zip(part, told):

@@ -169,3 +169,9 @@ class StudentStep:
         values = [[math.inf if x is None else x for x in part] for part in state["lag"]]
         self.lag = weighting.LagState(*(self.covered.new_tensor(x) for x in values))
         self.covered = self.covered.new_tensor(state["covered"])
+
+    def hand_over(self) -> dict[str, Tensor]:
+        return {}
+
+    def take_back(self, tensors: dict[str, Tensor]) -> None:
+        assert not tensors, list(tensors)

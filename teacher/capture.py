@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distill.cache import Atoms, CacheWriter, Codec
+from distill.cache.pending import Pending
 from distill.data.join import Batch
 from losses.mixed import Tap
 
@@ -100,6 +101,24 @@ class Capture:
     def flush(self) -> None:
         for writer in self.writers:
             writer.flush()
+
+    def hand_over(self) -> dict[str, Tensor]:
+        """What is captured and not published, taken away, by name; for `take_back` in a later process."""
+        return {
+            f"{corpus}/{index:08d}/{name}": tensor
+            for corpus, writer in enumerate(self.writers)
+            for index, batch in enumerate(writer.hand_over())
+            for name, tensor in batch.tensors().items()
+        }
+
+    def take_back(self, tensors: dict[str, Tensor]) -> None:
+        """Before the first `put`."""
+        batches: list[dict[str, dict[str, Tensor]]] = [{} for _ in self.writers]
+        for key, tensor in tensors.items():
+            corpus, index, name = key.split("/")
+            batches[int(corpus)].setdefault(index, {})[name] = tensor
+        for writer, found in zip(self.writers, batches, strict=True):
+            writer.take_back([Pending.of(found[index]) for index in sorted(found)])
 
     def finish(self) -> None:
         """Publishes everything and says that nothing more will come."""

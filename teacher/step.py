@@ -57,3 +57,10 @@ class TeacherStep:
 
     def load_state(self, state: dict[str, Any]) -> None:
         assert not state, state
+
+    def hand_over(self) -> dict[str, Tensor]:
+        return {} if self.capture is None else self.capture.hand_over()
+
+    def take_back(self, tensors: dict[str, Tensor]) -> None:
+        if self.capture is not None:
+            self.capture.take_back(tensors)

@@ -18,6 +18,7 @@ from distill.cache.files import TEMPORARY
 from distill.cache.header import CacheHeader
 from distill.cache.layout import LEDGER, LOCK, SHARDS, check_writer
 from distill.cache.ledger import LedgerWriter, Origin
+from distill.cache.pending import Pending
 from distill.cache.publish import create, publish_shard
 from distill.cache.ranks import invert, load_ranks
 from distill.cache.shard import Array, Columns
@@ -26,20 +27,6 @@ from distill.cache.targets import Atoms
 from distill.cache.view import Newest, newest_since
 from distill.config.errors import CacheError
 from distill.config.schema import OnFull
-
-
-class _Batch(NamedTuple):
-    """One micro-batch on the CPU."""
-
-    sample_ids_B: Array
-    digests_B: Array
-    atoms: Atoms
-    label_logprob_T: Array
-    entropy_T: Array
-    valid_T: Array
-    step: int
-    tokens_seen: int
-    teacher: str
 
 
 class WriterStats(NamedTuple):
@@ -105,9 +92,10 @@ class CacheWriter:
 
         # All below is shared with the thread, under the condition's lock.
         self._change = threading.Condition()
-        self._waiting: deque[_Batch] = deque()
+        self._waiting: deque[Pending] = deque()
         self._request: str | None = None
-        """What the caller waits for once nothing waits: flush, finish, stop; or at once: abort."""
+        """What the caller waits for once nothing waits: flush, finish, stop, hand over; or at once: abort."""
+        self._handed: list[Pending] = []
         self._error: BaseException | None = None
         self._error_raised = self._closed = False
         self._stats = WriterStats(0, 0, 0, 0)
@@ -164,7 +152,7 @@ class CacheWriter:
         Raises:
             CacheError: the thread has failed (names file and reason), or these targets cannot be stored.
         """
-        batch = _Batch(
+        batch = Pending(
             np.array(sample_ids_B, np.int64),
             np.array(digests_B, np.uint64),
             atoms.cpu(),
@@ -241,6 +229,19 @@ class CacheWriter:
         """`flush`, and a closing row: this writer's stream is complete."""
         self._ask("finish")
 
+    def hand_over(self) -> list[Pending]:
+        """Takes away what was accepted and is not published, for `take_back` of a later writer of this name."""
+        self._ask("hand over")
+        handed, self._handed = self._handed, []
+        return handed
+
+    def take_back(self, batches: list[Pending]) -> None:
+        """Goes on from where a writer has handed over; before the first `put`."""
+        left = [batch for batch in map(self._undone, batches) if len(batch.sample_ids_B)]
+        with self._change:
+            self._waiting.extend(left)
+            self._change.notify_all()
+
     def close(self) -> None:
         """`flush`, stop the thread, give up the writer's name. Raises what the thread met, unless that was raised."""
         if self._closed:
@@ -264,7 +265,7 @@ class CacheWriter:
                 self._change.notify_all()
             self._release()
 
-    def _validate(self, batch: _Batch) -> None:
+    def _validate(self, batch: Pending) -> None:
         width, ids = self.header.sample_tokens, batch.sample_ids_B
         tokens = len(ids) * width
         lengths = [len(batch.digests_B) * width, len(batch.label_logprob_T), len(batch.entropy_T), len(batch.valid_T)]
@@ -277,7 +278,7 @@ class CacheWriter:
             sample = ids[np.flatnonzero(broken_T)[0] // width]
             raise CacheError(f"cache {self.folder}: the teacher's log-probabilities of sample {sample} are not finite")
 
-    def _undone(self, batch: _Batch) -> _Batch:
+    def _undone(self, batch: Pending) -> Pending:
         """Without the samples whose targets of this step, or of a later one, had been published before this writer's
         first `put`: a run that goes on from a checkpoint does some steps again."""
         if self._done is None:
@@ -318,7 +319,7 @@ class CacheWriter:
     def _run(self) -> None:
         """The thread: alone with the ledger, and the only one who makes shards."""
         torch.set_num_threads(1)
-        pending: list[_Batch] = []
+        pending: list[Pending] = []
         try:
             while True:
                 with self._change:
@@ -336,6 +337,8 @@ class CacheWriter:
                         self._publish(pending)
                         pending = []
                     continue
+                if request == "hand over":
+                    self._handed, pending = pending, []
                 if pending and request != "abort":
                     self._publish(pending)
                     pending = []
@@ -352,7 +355,7 @@ class CacheWriter:
                 self._waiting.clear()
                 self._change.notify_all()
 
-    def _publish(self, batches: list[_Batch]) -> None:
+    def _publish(self, batches: list[Pending]) -> None:
         sample_ids, digests = (np.concatenate([b[i] for b in batches]) for i in (0, 1))
         label_logprob, entropy, valid = (np.concatenate([b[i] for b in batches]) for i in (3, 4, 5))
         atoms = Atoms.cat([b.atoms for b in batches])

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from distill.config import stop
 from distill.config.errors import DataError
 from distill.config.schema import ImageConfig
 from distill.data import images
@@ -48,7 +49,7 @@ def pack(
     }
     tokens = {False: 0, True: 0}
     progress = _Progress(corpus.name)
-    for batch in _batches(corpus.documents(scratch)):
+    for batch in stop.checked(_batches(corpus.documents(scratch))):
         masked = any(document.ranges is not None for document in batch)
         encoded = tokenizer.encode_batch([document.text for document in batch], offsets=masked)
         for document, (ids, offsets) in zip(batch, encoded):

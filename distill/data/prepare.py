@@ -18,6 +18,7 @@ from pathlib import Path
 
 import xxhash
 
+from distill.config import stop
 from distill.config.errors import DataError
 from distill.config.files import sync
 from distill.config.schema import IMAGE_TOKENS, DataConfig
@@ -123,7 +124,7 @@ def _tokenizer(config: DataConfig, folder: Path, corpora: list[Corpus]) -> Token
 
 
 def _train_texts(corpus: Corpus, scratch: Path, characters: int) -> Iterator[str]:
-    for document in corpus.documents(scratch):
+    for document in stop.checked(corpus.documents(scratch)):
         if not document.held_out:
             yield document.text.replace(MARKER, "\n")[:characters] if document.pictures else document.text[:characters]
             characters -= len(document.text)

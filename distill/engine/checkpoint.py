@@ -2,6 +2,7 @@
 
     checkpoints/step-00000120/
         teacher-00000.safetensors     whole parameters, moments and buffers by name; rank r holds every W-th of them
+        rest-00000.safetensors        where a signal cut an interval: what rank r had begun and not yet written
         manifest.json                 written last: step, state, sizes and digests of the files
 
 Everything is written into a folder with another name, fsynced and renamed. A loader takes the newest folder whose
@@ -14,6 +15,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +30,25 @@ from distill.engine.dist import Dist
 from distill.engine.zero import Engine
 
 FORMAT = 1
+REST = "rest"
 _NAME = re.compile(r"step-(\d{8})")
 log = logging.getLogger(__name__)
 
 
-def save(root: Path, step: int, engines: dict[str, Engine], state: dict[str, Any], dist: Dist, keep: int) -> Path:
+def save(
+    root: Path,
+    step: int,
+    engines: dict[str, Engine],
+    state: dict[str, Any],
+    dist: Dist,
+    keep: int,
+    rest: dict[str, Tensor] | None = None,
+) -> Path:
     """Writes `root/step-N`; collective. Of older checkpoints the newest `keep - 1` stay.
 
     Args:
         state: JSON-able; everything else that a resumed run needs. Rank 0's is kept.
+        rest: tensors that each rank has of its own.
     """
     final = root / f"step-{step:08d}"
     temporary = root / f"step-{step:08d}.tmp"
@@ -46,16 +58,22 @@ def save(root: Path, step: int, engines: dict[str, Engine], state: dict[str, Any
             temporary.mkdir(parents=True)
         dist.barrier()
         files: dict[str, dict[str, Any]] = {}
+
+        def write(name: str, tensors: dict[str, Tensor]) -> None:
+            path = temporary / f"{name}-{dist.rank:05d}.safetensors"
+            save_file(tensors, path)
+            sync(path)
+            files[path.name] = {"bytes": path.stat().st_size, "xxh3": _digest(path)}
+
         for name, engine in engines.items():
             share = {}
             for index, (key, get) in enumerate(engine.state()):
                 tensor = get()  # collective, so also on ranks that do not keep it
                 if index % dist.world == dist.rank:
                     share[key] = tensor.detach().cpu().contiguous().clone()
-            path = temporary / f"{name}-{dist.rank:05d}.safetensors"
-            save_file(share, path)
-            sync(path)
-            files[path.name] = {"bytes": path.stat().st_size, "xxh3": _digest(path)}
+            write(name, share)
+        if rest:
+            write(REST, {key: tensor.detach().cpu().contiguous().clone() for key, tensor in rest.items()})
         every = dist.gather(files)
         if dist.is_main:
             manifest = {
@@ -112,15 +130,24 @@ class Checkpoint:
         if engine not in self.engines:
             raise CheckpointError(f"{self.folder}: holds {', '.join(self.engines)}; {engine} is not among them")
         found: dict[str, Tensor] = {}
-        for name in self._files:
-            if not re.fullmatch(re.escape(engine) + r"-\d{5}\.safetensors", name):
+        for _, tensors in self._parts(engine, prefixes):
+            found |= tensors
+        return found
+
+    def rest(self, rank: int, world: int) -> list[dict[str, Tensor]]:
+        """What a rank has to go on with: its own, and where there were more ranks, that of some of them."""
+        return [tensors for number, tensors in self._parts(REST, ("",)) if number % world == rank]
+
+    def _parts(self, name: str, prefixes: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """By the rank that wrote them."""
+        for file_name in self._files:
+            if (match := re.fullmatch(re.escape(name) + r"-(\d{5})\.safetensors", file_name)) is None:
                 continue
             try:
-                with safe_open(self.folder / name, framework="pt") as file:
-                    found |= {k: file.get_tensor(k) for k in file.keys() if k.startswith(prefixes)}  # noqa: SIM118
+                with safe_open(self.folder / file_name, framework="pt") as file:
+                    yield int(match[1]), {k: file.get_tensor(k) for k in file.keys() if k.startswith(prefixes)}  # noqa: SIM118
             except SafetensorError as error:
-                raise CheckpointError(f"{self.folder / name}: {error}") from error
-        return found
+                raise CheckpointError(f"{self.folder / file_name}: {error}") from error
 
 
 def newest(root: Path) -> Checkpoint | None:
@@ -142,6 +169,11 @@ def find(folder: Path) -> Checkpoint:
         if found is not None:
             return found
     raise CheckpointError(f"{folder}: neither a Hugging Face folder (config.json) nor a checkpoint of ours")
+
+
+def latest(root: Path) -> Path | None:
+    """The folder of the newest checkpoint, unread."""
+    return next(iter(_folders(root)), None)
 
 
 def clear_half_written(root: Path) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from distill.cache import CacheHeader, CacheReader, CacheWriter, is_created, make_codec
+from distill.config import stop
 from distill.config.schema import OnFull, OnMissing
 from distill.data.join import Batch, Joiner, Prefetch, check_cache
 from distill.data.packed import PackedCorpus
@@ -144,7 +145,7 @@ def _own_loss(run: Run, teacher: Teacher, corpus: PackedCorpus, held: Held) -> f
     ids = others[:: -(-len(others) // PROBED) or 1]
     joiner, b = Joiner([corpus], None, OnMissing.hard), run.config.backfill
     total, tokens = 0.0, 0
-    for start in range(0, len(ids), b.batch):
+    for start in stop.checked(range(0, len(ids), b.batch)):
         some = ids[start : start + b.batch]
         batch = joiner.batch(np.zeros(len(some), np.int64), some).to(run.dist.device)
         loss, valid = label_loss(teacher.model, batch, b.head_chunk)
@@ -270,15 +271,17 @@ def _label_all(run: Run, teacher: Teacher, places: list[Place], plan: Plan, mine
         run.tracker.progress("backfill", 0, plan.samples, tokens=0)
         at, began, labelled = 0, time.perf_counter(), 0
         for turn_number in range(rounds):
-            sums = torch.zeros(3, dtype=torch.float64, device=dist.device)  # loss, valid tokens, samples
+            # Loss, valid tokens, samples, ranks that a signal has asked to stop.
+            sums = torch.zeros(4, dtype=torch.float64, device=dist.device)
             while turn_number < len(mine):
                 corpus, ids, last = pieces[at]
                 sums[:2] += _label(run, teacher, next(batches), captures[corpus], places[corpus].step)
                 sums[2] += len(ids)
                 at += 1
-                if last:
+                if last or stop.asked() is not None:
                     break
-            loss, valid, samples = dist.sum(sums).tolist()
+            sums[3] += stop.asked() is not None
+            loss, valid, samples, stopping = dist.sum(sums).tolist()
             totals += sums[:2]
             labelled += int(samples)
             seconds, tokens = time.perf_counter() - began, samples * length
@@ -287,9 +290,12 @@ def _label_all(run: Run, teacher: Teacher, places: list[Place], plan: Plan, mine
             run.tracker.log("backfill", done + labelled, row)
             text = f"loss {row['loss']:.3f}"
             run.tracker.progress("backfill", labelled, plan.samples, tokens=int(tokens), text=text)
+            if stopping:
+                break
         for capture in captures:
             capture.flush()
         dist.barrier()  # every rank's shards are out before any rank looks
+    stop.check()  # what was labelled is published
     loss, valid = totals.tolist()
     figures: dict[str, Any] = {"samples": labelled, "tokens": labelled * length}
     figures["tflops"] = _tflops(places, plan.units)

@@ -103,6 +103,7 @@ def open_capture(run: Run, planned: dict[str, object], folders: Mapping[str, str
                         ),
                     )
                 )
+                run.resources.push(writers[-1])
         run.dist.barrier()
     identity = xxhash.xxh3_64_hexdigest(repr(sorted(to_dict(config)["teacher"].items())).encode())
     tokens = train.batch * config.data.sample_tokens

@@ -29,23 +29,29 @@ def train(run: Run) -> None:
     trainers = {"teacher": teacher, "student": learner}
     run.restore(trainers)
     rounds = config.codistill.rounds
+    # A run that was stopped within a student's turn goes on with it, on the view that the student had.
+    turn = run.restored.state.get("turn", "teacher") if run.restored else "teacher"
     while teacher.at < teacher.steps or learner.at < learner.steps:
-        if teacher.at < teacher.steps:
-            teacher.advance(_round_end(teacher, rounds))
-            if teacher.at == teacher.steps:
-                capture.finish()
-            else:
-                capture.flush()
-            run.dist.barrier()  # every rank's shards are out before any rank looks
-            for reader in readers:
-                reader.refresh()
+        if teacher.at < teacher.steps or turn == "student":
+            if turn == "teacher":
+                teacher.advance(_round_end(teacher, rounds))
+                if teacher.stopped:
+                    run.save(trainers)
+                if teacher.at == teacher.steps:
+                    capture.finish()
+                else:
+                    capture.flush()
+                run.dist.barrier()  # every rank's shards are out before any rank looks
+                for reader in readers:
+                    reader.refresh()
             goal = student.ready(learner, readers, learner.steps)
             # Checkpoints stand between logged rows, so that no row is averaged over a part of its steps.
             goal -= goal % learner.config.log_every if goal < learner.steps else 0
             learner.advance(max(learner.at, min(goal, _round_end(learner, rounds))))
         else:
             learner.advance(_round_end(learner, rounds))
-        run.save(trainers)
+        turn = "teacher"
+        run.save(trainers, **({"turn": "student"} if learner.stopped else {}))
     capture.close()
 
     taught = run.evaluate(teacher.engine.model)
@@ -88,7 +94,8 @@ def _arm(run: Run, name: str, arm: ArmConfig) -> dict[str, Any]:
     sub = Run(arm_config(run, arm), run.folder / "arms" / name, run.dist, run.data)
     run.tracker.message(f"arm {name}")
     if not sub.finished:
-        student.train(sub)
+        with sub:
+            student.train(sub)
     return sub.summary()
 
 

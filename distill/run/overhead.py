@@ -6,6 +6,7 @@ import shutil
 import statistics
 import time
 
+from distill.config import stop
 from distill.data.join import Prefetch
 from distill.run import build
 from distill.run.run import Run
@@ -34,7 +35,7 @@ def capture_overhead(run: Run, trainer: Trainer) -> float:
         program.capture = capture if on else None
         began = time.perf_counter()
         with Prefetch(lambda step: trainer.batch(step % trainer.steps), 0, steps) as batches:
-            for batch in batches:
+            for batch in stop.checked(batches):
                 trainer.rehearse(batch)
         capture.flush()
         return time.perf_counter() - began
@@ -47,7 +48,9 @@ def capture_overhead(run: Run, trainer: Trainer) -> float:
             ratios.append(seconds[True] / seconds[False] - 1.0)
     finally:
         capture.close()
+        if stop.asked() is not None:
+            shutil.rmtree(folder, ignore_errors=True)
     run.dist.barrier()
     if run.dist.is_main:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
     return statistics.median(ratios)

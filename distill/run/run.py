@@ -7,8 +7,10 @@ Everything of a run lies in its folder: `config.yaml`, `data/`, `metrics.jsonl`,
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +18,7 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
+from distill.config import stop
 from distill.config.checks import sight
 from distill.config.errors import ConfigError, DataError
 from distill.config.files import write_text
@@ -57,7 +60,7 @@ _FREE = (
 
 
 class Run:
-    """One run folder on all ranks.
+    """One run folder on all ranks; as a context, lets go of all that it has opened, whatever ends it.
 
     Args:
         folder: created here; a folder that holds a run already needs resume=true.
@@ -76,12 +79,15 @@ class Run:
         problem = dist.from_main(self._claim() if dist.is_main else None)
         if problem:
             raise ConfigError(*problem)
+        self.resources = ExitStack()
         self.finished = dist.from_main(config.resume and self.summary_path.exists())
         if self.finished:
             return
         self.restored = checkpoint.newest(self.checkpoints) if config.resume else None
         state: dict[str, Any] = self.restored.state if self.restored else {"seconds": 0.0, "roles": {}}
         self.seconds_before: float = state["seconds"]
+        self.saved = self.restored.step if self.restored else None
+        """Step of the last checkpoint that this process has read or written."""
         if dist.is_main:
             checkpoint.clear_half_written(self.checkpoints)
             write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
@@ -92,10 +98,19 @@ class Run:
             enabled=dist.is_main,
             resume_steps={role: s["step"] for role, s in state["roles"].items()} if config.resume else None,
         )
-        if data is not None:
-            self.data = data
-        elif config.job is not Job.backfill:
-            self.prepare(min(getattr(config, role).model.vocab_size for role in self.roles))
+        with ExitStack() as stack:
+            stack.push(self.tracker)
+            if data is not None:
+                self.data = data
+            elif config.job is not Job.backfill:
+                self.prepare(min(getattr(config, role).model.vocab_size for role in self.roles))
+            self.resources = stack.pop_all()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self.resources.__exit__(*error)
 
     def _claim(self) -> list[str]:
         try:
@@ -173,20 +188,38 @@ class Run:
         if self.restored is not None:
             for role, trainer in trainers.items():
                 trainer.load_state(self.restored.state["roles"][role])
+            for tensors in self.restored.rest(self.dist.rank, self.dist.world):
+                for role, trainer in trainers.items():
+                    own = {k.removeprefix(f"{role}/"): t for k, t in tensors.items() if k.startswith(f"{role}/")}
+                    trainer.take_back(own)
             steps = ", ".join(f"{role} step {t.at}" for role, t in trainers.items())
             self.tracker.message(f"resumed from {self.restored.folder}: {steps}")
 
-    def save(self, trainers: dict[str, Trainer]) -> None:
-        """One checkpoint of all models; collective."""
-        state = {
+    def save(self, trainers: dict[str, Trainer], **more: Any) -> None:
+        """One checkpoint of all models, with `more` in its state; collective.
+
+        Raises:
+            Stopped: then, where SIGTERM has stopped a trainer.
+        """
+        step = sum(trainer.at for trainer in trainers.values())
+        if step != self.saved:
+            self._save(trainers, step, more)
+            self.saved = step
+        if any(trainer.stopped for trainer in trainers.values()):
+            raise stop.Stopped(signal.SIGTERM)
+
+    def _save(self, trainers: dict[str, Trainer], step: int, more: dict[str, Any]) -> None:
+        state = more | {
             "seconds": self.seconds,
             "roles": {role: trainer.state() for role, trainer in trainers.items()},
             "models": {role: to_plain(getattr(self.config, role).model) for role in trainers},
         }
         engines = {role: trainer.engine for role, trainer in trainers.items()}
         keep = max(getattr(self.config, role).train.keep_checkpoints for role in trainers)
-        step = sum(trainer.at for trainer in trainers.values())
-        checkpoint.save(self.checkpoints, step, engines, state, self.dist, keep)
+        rest = {
+            f"{role}/{key}": part for role, trainer in trainers.items() for key, part in trainer.hand_over().items()
+        }
+        checkpoint.save(self.checkpoints, step, engines, state, self.dist, keep, rest)
 
     def held_out(self, samples: int | None, batch: int) -> Iterator[Batch]:
         """This rank's held-out batches: the first `samples` of every held-out corpus (None: all)."""
@@ -202,7 +235,7 @@ class Run:
         """On the whole held-out text (`evaluate.samples`)."""
         e = self.config.evaluate
         batches, names = self.held_out(e.samples, e.batch), list(self.data.held_out)
-        return evaluate(model, batches, names, self.dist, bins=e.calibration_bins, teacher=teacher)
+        return evaluate(model, stop.checked(batches), names, self.dist, bins=e.calibration_bins, teacher=teacher)
 
     def glance(self, model: Any, train: TrainConfig) -> dict[str, float]:
         """The same on the first held-out samples, as a row of metrics, for curves."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from pathlib import Path
 
 import numpy as np
 
 from distill.cache import CacheReader, is_created, is_url
+from distill.config import stop
 from distill.config.errors import CacheError
 from distill.run import build, length
 from distill.run.run import Run, check_sight, load_model
@@ -35,7 +37,7 @@ def train(run: Run) -> None:
     while trainer.at < trainer.steps:
         goal = min(trainer.steps, (trainer.at // every + 1) * every)
         if config.cache.follow and readers:
-            while trainer.at < goal:
+            while trainer.at < goal and not trainer.stopped:
                 trainer.advance(_await_targets(run, trainer, readers, goal))
         else:
             trainer.advance(goal)
@@ -85,6 +87,7 @@ def _await_cache(run: Run) -> None:
     while run.dist.is_main and not all(is_created(f) for f in build.cache_folders(run).values()):
         if time.monotonic() > deadline:
             raise CacheError(f"cache.dir is {run.config.cache.dir}; no cache appeared within cache.follow_timeout")
+        stop.check()
         time.sleep(_poll_seconds(run))
     run.dist.barrier()
 
@@ -94,17 +97,24 @@ def _poll_seconds(run: Run) -> float:
 
 
 def _await_targets(run: Run, trainer: Trainer, readers: list[CacheReader], goal: int) -> int:
+    """The step up to which the student may go, further than now; or the same step, and SIGTERM has stopped it."""
     deadline = time.monotonic() + run.config.cache.follow_timeout
     said = False
     while True:
         # The main rank decides; the others then see at least what it saw.
         news = [reader.refresh() for reader in readers] if run.dist.is_main else [0]
-        stop = run.dist.from_main(ready(trainer, readers, goal) if run.dist.is_main else None)
-        if stop > trainer.at:
+        now = (ready(trainer, readers, goal), stop.asked()) if run.dist.is_main else None
+        reach, asked = run.dist.from_main(now)
+        if reach > trainer.at:
             if not run.dist.is_main:
                 for reader in readers:
                     reader.refresh()
-            return int(stop)
+            return int(reach)
+        if asked is signal.SIGINT:
+            raise stop.Stopped(asked)
+        if asked is not None:
+            trainer.stopped = True
+            return trainer.at
         if any(news):
             deadline = time.monotonic() + run.config.cache.follow_timeout
         if time.monotonic() > deadline:

@@ -15,7 +15,7 @@ def train(run: Run) -> None:
     every = run.config.teacher.train.checkpoint_every or trainer.steps
     while trainer.at < trainer.steps:
         trainer.advance(min(trainer.steps, (trainer.at // every + 1) * every))
-        if capture:
+        if capture and not trainer.stopped:
             # Published before the checkpoint: what a resumed run takes as done is on disk.
             capture.flush()
         run.save({"teacher": trainer})

@@ -6,6 +6,7 @@ its explicit state, so a run may be cut at any checkpoint and go on as if nothin
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor
 
 from distill.config.schema import Freeze, OptimConfig, TrainConfig
+from distill.config.stop import Stopped
 from distill.data.join import Batch, Joiner, Prefetch
 from distill.data.stream import Stream
 from distill.engine.dist import Dist
+from distill.engine.halt import Halt
 from distill.engine.optim import learning_rate
 from distill.engine.zero import Engine
 from distill.model.balance import load_stats, update_bias
@@ -32,7 +35,8 @@ Positions = Callable[[np.ndarray], np.ndarray]
 class Step(Protocol):
     """What teacher and student put into the loop; `begin` and `end` may be collective, `loss` is not.
 
-    `figures` adds what the host knows to a logged row.
+    `figures` adds what the host knows to a logged row. `hand_over` takes away what this rank has begun and not yet
+    published, for `take_back` after a resume.
     """
 
     meters: Meters
@@ -43,6 +47,8 @@ class Step(Protocol):
     def figures(self) -> dict[str, float]: ...
     def state(self) -> dict[str, Any]: ...
     def load_state(self, state: dict[str, Any]) -> None: ...
+    def hand_over(self) -> dict[str, Tensor]: ...
+    def take_back(self, tensors: dict[str, Tensor]) -> None: ...
 
 
 class Trainer:
@@ -74,6 +80,9 @@ class Trainer:
         self.steps, self.stream, self.positions, self.joiner = steps, stream, positions, joiner
         self.tracker, self.dist, self.held_out = tracker, dist, held_out
         self.at = 0
+        self.halt = Halt(dist)
+        self.stopped = False
+        """SIGTERM has ended `advance` before its goal: save, and end."""
         self.sample_tokens = sample_tokens
         self._window = [0.0, 0.0, 0]  # seconds, those waiting for a batch, and tokens since the last logged row
         self.seconds = self.stalled = 0.0
@@ -86,8 +95,25 @@ class Trainer:
         self.at = state["step"]
         self.program.load_state(state["program"])
 
+    def hand_over(self) -> dict[str, Tensor]:
+        """What this rank has of an interval that is not over: sums for the next row, and what the step has begun."""
+        sums = {f"sums/{key}": slot for key, slot in self.program.meters.state().items()}
+        return sums | {f"step/{key}": tensor for key, tensor in self.program.hand_over().items()}
+
+    def take_back(self, tensors: dict[str, Tensor]) -> None:
+        parts: dict[str, dict[str, Tensor]] = {"sums": {}, "step": {}}
+        for key, tensor in tensors.items():
+            part, name = key.split("/", 1)
+            parts[part][name] = tensor
+        self.program.meters.load_state(parts["sums"])
+        self.program.take_back(parts["step"])
+
     def advance(self, stop: int) -> None:
-        """Trains up to step `stop`."""
+        """Trains up to step `stop`; after SIGTERM up to the end of the step that is being made, and `stopped` is set.
+
+        Raises:
+            Stopped: after such a step, on Ctrl-C.
+        """
         assert stop <= self.steps, (stop, self.steps)
         with Prefetch(self.batch, self.at, stop) as batches:
             began, waited = time.perf_counter(), 0.0
@@ -100,6 +126,11 @@ class Trainer:
                 self._window[1] += stalled
                 self._window[2] += self.config.batch * self.sample_tokens
                 self._report()
+                if (asked := self.halt.asked()) is signal.SIGINT:
+                    raise Stopped(asked)
+                if asked is not None:
+                    self.stopped = True
+                    return
                 began, waited = time.perf_counter(), batches.waited
 
     def batch(self, step: int) -> Batch:
@@ -127,7 +158,7 @@ class Trainer:
             meters.add(name, value, 1.0)
 
     def _update(self, batch: Batch, lr: float) -> tuple[Tensor, Tensor]:
-        valid = self.dist.sum(batch.valid_BS.sum().to(self.dist.device))
+        valid = self.halt.sum(batch.valid_BS.sum())
         self.program.begin(batch, self.at, self.dist)
         counts: list[Tensor] = []
         micro = batch.ids_BS.shape[0] // self.config.accumulation

@@ -53,6 +53,19 @@ class Meters:
         counts = {name: [next(values) for _ in range(len(slot))] for name, slot in histograms.items()}
         return {name: total / weight for name, (total, weight) in pairs.items() if weight != 0}, counts
 
+    def state(self) -> dict[str, Tensor]:
+        """The sums since the last flush, by name; for `load_state` in a later process."""
+        means = {f"mean/{name}": slot for name, slot in self._means.items()}
+        return means | {f"histogram/{name}": slot for name, slot in self._histograms.items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Adds sums to those that are here."""
+        for key, found in state.items():
+            kind, name = key.split("/", 1)
+            slots = self._means if kind == "mean" else self._histograms
+            slot = self._slot(slots, name, found, found.numel())
+            slot += found.to(slot.device)
+
     def _slot(self, slots: dict[str, Tensor], name: str, like: Tensor | float, size: int) -> Tensor:
         if name not in slots:
             if self.device is None and isinstance(like, Tensor):

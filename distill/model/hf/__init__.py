@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from distill.config import stop
 from distill.model.hf.config import config_from_json, config_to_json
 from distill.model.hf.names import SIGHT
 from distill.model.hf.read import Reader
@@ -32,7 +33,7 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, vision: bool = Tr
         with torch.device("meta"):
             model = Transformer(reader.config).to(dtype or torch.get_default_dtype())
         model.to_empty(device="cpu")
-        for name, parameter in model.named_parameters():
+        for name, parameter in stop.checked(model.named_parameters()):
             reader.read(name, parameter.view(-1))
         for router in model.routers:
             router.bias.zero_()

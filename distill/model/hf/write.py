@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from distill.config import stop
 from distill.config.errors import CheckpointError
 from distill.config.files import sync
 from distill.config.schema import ModelConfig
@@ -106,7 +107,7 @@ def _cost_of_dropping(model: Transformer, heldout_loss: Callable[[Transformer], 
 def _write(model: Transformer, folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
     shards: list[dict[str, nn.Parameter]] = [{}]
     room, total = max_shard_bytes, 0
-    for name, parameter in model.named_parameters():
+    for name, parameter in stop.checked(model.named_parameters()):
         size = parameter.numel() * dtype.itemsize
         if shards[-1] and size > room:
             shards.append({})
@@ -115,7 +116,7 @@ def _write(model: Transformer, folder: Path, dtype: torch.dtype, max_shard_bytes
         room -= size
         total += size
     weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
+    for number, shard in stop.checked(enumerate(shards, 1)):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {key: parameter.detach().to("cpu", dtype).contiguous() for key, parameter in shard.items()}
         save_file(tensors, folder / file, {"format": "pt"})

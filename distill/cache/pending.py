@@ -1,0 +1,58 @@
+"""Targets that a writer has accepted and not yet published; as plain tensors, so that a checkpoint can hold them.
+
+A run that stops between two shards takes them along: cut short there, the shards would be others than those of a run
+that was not stopped, and with them all that a student learns from a shard's mean loss.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distill.cache.targets import Atoms
+
+Array = NDArray[Any]
+
+
+class Pending(NamedTuple):
+    """One micro-batch on the CPU."""
+
+    sample_ids_B: Array
+    digests_B: Array
+    atoms: Atoms
+    label_logprob_T: Array
+    entropy_T: Array
+    valid_T: Array
+    step: int
+    tokens_seen: int
+    teacher: str
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it, by the names of the fields."""
+        named = self.atoms._asdict() | {"clock_2": torch.tensor([self.step, self.tokens_seen])}
+        named["teacher"] = torch.tensor(list(self.teacher.encode()), dtype=torch.uint8)
+        named["digests_B"] = torch.from_numpy(self.digests_B.view(np.int64))
+        for name in ("sample_ids_B", "label_logprob_T", "entropy_T", "valid_T"):
+            named[name] = torch.from_numpy(getattr(self, name))
+        return named
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor]) -> Pending:
+        """What `tensors` gave."""
+        array = {name: tensor.numpy() for name, tensor in tensors.items()}
+        step, tokens_seen = map(int, array["clock_2"])
+        return cls(
+            array["sample_ids_B"],
+            array["digests_B"].view(np.uint64),
+            Atoms(*(tensors[name] for name in Atoms._fields)),
+            array["label_logprob_T"],
+            array["entropy_T"],
+            array["valid_T"],
+            step,
+            tokens_seen,
+            bytes(array["teacher"]).decode(),
+        )

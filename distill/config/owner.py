@@ -1,0 +1,305 @@
+"""One process owns a folder that a run writes into; a second one is refused, by the owner's name, and changes nothing.
+
+A file says who owns the folder. Its owner holds an flock on it, which the kernel drops when the process ends, however
+it ends; on a clean end the file goes, too. It is flock and not a POSIX lock, since those are lost as soon as anything
+in the process closes the file; a child that is forked without an exec gives up its share.
+
+Where the file system has no locks, the process that the file names counts: its number and start time on the same host.
+Where locks do not reach other hosts, one that was left there by another host is for a person to judge.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from distill.config.errors import ConfigError
+
+NAME = ".owner"
+
+_TOKEN = secrets.token_hex(3)
+# Two runs that start in one second, here or on another host, have folders of their own.
+OmegaConf.register_new_resolver("token", lambda: _TOKEN, use_cache=True, replace=True)
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)
+_LOCAL = "ext2 ext3 ext4 xfs btrfs zfs f2fs bcachefs tmpfs ramfs overlay"
+_SHARED = "ceph gpfs ocfs2 gfs2"
+"""File systems of one kernel, and those whose flock is the same for all hosts."""
+
+
+class _Held(NamedTuple):
+    fd: int
+    made: list[Path]
+    """Folders that were not there before, the deepest first."""
+
+
+_held: dict[Path, _Held] = {}
+"""By the path of the file that says so: what this process owns."""
+
+_refusal: list[ConfigError] = []
+
+
+def own(folder: Path, key: str, job: str) -> None:
+    """Makes the folder if need be and owns it, with all below it, until `release_all` or the end of the process.
+
+    Raises:
+        ConfigError: another process owns it, or a folder above or (down to two levels) below it; or no permission.
+    """
+    folder = Path(os.path.realpath(folder))
+    _own(folder / NAME, key, folder, job, [*(p / NAME for p in folder.parents)], [f"*/{NAME}", f"*/*/{NAME}"])
+
+
+def own_name(folder: Path, key: str, job: str) -> None:
+    """The same for a folder that will appear by a rename: the file lies beside it, and only its own name counts."""
+    folder = Path(os.path.realpath(folder))
+    _own(folder.with_name(f".{folder.name}{NAME}"), key, folder, job, [], [])
+
+
+def release_all() -> None:
+    """Gives up what this process owns, and removes folders that it made and left empty."""
+    for lock in [*_held]:
+        held = _held.pop(lock)
+        with contextlib.suppress(OSError):
+            if _is_still(held.fd, lock):
+                lock.unlink()  # before the close: who opened it meanwhile sees that it is gone
+        os.close(held.fd)
+        _remove_empty(held.made)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+class OwnRunFolder(Callback):  # type: ignore[misc]
+    """Hydra's hook before it makes a run's folder: owns the folder first, or has Hydra make none."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if int(os.environ.get("RANK", "0")) > 0:
+            return
+        HydraConfig.instance().set_config(config)
+        try:
+            own(Path(config.hydra.run.dir), "hydra.run.dir", f"job={config.job}")
+        except ConfigError as error:
+            _refusal.append(error)
+            config.hydra.run.dir = "."
+
+
+def refusal() -> ConfigError | None:
+    """Why the folder that Hydra was to make for this run is not this process's."""
+    return _refusal[-1] if _refusal else None
+
+
+def _own(lock: Path, key: str, folder: Path, job: str, above: list[Path], below: list[str]) -> None:
+    if lock in _held:
+        return
+
+    def look_around() -> None:
+        for other in (*above, *(found for pattern in below for found in folder.glob(pattern))):
+            if other not in _held and other.exists() and (owner := _owner(other)) is not None:
+                where = "above" if other in above else "below"
+                raise ConfigError(f"{key} is {folder}; {other.parent} {where} it {owner}")
+
+    missing: list[Path] = []
+    try:
+        look_around()
+        missing = [p for p in (lock.parent, *lock.parent.parents) if not p.exists()]
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        _held[lock] = _Held(_take(lock, key, folder, job), missing)
+        look_around()  # of two that start at once, above and below, neither may have seen the other before
+    except (ConfigError, OSError) as error:
+        release_all()
+        _remove_empty(missing)
+        if isinstance(error, OSError):
+            raise ConfigError(f"{key} is {folder}; cannot write there: {error.strerror}") from error
+        raise
+
+
+def _take(lock: Path, key: str, folder: Path, job: str) -> int:
+    """An open file that is this process's; ConfigError: it is another's."""
+    while True:
+        new = not lock.exists()
+        try:
+            fd = os.open(lock, os.O_RDWR | os.O_CREAT | (os.O_EXCL if new else 0), 0o666)
+        except FileExistsError:
+            continue
+        except PermissionError:  # another user's, and not for us to write
+            if (owner := _owner(lock)) is not None:
+                raise ConfigError(f"{key} is {folder}; it {owner}") from None
+            raise
+        try:
+            locked = _lock(fd, fcntl.LOCK_EX)
+            if (not new or locked is False) and (owner := _judge(fd, lock, locked)) is not None:
+                raise ConfigError(f"{key} is {folder}; it {owner}")
+            if locked is None and not new:  # left by a dead process: of several that see it, one makes it anew
+                lock.unlink(missing_ok=True)
+            if not _is_still(fd, lock):  # so it is, too, where an owner has just ended
+                os.close(fd)
+                continue
+            with contextlib.suppress(OSError):  # a full disk must not keep the lock from being held
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, json.dumps(_me(job)).encode(), 0)
+            return fd
+        except BaseException:
+            os.close(fd)
+            raise
+
+
+def _owner(lock: Path) -> str | None:
+    """What there is to say of a live owner, or of one that may live; None: there is none. Changes nothing."""
+    try:
+        fd = os.open(lock, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        return _judge(fd, lock, _lock(fd, fcntl.LOCK_SH))
+    finally:
+        os.close(fd)
+
+
+def _judge(fd: int, lock: Path, locked: bool | None) -> str | None:
+    """The same of an open file, when it is known whether it could be locked."""
+    owner = _read(fd)
+    name = "it has just started"
+    if owner:
+        name = f"host {owner['host']}, pid {owner['pid']}, {owner['job']}, since {owner['since']}"
+    live = f"belongs to a process that is still running ({name}): wait for its end, stop it, or choose another folder"
+    unsure = (
+        f"belongs to a process that may still be running ({name}), which cannot be seen from here: if it is not, "
+        f"remove {lock} and start again"
+    )
+    if locked is False:
+        return live
+    same_kernel = owner.get("boot") == _boot()
+    if locked:
+        return None if not owner or same_kernel or _reaches_all_hosts(lock) else unsure
+    if not same_kernel or owner["pids"] != _pids():
+        return unsure
+    return live if _started(owner["pid"]) == owner["started"] else None
+
+
+def _lock(fd: int, kind: int) -> bool | None:
+    """False: another process has it; None: the file system has no locks."""
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        if error.errno in _NO_LOCKS:
+            return None
+        raise
+    return True
+
+
+def _read(fd: int) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(os.pread(fd, 4096, 0))
+        if isinstance(found, dict) and found.keys() >= {"host", "pid", "job", "since", "boot", "pids", "started"}:
+            return found
+    return {}
+
+
+def _me(job: str) -> dict[str, Any]:
+    pid = os.getpid()
+    return {
+        "host": socket.gethostname(),
+        "pid": pid,
+        "job": job,
+        "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "boot": _boot(),
+        "pids": _pids(),
+        "started": _started(pid),
+    }
+
+
+def _boot() -> str:
+    """Names the running kernel: containers of one host share it, and its locks."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return socket.gethostname()
+
+
+def _pids() -> str:
+    """Names the set of processes in which a pid means something."""
+    with contextlib.suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")
+    return ""
+
+
+def _started(pid: int) -> str | None:
+    """When a process was started, so that a later one of its number is not taken for it; None: there is none."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return ""
+
+
+def _is_still(fd: int, path: Path) -> bool:
+    """An open file is the one that has this name."""
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _reaches_all_hosts(path: Path) -> bool:
+    """No process on another host can hold an flock on this file that this kernel does not see."""
+    kind, options = _mount(path)
+    if kind.startswith("nfs"):
+        return not {"local_lock=all", "local_lock=flock", "nolock"} & options
+    if kind == "lustre":
+        return "flock" in options
+    return kind in f"{_LOCAL} {_SHARED}".split()
+
+
+def _mount(path: Path) -> tuple[str, set[str]]:
+    """Type and options of the file system that a path is on; nothing where the system does not say."""
+    found: tuple[str, set[str]] = ("", set())
+    longest = -1
+    for mount, kind, options in _mounts():
+        if len(mount) >= longest and (path == Path(mount) or Path(mount) in path.parents):
+            found, longest = (kind, options), len(mount)
+    return found
+
+
+def _mounts() -> Iterator[tuple[str, str, set[str]]]:
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        left, _, right = line.partition(" - ")
+        kind, _, options = right.split(" ", 2)
+        mount = re.sub(r"\\(\d{3})", lambda found: chr(int(found[1], 8)), left.split()[4])  # \040 is a blank
+        yield mount, kind, {*options.split(",")}
+
+
+def _forget() -> None:
+    """A forked child owns nothing; closing its copies leaves the parent's lock."""
+    for held in _held.values():
+        with contextlib.suppress(OSError):
+            os.close(held.fd)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
