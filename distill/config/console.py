@@ -46,6 +46,9 @@ def silence(stream: TextIO) -> None:
 @contextmanager
 def spared() -> Iterator[None]:
     """Standard output and error are spare inside; None, which they are where a parent has closed them, is nowhere."""
+    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # whatever is opened later must not be taken for the stream that is closed
+    os.close(spare)
     before = sys.stdout, sys.stderr
     with open(os.devnull, "w") as nowhere:
         streams: list[Any] = [Spare(stream or nowhere) for stream in before]

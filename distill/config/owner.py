@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 
 from distill.config.errors import ConfigError
 
@@ -71,7 +71,7 @@ def own_name(folder: Path, key: str, job: str) -> None:
 
 def release_all() -> None:
     """Gives up what this process owns, and removes folders that it made and left empty."""
-    for lock in [*_held]:
+    for lock in reversed([*_held]):
         held = _held.pop(lock)
         with contextlib.suppress(OSError):
             if _is_still(held.fd, lock):
@@ -97,7 +97,8 @@ class OwnRunFolder(Callback):  # type: ignore[misc]
             own(Path(config.hydra.run.dir), "hydra.run.dir", f"job={config.job}")
         except ConfigError as error:
             _refusal.append(error)
-            config.hydra.run.dir = "."
+            with read_write(config.hydra):
+                config.hydra.run.dir = "."
 
 
 def refusal() -> ConfigError | None:

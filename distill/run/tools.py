@@ -9,10 +9,13 @@ import argparse
 import dataclasses
 import errno
 import json
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from distill.config import stop
+from distill.config.console import silence
 from distill.config.errors import ConfigError, UserError
 
 Parser = argparse.ArgumentParser
@@ -28,7 +31,7 @@ class Command(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 2 and one line per fault for what a person can mend."""
+    """Exit code 2 and one line per fault for what a person can mend; a closed pipe ends a tool as it does others."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = Parser(prog="python -m distill.cache", description="Tools for caches of soft targets.")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -38,18 +41,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add(sub)  # the others' arguments may need libraries that take seconds to load
     args = parser.parse_args(arguments)
     try:
-        return COMMANDS[args.command].run(args)
+        code = COMMANDS[args.command].run(args)
+        sys.stdout.flush()  # Python would as it ends, and complain about a pipe that is closed
+        return code
     except UserError as error:
         lines = str(error).splitlines()
     except BrokenPipeError:  # whoever reads has seen enough
-        sys.stderr.close()
-        return 1
+        silence(sys.stdout)
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if not (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
             raise
         lines = [str(error)]
     except KeyboardInterrupt:
-        lines = ["interrupted; what has been published is whole"]
+        print("interrupted: what has been published is whole", file=sys.stderr)
+        return stop.EXIT_CODES[signal.SIGINT]
     for line in lines:
         print(f"error: {line}", file=sys.stderr)
     return 2
