@@ -12,7 +12,7 @@ help: ## Show this list
 
 setup: .venv/.done ## Create .venv with everything that smoke, test and bench need
 
-.venv/.done: pyproject.toml $(CONSTRAINTS)
+.venv/.done: pyproject.toml setup.py $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
 	@touch $@
@@ -53,5 +53,5 @@ lr-transfer: setup ## Learning-rate sweep over three widths, both parametrisatio
 config: setup ## Print the resolved run and start nothing (JOB=teacher ARGS=...)
 	@$(RUN) job=$(JOB) $(ARGS) --cfg job --resolve
 
-clean: ## Remove runs and tool caches, keep .venv
-	rm -rf runs outputs multirun .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+clean: ## Remove runs, builds and tool caches, keep .venv
+	rm -rf runs outputs multirun build dist .mypy_cache .ruff_cache .hypothesis .import_linter_cache

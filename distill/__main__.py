@@ -1,4 +1,4 @@
-"""The one way in: `python -m distill job=... experiment=...`."""
+"""The one way in: `codistill job=... experiment=...`, the same as `python -m distill`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from distill import __version__
 from distill.config.errors import UserError
 from distill.config.load import CONF, load, precheck, spelt
 from distill.config.schema import Job, RunConfig
@@ -53,6 +54,9 @@ def run_job(config: RunConfig) -> None:
 
 def main() -> int:
     """The error's exit code and one line per fault for what a person can mend; tracebacks are for our own mistakes."""
+    if "--version" in sys.argv[1:]:  # Hydra would print its own
+        print(f"codistill {__version__}")
+        return 0
     sys.argv[1:] = spelt(sys.argv[1:])
     try:
         precheck(sys.argv[1:])
