@@ -11,14 +11,16 @@ from tests.crash import _flips, _kills, _teacher
 from tests.crash.__main__ import Progress
 
 
-def test_kills():
-    figures, problems = _kills.run(kills=6, seed=1, progress=Progress(quiet=True))
+@pytest.mark.parametrize("seed", [1])
+def test_kills(seed):
+    figures, problems = _kills.run(kills=6, seed=seed, progress=Progress(quiet=True))
     assert problems == [] and figures["kills"] == 6
     assert figures["lost"] == figures["wrong"] == figures["duplicated"] == figures["failed"] == 0
 
 
-def test_flips():
-    figures, problems = _flips.run(flips=600, seed=1, progress=Progress(quiet=True))
+@pytest.mark.parametrize("seed", [1])
+def test_flips(seed):
+    figures, problems = _flips.run(flips=600, seed=seed, progress=Progress(quiet=True))
     assert problems == [] and figures["flips"] == sum(figures[kind] for kind in _flips.KINDS) == 600
     assert figures["unnoticed"] == figures["not named"] == figures["crashed"] == 0
 

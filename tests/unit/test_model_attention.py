@@ -42,7 +42,7 @@ def visible(plan, tokens):
     return [([gather[j] for j in range(run_of[row], row + 1)], position[row]) for row in scatter]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     rows=st.lists(st.lists(st.integers(1, 7), min_size=1, max_size=4), min_size=1, max_size=3),
     chunk=st.one_of(st.none(), st.integers(1, 9)),
@@ -176,7 +176,7 @@ def test_packed_documents_equal_separate_runs(seed):
                 torch.testing.assert_close(packed[row, where], alone, atol=1e-5, rtol=1e-6)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     rows=st.lists(
         st.lists(st.sampled_from([1, 2, 7, 8, 9, 15, 16, 17, 24, 25]), min_size=1, max_size=4), min_size=1, max_size=2
