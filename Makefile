@@ -5,14 +5,14 @@ BIN := .venv/bin
 CONSTRAINTS ?= constraints-cpu.txt
 RUN := $(BIN)/python -m distill
 .DEFAULT_GOAL := help
-.PHONY: help setup smoke demo digits needle test lint bench crash coordcheck lr-transfer config clean
+.PHONY: help setup smoke demo digits needle test fuzz lint bench crash coordcheck lr-transfer config clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-11s %s\n", $$1, $$2}'
 
 setup: .venv/.done ## Create .venv with everything that smoke, test and bench need
 
-.venv/.done: pyproject.toml $(CONSTRAINTS)
+.venv/.done: pyproject.toml setup.py $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
 	@touch $@
@@ -31,6 +31,9 @@ needle: setup ## A tiny student learns retrieval, then is tried within and beyon
 
 test: setup lint ## Linters, types, import contracts, all tests (ARGS for pytest)
 	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+
+fuzz: setup ## Random search: tests that draw their input, with new input until the time is up (MINUTES=5 SEED=0 ONLY=name)
+	$(BIN)/python -m tests.fuzz $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only "$(ONLY)")
 
 lint: setup ## ruff, mypy, import contracts
 	$(BIN)/ruff check .
@@ -53,5 +56,5 @@ lr-transfer: setup ## Learning-rate sweep over three widths, both parametrisatio
 config: setup ## Print the resolved run and start nothing (JOB=teacher ARGS=...)
 	@$(RUN) job=$(JOB) $(ARGS) --cfg job --resolve
 
-clean: ## Remove runs and tool caches, keep .venv
-	rm -rf runs outputs multirun .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+clean: ## Remove runs, builds and tool caches, keep .venv
+	rm -rf runs outputs multirun build dist .mypy_cache .ruff_cache .hypothesis .import_linter_cache

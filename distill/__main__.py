@@ -1,4 +1,4 @@
-"""The one way in: `python -m distill job=... experiment=...`."""
+"""The one way in: `codistill job=... experiment=...`, the same as `python -m distill`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from distill import __version__
 from distill.config import console, owner, stop
 from distill.config.errors import UserError
 from distill.config.load import CONF, load, precheck, spelt
@@ -116,6 +117,9 @@ def main() -> int:
 
 
 def _main() -> int:
+    if "--version" in sys.argv[1:]:  # Hydra would print its own
+        print(f"codistill {__version__}")
+        return 0
     sys.argv[1:] = spelt(sys.argv[1:])
     try:
         precheck(sys.argv[1:])

@@ -2,10 +2,14 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+PATIENCE = 600.0
+"""Seconds after which something counts as hanging: a hundred times what it takes, for machines that do much else."""
 TINY = [
     "data=files",
     "data.sample_tokens=16",
@@ -50,8 +54,14 @@ def command(*arguments: str, ranks: int = 1, launcher: str = "torchrun") -> list
         start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
     elif ranks > 1:
         start = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks), "--no_local_rank"]
-        start += ["--master_port", "29617", "--module"]
+        start += ["--master_port", str(free_port()), "--module"]
     return [*start, "distill", *arguments]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def run(*arguments: str, ranks: int = 1, launcher: str = "torchrun", code: int = 0) -> subprocess.CompletedProcess:
@@ -61,10 +71,19 @@ def run(*arguments: str, ranks: int = 1, launcher: str = "torchrun", code: int =
         env=environment(PATH=path),
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=PATIENCE,
     )
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done
+
+
+def kill_once(written: Path, least: int, *arguments: str) -> None:
+    """Runs a command line that kills itself once `written` has `least` bytes, or so many files match it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.workers.dying", str(written), str(least), *arguments],
+        env=environment(), capture_output=True, text=True, timeout=PATIENCE,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, f"exit code {done.returncode}\n{done.stderr[-4000:]}"
 
 
 def rows(folder: Path) -> list[dict]:

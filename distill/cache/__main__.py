@@ -1,4 +1,4 @@
-"""The tools' way in: `python -m distill.cache COMMAND ...`. Like `distill.__main__` it stands above all layers."""
+"""The tools' way in: `codistill-cache COMMAND ...`, the same as `python -m distill.cache`. Above all layers."""
 
 import sys
 

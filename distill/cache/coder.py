@@ -13,6 +13,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from distill.cache.jit import compiled
+
 Array = NDArray[Any]
 
 SYMBOLS = 32
@@ -122,7 +124,7 @@ def _put_byte(out, at, low, width, raw, bit, model, value):
     return at, low, width, _raw(raw, bit, value, 3)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def encode(
     valid_T, label_T, entropy_T, counts_T, ids_N, codes_N, rest_T, rank_of_id, implied, sample_tokens, models0, out, raw
 ):
@@ -253,7 +255,7 @@ def _get_byte(data, begin, at, end, code, width, bit, model):
     return (np.int64(symbol) << 3) | low, at, code, width, bit
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def decode(
     data, starts, ends, atoms_B, ids_by_rank, total, max_code, max_atoms, has_rest, sample_tokens, models0,
     valid_T, label_T, entropy_T, counts_T, ids_N, codes_N, rest_T
@@ -318,7 +320,7 @@ def decode(
     return -1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def pad(counts_T, ids_N, probs_N, ids_TK, probs_TK):
     """Spreads runs of atoms over rows of zeros."""
     first = 0

@@ -30,7 +30,9 @@ from distill.config.checks import check
 from distill.config.errors import ConfigError
 from distill.config.schema import RunConfig
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+_PACKAGE = Path(__file__).resolve().parents[1]
+CONF = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if (folder / "config.yaml").is_file())
+"""Within the package where it was built into a wheel, beside it in a clone."""
 
 ConfigStore.instance().store(name="schema", node=RunConfig)
 

@@ -401,7 +401,7 @@ class EngineConfig:
     zero: int = 0
     """ZeRO stage."""
     threads: int = 0
-    """CPU threads per process; 0: cores / ranks on the node."""
+    """CPU threads per process; 0: OMP_NUM_THREADS if it is set, else cores / ranks on the node."""
     backend: str | None = None
     """torch.distributed backend; null: nccl on GPUs, else gloo."""
     timeout: float = 1800.0

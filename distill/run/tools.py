@@ -1,4 +1,4 @@
-"""The command line of the cache's tools: `python -m distill.cache stats DIR` and so on.
+"""The command line of the cache's tools: `codistill-cache stats DIR` and so on.
 
 Each command's libraries are loaded when it runs: what only looks at headers and ledgers answers at once.
 """
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from distill import __version__
 from distill.config import stop
 from distill.config.console import silence
 from distill.config.errors import ConfigError, UserError
@@ -33,7 +34,8 @@ class Command(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 2 and one line per fault for what a person can mend; a closed pipe ends a tool as it does others."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    parser = Parser(prog="python -m distill.cache", description="Tools for caches of soft targets.")
+    parser = Parser(prog="codistill-cache", description="Tools for caches of soft targets.")
+    parser.add_argument("--version", action="version", version=f"codistill {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         sub = subparsers.add_parser(name, help=command.help, description=command.help)

@@ -25,6 +25,8 @@ class WandbSink:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         id_file = folder / "wandb" / "run_id"
         id_file.parent.mkdir(exist_ok=True)
+        # Else its service writes logs to the home folder, or where there is none to our stderr.
+        os.environ.setdefault("WANDB_CACHE_DIR", str(id_file.parent.resolve() / "cache"))
         run_id = id_file.read_text().strip() if resume and id_file.is_file() else None
         online = config.wandb is WandbMode.online
         try:

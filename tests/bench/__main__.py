@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-LONG = ("lr_transfer", "previous")
+LONG = ("busy", "lr_transfer", "previous")
 
 
 def machine() -> dict[str, object]:

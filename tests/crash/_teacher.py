@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from distill.cache import Atoms, CacheReader, CacheWriter
+from distill.cache import Atoms, CacheReader, CacheWriter, make_codec, record
 from tests.workers.cache import Batch, batch, digests, header
 
 SAMPLES, STEPS, WIDTH, EVERY, EPOCH = 96, 32, 6, 4, 16
@@ -46,14 +46,21 @@ def said(sample: int, step: int) -> Batch:
     return batch([sample], step=step)
 
 
+@cache
+def encoded(sample: int, step: int) -> bytes:
+    """The record of what the teacher says: whoever writes it, in whatever shard, these are its bytes."""
+    batch, head = said(sample, step), make_header()
+    codec = make_codec(head.codec, head.vocab_size)
+    statistics = (batch.label_logprob.numpy(), batch.entropy.numpy(), batch.valid.numpy())
+    found = record.encode(batch.atoms, *statistics, head.sample_tokens, np.arange(head.vocab_size), codec)
+    return found.records.tobytes()
+
+
 def prepare() -> None:
     """Makes all targets, and loads all compiled code."""
     torch.set_num_threads(1)
-    for step in range(STEPS):
-        for sample in plan(step):
-            said(sample, step)
-    for sample in filled():
-        said(sample, BACKFILL)
+    for key in expected():
+        encoded(*key)
     # Compiled here once, not by every child at the same time.
     with tempfile.TemporaryDirectory() as folder:
         with CacheWriter(folder, make_header(), writer="w") as writer:
@@ -63,9 +70,10 @@ def prepare() -> None:
         reader.read(ids, digests(ids))
 
 
-def expected() -> set[tuple[int, int]]:
+@cache
+def expected() -> frozenset[tuple[int, int]]:
     """(sample, step) of the whole plan."""
-    return {(i, step) for step in range(STEPS) for i in plan(step)} | {(i, BACKFILL) for i in filled()}
+    return frozenset({(i, step) for step in range(STEPS) for i in plan(step)} | {(i, BACKFILL) for i in filled()})
 
 
 def make_header() -> Any:

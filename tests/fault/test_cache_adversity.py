@@ -16,6 +16,7 @@ from distill.cache.ledger import LedgerReader, Retired
 from distill.cache.store import LocalStore
 from distill.cache.view import Newest
 from distill.config.errors import CacheError
+from tests.cli import PATIENCE
 from tests.crash import _checker as checker
 from tests.workers.cache import SAMPLES, digests, header, put
 
@@ -318,6 +319,6 @@ def test_two_who_create_one_cache_do_not_harm_each_other(tmp_path, monkeypatch):
     with CacheWriter(tmp_path / "a", header(), writer="first") as writer:
         put(writer, [30])
     (thread,) = (each for each in second if hasattr(each, "join"))
-    thread.join(20)
+    thread.join(PATIENCE)
     assert not checker.scan(tmp_path / "a").problems
     assert read(tmp_path / "a").covers(ALL).sum() == 3

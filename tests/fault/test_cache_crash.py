@@ -12,6 +12,7 @@ import torch
 from distill.cache import CacheReader, CacheWriter, make_codec
 from distill.config.errors import CacheError
 from distill.config.schema import CodecConfig, OnFull
+from tests.cli import PATIENCE
 from tests.workers.cache import SAMPLES, S, batch, digests, header, put, same_row, write_until_killed
 
 FORK = multiprocessing.get_context("fork")
@@ -136,7 +137,7 @@ def test_one_name_one_live_writer(tmp_path):
     ready = FORK.Event()
     child = FORK.Process(target=write_until_killed, args=(tmp_path, ready, 0), daemon=True)
     child.start()
-    assert ready.wait(20)
+    assert ready.wait(PATIENCE)
     with pytest.raises(CacheError, match=rf"process \(pid {child.pid}\) holds the writer's name 'w'"):
         CacheWriter(tmp_path, header(), writer="w")
     CacheWriter(tmp_path, header(), writer="w2").close()
@@ -154,7 +155,7 @@ def test_readers_follow_a_writer_in_another_process(tmp_path):
     reader = CacheReader(tmp_path)
     child.start()
     try:
-        new, end = 0, time.monotonic() + 20
+        new, end = 0, time.monotonic() + PATIENCE
         while new < 15 and time.monotonic() < end:
             new += reader.refresh()
             ids = np.flatnonzero(reader.covers(np.arange(SAMPLES)))

@@ -1,18 +1,26 @@
 """The short form of `make crash ONLY=cache`."""
 
+import random
+import time
+from collections import Counter
+
+import pytest
+
 from distill.cache import CacheWriter, ledger, shard
-from tests.crash import _flips, _kills
+from tests.crash import _flips, _kills, _teacher
 from tests.crash.__main__ import Progress
 
 
-def test_kills():
-    figures, problems = _kills.run(kills=6, seed=1, progress=Progress(quiet=True))
+@pytest.mark.parametrize("seed", [1])
+def test_kills(seed):
+    figures, problems = _kills.run(kills=6, seed=seed, progress=Progress(quiet=True))
     assert problems == [] and figures["kills"] == 6
     assert figures["lost"] == figures["wrong"] == figures["duplicated"] == figures["failed"] == 0
 
 
-def test_flips():
-    figures, problems = _flips.run(flips=600, seed=1, progress=Progress(quiet=True))
+@pytest.mark.parametrize("seed", [1])
+def test_flips(seed):
+    figures, problems = _flips.run(flips=600, seed=seed, progress=Progress(quiet=True))
     assert problems == [] and figures["flips"] == sum(figures[kind] for kind in _flips.KINDS) == 600
     assert figures["unnoticed"] == figures["not named"] == figures["crashed"] == 0
 
@@ -30,11 +38,36 @@ def test_what_is_lost_is_counted(monkeypatch):
     assert figures["lost"] > 0 and any("published before a checkpoint, not there" in problem for problem in problems)
 
 
-def test_what_is_done_twice_is_counted(monkeypatch):
-    """A writer that does not look at what is there."""
+def test_what_is_done_twice_is_counted(monkeypatch, tmp_path):
+    """A writer that does not look at what is there, and a run that goes on from its beginning."""
     monkeypatch.setattr(CacheWriter, "_undone", lambda self, batch: batch)
-    figures, problems = _kills.run(kills=3, seed=1, progress=Progress(quiet=True))
-    assert figures["duplicated"] > 0 and problems
+    _teacher.prepare()
+    counts, problems = Counter(), []
+    this = _kills._Run(tmp_path / "run", random.Random(1), counts, problems)
+    this.launch(None)
+    assert problems == []
+    this.start = 0
+    this.launch(None)
+    assert counts["duplicated"] == len(_teacher.expected()) == len(problems)
+
+
+@pytest.mark.parametrize("first", ["fill", "rank0"])
+def test_no_verdict_depends_on_who_is_quicker(monkeypatch, first):
+    """In the run without kills one process is done before the others begin, in the one with kills another."""
+    work = _teacher.work
+
+    def in_turn(folder, part, checkpoint):
+        leads = first if folder.parent.name == "whole" else {"fill": "rank0", "rank0": "fill"}[first]
+        done = checkpoint.with_name(f"{checkpoint.name.split('-')[0]}-done")
+        while part.name != leads and not done.exists():
+            time.sleep(0.002)
+        work(folder, part, checkpoint)
+        if part.name == leads:
+            done.touch()
+
+    monkeypatch.setattr(_teacher, "work", in_turn)
+    _, problems = _kills.run(kills=0, seed=1, progress=Progress(quiet=True))
+    assert problems == []
 
 
 def test_what_goes_unnoticed_is_counted(monkeypatch):

@@ -14,6 +14,7 @@ from distill.config.errors import DataError
 from distill.config.schema import CorpusConfig, DataConfig, Source, TokenizerConfig
 from distill.data.packed import PackedCorpus
 from distill.data.prepare import Prepared, prepare
+from tests.cli import PATIENCE
 
 CODE = """
 import os, signal, sys, time
@@ -91,13 +92,13 @@ def test_two_processes_at_once_do_no_harm(tmp_path, text):
     folder = tmp_path / "data"
     slow = subprocess.Popen(command(folder, text, "slow"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE
         while not (folder / "packed").exists():
             assert time.monotonic() < deadline and slow.poll() is None, slow.communicate()
             time.sleep(0.01)
         digest = ours(folder, text).train["main"].digest  # first at the goal, while the other has all but renamed
         (folder / "go").touch()
-        said, complaint = slow.communicate(timeout=30)
+        said, complaint = slow.communicate(timeout=PATIENCE)
     finally:
         slow.kill()
     assert slow.returncode == 0, complaint
@@ -108,7 +109,7 @@ def test_two_processes_at_once_do_no_harm(tmp_path, text):
 def test_a_started_race_ends_well(tmp_path, text):
     folder = tmp_path / "data"
     racers = [subprocess.Popen(command(folder, text, ""), stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = {racer.communicate(timeout=60)[0] for racer in racers}
+    said = {racer.communicate(timeout=PATIENCE)[0] for racer in racers}
     assert [racer.returncode for racer in racers] == [0, 0] and len(said) == 1
     assert visible(folder) == ["main", "tokenizer"] and not list(folder.glob(".*.tmp"))
 

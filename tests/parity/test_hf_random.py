@@ -8,12 +8,13 @@ import torch
 
 from distill.model import hf
 from distill.model.images import Images
+from tests.compare import worst
 
 transformers = pytest.importorskip("transformers")
 transformers.utils.logging.disable_progress_bar()
 
 SEEDS = range(12)
-TOLERANCE = dict(atol=1e-5, rtol=0)
+CLOSE = 1e-5
 
 
 def text_settings(draw):
@@ -99,12 +100,12 @@ def test_text(tmp_path, seed):
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
     ours = hf.load(tmp_path / "theirs")
     expected = theirs(ids_BS, use_cache=False).logits
-    torch.testing.assert_close(ours.logits(ids_BS), expected, **TOLERANCE)
+    assert worst(ours.logits(ids_BS), expected) < CLOSE
     hf.save(ours, tmp_path / "ours", max_shard_bytes=30_000)
     back, info = transformers.Llama4ForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info.values()), info
     assert_same_weights(theirs, back)
-    torch.testing.assert_close(back(ids_BS, use_cache=False).logits, expected, **TOLERANCE)
+    assert worst(back(ids_BS, use_cache=False).logits, expected) < CLOSE
     assert_same_settings(theirs.config, back.config)
 
 
@@ -122,17 +123,17 @@ def test_with_sight(tmp_path, seed):
     images = Images.in_order(tiles, ids_BS, theirs.config.image_token_index, tokens)
     pixels = (tiles.float() / 255 - 0.5) / 0.5
     expected = theirs(ids_BS, pixel_values=pixels, use_cache=False).logits
-    torch.testing.assert_close(ours.logits(ids_BS, images=images), expected, **TOLERANCE)
+    assert worst(ours.logits(ids_BS, images=images), expected) < CLOSE
 
     text = hf.load(tmp_path / "theirs", vision=False)
     plain = theirs(ids_BS, use_cache=False).logits
-    torch.testing.assert_close(text.logits(ids_BS), plain, **TOLERANCE)
+    assert worst(text.logits(ids_BS), plain) < CLOSE
 
     hf.save(ours, tmp_path / "ours", max_shard_bytes=30_000)
     back, info = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert isinstance(back, transformers.Llama4ForConditionalGeneration) and not any(info.values()), info
     assert_same_weights(theirs, back)
-    torch.testing.assert_close(back(ids_BS, pixel_values=pixels, use_cache=False).logits, expected, **TOLERANCE)
+    assert worst(back(ids_BS, pixel_values=pixels, use_cache=False).logits, expected) < CLOSE
     assert_same_settings(theirs.config, back.config)
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from distill.config.schema import BaseSizes, OptimConfig, Parametrization
 from distill.engine import optim
 from distill.model import Transformer, hf
+from tests.compare import worst
 from tests.parity.test_hf_text import CASES, ids_of
 
 transformers = pytest.importorskip("transformers")
@@ -33,5 +34,5 @@ def test_trained_under_transfer_and_loaded_by_transformers(tmp_path, name):
     theirs = transformers.Llama4ForCausalLM.from_pretrained(tmp_path / "model").eval()
     with torch.no_grad():
         logits = ours.logits(ids_BS)
-        torch.testing.assert_close(theirs(ids_BS).logits, logits, rtol=0, atol=1e-5)
+        assert worst(theirs(ids_BS).logits, logits) < 1e-5
     assert (logits - before).abs().max() > 0.1

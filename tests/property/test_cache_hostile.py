@@ -24,7 +24,7 @@ from distill.config.schema import CodecConfig, CodecName
 from tests.hostile import Parts
 from tests.workers.cache import V, header, put
 
-FAST = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+FAST = settings(max_examples=150, suppress_health_check=list(HealthCheck))
 ROOM = 64 << 20
 """Bytes of memory that a small cache may take, whatever it says."""
 SECONDS = 20.0

@@ -25,7 +25,7 @@ INNER = VALUES | st.dictionaries(st.sampled_from(ROPE), VALUES, max_size=6)
 SMALL = {"num_hidden_layers": 4, "no_rope_layers": [], "moe_layers": None}
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(st.data())
 def test_any_value_of_any_key(data):
     text, vision = SCOUT | SMALL, dict(VISION)
@@ -51,7 +51,7 @@ def raw():
         yield {path.name: path.read_bytes() for path in (Path(folder) / "hf").iterdir()}
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_any_bytes_of_a_header(data, raw):
     whole = bytearray(raw["model.safetensors"])

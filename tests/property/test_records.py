@@ -12,7 +12,7 @@ from distill.cache import Atoms, make_codec, record
 from distill.config.schema import CodecConfig, CodecName
 from tests import format_reader
 
-FAST = settings(max_examples=100, deadline=None)
+FAST = settings(max_examples=100)
 S = 4
 
 
@@ -80,7 +80,7 @@ def test_records_return_their_atoms(case):
             assert not len(atoms.rest_T) or got.atoms.rest_T[place] == atoms.rest_T[t]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(tokens())
 def test_the_slow_reader_of_the_page_agrees(case):
     vocab, config, rows, _, random = case

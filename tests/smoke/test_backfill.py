@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from distill.cache import CacheReader
-from tests.cli import TINY, rows, run, write_corpus
-from tests.fault.test_resume import kill_when
+from tests.cli import TINY, kill_once, rows, run, write_corpus
 
 EXPERIMENT = """# @package _global_
 data:
@@ -97,9 +96,8 @@ def test_a_backfill_killed_at_any_moment_labels_each_sample_once(taught, tmp_pat
     label = [*both, f"cache.dirs.extra={cache}", "job=backfill", f"init_from={folder}/t", "backfill.corpora=[extra]",
              "backfill.batch=1", "backfill.unit_samples=4", "cache.shard_samples=3"]  # fmt: skip
     if ranks == 1:
-        shards = cache / "shards"
         for published in (3, 9):
-            kill_when(label, tmp_path / "b", lambda n=published: shards.is_dir() and len(list(shards.iterdir())) >= n)
+            kill_once(cache / "shards" / "*", published, *label, f"hydra.run.dir={tmp_path}/b", "resume=true")
         before = {row.shard for row in ledger(cache)}
         assert before
         run(*label, f"hydra.run.dir={tmp_path}/b", "resume=true")

@@ -10,6 +10,7 @@ import xxhash
 from distill.cache import CacheReader, token_digests
 from examples import hf_trainer, plain_loop
 from examples.plain_loop import S, V
+from tests.compare import apart
 
 ALPHA = 0.5
 
@@ -49,7 +50,7 @@ def dense_gradient(student, folder, ids_NS, ids, alpha=ALPHA):
 
 
 def close(model, want):
-    return all(torch.allclose(p.grad.double(), want[name], atol=2e-6) for name, p in model.named_parameters())
+    return all(apart(p.grad, want[name], whole=want.values()) < 1e-5 for name, p in model.named_parameters())
 
 
 def test_the_cache_holds_what_the_teacher_says(made):
@@ -134,7 +135,7 @@ def test_labels_that_carry_no_loss_have_no_part(made, tmp_path):
     p_SV[torch.arange(S - 1), ids_NS[1, 1:]] += 1
     logp_SV = hidden_SV.log_softmax(-1)
     (-(p_SV * logp_SV)[39:-1].sum() * 0.5 / (S - 40)).backward()
-    assert torch.allclose(student.lm_head.weight.grad, used, atol=1e-6)
+    assert apart(student.lm_head.weight.grad, used) < 1e-5
 
 
 def test_token_digests_are_those_of_the_bytes():

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from distill.cache import CacheReader
-from tests.cli import TINY, command, environment, rows, run, write_corpus
+from tests.cli import PATIENCE, TINY, command, environment, rows, run, write_corpus
 from tests.objects import ENVIRONMENT, object_store
 
 
@@ -31,7 +31,7 @@ def test_teacher_and_student_meet_on_an_object_store(server, tmp_path):
     )  # fmt: skip
     try:
         run(*shared, "job=teacher", "teacher.train.steps=12", f"hydra.run.dir={tmp_path}/teacher")
-        out, _ = student.communicate(timeout=120)
+        out, _ = student.communicate(timeout=PATIENCE)
     finally:
         student.kill()
     assert student.returncode == 0, out

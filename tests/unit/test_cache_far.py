@@ -18,6 +18,7 @@ from distill.cache.ledger import LedgerReader
 from distill.cache.seal import seal, unseal
 from distill.cache.store import LocalStore, open_store
 from distill.config.errors import CacheError
+from tests.cli import PATIENCE
 from tests.objects import object_store
 from tests.workers.cache import SAMPLES, S, digests, header, put
 
@@ -319,7 +320,7 @@ def test_a_reader_survives_a_fork_and_a_pickle(s3):
     queue = context.Queue()
     child = context.Process(target=_read_in_child, args=(reader, queue), daemon=True)
     child.start()
-    assert queue.get(timeout=60) == want
+    assert queue.get(timeout=PATIENCE) == want
     child.join()
     write(url, [8, 9])
     copy = pickle.loads(pickle.dumps(reader))

@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 from distill.config.errors import ConfigError
 from distill.config.load import CONF, load, precheck, spelt, to_dict
 from distill.config.schema import Freeze, Job
-from tests.cli import environment
+from tests.cli import PATIENCE, environment
 
 
 def problems(*arguments):
@@ -262,7 +262,7 @@ def test_the_command_line_tells_faults_without_traceback_or_torch_and_exits_with
         capture_output=True,
         text=True,
         env=environment(),
-        timeout=60,
+        timeout=PATIENCE,
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     lines = done.stderr.splitlines()

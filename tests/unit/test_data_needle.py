@@ -25,7 +25,7 @@ def prepared(tmp_path_factory):
     return prepare(DataConfig({"main": corpus}, tokenizer, sample_tokens=128), tmp_path_factory.mktemp("data"), 640)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     shortest=st.integers(12, 100),
     more=st.integers(0, 200),

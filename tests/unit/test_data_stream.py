@@ -29,7 +29,7 @@ def test_every_sample_once_in_each_epoch(size):
     seed=st.integers(-(2**70), 2**70),
     start=st.integers(0, 10**12),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_chunking_of_positions_gives_the_same(sizes, weights, seed, start):
     names = "abcd"[: len(sizes)]
     make = lambda: Stream(dict(zip(names, sizes)), dict(zip(names, weights)), seed)  # noqa: E731

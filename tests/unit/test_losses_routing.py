@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from losses.routing import routing_loss, sequence_balance, z_loss
+from tests.compare import worst
 
 
 def test_balance_is_one_when_even_and_experts_over_active_at_worst():
@@ -53,7 +54,7 @@ def test_sum_and_gradient_equal_a_loop(active):
     assert parts["balance_loss"].item() == pytest.approx(balance.item() / 2, rel=1e-5)
     assert parts["z_loss"].item() == pytest.approx(z.item() / 2, rel=1e-5)
     for ours, twin in zip(leaves, twins):
-        torch.testing.assert_close(ours.grad.double(), twin.grad, rtol=1e-4, atol=1e-6)
+        assert worst(ours.grad, twin.grad) < 1e-5
 
 
 def test_vanishing_scores_and_dense_models_give_finite_sums():

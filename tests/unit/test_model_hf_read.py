@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from distill.config.errors import CheckpointError
 from distill.config.schema import VisionConfig
 from distill.model import Transformer, hf
-from tests.cli import environment
+from tests.cli import PATIENCE, environment
 from tests.unit.test_model_attention import config_of
 
 EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
@@ -272,7 +272,7 @@ BIG = dict(vocab_size=64, hidden_size=512, layers=1, experts=16, moe_step=1, exp
 def measured(*arguments):
     done = subprocess.run(
         [sys.executable, "-m", "tests.workers.hf_memory", *map(str, arguments)],
-        env=environment(MALLOC_ARENA_MAX="1"), capture_output=True, text=True, timeout=120, check=True,
+        env=environment(MALLOC_ARENA_MAX="1"), capture_output=True, text=True, timeout=PATIENCE, check=True,
     )  # fmt: skip
     return json.loads(done.stdout.splitlines()[-1])
 

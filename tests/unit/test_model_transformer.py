@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from distill.config.schema import ModelConfig
 from distill.model import Segments, Transformer
 from distill.model.count import count_parameters, flops_per_token
+from tests.compare import worst
 from tests.unit.test_model_attention import config_of, random_documents
 
 PRESETS = Path(__file__).resolve().parents[2] / "conf" / "model"
@@ -63,7 +64,7 @@ def test_functions_handed_in_do_the_products():
     torch.manual_seed(0)
     plain = Transformer(config_of())
     ids_BS = torch.randint(0, 64, (2, 9))
-    torch.testing.assert_close(ours.logits(ids_BS), plain.logits(ids_BS), atol=1e-6, rtol=1e-6)
+    assert worst(ours.logits(ids_BS), plain.logits(ids_BS)) < 1e-5
     assert calls == {"linear": 4 * 4 + 4 * 3, "grouped": 2 * 2}  # not the routers, not the head
 
 

@@ -19,6 +19,7 @@ from transformers import (
 from distill.config.errors import ConfigError
 from distill.data.join import Batch
 from teacher import hf
+from tests.compare import worst
 
 V, D, S = 61, 16, 24
 DOCUMENTS = [[0] * 24, [0] * 5 + [1] * 1 + [2] * 18, [0] * 10 + [1] * 10 + [2] * 4]
@@ -80,7 +81,7 @@ def test_packed_documents_get_the_logits_of_each_alone(name, chunk):
 
     def tap(start, probs_TV, logprobs_TV):
         assert start == sum(len(part) for part in seen), "in order, without gaps"
-        assert torch.allclose(logprobs_TV.exp(), probs_TV)
+        assert worst(logprobs_TV.exp(), probs_TV) < 1e-5
         seen.append(logprobs_TV.clone())
 
     with torch.inference_mode():
@@ -88,9 +89,9 @@ def test_packed_documents_get_the_logits_of_each_alone(name, chunk):
         want_TV = alone(model, batch)
     assert teacher._plain_head is PLAIN[name]
     assert want_TV.std() > 0.05
-    torch.testing.assert_close(torch.cat(seen), want_TV.log_softmax(-1), atol=1e-6, rtol=1e-6)
+    assert worst(torch.cat(seen), want_TV.log_softmax(-1)) < 1e-5
     want_T = torch.nn.functional.cross_entropy(want_TV, batch.labels_BS.flatten(), reduction="none")
-    torch.testing.assert_close(hard_T, want_T, atol=1e-6, rtol=1e-6)
+    assert worst(hard_T, want_T) < 1e-5
     assert teacher.vocab_size == V
 
 
@@ -127,5 +128,5 @@ def test_a_saved_model_comes_back(tmp_path):
     with torch.inference_mode():
         hard_T = teacher.label(batch, lambda *_: None, 4096)
         want_T = torch.nn.functional.cross_entropy(alone(model, batch), batch.labels_BS.flatten(), reduction="none")
-    torch.testing.assert_close(hard_T.double(), want_T, atol=1e-5, rtol=1e-5)
+    assert worst(hard_T, want_T) < 1e-5
     assert teacher.max_positions == 32 and math.isfinite(teacher.flops_per_token(S))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from distill.cache.jit import compiled
+
 
 @njit(inline="always")
 def _walk(p_N, at, end, within, mass, place):  # type: ignore[no-untyped-def]
@@ -20,7 +22,7 @@ def _walk(p_N, at, end, within, mass, place):  # type: ignore[no-untyped-def]
     return at, mass, place
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def locate(p_N, width, block_M, within_M, found_M):  # type: ignore[no-untyped-def]
     """See `blocks.locate`."""
     for m in range(len(block_M)):
@@ -28,7 +30,7 @@ def locate(p_N, width, block_M, within_M, found_M):  # type: ignore[no-untyped-d
         _, _, found_M[m] = _walk(p_N, start, start + width, within_M[m], 0.0, start)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def draw(p_TV, mass_TB, points_TN, width, counts_T, ids_N, codes_N):  # type: ignore[no-untyped-def]
     """Ids at the points of each row's running mass, ascending, and how many points fell on each; returns how many ids.
 
