@@ -66,12 +66,15 @@ class _File:
 class Corpus:
     """The documents that one `CorpusConfig` names.
 
+    Attributes:
+        empty: documents without text that the last walk over `documents` left out.
+
     Raises:
         DataError: no file matches, or one is named for both splits.
     """
 
     def __init__(self, name: str, config: CorpusConfig):
-        self.name, self.config = name, config
+        self.name, self.config, self.empty = name, config, 0
         self.key = f"data.corpora.{name}"
         find = {Source.stdlib: self._stdlib, Source.files: self._named}
         # The other sources make their documents up, without files.
@@ -109,6 +112,7 @@ class Corpus:
         Raises:
             DataError: a file or a document that cannot be read as configured; names file, key and value.
         """
+        self.empty = 0
         if self.config.source is Source.digits:
             yield from self._digits()
         if self.config.source is Source.needle:
@@ -122,6 +126,8 @@ class Corpus:
             for read, document in enumerate(self._read(file, scratch), 1):
                 if document.text:
                     yield document
+                else:
+                    self.empty += 1
                 if limit is not None:
                     left[file.held_out] = limit - read
                     if read == limit:
