@@ -78,17 +78,17 @@ def compression_of(path: Path, kind: Kind) -> str | None:
     return next((found for magic, found in _MAGIC.items() if start.startswith(magic)), None)
 
 
-def opened(path: Path, compression: str | None) -> IO[bytes]:
-    """The file's bytes as they were before compression, as a stream; errors in it are READ_ERRORS."""
+def opened(file: IO[bytes], compression: str | None) -> IO[bytes]:
+    """A file's bytes as they were before compression, as a stream; errors in it are READ_ERRORS."""
     if compression == "gzip":
-        return cast(IO[bytes], gzip.open(path))
+        return cast(IO[bytes], gzip.open(file))
     if compression == "bz2":
-        return bz2.open(path)
+        return bz2.open(file)
     if compression == "xz":
-        return lzma.open(path)
+        return lzma.open(file)
     if compression == "zstd":
-        return cast(IO[bytes], pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
-    return path.open("rb")
+        return cast(IO[bytes], pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd"))
+    return file
 
 
 def reason(error: BaseException) -> str:

@@ -69,7 +69,7 @@ def pack(
                 ids_n, loss_n, tiles_NCHW = _with_pictures(ids_n, loss_n, document.pictures, image_ids, image_config)
             writers[document.held_out].add(ids_n, loss_n, tiles_NCHW)
             tokens[document.held_out] += len(ids_n)
-        progress.at(sum(tokens.values()))
+        progress.at(sum(tokens.values()), corpus.share)
     progress.end()
     left_out.end(folder)
     for split, held_out in splits.items():
@@ -187,6 +187,16 @@ def _shown(text: str) -> str:
     return repr(text if len(text) <= 20 else text[:17] + "...")
 
 
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
 class _Progress:
     """A line on stderr for packing that takes long: rewritten on a terminal, else at doubling intervals."""
 
@@ -194,12 +204,14 @@ class _Progress:
         self._name, self._began, self._said, self._every = name, time.monotonic(), 0.0, QUIET_SECONDS
         self._line = "\r{}\033[K" if sys.stderr.isatty() else "{}\n"
 
-    def at(self, tokens: int) -> None:
+    def at(self, tokens: int, share: float | None) -> None:
         seconds = time.monotonic() - self._began
         if seconds - self._said < self._every:
             return
         self._said = seconds
         text = f"packing {self._name}: {tokens / 1e6:.1f} M tokens, {tokens / 1e6 / seconds:.2f} M/s"
+        if share:
+            text += f", {share:.0%} of the files read, {_duration(seconds * (1 - share) / share)} left"
         sys.stderr.write(self._line.format(text))
         sys.stderr.flush()
         if self._line.endswith("\n"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from itertools import islice
 from pathlib import Path
@@ -25,7 +25,9 @@ Row = tuple[int, dict[str, Any]]
 """Its number, and values by column."""
 
 
-def rows(path: Path, columns: list[str], keys: list[str], scratch: Path, kind: Kind) -> Iterator[tuple[int, list[Any]]]:
+def rows(
+    path: Path, columns: list[str], keys: list[str], scratch: Path, kind: Kind, at: Callable[[float], None]
+) -> Iterator[tuple[int, list[Any]]]:
     """The number and the values of `columns` of row after row, read as a stream.
 
     A row's number is what an editor shows: its line or, where rows are not lines, its place in the file; from 1. A
@@ -34,6 +36,7 @@ def rows(path: Path, columns: list[str], keys: list[str], scratch: Path, kind: K
     Args:
         keys: the configuration's name for each column.
         scratch: takes what a compressed Parquet or Arrow file holds while it is read.
+        at: is called with the share of the file that was read.
 
     Raises:
         DataError: the file cannot be read as `kind`, or lacks a column.
@@ -42,7 +45,7 @@ def rows(path: Path, columns: list[str], keys: list[str], scratch: Path, kind: K
         if path.stat().st_size == 0:
             return
         checked = False
-        for names, batch in _batches(path, columns, kind, scratch):
+        for names, batch in _batches(path, columns, kind, scratch, at):
             for column, key in () if checked else zip(columns, keys):
                 if names.count(column) != 1:
                     problem = "more than one column" if column in names else "no column"
@@ -54,10 +57,12 @@ def rows(path: Path, columns: list[str], keys: list[str], scratch: Path, kind: K
         raise DataError(f"{path}: cannot be read: {reason(error)}") from error
 
 
-def _batches(path: Path, columns: list[str], kind: Kind, scratch: Path) -> Iterator[tuple[list[str], list[Row]]]:
+def _batches(
+    path: Path, columns: list[str], kind: Kind, scratch: Path, at: Callable[[float], None]
+) -> Iterator[tuple[list[str], list[Row]]]:
     """Names of all columns, and some rows with at least those of `columns`."""
     if kind.format is FileFormat.json:
-        yield from _json(path, kind)
+        yield from _json(path, kind, at)
         return
     compression, number = compression_of(path, kind), 0
     with ExitStack() as stack:
@@ -65,10 +70,12 @@ def _batches(path: Path, columns: list[str], kind: Kind, scratch: Path) -> Itera
             plain = path
             if compression is not None:  # readers jump to and fro
                 copy = stack.enter_context(tempfile.NamedTemporaryFile(dir=scratch))
-                shutil.copyfileobj(stack.enter_context(opened(path, compression)), copy)
+                packed = stack.enter_context(path.open("rb"))
+                shutil.copyfileobj(stack.enter_context(opened(packed, compression)), copy)
                 copy.flush()
                 plain = Path(copy.name)
-            for names, batch in _tables(plain, columns, kind.format):
+            for names, batch, share in _tables(plain, columns, kind.format):
+                at(share)
                 yield names, list(enumerate(batch, number + 1))
                 number += len(batch)
         except READ_ERRORS as error:
@@ -76,8 +83,9 @@ def _batches(path: Path, columns: list[str], kind: Kind, scratch: Path) -> Itera
             raise DataError(f"{path}: cannot be read as {kind.format.value}{after}: {reason(error)}") from error
 
 
-def _json(path: Path, kind: Kind) -> Iterator[tuple[list[str], list[Row]]]:
-    with opened(path, compression_of(path, kind)) as file:
+def _json(path: Path, kind: Kind, at: Callable[[float], None]) -> Iterator[tuple[list[str], list[Row]]]:
+    size = path.stat().st_size
+    with path.open("rb") as packed, opened(packed, compression_of(path, kind)) as file:
         reader = JsonRows(getattr(file, "read1", file.read))  # what comes before a fault is read, too
         objects = iter(reader)
         while True:
@@ -87,16 +95,22 @@ def _json(path: Path, kind: Kind) -> Iterator[tuple[list[str], list[Row]]]:
                 raise DataError(f"{path}: cannot be read as json: row {reader.row}: {reason(error)}") from error
             if not batch:
                 return
+            at(packed.tell() / size)
             yield list(dict.fromkeys(name for _, row in batch for name in row)), batch
 
 
-def _tables(path: Path, columns: list[str], format: FileFormat) -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
+def _tables(
+    path: Path, columns: list[str], format: FileFormat
+) -> Iterator[tuple[list[str], list[dict[str, Any]], float]]:
+    """Names of all columns, some rows, and the share of the file that was read with them."""
     if format is FileFormat.parquet:
         with closing(pq.ParquetFile(str(path))) as file:
             names = file.schema_arrow.names
             wanted = [name for name in columns if name in names]
+            done = 0
             for batch in file.iter_batches(ROWS, columns=wanted):
-                yield names, _columns(batch, wanted)
+                done += batch.num_rows
+                yield names, _columns(batch, wanted), done / max(file.metadata.num_rows, 1)
         return
     with pa.OSFile(str(path)) as file:
         start = file.read(6)
@@ -108,9 +122,10 @@ def _tables(path: Path, columns: list[str], format: FileFormat) -> Iterator[tupl
         names = reader.schema.names
         wanted = [name for name in columns if names.count(name) == 1]
         batches = map(reader.get_batch, range(reader.num_record_batches)) if whole else reader
-        for batch in batches:
+        for done, batch in enumerate(batches, 1):
+            share = done / reader.num_record_batches if whole else file.tell() / file.size()
             for first in range(0, batch.num_rows, ROWS):
-                yield names, _columns(batch.slice(first, ROWS), wanted)
+                yield names, _columns(batch.slice(first, ROWS), wanted), share
 
 
 def _columns(batch: pa.RecordBatch, wanted: list[str]) -> list[dict[str, Any]]:

@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from distill.config.errors import DataError
-from distill.config.schema import CorpusConfig, FileFormat, Source
+from distill.config.schema import CorpusConfig, DataConfig, FileFormat, Source
 from distill.data import json_rows
+from distill.data.prepare import prepare
 from distill.data.source import Corpus
 
 TEXTS = [f'text {i}: naïve 漢字 🙂 \\ "quoted"\n\tline two' for i in range(40)]
@@ -138,6 +139,53 @@ def test_folders_and_one_file_in_both_splits(tmp_path):
     for name in ("hard.jsonl", "soft.jsonl"):
         with pytest.raises(DataError, match=r"a\.jsonl is in files and in held_out_files"):
             texts(path, held_out_files=[str(tmp_path / name)])
+
+
+def test_a_copy_in_the_other_split_is_refused_but_not_a_license_in_each(tmp_path):
+    train = write(tmp_path / "train.jsonl", LINES)
+    copy = write(tmp_path / "val.jsonl", LINES)
+    with pytest.raises(
+        DataError, match=r"train\.jsonl is in files and in held_out_files as .*val\.jsonl; it must be in"
+    ):
+        texts(train, held_out_files=[str(copy)])
+    write(copy, LINES.replace(b"text 7", b"TEXT 7"))  # of equal size
+    assert len(texts(train, held_out_files=[str(copy)])) == 80
+    one, two = (write(tmp_path / name, "all rights") for name in ("a.txt", "b.txt"))
+    assert texts(one, held_out_files=[str(two)]) == ["all rights"] * 2
+
+
+def test_everything_that_is_wrong_with_names_comes_at_once(tmp_path):
+    write(tmp_path / "a.bak", LINES)
+    main = CorpusConfig(Source.files, [str(tmp_path / "a.bak"), str(tmp_path / "no*")], [str(tmp_path)])
+    other = CorpusConfig(Source.files, [str(tmp_path / "b.jsonl")])
+    with pytest.raises(DataError) as caught:
+        prepare(DataConfig({"main": main, "other": other}), tmp_path / "data", 1000)
+    assert [line.split(";")[0] for line in str(caught.value).splitlines()] == [
+        f"data.corpora.main.held_out_files has {str(tmp_path)!r}",
+        f"data.corpora.main.files has {str(tmp_path / 'no*')!r}",
+        f"data.corpora.main.files has {tmp_path}/a.bak, whose suffix does not say what is in it",
+        f"data.corpora.other.files has {str(tmp_path / 'b.jsonl')!r}",
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst", "a.jsonl.gz", "a.parquet", "a.arrow", "a.parquet.gz"])
+def test_the_share_that_was_read_grows_to_one(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(json_rows, "BLOCK", 1 << 14)
+    rows = [random.Random(i).randbytes(200).hex() for i in range(4000)]
+    table = pa.table({"text": rows})
+    content = {".parquet": parquet, ".arrow": arrow}.get(Path(name.removesuffix(".gz")).suffix, lambda table: None)(
+        table
+    )
+    if content is None:
+        content = "".join(json.dumps({"text": row}) + "\n" for row in rows).encode()
+    content = {".gz": gzip.compress, ".zst": zstd}.get(Path(name).suffix, bytes)(content)
+    half = write(tmp_path / "half.txt", bytes([65]) * len(content))
+    corpus = Corpus("main", CorpusConfig(Source.files, [str(half), str(write(tmp_path / name, content))]))
+    shares = [corpus.share for _ in corpus.documents(tmp_path)]
+    assert shares[0] == 0.0 and shares == sorted(shares)
+    assert shares[1] > 0.5 and shares[-1] == pytest.approx(1.0, abs=1e-3)
+    if "arrow" not in name:  # of which a batch is read at a time
+        assert shares[2000] == pytest.approx(0.75, abs=0.15)
 
 
 # ------------------------------------------------------------ compression
