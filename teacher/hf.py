@@ -17,9 +17,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from distill.config.errors import ConfigError
+from distill.config.files import LFS_CURE, is_lfs_pointer
 from distill.data.join import Batch
 from losses.mixed import Tap
 from teacher.backfill import hard_loss
@@ -141,6 +143,8 @@ def load(folder: Path, dtype: torch.dtype) -> Foreign:
         import transformers
     except ImportError:
         raise ConfigError(f"{key}; it needs transformers: pip install 'codistill[hf]'") from None
+    if pointers := [path.name for path in sorted(folder.glob("*.safetensors")) if is_lfs_pointer(path)]:
+        raise ConfigError(f"{key}; {', '.join(pointers[:3])} {LFS_CURE}")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -152,7 +156,7 @@ def load(folder: Path, dtype: torch.dtype) -> Foreign:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConfigError(f"{key}; transformers cannot load it: {first}") from error
     model, info = found

@@ -292,6 +292,8 @@ def _data(run: RunConfig) -> Iterator[str]:
             yield f"{key}.files is empty; source=files needs paths or globs"
         if corpus.source is not Source.files and (corpus.files or corpus.held_out_files):
             yield f"{key}.files is {list(corpus.files)}; source={corpus.source.value} takes none (use source=files)"
+        if corpus.source is not Source.files and corpus.format is not None:
+            yield f"{key}.format is {corpus.format.value}; source={corpus.source.value} takes none (use source=files)"
         if corpus.source is Source.needle:
             yield from _needle(key, corpus)
         if not 0 <= corpus.held_out < 1:

@@ -7,6 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+LFS_CURE = "is a pointer of Git LFS, not the file that it stands for; fetch that one (git lfs pull)"
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is what a clone without Git LFS has in place of a large one."""
+    start = b"version https://git-lfs"
+    with path.open("rb") as file:
+        return file.read(len(start)) == start
+
 
 def sync(path: Path) -> None:
     """Makes a closed file's bytes, or a folder's renames and removals, outlast a power cut."""

@@ -62,6 +62,15 @@ class Freeze(Enum):
     text = "text"
 
 
+class FileFormat(Enum):
+    """json: objects on lines, one after another, or in an array; text: one document a file."""
+
+    text = "text"
+    json = "json"
+    parquet = "parquet"
+    arrow = "arrow"
+
+
 class CodecName(Enum):
     systematic = "systematic"
     threshold = "threshold"
@@ -302,9 +311,11 @@ class NeedleConfig:
 class CorpusConfig:
     source: Source = Source.stdlib
     files: list[str] = field(default_factory=list)
-    """Paths or globs of jsonl, json, parquet, arrow or text files (source=files)."""
+    """Paths or globs of jsonl, json, parquet, arrow, feather or text files, compressed or not (source=files)."""
     held_out_files: list[str] = field(default_factory=list)
     """The same for the held-out split; empty: `held_out` splits `files` by document."""
+    format: FileFormat | None = None
+    """What all files hold; null: what the suffix of each says."""
     text_key: str = "text"
     """Column that holds a document's text."""
     mask_key: str | None = None

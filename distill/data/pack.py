@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,7 +13,8 @@ from numpy.typing import NDArray
 
 from distill.config import stop
 from distill.config.errors import DataError
-from distill.config.schema import ImageConfig
+from distill.config.files import sync
+from distill.config.schema import ImageConfig, Source
 from distill.data import images
 from distill.data.packed import SplitWriter
 from distill.data.source import Corpus, Document, Picture, Ranges
@@ -23,12 +25,16 @@ BATCH_CHARACTERS = 1 << 20
 """And bytes of picture files, together."""
 BATCH_DOCUMENTS = 1024
 QUIET_SECONDS = 2.0
+EXAMPLES = 5
+"""Of text without a token, that a message shows."""
 
 
 def pack(
     corpus: Corpus, tokenizer: Tokenizer, image_config: ImageConfig, sample_tokens: int, folder: Path, scratch: Path
 ) -> None:
     """Writes the splits `train` and, if there is one, `held_out` of a corpus into `folder`, in one pass over its text.
+
+    What had to be left out of them is told on stderr and counted in `left_out.json`.
 
     Raises:
         DataError: a document or a picture cannot be read, the tokenizer lacks the tokens of pictures, or a split is
@@ -48,10 +54,12 @@ def pack(
         for split, held_out in splits.items()
     }
     tokens = {False: 0, True: 0}
-    progress = _Progress(corpus.name)
+    progress, left_out = _Progress(corpus.name), _LeftOut(corpus, tokenizer.name)
     for batch in stop.checked(_batches(corpus.documents(scratch))):
         masked = any(document.ranges is not None for document in batch)
-        encoded = tokenizer.encode_batch([document.text for document in batch], offsets=masked)
+        texts = [document.text for document in batch]
+        encoded = tokenizer.encode_batch(texts, offsets=masked)
+        left_out.add(texts, tokenizer.unencodable(texts))
         for document, (ids, offsets) in zip(batch, encoded):
             loss = np.ones(len(ids), np.bool_)
             if document.ranges is not None:
@@ -62,8 +70,9 @@ def pack(
                 ids_n, loss_n, tiles_NCHW = _with_pictures(ids_n, loss_n, document.pictures, image_ids, image_config)
             writers[document.held_out].add(ids_n, loss_n, tiles_NCHW)
             tokens[document.held_out] += len(ids_n)
-        progress.at(sum(tokens.values()))
+        progress.at(sum(tokens.values()), corpus.share)
     progress.end()
+    left_out.end(folder)
     for split, held_out in splits.items():
         if tokens[held_out] <= sample_tokens:
             cure = f"raise {corpus.key}.held_out, set it to 0, or name held_out_files" if held_out else "add text"
@@ -139,6 +148,56 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
+class _LeftOut:
+    """Counts what does not become tokens."""
+
+    def __init__(self, corpus: Corpus, tokenizer: str):
+        self._corpus, self._tokenizer = corpus, tokenizer
+        self._documents = self._touched = self._characters = 0
+        self._examples: dict[str, None] = {}
+
+    def add(self, texts: list[str], unencodable: list[Ranges]) -> None:
+        self._documents += len(texts)
+        for text, ranges in zip(texts, unencodable):
+            self._touched += bool(ranges)
+            self._characters += sum(end - start for start, end in ranges)
+            if len(self._examples) < EXAMPLES:
+                self._examples |= dict.fromkeys(text[start:end] for start, end in ranges[:EXAMPLES])
+
+    def end(self, folder: Path) -> None:
+        if self._characters:
+            examples = ", ".join(map(_shown, list(self._examples)[:EXAMPLES]))
+            print(
+                f"packing {self._corpus.name}: {self._characters} characters in {self._touched} of {self._documents} "
+                f"documents are left out: {self._tokenizer} has no token for {examples} and no unknown token",
+                file=sys.stderr,
+            )
+        if self._corpus.empty and self._corpus.config.source is Source.files:
+            print(f"packing {self._corpus.name}: {self._corpus.empty} documents have no text", file=sys.stderr)
+        path = folder / "left_out.json"
+        counts = {
+            "empty_documents": self._corpus.empty,
+            "unencodable_characters": self._characters,
+            "documents_with_unencodable_characters": self._touched,
+        }
+        path.write_text(json.dumps(counts, indent=1))
+        sync(path)
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 20 else text[:17] + "...")
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
 class _Progress:
     """A line on stderr for packing that takes long: rewritten on a terminal, else at doubling intervals."""
 
@@ -146,12 +205,14 @@ class _Progress:
         self._name, self._began, self._said, self._every = name, time.monotonic(), 0.0, QUIET_SECONDS
         self._line = "\r{}\033[K" if sys.stderr.isatty() else "{}\n"
 
-    def at(self, tokens: int) -> None:
+    def at(self, tokens: int, share: float | None) -> None:
         seconds = time.monotonic() - self._began
         if seconds - self._said < self._every:
             return
         self._said = seconds
         text = f"packing {self._name}: {tokens / 1e6:.1f} M tokens, {tokens / 1e6 / seconds:.2f} M/s"
+        if share:
+            text += f", {share:.0%} of the files read, {_duration(seconds * (1 - share) / share)} left"
         sys.stderr.write(self._line.format(text))
         sys.stderr.flush()
         if self._line.endswith("\n"):

@@ -55,7 +55,14 @@ def prepare(config: DataConfig, folder: Path, model_vocab_size: int) -> Prepared
         DataError: text or tokenizer cannot be read, the tokenizer has more ids than the model, a split is shorter
             than one sample.
     """
-    corpora = {name: Corpus(name, corpus) for name, corpus in config.corpora.items()}
+    corpora, problems = {}, []
+    for name, named in config.corpora.items():
+        try:
+            corpora[name] = Corpus(name, named)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _sweep(folder)

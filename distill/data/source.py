@@ -6,21 +6,27 @@ equal texts fall on the same side and no order, addition or removal of other doc
 
 from __future__ import annotations
 
+import contextlib
+import filecmp
 import glob
 import os
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
 import xxhash
 
 from distill.config.errors import DataError
-from distill.config.schema import IMAGE_TOKENS, CorpusConfig, Source
+from distill.config.schema import IMAGE_TOKENS, CorpusConfig, FileFormat, Source
 from distill.data import digits, needle
-from distill.data.tables import READERS, rows, suffix
+from distill.data.formats import ALLOWED, READ_ERRORS, Kind, compression_of, kind_of, opened, reason
+from distill.data.tables import rows
 
 Ranges = list[tuple[int, int]]
 """[start, end) characters of a text."""
@@ -56,6 +62,7 @@ class _File:
     path: Path
     name: str
     """What orders, splits and identifies it."""
+    kind: Kind
     held_out: bool | None
     """None: decided document by document."""
 
@@ -63,12 +70,18 @@ class _File:
 class Corpus:
     """The documents that one `CorpusConfig` names.
 
+    Attributes:
+        empty: documents without text that the last walk over `documents` left out.
+        share: of the files' bytes that it has read; None: not known.
+
     Raises:
         DataError: no file matches, or one is named for both splits.
     """
 
     def __init__(self, name: str, config: CorpusConfig):
         self.name, self.config = name, config
+        self.empty = 0
+        self.share: float | None = None
         self.key = f"data.corpora.{name}"
         find = {Source.stdlib: self._stdlib, Source.files: self._named}
         # The other sources make their documents up, without files.
@@ -92,6 +105,8 @@ class Corpus:
             except OSError as error:
                 raise DataError(f"{file.path}: cannot be read: {error.strerror}") from error
             digest.update(repr((file.name, file.held_out, stat.st_size, stat.st_mtime_ns)).encode())
+            if file.kind != kind_of(file.path) or file.path.suffix != file.path.suffix.lower():
+                digest.update(repr(file.kind).encode())  # what was packed before may have been read as text
         return digest.hexdigest()
 
     @property
@@ -104,23 +119,34 @@ class Corpus:
         Raises:
             DataError: a file or a document that cannot be read as configured; names file, key and value.
         """
+        self.empty = 0
         if self.config.source is Source.digits:
             yield from self._digits()
         if self.config.source is Source.needle:
             yield from self._made_up()
         # The limit holds for `files` and `held_out_files` each; the standard library's files are limited already.
         left = dict.fromkeys((True, False, None), self.config.max_documents)
-        for file in self._files:
+        ends = list(accumulate(file.path.stat().st_size if file.path.exists() else 0 for file in self._files))
+        for file, start, end in zip(self._files, [0, *ends], ends):
             limit = left[file.held_out]
             if limit == 0:
                 continue
-            for read, document in enumerate(self._read(file, scratch), 1):
+            at = partial(self._at, start, end, ends[-1])
+            at(0.0)
+            for read, document in enumerate(self._read(file, scratch, at), 1):
                 if document.text:
                     yield document
+                else:
+                    self.empty += 1
                 if limit is not None:
                     left[file.held_out] = limit - read
                     if read == limit:
                         break
+
+    def _at(self, start: int, end: int, total: int, share: float) -> None:
+        """Notes that of the bytes from start to end, which are a file's, so many were read."""
+        known = total > 0 and self.config.max_documents is None
+        self.share = (start + share * (end - start)) / total if known else None
 
     # ------------------------------------------------------------ files
 
@@ -134,27 +160,54 @@ class Corpus:
             names += [(Path(folder) / f).relative_to(root).as_posix() for f in found]
         if not names:
             raise DataError(f"{self.key}.source is stdlib; {root} holds no source files: use source=files")
-        return [_File(root / name, name, self._share(name)) for name in sorted(names)[: self.config.max_documents]]
+        kind = Kind(FileFormat.text, None)
+        names = sorted(names)[: self.config.max_documents]
+        return [_File(root / name, name, kind, self._share(name)) for name in names]
 
     def _named(self) -> list[_File]:
-        held_out = self._match("held_out_files", self.config.held_out_files)
-        files = self._match("files", self.config.files)
-        if both := [str(path) for path in files if path in set(held_out)]:
-            raise DataError(f"{self.key}: {', '.join(both)} is in files and in held_out_files; it must be in one")
+        problems: list[str] = []
+        held_out = self._match("held_out_files", self.config.held_out_files, problems)
+        files = self._match("files", self.config.files, problems)
+        twins = _Twins(held_out)
+        both = [(path, twin) for path, kind in files.items() if (twin := twins.of(path, kind)) is not None]
+        for path, twin in both:
+            name = "" if path == twin else f" as {twin}"
+            problems.append(f"{self.key}: {path} is in files and in held_out_files{name}; it must be in one")
+        if problems:
+            raise DataError("\n".join(problems))
         rest = False if held_out else None
-        return [_File(p, str(p), rest) for p in files] + [_File(p, str(p), True) for p in held_out]
+        return [_File(p, str(p), kind, rest) for p, kind in files.items()] + [
+            _File(p, str(p), kind, True) for p, kind in held_out.items()
+        ]
 
-    def _match(self, key: str, patterns: list[str]) -> list[Path]:
-        """Files in the order of the patterns, sorted within each, none twice."""
-        found: dict[Path, None] = {}
+    def _match(self, key: str, patterns: list[str], problems: list[str]) -> dict[Path, Kind]:
+        """Files in the order of the patterns, sorted within each, none twice; what is wrong goes into `problems`."""
+        found: dict[Path, Kind] = {}
+        unknown: list[str] = []
         for pattern in patterns:
             pattern = os.path.expanduser(pattern)
             names = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
-            paths = [Path(name).resolve() for name in names if os.path.isfile(name)]
-            if not paths:
-                raise DataError(f"{self.key}.{key} has {pattern!r}; no file matches (working folder: {os.getcwd()})")
-            found.update(dict.fromkeys(paths))
-        return list(found)
+            names = [name for name in names if os.path.isfile(name)]
+            if not names:
+                problem = f"no file matches (working folder: {os.getcwd()})"
+                if os.path.isdir(pattern):
+                    problem = f"it is a folder: name its files, {os.path.join(pattern, '**', '*.jsonl')!r} or the like"
+                problems.append(f"{self.key}.{key} has {pattern!r}; {problem}")
+            for name in names:
+                path = Path(name).resolve()
+                # A link has the better name: what it leads to may be called by a digest.
+                kind = kind_of(Path(name), self.config.format) or kind_of(path)
+                if kind is None:
+                    unknown.append(name)
+                else:
+                    found.setdefault(path, kind)
+        if unknown:
+            more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+            problems.append(
+                f"{self.key}.{key} has {', '.join(unknown[:3])}{more}, whose suffix does not say what is in it; "
+                f"allowed: {ALLOWED}; rename, narrow the pattern, or set {self.key}.format (text, json, parquet, arrow)"
+            )
+        return found
 
     # ------------------------------------------------------------ documents
 
@@ -174,23 +227,23 @@ class Corpus:
             text, answers = needle.document(c.needle, index)
             yield Document(text, answers if c.needle.answers_only else None, self._share(text))
 
-    def _read(self, file: _File, scratch: Path) -> Iterator[Document]:
-        if suffix(file.path) in READERS:
-            yield from self._rows(file, scratch)
+    def _read(self, file: _File, scratch: Path, at: Callable[[float], None]) -> Iterator[Document]:
+        if file.kind.format is not FileFormat.text:
+            yield from self._rows(file, scratch, at)
             return
         for key in ("mask_key", "image_key"):
             if (column := getattr(self.config, key)) is not None:
                 raise DataError(f"{self.key}.{key} is {column!r}; {file.path} is text and has no columns")
-        text = _read_text(file.path, source_code=self.config.source is Source.stdlib)
+        text = _read_text(file.path, file.kind, source_code=self.config.source is Source.stdlib)
         yield Document(text, None, self._share(text) if file.held_out is None else file.held_out)
 
-    def _rows(self, file: _File, scratch: Path) -> Iterator[Document]:
+    def _rows(self, file: _File, scratch: Path, at: Callable[[float], None]) -> Iterator[Document]:
         c = self.config
         keys = {key: column for key in ("text_key", "mask_key", "image_key") if (column := getattr(c, key)) is not None}
         names = [f"{self.key}.{key}" for key in keys]
-        for number, row in enumerate(rows(file.path, list(keys.values()), names, scratch), 1):
+        for number, row in rows(file.path, list(keys.values()), names, scratch, file.kind, at):
             where, values = f"{file.path}, row {number}", dict(zip(keys, row))
-            text = values["text_key"]
+            text = _decoded(values["text_key"])
             if not isinstance(text, str):
                 raise DataError(f"{where}: column {c.text_key!r} is {_short(text)}; a text is needed")
             try:
@@ -215,18 +268,54 @@ class Corpus:
         return xxhash.xxh3_64_intdigest(data) < self.config.held_out * 2**64
 
 
-def _read_text(path: Path, source_code: bool) -> str:
+class _Twins:
+    """The held-out files, to be found by another name or as a copy: what is trained on says nothing there."""
+
+    def __init__(self, files: dict[Path, Kind]):
+        self._inodes: dict[tuple[int, int], Path] = {}
+        self._sizes: dict[int, list[Path]] = defaultdict(list)
+        for path, kind in files.items():
+            stat = path.stat()
+            self._inodes[stat.st_dev, stat.st_ino] = path
+            if stat.st_size and kind.format is not FileFormat.text:  # texts may be alike: a license in each folder
+                self._sizes[stat.st_size].append(path)
+
+    def of(self, path: Path, kind: Kind) -> Path | None:
+        stat = path.stat()
+        if (same := self._inodes.get((stat.st_dev, stat.st_ino))) is not None:
+            return same
+        if kind.format is FileFormat.text:
+            return None
+        alike = self._sizes.get(stat.st_size, ())
+        return next((twin for twin in alike if filecmp.cmp(path, twin, shallow=False)), None)
+
+
+def _decoded(text: object) -> object:
+    """A column of bytes is text as well: not every writer of Parquet says so."""
+    if isinstance(text, bytes):
+        with contextlib.suppress(UnicodeDecodeError):
+            return text.decode()
+    return text
+
+
+def _read_text(path: Path, kind: Kind, source_code: bool) -> str:
     try:
         if source_code:  # honours a coding line
             with tokenize.open(path) as file:
                 return file.read()
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+        compression = compression_of(path, kind)
+        if compression is None or path.stat().st_size == 0:
+            data = path.read_bytes()
+        else:
+            with path.open("rb") as packed, opened(packed, compression) as unpacked:
+                data = unpacked.read()
+        text = data.decode("utf-8-sig")
     except (UnicodeDecodeError, SyntaxError) as error:
-        raise DataError(f"{path}: not text in UTF-8: {error}; allowed: {', '.join(READERS)}, or text") from error
+        raise DataError(f"{path}: not text in UTF-8: {error}; allowed: {ALLOWED}") from error
+    except READ_ERRORS as error:
+        raise DataError(f"{path}: cannot be read: {reason(error)}") from error
     if "\0" in text:
-        raise DataError(f"{path}: not text: it holds NUL; allowed: {', '.join(READERS)}, or text")
+        raise DataError(f"{path}: not text: it holds NUL; allowed: {ALLOWED}")
     return text
 
 

@@ -1,87 +1,133 @@
-"""Rows of jsonl, json, parquet and arrow files; the only file that knows `datasets`."""
+"""Rows of JSON, Parquet and Arrow files, compressed or not."""
 
 from __future__ import annotations
 
-import dataclasses
-import glob
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from distill.config.errors import DataError
+from distill.config.schema import FileFormat
+from distill.data.formats import READ_ERRORS, Kind, compression_of, opened, reason
+from distill.data.json_rows import JsonRows
 
-READERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
-"""Which of the library's readers a suffix takes."""
-
-COMPRESSED = {".gz", ".zst", ".xz", ".bz2"}
 ROWS = 256
+"""Held at a time."""
+
+Row = tuple[int, dict[str, Any]]
+"""Its number, and values by column."""
 
 
-def suffix(path: Path) -> str:
-    """The suffix that says what a file holds: that of a compressed one is before the last."""
-    suffixes = path.suffixes[-2:]
-    if len(suffixes) == 2 and suffixes[1] in COMPRESSED:
-        suffixes.pop()
-    return suffixes[-1] if suffixes else ""
+def rows(
+    path: Path, columns: list[str], keys: list[str], scratch: Path, kind: Kind, at: Callable[[float], None]
+) -> Iterator[tuple[int, list[Any]]]:
+    """The number and the values of `columns` of row after row, read as a stream.
 
-
-def rows(path: Path, columns: list[str], keys: list[str], scratch: Path) -> Iterator[list[Any]]:
-    """The values of `columns`, row after row, read as a stream: nothing is kept but what is under `scratch`.
+    A row's number is what an editor shows: its line or, where rows are not lines, its place in the file; from 1. A
+    column that only some objects of a JSON file have is None in the others.
 
     Args:
         keys: the configuration's name for each column.
+        scratch: takes what a compressed Parquet or Arrow file holds while it is read.
+        at: is called with the share of the file that was read.
 
     Raises:
-        DataError: the file cannot be read as what its name says, or lacks a column.
+        DataError: the file cannot be read as `kind`, or lacks a column.
     """
     try:
         if path.stat().st_size == 0:
             return
-        for batch in _batches(path, scratch):
-            for column, key in zip(columns, keys):
-                if column not in batch:
-                    raise DataError(f"{path}: has no column {column!r} ({key}); it has {', '.join(map(repr, batch))}")
-            yield from map(list, zip(*(batch[column] for column in columns)))
-    except DataError:
-        raise
+        checked = False
+        for names, batch in _batches(path, columns, kind, scratch, at):
+            for column, key in () if checked else zip(columns, keys):
+                if names.count(column) != 1:
+                    problem = "more than one column" if column in names else "no column"
+                    raise DataError(f"{path}: has {problem} {column!r} ({key}); it has {', '.join(map(repr, names))}")
+            checked = True
+            for number, row in batch:
+                yield number, [row.get(column) for column in columns]
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # readers raise errors of pyarrow, pandas, ujson and their own
-        reason = str(error.__cause__ or error).splitlines() or [type(error).__name__]
-        raise DataError(f"{path}: cannot be read as {READERS[suffix(path)]}: {reason[0]}") from error
+        raise DataError(f"{path}: cannot be read: {reason(error)}") from error
 
 
-def _batches(path: Path, scratch: Path) -> Iterator[dict[str, list[Any]]]:
-    import datasets
+def _batches(
+    path: Path, columns: list[str], kind: Kind, scratch: Path, at: Callable[[float], None]
+) -> Iterator[tuple[list[str], list[Row]]]:
+    """Names of all columns, and some rows with at least those of `columns`."""
+    if kind.format is FileFormat.json:
+        yield from _json(path, kind, at)
+        return
+    compression, number = compression_of(path, kind), 0
+    with ExitStack() as stack:
+        try:
+            plain = path
+            if compression is not None:  # readers jump to and fro
+                copy = stack.enter_context(tempfile.NamedTemporaryFile(dir=scratch))
+                packed = stack.enter_context(path.open("rb"))
+                shutil.copyfileobj(stack.enter_context(opened(packed, compression)), copy)
+                copy.flush()
+                plain = Path(copy.name)
+            for names, batch, share in _tables(plain, columns, kind.format):
+                at(share)
+                yield names, list(enumerate(batch, number + 1))
+                number += len(batch)
+        except READ_ERRORS as error:
+            after = f" after row {number}" if number else ""
+            raise DataError(f"{path}: cannot be read as {kind.format.value}{after}: {reason(error)}") from error
 
-    # A local file concerns nobody else: no report of its use, and our message is the only one.
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    reader = READERS[suffix(path)]
-    # Otherwise some columns' names would make it take rows for logs of chat agents.
-    options = {"parse_agent_traces": False} if reader == "json" else {}
-    stream = datasets.load_dataset(
-        reader,
-        data_files=[glob.escape(str(path))],
-        split="train",
-        streaming=True,
-        cache_dir=str(scratch),
-        **options,
-    )
-    for column, feature in (stream.features or {}).items():
-        if (plain := _undecoded(feature)) != feature:
-            stream = stream.cast_column(column, plain)
-    yield from stream.iter(batch_size=ROWS)
+
+def _json(path: Path, kind: Kind, at: Callable[[float], None]) -> Iterator[tuple[list[str], list[Row]]]:
+    size = path.stat().st_size
+    with path.open("rb") as packed, opened(packed, compression_of(path, kind)) as file:
+        reader = JsonRows(getattr(file, "read1", file.read))  # what comes before a fault is read, too
+        objects = iter(reader)
+        while True:
+            try:
+                batch = list(islice(objects, ROWS))
+            except (*READ_ERRORS, ValueError, RecursionError) as error:
+                raise DataError(f"{path}: cannot be read as json: row {reader.row}: {reason(error)}") from error
+            if not batch:
+                return
+            at(packed.tell() / size)
+            yield list(dict.fromkeys(name for _, row in batch for name in row)), batch
 
 
-def _undecoded(feature: Any) -> Any:
-    """The feature with every picture in it left as the bytes of its file."""
-    import datasets
+def _tables(
+    path: Path, columns: list[str], format: FileFormat
+) -> Iterator[tuple[list[str], list[dict[str, Any]], float]]:
+    """Names of all columns, some rows, and the share of the file that was read with them."""
+    if format is FileFormat.parquet:
+        with closing(pq.ParquetFile(str(path))) as file:
+            names = file.schema_arrow.names
+            wanted = [name for name in columns if name in names]
+            done = 0
+            for batch in file.iter_batches(ROWS, columns=wanted):
+                done += batch.num_rows
+                yield names, _columns(batch, wanted), done / max(file.metadata.num_rows, 1)
+        return
+    with pa.OSFile(str(path)) as file:
+        start = file.read(6)
+        file.seek(0)
+        if start.startswith(b"FEA1"):
+            raise DataError(f"{path}: is Feather of version 1; write it anew (pyarrow.feather.write_feather)")
+        whole = start == b"ARROW1"
+        reader = pa.ipc.open_file(file) if whole else pa.ipc.open_stream(file)
+        names = reader.schema.names
+        wanted = [name for name in columns if names.count(name) == 1]
+        batches = map(reader.get_batch, range(reader.num_record_batches)) if whole else reader
+        for done, batch in enumerate(batches, 1):
+            share = done / reader.num_record_batches if whole else file.tell() / file.size()
+            for first in range(0, batch.num_rows, ROWS):
+                yield names, _columns(batch.slice(first, ROWS), wanted), share
 
-    if isinstance(feature, datasets.Image):
-        return datasets.Image(decode=False)
-    if isinstance(feature, list):
-        return [_undecoded(inner) for inner in feature]
-    if hasattr(feature, "feature"):  # lists, as the library calls them
-        return dataclasses.replace(feature, feature=_undecoded(feature.feature))
-    return feature
+
+def _columns(batch: pa.RecordBatch, wanted: list[str]) -> list[dict[str, Any]]:
+    values = [batch.column(name).to_pylist() for name in wanted]
+    return [dict(zip(wanted, row)) for row in zip(*values)] if wanted else [{} for _ in range(batch.num_rows)]

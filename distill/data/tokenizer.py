@@ -1,4 +1,4 @@
-"""Any `tokenizer.json`, or a byte-level BPE trained on the corpus; the only file that knows `tokenizers`."""
+"""Any `tokenizer.json`, or a byte-level BPE trained on the corpus; beside `gaps` the one file with `tokenizers`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import xxhash
 
 from distill.config.errors import ConfigError, DataError
-from distill.config.files import write_text
+from distill.config.files import LFS_CURE, is_lfs_pointer, write_text
 from distill.config.schema import IMAGE_TOKENS, TokenizerConfig
+from distill.data.gaps import Gaps
 
 BYTES = 256
 """Ids that a byte-level alphabet takes before the first merge."""
@@ -43,28 +44,39 @@ class Tokenizer:
     """
 
     def __init__(self, record: dict[str, Any], bos: str | None, eos: str | None, name: str):
-        from tokenizers import Tokenizer as Library
-
-        self._name = name
+        self.name = name
         self._json = json.dumps(record, sort_keys=True, separators=(",", ":"))
         # A post-processor would trim offsets and may add tokens of its own.
         plain = {**record, "post_processor": None, "padding": None, "truncation": None}
-        try:
-            self._library = Library.from_str(json.dumps(plain))
-        except Exception as error:  # the library raises bare Exception
-            raise DataError(f"{name}: not a tokenizer.json: {error}") from error
+        if isinstance(model := record.get("model"), dict) and model.get("dropout") is not None:
+            plain["model"] = {**model, "dropout": None}  # equal texts have equal ids
+        self._library = _library(plain, name)
+        self._gaps = Gaps.of(plain, self._library, name)
         self.digest: str = xxhash.xxh3_128_hexdigest(self._json.encode())
         self.vocab_size: int = max(self._library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.bos_id = self._special("bos", bos)
-        self.eos_id = self._special("eos", eos)
+        self.bos_id, self.eos_id = self.id(bos), self.id(eos)
+        lacking = [
+            f"{name}: has no token {token!r} (data.tokenizer.{role}); name one that it has, or null{self._specials()}"
+            for role, token, token_id in (("bos", bos, self.bos_id), ("eos", eos, self.eos_id))
+            if token is not None and token_id is None
+        ]
+        if problems := lacking + self._shared():
+            raise DataError("\n".join(problems))
 
-    def _special(self, role: str, token: str | None) -> int | None:
-        token_id = None if token is None else self._library.token_to_id(token)
-        if token is not None and token_id is None:
-            raise DataError(
-                f"{self._name}: has no token {token!r} (data.tokenizer.{role}); name one that it has, or null"
-            )
-        return token_id
+    def _shared(self) -> list[str]:
+        """The library numbers added tokens by the size of the vocabulary: where that has holes, others have the ids."""
+        own = self._library.get_vocab(with_added_tokens=False)
+        by_id = {token_id: token for token, token_id in own.items()}
+        return [
+            f"{self.name}: {token_id} is the id of {by_id[token_id]!r} and, as an added token, of {added.content!r}; "
+            "number the tokens of its model without holes, or put the added ones among them"
+            for token_id, added in self._library.get_added_tokens_decoder().items()
+            if token_id in by_id and added.content not in own
+        ]
+
+    def _specials(self) -> str:
+        found = [repr(t.content) for _, t in sorted(self._library.get_added_tokens_decoder().items()) if t.special]
+        return f"; its special tokens: {', '.join(found[:8])}{', ...' if len(found) > 8 else ''}" if found else ""
 
     def image_ids(self) -> ImageIds:
         """The ids of the tokens that stand for pictures.
@@ -74,25 +86,36 @@ class Tokenizer:
         """
         found: list[Any] = [self._library.token_to_id(token) for token in IMAGE_TOKENS]
         if missing := [token for token, token_id in zip(IMAGE_TOKENS, found) if token_id is None]:
-            raise DataError(f"{self._name}: has no {', '.join(missing)}; a corpus with pictures needs them")
+            raise DataError(f"{self.name}: has no {', '.join(missing)}; a corpus with pictures needs them")
         return ImageIds(*found)
 
     def encode_batch(
         self, texts: Sequence[str], offsets: bool = True
     ) -> list[tuple[list[int], list[tuple[int, int]] | None]]:
-        """Ids of each text and, if wanted (they double the time), the [start, end) characters of each token."""
-        if offsets:
-            return [(e.ids, e.offsets) for e in self._library.encode_batch(list(texts), add_special_tokens=False)]
-        return [(e.ids, None) for e in self._library.encode_batch_fast(list(texts), add_special_tokens=False)]
+        """Ids of each text and, if wanted (they double the time), the [start, end) characters of each token.
+
+        What has no token, where there is no unknown one either, is left out: see `unencodable`.
+        """
+        try:
+            if self._gaps is not None and not self._gaps.library_passes_over:
+                return [(ids, pairs if offsets else None) for ids, pairs in self._gaps.encode_batch(texts)]
+            if offsets:
+                return [(e.ids, e.offsets) for e in self._library.encode_batch(list(texts), add_special_tokens=False)]
+            return [(e.ids, None) for e in self._library.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"{self.name}: cannot encode a text: {error}") from error
+
+    def unencodable(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
+        """The [start, end) characters of each text that its ids leave out."""
+        return [[] for _ in texts] if self._gaps is None else self._gaps.find(texts)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens included."""
         return self._library.decode(list(ids), skip_special_tokens=False)
 
-    def id(self, token: str) -> int | None:
-        """The id of a token; None where the tokenizer has no such token."""
-        found: int | None = self._library.token_to_id(token)
-        return found
+    def id(self, token: str | None) -> int | None:
+        """The id of a token; None where the tokenizer has no such token, and for None."""
+        return None if token is None else self._library.token_to_id(token)
 
     def token(self, token_id: int) -> str | None:
         """What the tokenizer calls an id; None where it has no such id."""
@@ -109,6 +132,15 @@ class Tokenizer:
         write_text(Path(path), self._json)
 
 
+def _library(record: dict[str, Any], name: str) -> Any:
+    from tokenizers import Tokenizer as Library
+
+    try:
+        return Library.from_str(json.dumps(record))
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"{name}: not a tokenizer.json: {error}") from error
+
+
 def load(config: TokenizerConfig, file: str | Path | None = None) -> Tokenizer:
     """The tokenizer of `file`, or else of `config.file`.
 
@@ -117,6 +149,8 @@ def load(config: TokenizerConfig, file: str | Path | None = None) -> Tokenizer:
     """
     path = Path(file or config.file or "").expanduser()
     try:
+        if is_lfs_pointer(path):
+            raise DataError(f"data.tokenizer.file is {path}; {LFS_CURE}")
         record = json.loads(path.read_bytes())
     except OSError as error:
         raise DataError(f"data.tokenizer.file is {path}; cannot be read: {error.strerror}") from error

@@ -136,6 +136,34 @@ def test_what_we_write_we_read(name, vision):
     assert hf.config_from_json(json.loads(json.dumps(hf.config_to_json(config)))) == config
 
 
+NULL = """
+    attention_bias attention_dropout tie_word_embeddings rope_parameters quantization_config layer_types moe_layers
+    no_rope_layers pad_token_id torch_dtype dtype _name_or_path"""
+
+
+@pytest.mark.parametrize("key", NULL.split())
+def test_null_is_as_if_a_key_were_not_there(key):
+    without = {name: value for name, value in SCOUT.items() if name != key}
+    want = hf.config_from_json(without)
+    assert hf.config_from_json(without | {key: None}) == want
+    assert hf.config_from_json(released(without | {key: None}), vision=False) == want
+
+
+def test_null_above_and_in_sight():
+    want = hf.config_from_json(released(SCOUT))
+    assert hf.config_from_json(released(SCOUT, tie_word_embeddings=None, dtype=None, quantization_config=None)) == want
+    for key in ("attention_dropout", "projector_dropout", "multi_modal_projector_bias", "rope_scaling"):
+        assert hf.config_from_json(released(SCOUT, vision_config=VISION | {key: None})) == want
+    heads = hf.config_from_json(SCOUT | {"num_key_value_heads": None, "head_dim": None})
+    assert (heads.kv_heads, heads.head_dim) == (40, 128)
+    plain = hf.config_from_json(SCOUT | {"rope_scaling": None})
+    assert plain.rope_scaling is None
+    assert hf.config_from_json(SCOUT | {"rope_scaling": {"rope_type": None, "type": None}}) == plain
+    one, none = (hf.config_from_json(SCOUT | {"eos_token_id": eos}) for eos in (7, None))
+    assert (one.eos_ids, none.eos_ids) == ([7], [])
+    assert hf.config_from_json(SCOUT | {"attention_chunk_size": None}).chunk_size is None
+
+
 def test_llama_guard_is_dense_and_has_no_chunks():
     guard = TEXT | {
         "attention_chunk_size": None,

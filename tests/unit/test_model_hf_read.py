@@ -262,6 +262,60 @@ def refusal(folder):
     return str(error.value)
 
 
+# ---------------------------------------------------------------- files as they come
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4665a5ea\nsize 20112345\n"
+
+
+def sharded(folder):
+    """The folder in two shards with an index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    where = {name: f"model-0000{1 + (i % 2)}-of-00002.safetensors" for i, name in enumerate(names)}
+    for file in set(where.values()):
+        save_file({name: tensors[name] for name in names if where[name] == file}, folder / file)
+    return {"metadata": {"total_size": 1}, "weight_map": where}
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("here", ["", "./"])
+def test_a_byte_order_mark_and_spellings_of_file_names_change_nothing(folder, mark, here):
+    want = dict(hf.load(folder).named_parameters())
+    index = sharded(folder)
+    names = enumerate(index["weight_map"].items())
+    index["weight_map"] = {name: here * (i % 3 > 0) + file for i, (name, file) in names}
+    config = (folder / "config.json").read_text()
+    for name, text in (("model.safetensors.index.json", json.dumps(index)), ("config.json", config)):
+        (folder / name).write_text(f"{mark}{text}\r\n \n", encoding="utf-8")
+    found = dict(hf.load(folder).named_parameters())
+    assert found.keys() == want.keys() and all(torch.equal(found[name], want[name]) for name in want)
+
+
+def test_missing_shards_and_pointers_of_git_lfs_are_each_named(folder):
+    index = sharded(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    first, second = sorted(folder.glob("model-*.safetensors"))
+    second.write_text(POINTER)
+    good = first.read_bytes()
+    first.unlink()
+    gone, pointer = refusal(folder).splitlines()
+    assert gone == f"{first} is named by model.safetensors.index.json but is no file of the folder"
+    assert pointer.startswith(f"{second} is a pointer of Git LFS") and "git lfs pull" in pointer
+    first.write_bytes(good)
+    assert refusal(folder) == pointer
+    (folder / "config.json").write_text(POINTER)
+    assert refusal(folder).startswith(f"{folder}/config.json is a pointer of Git LFS")
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"[]", b"\xff\xfe{\x00", b'{"a": 1', b"<html>"])
+def test_what_is_no_json_is_one_line(folder, content):
+    (folder / "config.json").write_bytes(content)
+    said = refusal(folder)
+    assert str(folder / "config.json") in said and "\n" not in said
+
+
 # ---------------------------------------------------------------- memory
 
 

@@ -119,6 +119,12 @@ def test_a_folder_without_a_model_or_with_half_of_one_is_refused(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"lack 1 tensors of the model: model\.layers\.1\.mlp\.up_proj\.weight"):
         hf.load(tmp_path, torch.float32)
+    (tmp_path / "model.safetensors").write_bytes(b"no weights at all")
+    with pytest.raises(ConfigError, match=r"transformers cannot load it: .*header"):
+        hf.load(tmp_path, torch.float32)
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ConfigError, match=r"model\.safetensors is a pointer of Git LFS"):
+        hf.load(tmp_path, torch.float32)
 
 
 def test_a_saved_model_comes_back(tmp_path):

@@ -158,7 +158,8 @@ def _rope(text: Fields) -> tuple[float, RopeScaling | None]:
 
 def _one_rope(rope: Fields) -> tuple[float, RopeScaling | None]:
     theta = rope.number("rope_theta", kind=float)
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    spelt = rope.get("rope_type"), rope.get("type")
+    kind = spelt[0] or spelt[1] or "default"
     rope.only("partial_rotary_factor", 1.0)
     keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     if kind == "default":

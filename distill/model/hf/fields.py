@@ -97,9 +97,9 @@ class Fields:
         return size
 
     def only(self, key: str, allowed: Any) -> None:
-        """The key may be there with this one value."""
-        value = self.get(key, allowed)
-        if value != allowed:
+        """The key may be there with this one value, or with null, which says nothing."""
+        value = self.get(key)
+        if value is not None and value != allowed:
             self.fault(key, f"is {value!r}; only {allowed!r} is supported")
 
     def rest(self, inert: frozenset[str]) -> None:

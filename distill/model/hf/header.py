@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distill.config.errors import CheckpointError
+from distill.config.files import LFS_CURE, is_lfs_pointer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _LARGEST_HEADER = 100_000_000
@@ -57,7 +58,9 @@ def stored_tensors(folder: Path, problems: list[str]) -> tuple[list[Stored], set
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; raises CheckpointError that names the file."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        if is_lfs_pointer(path):
+            raise CheckpointError(f"{path} {LFS_CURE}")
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -76,12 +79,13 @@ def _files(folder: Path, problems: list[str]) -> dict[str, set[str] | None]:
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{folder / INDEX}: weight_map must map keys to file names")
-    files: dict[str, set[str] | None] = {}
+    files: dict[str, set[str]] = {}
     for file in sorted(set(weight_map.values())):
-        files[file] = {key for key, where in weight_map.items() if where == file}
+        keys = {key for key, where in weight_map.items() if where == file}
+        files.setdefault(file.removeprefix("./"), set()).update(keys)
     if SINGLE not in files and (folder / SINGLE).exists():
         problems.append(f"{folder} has {SINGLE} and an {INDEX} that does not name it; remove the one that is not meant")
-    return files
+    return dict(files)
 
 
 def _instead(folder: Path) -> str:
@@ -100,6 +104,9 @@ def _read(path: Path, inside: bool, problems: list[str]) -> list[Stored] | None:
         problems.append(f"{path} is named by {INDEX} but is no file of the folder")
         return None
     try:
+        if is_lfs_pointer(path):
+            problems.append(f"{path} {LFS_CURE}")
+            return None
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
