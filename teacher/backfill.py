@@ -18,8 +18,10 @@ from teacher.capture import Capture
 class Frozen(Protocol):
     """A teacher that does not train: one of ours, or one of `transformers` (teacher/hf.py)."""
 
-    vocab_size: int
-    """V, the width of its logits."""
+    @property
+    def vocab_size(self) -> int:
+        """V, the width of its logits."""
+        ...
 
     @property
     def model(self) -> nn.Module: ...

@@ -63,8 +63,7 @@ def own_stream(run: Run) -> Stream:
 
 
 def teacher(run: Run) -> tuple[Trainer, Capture | None]:
-    config, part = run.config, run.config.teacher
-    steps = steps_of(run, "teacher")
+    part, steps = run.config.teacher, steps_of(run, "teacher")
     stream, batch = own_stream(run), part.train.batch
     planned = {**stream.describe(), "planned": steps * batch, "batch": batch, "writers": run.dist.world}
     # A resumed run stays who it was.
@@ -170,8 +169,7 @@ def open_readers(run: Run) -> list[CacheReader]:
 
 def student(run: Run, readers: list[CacheReader] | None) -> Trainer:
     """A student on the teacher's stream as the cache records it, or (no cache, or order=own) on its own."""
-    config, part = run.config, run.config.student
-    steps = steps_of(run, "student")
+    part, steps = run.config.student, steps_of(run, "student")
     sizes = {name: len(corpus) for name, corpus in run.data.train.items()}
     if readers and part.replay.order is not ReplayOrder.own:
         stream, planned = teachers_stream(readers, list(sizes))
