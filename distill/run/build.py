@@ -151,8 +151,10 @@ def cache_figures(readers: list[CacheReader]) -> dict[str, Any]:
     }
 
 
-def open_readers(run: Run) -> list[CacheReader]:
+def open_readers(run: Run, role: str = "student") -> list[CacheReader]:
     """The caches of all corpora, checked against the run's own tokenizer, vocabulary, packing and corpus.
+
+    role: whose vocabulary.
 
     A student that goes on from a checkpoint finds the view that it had: what was published since waits for a refresh.
     """
@@ -161,7 +163,8 @@ def open_readers(run: Run) -> list[CacheReader]:
     readers = []
     for number, (name, folder) in enumerate(cache_folders(run).items()):
         reader = CacheReader(folder, views[number] if views else None)
-        check_cache(reader, run.data.tokenizer, run.data.train[name], run.config.student.model.vocab_size)
+        vocab_size = getattr(run.config, role).model.vocab_size
+        check_cache(reader, run.data.tokenizer, run.data.train[name], vocab_size, student=True)
         reader.read(np.empty(0, np.int64), np.empty(0, np.uint64))  # loads the compiled decoder before the first step
         readers.append(reader)
     return readers
@@ -176,7 +179,8 @@ def student(run: Run, readers: list[CacheReader] | None) -> Trainer:
     else:
         stream, planned = own_stream(run), steps * part.train.batch
     meters, vocab_size = Meters(run.dist.device), part.model.vocab_size
-    step = StudentStep(meters, part.train.head_chunk, part.weighting, vocab_size, steps, len(sizes))
+    taught = max((reader.header.vocab_size for reader in readers or []), default=None)
+    step = StudentStep(meters, part.train.head_chunk, part.weighting, vocab_size, steps, len(sizes), taught)
     return _trainer(run, "student", step, steps, stream, replay(part.replay.order, planned), readers)
 
 

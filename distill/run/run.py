@@ -24,6 +24,7 @@ from distill.config.load import to_dict
 from distill.config.schema import DataConfig, Job, ModelConfig, RunConfig, TrainConfig, VisionConfig
 from distill.data.join import Batch, Joiner
 from distill.data.prepare import Prepared, prepare
+from distill.data.tokenizer import TOKENIZER as TOKENIZER
 from distill.data.tokenizer import Tokenizer
 from distill.engine import checkpoint
 from distill.engine.checkpoint import Checkpoint
@@ -39,8 +40,6 @@ from distill.run.trainer import Trainer
 from distill.tracking import report
 from distill.tracking.tracker import Tracker
 from student.evaluate import Evaluation, evaluate
-
-TOKENIZER = "tokenizer.json"
 
 # May differ between a run and its resumption: they change nothing that is computed.
 _FREE = (
