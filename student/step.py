@@ -30,10 +30,18 @@ class StudentStep:
         vocab_size: int,
         steps: int,
         corpora: int = 1,
+        teacher_vocab_size: int | None = None,
     ):
+        """
+        Args:
+            vocab_size: V of the student.
+            teacher_vocab_size: V of the teachers whose entropies are read, the largest where they differ; None: the
+                student's.
+        """
         assert meters.device is not None, "the state of the weighting lives where the meters do"
         self.meters, self.head_chunk, self.config = meters, head_chunk, config
-        self.vocab_size, self.steps = vocab_size, steps
+        self.steps = steps
+        self.teacher_vocab_size = teacher_vocab_size or vocab_size
         self.lag = weighting.init_lag(vocab_size, meters.device, corpora)
         self.covered = torch.zeros(2, dtype=torch.float64, device=meters.device)
         """Valid tokens met so far: those with targets, and all."""
@@ -65,7 +73,7 @@ class StudentStep:
             self.lag = weighting.meet(self.lag, dist.least(least_C.to(dist.device)))
         if config.entropy.enabled and config.entropy.skip > 0:
             covered_T = batch.targets.covered_T & batch.valid_BS.flatten()
-            counts = weighting.entropy_histogram(batch.targets.entropy_T, covered_T, self.vocab_size)
+            counts = weighting.entropy_histogram(batch.targets.entropy_T, covered_T, self.teacher_vocab_size)
             self._histogram = dist.sum(counts.to(dist.device))
 
     def weigh(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -81,7 +89,7 @@ class StudentStep:
         if config.entropy.enabled:
             alpha_T = alpha_T * weighting.entropy_factor(
                 batch.targets.entropy_T,
-                self.vocab_size,
+                self.teacher_vocab_size,
                 scale=config.entropy.scale,
                 skip=config.entropy.skip,
                 histogram=self._histogram,

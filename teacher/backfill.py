@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-import xxhash
 from torch import Tensor, nn
 
 from distill.data.join import Batch
@@ -15,15 +14,14 @@ from losses import mixed_loss
 from losses.mixed import Tap
 from teacher.capture import Capture
 
-IDENTITY_ELEMENTS = 4096
-"""Of every parameter, evenly spread, that go into a teacher's identity."""
-
 
 class Frozen(Protocol):
     """A teacher that does not train: one of ours, or one of `transformers` (teacher/hf.py)."""
 
-    vocab_size: int
-    """V, the width of its logits."""
+    @property
+    def vocab_size(self) -> int:
+        """V, the width of its logits."""
+        ...
 
     @property
     def model(self) -> nn.Module: ...
@@ -89,18 +87,3 @@ def label_loss(teacher: Frozen, batch: Batch, head_chunk: int) -> tuple[float, i
     valid_T = batch.valid_BS.flatten()
     hard_T = teacher.label(batch, lambda start, logits_TV, lse_T: None, head_chunk)
     return float((hard_T.double() * valid_T).sum()), int(valid_T.sum())
-
-
-def identity(model: nn.Module) -> str:
-    """Sixteen hex digits that tell these weights from others, wherever and however they were stored.
-
-    Names, shapes and evenly spread elements of all parameters and kept buffers, rounded to fp32: cheap, and equal on
-    every machine.
-    """
-    digest = xxhash.xxh3_64()
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().flatten()
-        step = max(1, flat.numel() // IDENTITY_ELEMENTS)
-        digest.update(f"{name} {list(tensor.shape)} ".encode())
-        digest.update(flat[::step].float().cpu().numpy().tobytes())
-    return digest.hexdigest()

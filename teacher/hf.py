@@ -3,15 +3,16 @@
 Packed documents must not see each other and each counts its positions from 0. Rather than ask hundreds of
 architectures for that, every document is a row of its own, padded on the right, where a causal model cannot look.
 
-Where logits are nothing but a product of the last hidden states with the unembedding, which is tried on the first
-batch, the head runs in chunks like that of our own models. Elsewhere (biases, capped or scaled logits) the model's own
-logits are taken, some whole documents at a time.
+Where logits are nothing but a product of the last hidden states with the unembedding, which is tried on planted states
+(teacher/probe.py) and on the first batch, the head runs in chunks like that of our own models. Elsewhere (biases,
+capped or scaled logits) the model's own logits are taken, some whole documents at a time.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from distill.config.files import LFS_CURE, is_lfs_pointer
 from distill.data.join import Batch
 from losses.mixed import Tap
 from teacher.backfill import hard_loss
+from teacher.probe import Head, probe
 
 
 class _Document(NamedTuple):
@@ -37,19 +39,34 @@ class _Document(NamedTuple):
 class Foreign:
     """A causal language model of `transformers`; see `teacher.backfill.Frozen`.
 
+    Args:
+        name: what messages call it.
+
     Attributes:
         max_positions: longest document that it takes; None: its configuration does not say.
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, name: str = "the teacher"):
         self.model: Any = model.eval()
+        self._name = name
         config = model.config.get_text_config()
-        head = model.get_output_embeddings()
-        self.vocab_size: int = config.vocab_size if head is None else head.weight.shape[0]
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         self._masked = "attention_mask" in inspect.signature(model.forward).parameters
         self._plain_head: bool | None = None
         """The logits are hidden states times the unembedding; None: not tried yet."""
+
+    @cached_property
+    def _head(self) -> Head:
+        return probe(self.model, self._name)
+
+    @property
+    def vocab_size(self) -> int:
+        """The width of its logits, padded rows included.
+
+        Raises:
+            ConfigError: its configuration has a cap or scale that the model does not apply.
+        """
+        return self._head.width
 
     def flops_per_token(self, sample_tokens: int, tiles: float = 0.0) -> float:
         """An estimate: 2 for each weight that a token meets in a matrix product, and attention over half a sample."""
@@ -76,7 +93,8 @@ class Foreign:
         ids_T, labels_T = batch.ids_BS.flatten(), batch.labels_BS.flatten()
         documents = _documents(batch.documents_BS)
         if self._plain_head is None:
-            self._plain_head = self._has_plain_head(ids_T, documents[: max(1, head_chunk // documents[0].length)])
+            few = documents[: max(1, head_chunk // documents[0].length)]
+            self._plain_head = self._head.plain and self._has_plain_head(ids_T, few)
         if self._plain_head:
             hidden_TD = self._hidden(ids_T, documents, room=len(ids_T))
             return hard_loss(hidden_TD, self.model.get_output_embeddings().weight, batch, tap, head_chunk)
@@ -94,8 +112,6 @@ class Foreign:
     def _has_plain_head(self, ids_T: Tensor, documents: list[_Document]) -> bool:
         """Whether the product gives, number for number, the logits that the model gives on these documents."""
         head = self.model.get_output_embeddings()
-        if head is None or getattr(self.model.config.get_text_config(), "final_logit_softcapping", None):
-            return False
         group = next(_groups(documents, sum(d.length for d in documents), in_order=True))
         out = self._rows(self.model.base_model, ids_T, group)
         hidden = getattr(out, "last_hidden_state", None)
@@ -163,7 +179,7 @@ def load(folder: Path, dtype: torch.dtype) -> Foreign:
     # transformers draws what a file lacks at random, and only warns.
     if lacking := sorted(info["missing_keys"]):
         raise ConfigError(f"{key}; its files lack {len(lacking)} tensors of the model: {', '.join(lacking[:4])}")
-    return Foreign(model)
+    return Foreign(model, key)
 
 
 def _documents(documents_BS: Tensor) -> list[_Document]:

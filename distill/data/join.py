@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill.cache import CacheReader, ReadResult, SoftTargets
+from distill.cache import CacheReader, ReadResult, SoftTargets, is_url
 from distill.config.errors import CacheError
-from distill.config.schema import OnMissing
+from distill.config.schema import OnMissing, TokenizerConfig
 from distill.data.packed import PackedCorpus, Samples
 from distill.data.prefetch import Prefetch
-from distill.data.tokenizer import Tokenizer
+from distill.data.tokenizer import TOKENIZER, Tokenizer, load
 from distill.model.images import Images
 
 __all__ = ["Batch", "Joiner", "Prefetch", "check_cache"]
@@ -102,19 +104,67 @@ class Batch:
         return Batch(**{name: part if name == "documents_BS" else moved(part) for name, part in parts.items()})
 
 
-def check_cache(reader: CacheReader, tokenizer: Tokenizer, corpus: PackedCorpus, vocab_size: int) -> None:
+def check_cache(
+    reader: CacheReader, tokenizer: Tokenizer, corpus: PackedCorpus, vocab_size: int, *, student: bool = False
+) -> None:
     """Refuses a cache of another tokenizer, vocabulary, packing length or corpus.
 
+    A student's vocabulary may be the teacher's with rows after it, padding or added tokens: ids mean the same, and soft
+    targets give the rows after it nothing. Its tokenizer may then be another, as far as the teacher's is at hand (above
+    the cache, where its run left it) and all its ids are the same there. Samples in which added tokens occur are of
+    another corpus, and never get targets of a teacher that had no such tokens.
+
+    Args:
+        vocab_size: of the model's head.
+        student: the model reads targets; else it makes them, of exactly this vocabulary.
+
     Raises:
-        CacheError: names every field that differs, with both values.
+        CacheError: names every field that differs, with both values, and the ways out.
     """
-    reader.header.check(
-        vocab_size=vocab_size,
-        tokenizer=tokenizer.digest,
-        corpus=corpus.digest,
-        sample_tokens=corpus.sample_tokens,
-        samples=len(corpus),
-    )
+    header = reader.header
+    expected: dict[str, Any] = {"vocab_size": vocab_size, "tokenizer": tokenizer.digest, "corpus": corpus.digest}
+    if student and header.vocab_size < vocab_size:
+        del expected["vocab_size"]
+    extended = student and header.tokenizer != tokenizer.digest and _is_extended(reader, tokenizer)
+    if extended:
+        del expected["tokenizer"]
+    try:
+        header.check(**expected, sample_tokens=corpus.sample_tokens, samples=len(corpus))
+    except CacheError as error:
+        raise CacheError("; ".join([str(error), *_ways_out(reader, expected, extended, student)])) from None
+
+
+def _ways_out(reader: CacheReader, expected: dict[str, Any], extended: bool, student: bool) -> Iterator[str]:
+    header = reader.header
+    vocab_size = expected.get("vocab_size", header.vocab_size)
+    if vocab_size != header.vocab_size:
+        yield (
+            f"targets fall on any of the teacher's {header.vocab_size} ids: set student.model.vocab_size to at least "
+            "as many (rows added at the end)"
+            if student
+            else "a cache holds targets of one vocabulary: give this teacher a cache of its own"
+        )
+    if expected.get("tokenizer", header.tokenizer) != header.tokenizer:
+        here = "" if is_url(reader.folder) else f", or put its {TOKENIZER} into {Path(reader.folder).absolute().parent}"
+        yield (
+            "ids may mean something else: set data.tokenizer.file to the teacher's tokenizer"
+            + (f"{here}, if this one only adds to it" if student and here else "")
+        )
+    elif extended and expected["corpus"] != header.corpus:
+        yield "the tokenizer adds tokens to the teacher's: where they occur in the text, its samples are others"
+
+
+def _is_extended(reader: CacheReader, tokenizer: Tokenizer) -> bool:
+    """The cache's tokenizer is found above it, and all its ids mean the same in the other."""
+    if is_url(reader.folder):
+        return False
+    for folder in list(Path(reader.folder).absolute().parents)[:2]:  # a mixture's cache lies one folder deeper
+        path = folder / TOKENIZER
+        if path.exists():
+            theirs = load(TokenizerConfig(bos=None, eos=None), path)
+            if theirs.digest == reader.header.tokenizer:
+                return tokenizer.extends(theirs)
+    return False
 
 
 class Joiner:

@@ -70,6 +70,11 @@ class Stream:
             sample_ids[mine] = _permute(index[mine].astype(np.uint64), key, int(size))
         return corpus, sample_ids
 
+    @property
+    def shares(self) -> dict[str, int]:
+        """Of `PATTERN` positions, how many each corpus has."""
+        return {name: int(quota) for name, quota in zip(self.names, self._quota_C)}
+
     def describe(self) -> dict[str, Any]:
         """All that the order depends on, as JSON."""
         corpora = [[name, self.sizes[name], self.weights[name]] for name in self.names]

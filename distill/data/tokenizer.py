@@ -14,6 +14,8 @@ from distill.config.files import LFS_CURE, is_lfs_pointer, write_text
 from distill.config.schema import IMAGE_TOKENS, TokenizerConfig
 from distill.data.gaps import Gaps
 
+TOKENIZER = "tokenizer.json"
+"""What a run, a cache's teacher and a Hugging Face folder call the file."""
 BYTES = 256
 """Ids that a byte-level alphabet takes before the first merge."""
 
@@ -126,6 +128,16 @@ class Tokenizer:
         deciding = ("model", "added_tokens", "normalizer", "pre_tokenizer")
         mine, theirs = json.loads(self._json), json.loads(other._json)
         return all(mine.get(part) == theirs.get(part) for part in deciding)
+
+    def extends(self, other: Tokenizer) -> bool:
+        """Whether every id of the other means the same here; this one may have more."""
+        mine, theirs = json.loads(self._json), json.loads(other._json)
+        same = all(mine.get(part) == theirs.get(part) for part in ("normalizer", "pre_tokenizer", "decoder"))
+        for record in (mine["model"], theirs["model"]):
+            for part in ("vocab", "merges"):  # more merges change which ids a text has, which digests of samples show
+                record.pop(part, None)
+        ids, more = (t._library.get_vocab(with_added_tokens=True) for t in (other, self))
+        return bool(same and mine["model"] == theirs["model"] and ids.items() <= more.items())
 
     def save(self, path: str | Path) -> None:
         """Writes a complete `tokenizer.json` at one stroke; equal tokenizers have equal bytes."""

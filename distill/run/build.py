@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from distill.cache import CacheHeader, CacheReader, CacheWriter, is_written, make_codec
 from distill.cache.flops import flop_ledger
 from distill.config.errors import ConfigError
-from distill.config.load import to_dict
-from distill.config.schema import OnMissing, ReplayOrder, TrainConfig
+from distill.config.schema import OnMissing, Parametrization, ReplayOrder, TrainConfig
 from distill.data.join import Joiner, check_cache
 from distill.data.packed import PackedCorpus
 from distill.data.stream import Stream, replay
 from distill.model.count import flops_per_token
-from distill.run.run import Run
+from distill.run.identity import Lineage, lineage
+from distill.run.run import Run, architecture
 from distill.run.trainer import Positions, Step, Trainer
 from distill.tracking.meters import Meters
 from student.step import StudentStep
@@ -55,22 +55,40 @@ def cache_folders(run: Run) -> dict[str, str]:
     return {name: run.config.cache.dirs.get(name, folder) for name, folder in usual.items()}
 
 
-def teacher(run: Run) -> tuple[Trainer, Capture | None]:
-    config, part = run.config, run.config.teacher
-    steps = steps_of(run, "teacher")
+def own_stream(run: Run) -> Stream:
+    """Of the run's corpora by their weights and data.seed."""
     sizes = {name: len(corpus) for name, corpus in run.data.train.items()}
-    weights = {name: config.data.corpora[name].weight for name in sizes}
-    stream = Stream(sizes, weights, config.data.seed)
-    batch = part.train.batch
+    weights = {name: run.config.data.corpora[name].weight for name in sizes}
+    return Stream(sizes, weights, run.config.data.seed)
+
+
+def teacher(run: Run) -> tuple[Trainer, Capture | None]:
+    part, steps = run.config.teacher, steps_of(run, "teacher")
+    stream, batch = own_stream(run), part.train.batch
     planned = {**stream.describe(), "planned": steps * batch, "batch": batch, "writers": run.dist.world}
-    capture = open_capture(run, planned, cache_folders(run)) if part.capture else None
+    # A resumed run stays who it was.
+    known = run.lineages.get("teacher") or lineage_of(run, steps, stream)
+    run.lineages["teacher"] = known
+    capture = open_capture(run, planned, cache_folders(run), known.base) if part.capture else None
     step = TeacherStep(Meters(run.dist.device), part.train.head_chunk, capture)
     positions = replay(ReplayOrder.same, steps * batch)
     return _trainer(run, "teacher", step, steps, stream, positions, None), capture
 
 
-def open_capture(run: Run, planned: dict[str, object], folders: Mapping[str, str | Path]) -> Capture:
+def lineage_of(run: Run, steps: int, stream: Stream) -> Lineage:
+    """Of the run's teacher, as it starts. Collective."""
+    part = run.config.teacher
+    like = architecture(part.model) | {"parametrization": part.model.parametrization}
+    if part.model.parametrization is Parametrization.transfer:
+        like["base"] = dataclasses.asdict(part.model.base)
+    start, corpora = run.first_weights("teacher"), run.data.train
+    return lineage(start, like, part.optim, part.train, steps, run.config.precision, stream, corpora)
+
+
+def open_capture(run: Run, planned: dict[str, object], folders: Mapping[str, str | Path], teacher: str) -> Capture:
     """One writer per corpus on every rank; the rank that comes first creates the cache.
+
+    teacher: its identity.
 
     A cache that holds another run's targets is refused: they would give way to this run's, sample by sample.
     """
@@ -105,9 +123,8 @@ def open_capture(run: Run, planned: dict[str, object], folders: Mapping[str, str
                 )
                 run.resources.push(writers[-1])
         run.dist.barrier()
-    identity = xxhash.xxh3_64_hexdigest(repr(sorted(to_dict(config)["teacher"].items())).encode())
     tokens = train.batch * config.data.sample_tokens
-    return Capture(make_codec(config.cache.codec, vocab_size), writers, config.seed, identity, tokens)
+    return Capture(make_codec(config.cache.codec, vocab_size), writers, config.seed, teacher, tokens)
 
 
 def new_header(run: Run, corpus: PackedCorpus, vocab_size: int, stream: dict[str, object]) -> CacheHeader:
@@ -135,8 +152,10 @@ def cache_figures(readers: list[CacheReader]) -> dict[str, Any]:
     }
 
 
-def open_readers(run: Run) -> list[CacheReader]:
+def open_readers(run: Run, role: str = "student") -> list[CacheReader]:
     """The caches of all corpora, checked against the run's own tokenizer, vocabulary, packing and corpus.
+
+    role: whose vocabulary.
 
     A student that goes on from a checkpoint finds the view that it had: what was published since waits for a refresh.
     """
@@ -145,7 +164,8 @@ def open_readers(run: Run) -> list[CacheReader]:
     readers = []
     for number, (name, folder) in enumerate(cache_folders(run).items()):
         reader = CacheReader(folder, views[number] if views else None)
-        check_cache(reader, run.data.tokenizer, run.data.train[name], run.config.student.model.vocab_size)
+        vocab_size = getattr(run.config, role).model.vocab_size
+        check_cache(reader, run.data.tokenizer, run.data.train[name], vocab_size, student=True)
         reader.read(np.empty(0, np.int64), np.empty(0, np.uint64))  # loads the compiled decoder before the first step
         readers.append(reader)
     return readers
@@ -153,16 +173,15 @@ def open_readers(run: Run) -> list[CacheReader]:
 
 def student(run: Run, readers: list[CacheReader] | None) -> Trainer:
     """A student on the teacher's stream as the cache records it, or (no cache, or order=own) on its own."""
-    config, part = run.config, run.config.student
-    steps = steps_of(run, "student")
+    part, steps = run.config.student, steps_of(run, "student")
     sizes = {name: len(corpus) for name, corpus in run.data.train.items()}
     if readers and part.replay.order is not ReplayOrder.own:
         stream, planned = teachers_stream(readers, list(sizes))
     else:
-        weights = {name: config.data.corpora[name].weight for name in sizes}
-        stream, planned = Stream(sizes, weights, config.data.seed), steps * part.train.batch
+        stream, planned = own_stream(run), steps * part.train.batch
     meters, vocab_size = Meters(run.dist.device), part.model.vocab_size
-    step = StudentStep(meters, part.train.head_chunk, part.weighting, vocab_size, steps, len(sizes))
+    taught = max((reader.header.vocab_size for reader in readers or []), default=None)
+    step = StudentStep(meters, part.train.head_chunk, part.weighting, vocab_size, steps, len(sizes), taught)
     return _trainer(run, "student", step, steps, stream, replay(part.replay.order, planned), readers)
 
 

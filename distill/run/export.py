@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -21,13 +22,16 @@ from distill.config.schema import DataConfig, ModelConfig, Precision, RunConfig,
 from distill.data import tokenizer as tokenizers
 from distill.data.prepare import Prepared, prepare, reopen
 from distill.data.tokenizer import Tokenizer
+from distill.engine import checkpoint
 from distill.engine.dist import Dist
 from distill.model import hf
-from distill.run.run import TOKENIZER, Run, load_model
+from distill.run import identity
+from distill.run.identity import Lineage
+from distill.run.run import TOKENIZER, Run, load_model, role_in
 
 _COPIED = (
     TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
-    "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "generation_config.json", "preprocessor_config.json", "processor_config.json", identity.EXPORTED,
 )  # fmt: skip
 """Of a Hugging Face folder that is exported again."""
 
@@ -45,7 +49,9 @@ def export(config: RunConfig, folder: Path, dist: Dist) -> None:
         raise ConfigError(f"job=export is started on {dist.world} ranks; one process writes the whole model")
     source = Path(config.init_from)
     home = _Home.of(source, config.data)
-    model = load_model(source, e.role.value, None)
+    found = None if (source / "config.json").exists() else checkpoint.find(source)
+    model = load_model(source, e.role.value, None, found)
+    known = None if found is None else identity.stored(found, role_in(found, e.role.value))
     biased = any(bool(router.bias.any()) for router in model.routers)
     if biased and not e.drop_router_bias:
         raise ConfigError(
@@ -62,6 +68,8 @@ def export(config: RunConfig, folder: Path, dist: Dist) -> None:
     if not home.is_hf:
         model.config = _with_ids_of(tokenizer, model.config)
         also = partial(_write_tokenizer, tokenizer, model.config, home.images)
+    if known is not None and not biased:  # else it routes otherwise, as another teacher
+        also = partial(_written_by, also, *known)
     dtype = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}[e.dtype]
     report = hf.save(
         model,
@@ -132,6 +140,11 @@ class _Home:
         """The corpora, as the run packed them; else packed in `folder`."""
         found = None if self.packed is None else reopen(self.data, self.packed, tokenizer)
         return found or prepare(self.data, self.packed or folder, vocab_size)
+
+
+def _written_by(also: Callable[[Path], None], teacher: Lineage, step: int, target: Path) -> None:
+    also(target)
+    identity.write_exported(target, teacher, step)
 
 
 def _copy(source: Path, target: Path) -> None:

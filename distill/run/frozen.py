@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from omegaconf import OmegaConf
@@ -15,8 +15,10 @@ from distill.config.schema import Precision
 from distill.data import tokenizer as tokenizers
 from distill.engine import checkpoint
 from distill.engine.checkpoint import Checkpoint
-from distill.run.run import TOKENIZER, Run, check_sight, load_model
-from teacher.backfill import Frozen, Own, identity
+from distill.run import identity
+from distill.run.identity import Lineage
+from distill.run.run import TOKENIZER, Run, check_sight, load_model, role_in
+from teacher.backfill import Frozen, Own
 
 
 class Teacher(NamedTuple):
@@ -59,8 +61,11 @@ def load_teacher(run: Run) -> Teacher:
     else:
         if not (folder / "config.json").exists():
             trained = checkpoint.find(folder)
-        own = load_model(folder, "teacher", None, trained).to(dtype)
+        own = load_model(folder, "teacher", None, trained)
         model, longest, vision = Own(own), own.config.max_positions, own.config.vision
+    name, known = run.dist.from_main(_identity(model, folder, trained) if run.dist.is_main else None)
+    if isinstance(model, Own):  # transformers keeps some parts in fp32
+        model.model.to(dtype)
     if longest is not None and config.data.sample_tokens > longest:
         raise ConfigError(f"data.sample_tokens is {config.data.sample_tokens}; the model in {folder} takes {longest}")
     model.model.to(run.dist.device)
@@ -68,15 +73,20 @@ def load_teacher(run: Run) -> Teacher:
     check_sight(f"vision of the model in {folder}", vision, config.data, run.data.tokenizer)
     home = _home(folder)
     _check_tokenizer(run, home)
-    steps, tokens = (0, 0) if trained is None else _progress(trained, home)
-    return Teacher(
-        model,
-        str(folder),
-        run.dist.from_main(identity(model.model)),
-        steps,
-        tokens,
-        frozenset(_corpora(home)),
-    )
+    if known is not None:
+        lineage, steps = known
+        tokens, corpora = steps * lineage.tokens_per_step, [*lineage.corpora, *_corpora(home)]
+    else:
+        steps, tokens = (0, 0) if trained is None else _progress(trained, home)
+        corpora = _corpora(home)
+    return Teacher(model, str(folder), name, steps, tokens, frozenset(corpora))
+
+
+def _identity(model: Frozen, folder: Path, trained: Checkpoint | None) -> tuple[str, tuple[Lineage, int] | None]:
+    """Whose weights these are: a lineage at a step where the checkpoint or the exported folder says so, else their
+    own. Before they are rounded to the precision in which they label."""
+    known = identity.exported(folder) if trained is None else identity.stored(trained, role_in(trained, "teacher"))
+    return identity.of_weights(model.model) if known is None else known[0].at(known[1]), known
 
 
 def _home(folder: Path) -> Path:
@@ -100,9 +110,8 @@ def _check_tokenizer(run: Run, home: Path) -> None:
 
 def _progress(trained: Checkpoint, home: Path) -> tuple[int, int]:
     """Optimizer steps of a checkpoint's teacher, and the tokens that its run says it saw in them."""
-    roles: dict[str, Any] = trained.state["roles"]
-    role = "teacher" if "teacher" in roles else next(iter(roles))
-    steps = int(roles[role]["step"])
+    role = role_in(trained, "teacher")
+    steps = int(trained.state["roles"][role]["step"])
     if not (home / "config.yaml").exists():
         return steps, 0
     config = OmegaConf.load(home / "config.yaml")

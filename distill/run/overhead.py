@@ -28,7 +28,8 @@ def capture_overhead(run: Run, trainer: Trainer) -> float:
     if run.dist.is_main:
         shutil.rmtree(folder, ignore_errors=True)
     run.dist.barrier()
-    capture = build.open_capture(run, {}, {name: str(folder / name) for name in build.cache_folders(run)})
+    folders = {name: str(folder / name) for name in build.cache_folders(run)}
+    capture = build.open_capture(run, {}, folders, run.lineages["teacher"].base)
     length = -(-run.config.cache.shard_samples * run.dist.world // trainer.config.batch)
 
     def block(on: bool, steps: int) -> float:

@@ -6,6 +6,7 @@ Everything of a run lies in its folder: `config.yaml`, `data/`, `metrics.jsonl`,
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import time
@@ -26,6 +27,7 @@ from distill.config.load import to_dict
 from distill.config.schema import DataConfig, Job, ModelConfig, RunConfig, TrainConfig, VisionConfig
 from distill.data.join import Batch, Joiner
 from distill.data.prepare import Prepared, prepare
+from distill.data.tokenizer import TOKENIZER as TOKENIZER
 from distill.data.tokenizer import Tokenizer
 from distill.engine import checkpoint
 from distill.engine.checkpoint import Checkpoint
@@ -35,12 +37,12 @@ from distill.model import Transformer, hf
 from distill.model.balance import degenerate_routers
 from distill.model.freeze import freeze
 from distill.model.layout import moe_layers, rope_layers
+from distill.run import identity
+from distill.run.identity import Lineage
 from distill.run.trainer import Trainer
 from distill.tracking import report
 from distill.tracking.tracker import Tracker
 from student.evaluate import Evaluation, evaluate
-
-TOKENIZER = "tokenizer.json"
 
 # May differ between a run and its resumption: they change nothing that is computed.
 _FREE = (
@@ -69,6 +71,7 @@ class Run:
     Attributes:
         finished: the folder holds a finished run; nothing is to be done.
         restored: the checkpoint to go on from, or None.
+        lineages: of the teachers in training, by role; in every checkpoint.
     """
 
     def __init__(self, config: RunConfig, folder: Path, dist: Dist, data: Prepared | None = None):
@@ -88,6 +91,8 @@ class Run:
         self.seconds_before: float = state["seconds"]
         self.saved = self.restored.step if self.restored else None
         """Step of the last checkpoint that this process has read or written."""
+        self.lineages = {role: Lineage(**record) for role, record in state.get(identity.KEY, {}).items()}
+        self._loaded: dict[str, Transformer] = {}
         if dist.is_main:
             checkpoint.clear_half_written(self.checkpoints)
             write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
@@ -167,12 +172,12 @@ class Run:
         # The same student for every arm of a seed; another stream than the teacher's.
         torch.manual_seed(self.config.seed * 2 + (role == "student"))
         tensors = None
-        start = part.init_from or (self.config.init_from if len(self.roles) == 1 else None)
+        start = self._start(role)
         if self.restored is not None:
             model = Transformer(part.model)
             tensors = self.restored.tensors(role)
         elif start is not None:
-            model = load_model(Path(start), role, part.model)
+            model = self._loaded.pop(role) if role in self._loaded else load_model(start, role, part.model)
         else:
             model = Transformer(part.model)
         if self.restored is None and (layers := degenerate_routers(model)):
@@ -183,6 +188,21 @@ class Run:
         model.activation_checkpointing = part.train.activation_checkpointing
         freeze(model, part.train.freeze)
         return Engine(model, part.optim, self.config.engine, self.config.precision, self.dist, tensors)
+
+    def _start(self, role: str) -> Path | None:
+        """Where the first weights of a role are loaded from; None: they are drawn."""
+        start = getattr(self.config, role).init_from or (self.config.init_from if len(self.roles) == 1 else None)
+        return None if start is None else Path(start)
+
+    def first_weights(self, role: str) -> dict[str, Any]:
+        """What decides them, for a teacher's lineage; what it loads stays for `engine`. Collective."""
+        model, start = getattr(self.config, role).model, self._start(role)
+        if start is None:
+            return {"seed": self.config.seed, "init_std": model.init_std}
+        loaded = load_model(start, role, model)
+        if self.restored is None:
+            self._loaded[role] = loaded
+        return {"digest": self.dist.from_main(identity.of_weights(loaded) if self.dist.is_main else None)}
 
     def restore(self, trainers: dict[str, Trainer]) -> None:
         if self.restored is not None:
@@ -213,6 +233,7 @@ class Run:
             "seconds": self.seconds,
             "roles": {role: trainer.state() for role, trainer in trainers.items()},
             "models": {role: to_plain(getattr(self.config, role).model) for role in trainers},
+            identity.KEY: {role: dataclasses.asdict(known) for role, known in self.lineages.items()},
         }
         engines = {role: trainer.engine for role, trainer in trainers.items()}
         keep = max(getattr(self.config, role).train.keep_checkpoints for role in trainers)
@@ -303,7 +324,7 @@ def load_model(folder: Path, role: str, want: ModelConfig | None, found: Checkpo
         model = hf.load(folder, vision=sight)
     else:
         found = found or checkpoint.find(folder)
-        name = role if role in found.engines else found.engines[0]
+        name = role_in(found, role)
         stored = OmegaConf.merge(OmegaConf.structured(ModelConfig), found.state["models"][name])
         config = cast(ModelConfig, OmegaConf.to_object(stored))
         tensors = found.tensors(name, ("param/", "buffer/"))
@@ -313,14 +334,19 @@ def load_model(folder: Path, role: str, want: ModelConfig | None, found: Checkpo
         model = Transformer(config)
         load_weights(model, tensors)
     if want is not None:
-        unlike = list(_unlike(_architecture(want), _architecture(model.config)))
+        unlike = list(_unlike(architecture(want), architecture(model.config)))
         if unlike:
             raise ConfigError(*[f"{role}.model.{k} is {a}; the model in {folder} has {b}" for k, a, b in unlike])
         model.config = want  # the same model, as the run spells it
     return model
 
 
-def _architecture(config: ModelConfig) -> dict[str, Any]:
+def role_in(found: Checkpoint, role: str) -> str:
+    """The model of a checkpoint that a job means by a role: it, or where there is none the first."""
+    return role if role in found.engines else found.engines[0]
+
+
+def architecture(config: ModelConfig) -> dict[str, Any]:
     """What a model must share with another to take its weights and compute the same, however either spells it."""
     plain = to_plain(config)
     free = ("bos_id", "eos_ids", "pad_id", "init_std", "max_positions", "parametrization", "base")

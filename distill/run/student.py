@@ -10,7 +10,7 @@ import numpy as np
 
 from distill.cache import CacheReader, is_created, is_url
 from distill.config import stop
-from distill.config.errors import CacheError
+from distill.config.errors import CacheError, ConfigError
 from distill.run import build, length
 from distill.run.run import Run, check_sight, load_model
 from distill.run.trainer import Trainer
@@ -138,6 +138,11 @@ def evaluate(run: Run) -> None:
         teacher = load_model(Path(config.evaluate.teacher_from), "teacher", None).to(run.dist.device)
     for folder, part in ((config.init_from, model), (config.evaluate.teacher_from, teacher)):
         if part is not None:
+            if run.data.tokenizer.vocab_size > part.config.vocab_size:
+                raise ConfigError(
+                    f"data.tokenizer has {run.data.tokenizer.vocab_size} ids; the model in {folder} has "
+                    f"{part.config.vocab_size}: set data.tokenizer.file to its tokenizer"
+                )
             check_sight(f"vision of the model in {folder}", part.config.vision, config.data, run.data.tokenizer)
     result = run.evaluate(model, teacher)
     row = result.figures()

@@ -26,7 +26,7 @@ def train(run: Run) -> None:
     if capture:
         capture.finish()
         capture.close()
-        summary |= build.cache_figures(build.open_readers(run))
+        summary |= build.cache_figures(build.open_readers(run, "teacher"))
         summary["capture_overhead"] = capture_overhead(run, trainer)
     trainer.engine.close()
     run.finish({**summary, "seconds": run.seconds})

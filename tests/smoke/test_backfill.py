@@ -68,6 +68,9 @@ def test_a_second_corpus_joins_the_mix_after_the_teacher_was_trained(taught, tmp
     origins = [origin for row in ledger(tmp_path / "extra") for origin in row.origins]
     assert {(o.first_step, o.last_step, o.tokens_seen, o.seen_before) for o in origins} == {(12, 12, 768, False)}
     assert {o.teacher for o in origins} == {found["teacher"]} and found["teacher"] in done.stdout
+    # The teacher that captured, as it was after its 12th step.
+    (captured,) = {o.teacher for row in CacheReader(folder / "t" / "cache").rows for o in row.origins}
+    assert found["teacher"] == f"{captured}@12"
     per_token = origins[0].flops_per_token
     assert per_token > 0
     assert found["flops"]["backfill_tflops"] == pytest.approx(samples * 16 * per_token / 1e12)
@@ -172,6 +175,27 @@ def test_any_causal_language_model_teaches(taught, tmp_path):
     assert "data.sample_tokens is 64" in long.stderr and "takes 32" in long.stderr
     for done in (other, long):
         assert "Traceback" not in done.stderr
+
+
+def test_a_teacher_is_itself_wherever_it_lies(taught, tmp_path):
+    """A run, two of its checkpoints, copies without the run, an export: known by what they are, not by their place."""
+    _, alone, _ = taught
+    run(*alone, "job=teacher", "teacher.train.steps=4", "teacher.train.checkpoint_every=2", "teacher.train.log_every=2",
+        "teacher.train.keep_checkpoints=2", "teacher.train.balance_rate=0", f"hydra.run.dir={tmp_path}/t")  # fmt: skip
+    run("job=export", f"init_from={tmp_path}/t", f"export.dir={tmp_path}/hf", f"hydra.run.dir={tmp_path}/x")
+    shutil.copytree(tmp_path / "t" / "checkpoints" / "step-00000002", tmp_path / "early")
+    shutil.move(tmp_path / "t", tmp_path / "moved")
+    (captured,) = {o.teacher for row in CacheReader(tmp_path / "moved" / "cache").rows for o in row.origins}
+    alone = [*alone, f"data.tokenizer.file={tmp_path}/moved/tokenizer.json", f"cache.dir={tmp_path}/c",
+             "backfill.max_samples=6", "job=backfill", "cache.shard_samples=2"]  # fmt: skip
+    run(*alone, f"init_from={tmp_path}/moved", f"hydra.run.dir={tmp_path}/b0")
+    assert summary(tmp_path / "b0")["samples"] == 6
+    for number, (source, step, done) in enumerate([("hf", 4, 6), ("early", 2, 0)]):
+        again = run(
+            *alone, f"init_from={tmp_path}/{source}", "backfill.dry_run=true", f"hydra.run.dir={tmp_path}/d{number}"
+        )
+        assert summary(tmp_path / f"d{number}")["teacher"] == f"{captured}@{step}"
+        assert f"6 have targets ({done} by this teacher)" in again.stdout
 
 
 def test_a_teacher_of_another_tokenizer_is_refused(taught, tmp_path):

@@ -137,7 +137,7 @@ def test_rules_between_fields_come_at_once_with_both_values():
         problems(
             "job=codistill",
             "teacher.model.vocab_size=512",
-            "student.model.vocab_size=640",
+            "student.model.vocab_size=480",
             "student.model.heads=3",
             "teacher.train.batch=6",
             "teacher.train.accumulation=4",
@@ -153,7 +153,7 @@ def test_rules_between_fields_come_at_once_with_both_values():
         )
     )
     for part in (
-        "student.model.vocab_size is 640 and teacher.model.vocab_size is 512",
+        "student.model.vocab_size is 480 and teacher.model.vocab_size is 512",
         "student.model.heads is 3; it must be a multiple of kv_heads, 2",
         "teacher.train.batch is 6; it must be a multiple of accumulation, 4",
         "student.optim.betas is [0.9]; two numbers",

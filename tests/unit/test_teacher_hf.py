@@ -10,6 +10,7 @@ from transformers import (
     CohereConfig,
     Gemma2Config,
     GPT2Config,
+    GraniteConfig,
     LlamaConfig,
     MambaConfig,
     MixtralConfig,
@@ -32,10 +33,12 @@ CONFIGS = {
     "mixtral": MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2, sliding_window=6),
     "gemma2": Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=0.5),  # caps its logits
     "cohere": CohereConfig(**SMALL, logit_scale=0.25),  # scales them
+    "granite": GraniteConfig(**SMALL, logits_scaling=3.0, embedding_multiplier=2.0, residual_multiplier=0.5),  # divides
     "phi": PhiConfig(**SMALL | {"num_key_value_heads": 2}),  # adds a bias
     "mamba": MambaConfig(vocab_size=V, hidden_size=D, num_hidden_layers=2, state_size=4),  # has no positions at all
 }
-PLAIN = {"llama": True, "gpt2": True, "mixtral": True, "gemma2": False, "cohere": False, "phi": False, "mamba": True}
+PLAIN = {"llama": True, "gpt2": True, "mixtral": True, "gemma2": False, "cohere": False, "granite": False,
+         "phi": False, "mamba": True}  # fmt: skip
 
 
 def model_of(name):

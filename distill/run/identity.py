@@ -1,0 +1,141 @@
+"""Who a teacher is: one notion for capture, checkpoints, exports and backfill.
+
+A teacher in training is named by sixteen hex digits, its base, over all that decides its weights at every step:
+
+- its first weights: the seed they are drawn with, or the digest of those that were loaded;
+- its configuration: architecture, optimizer, parametrization, steps, batch, freeze, router losses, precision;
+- its stream: the packed corpora by name and digest, their shares, the seed of the order.
+
+Nothing else counts: not how often it is logged, evaluated or saved, how many checkpoints stay, whether it is captured
+or tracked, how a batch is cut into ranks, micro-batches and chunks of the head, nor how a path, a share or a number of
+epochs is spelt. A run that is resumed keeps the base that it started with, which its checkpoints hold.
+
+A frozen teacher is its base and its step, `<base>@<step>`, wherever its checkpoint was moved to and also as a Hugging
+Face folder that job=export wrote, while its files are those that were written. Other weights are the digest of
+themselves. The precision in which a frozen teacher labels makes it no other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from torch import nn
+
+from distill.config.errors import CheckpointError
+from distill.config.schema import OptimConfig, Precision, TrainConfig
+from distill.data.packed import PackedCorpus
+from distill.data.stream import Stream
+from distill.engine.checkpoint import Checkpoint
+
+EXPORTED = "codistill.json"
+"""Beside the weights of an exported teacher: whose they are."""
+KEY = "lineages"
+"""Of a checkpoint's state: the lineage of each teacher that it holds, by role."""
+_FORMAT = 1
+"""Goes into every base: raise it when the same parts would mean another training."""
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """A teacher in training, as its checkpoints keep it."""
+
+    base: str
+    corpora: list[str]
+    """Digests of those that it trains on."""
+    tokens_per_step: int
+
+    def at(self, step: int) -> str:
+        """The identity of the teacher frozen at a step."""
+        return f"{self.base}@{step}"
+
+
+def lineage(
+    first_weights: dict[str, Any],
+    architecture: dict[str, Any],
+    optim: OptimConfig,
+    train: TrainConfig,
+    steps: int,
+    precision: Precision,
+    stream: Stream,
+    corpora: dict[str, PackedCorpus],
+) -> Lineage:
+    """The lineage of a teacher that starts.
+
+    Args:
+        first_weights: what they are drawn with, or the digest of what was loaded.
+        architecture: what decides its computation, however it is spelt, and its parametrization.
+        steps: optimizer steps in all.
+        corpora: by name, in the stream's order.
+    """
+    parts = {
+        "format": _FORMAT,
+        "first_weights": first_weights,
+        "architecture": architecture,
+        "optim": dataclasses.asdict(optim),
+        "train": {name: getattr(train, name) for name in ("batch", "freeze", "balance_rate", "balance_loss", "z_loss")},
+        "steps": steps,
+        "precision": precision,
+        "stream": [stream.seed, [[name, corpora[name].digest, share] for name, share in stream.shares.items()]],
+    }
+    text = json.dumps(parts, sort_keys=True, default=lambda enum: enum.value)
+    length = next(iter(corpora.values())).sample_tokens
+    digests = [corpus.digest for corpus in corpora.values()]
+    return Lineage(xxhash.xxh3_64_hexdigest(text.encode()), digests, train.batch * length)
+
+
+def of_weights(model: nn.Module) -> str:
+    """Sixteen hex digits of all parameters and kept buffers, by name and shape, rounded to fp32."""
+    digest = xxhash.xxh3_64()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        digest.update(f"{name} {list(tensor.shape)} ".encode())
+        for start in range(0, flat.numel(), _CHUNK):
+            digest.update(flat[start : start + _CHUNK].float().cpu().numpy())
+    return digest.hexdigest()
+
+
+def stored(found: Checkpoint, role: str) -> tuple[Lineage, int] | None:
+    """The lineage and the step of a checkpoint's teacher; None where it holds none, as those of before do."""
+    record = found.state.get(KEY, {}).get(role)
+    return None if record is None else (Lineage(**record), int(found.state["roles"][role]["step"]))
+
+
+def write_exported(folder: Path, teacher: Lineage, step: int) -> None:
+    """Says in a folder whose the weights in it are, and by which bytes they are to be recognised."""
+    record = {"teacher": dataclasses.asdict(teacher), "step": step, "files": _files(folder)}
+    (folder / EXPORTED).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def exported(folder: Path) -> tuple[Lineage, int] | None:
+    """The lineage and the step of an exported teacher; None where the weights are not those that were exported.
+
+    Raises:
+        CheckpointError: the record is damaged.
+    """
+    path = folder / EXPORTED
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_bytes())
+        found = Lineage(**record["teacher"]), int(record["step"])
+        return found if record["files"] == _files(folder) else None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read: {error}; remove it, and the weights count as nobody's"
+        ) from error
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """Digests of the files of weights."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()  # type: ignore[arg-type]
+    return found
