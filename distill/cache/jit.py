@@ -21,7 +21,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     dispatcher = njit(nogil=True)(function)
     if isinstance(dispatcher, Dispatcher):  # not so under NUMBA_DISABLE_JIT
         with contextlib.suppress(RuntimeError):  # none of the places can be written
-            dispatcher._cache = _Kept(function)
+            dispatcher._cache = _Kept(function)  # type: ignore[attr-defined]
     return dispatcher
 
 

@@ -78,7 +78,7 @@ def precheck(arguments: list[str]) -> None:
             if not found:
                 sound.append(text)
         if own:
-            sound.append(f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in own)}]")
+            sound.append(_searchpath(own))
         for combination in _sweeps(sound):
             try:
                 composed = compose("config", overrides=combination)
@@ -98,11 +98,12 @@ def precheck(arguments: list[str]) -> None:
         raise ConfigError(*dict.fromkeys(problems))
 
 
-def resolve(overrides: list[str]) -> RunConfig:
+def resolve(overrides: list[str], config_dir: str | None = None) -> RunConfig:
     """The configuration that a command line of overrides stands for, Hydra not started; ConfigError as precheck."""
-    precheck(overrides)
+    precheck([*([f"--config-dir={config_dir}"] if config_dir else []), *overrides])
+    own = [_searchpath([Path(config_dir).absolute()])] if config_dir else []
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return load(compose("config", overrides=overrides))
+        return load(compose("config", overrides=[*own, *overrides]))
 
 
 def to_dict(run: RunConfig) -> dict[str, Any]:
@@ -148,6 +149,12 @@ def _split(arguments: list[str]) -> tuple[list[str], list[Path]]:
         if flag in ("--config-dir", "-cd"):
             own.append(Path(value).absolute())
     return overrides, own
+
+
+def _searchpath(folders: list[Path]) -> str:
+    """The override that adds folders, in quotes: a name may have spaces and commas."""
+    quoted = ["'file://" + str(folder).replace("'", "\\'") + "'" for folder in folders]
+    return f"hydra.searchpath=[{','.join(quoted)}]"
 
 
 def _override_problems(text: str, folders: list[Path]) -> Iterator[str]:

@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("overrides", nargs="*", metavar="KEY=VALUE", help="with --config: overrides of the configuration")
     add("--config", metavar="EXPERIMENT", help="take codec, shapes and tokens from this experiment's teacher")
+    add("--config-dir", metavar="DIR", help="with --config: a folder of your own configuration")
     add("--like", metavar="DIR", help="bytes per token as in this cache, and its codec and shapes")
     add("--tokens", type=_count, help="tokens that get targets, e.g. 15e12")
     add("--corpus-tokens", type=_count, help="tokens of the corpus, if more (the same)")
@@ -53,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
     from distill.cache.header import CacheHeader
     from distill.cache.tools.estimate import BytesPerToken, estimate, from_cache, from_rows
 
+    if args.config_dir and not args.config:
+        raise ConfigError(f"--config-dir is {args.config_dir}; it needs --config")
     if args.overrides and not args.config:
         raise ConfigError(f"{args.overrides[0]!r} is an override; it needs --config")
     if args.like and args.entropy is not None:
@@ -61,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     codec = CodecConfig()
     like: BytesPerToken | None = None
     if args.config:
-        codec, found = _configured(args.config, args.overrides)
+        codec, found = _configured(args.config, args.overrides, args.config_dir)
         plain |= found
     if args.like:
         from distill.cache.tools.common import caches
@@ -101,10 +104,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _configured(experiment: str, overrides: list[str]) -> tuple[CodecConfig, dict[str, int | None]]:
+def _configured(
+    experiment: str, overrides: list[str], config_dir: str | None
+) -> tuple[CodecConfig, dict[str, int | None]]:
     from distill.config.load import resolve
 
-    config = resolve([f"experiment={experiment}", "job=teacher", *overrides])
+    config = resolve([f"experiment={experiment}", "job=teacher", *overrides], config_dir)
     train, width = config.teacher.train, config.data.sample_tokens
     return config.cache.codec, {
         "sample_tokens": width,
