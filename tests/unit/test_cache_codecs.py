@@ -121,7 +121,7 @@ def test_systematic_draws_an_id_as_often_as_its_share_says():
     logits_TV = 3 * torch.randn(200, 300, generator=torch.Generator().manual_seed(0))
     counts = 20 * dense(CODECS[3], select(CODECS[3], logits_TV), 300)
     want = 20 * np.stack([oracle(logits_V) for logits_V in logits_TV])
-    assert (np.abs(counts - want) < 1 + 1e-5).all() and np.abs(counts - want).max() > 0.9
+    assert (np.abs(counts - want) < 1 + 1e-3).all() and np.abs(counts - want).max() > 0.9
 
 
 @pytest.mark.parametrize("config", [CODECS[0], CODECS[3], TOPK], ids=str)
@@ -130,7 +130,7 @@ def test_entropy_is_that_of_the_dense_distribution(config):
     logits_TV[3, 5:] = -torch.inf
     p = np.stack([oracle(logits_V) for logits_V in logits_TV])
     want = -(p * np.log(np.where(p > 0, p, 1))).sum(1)
-    np.testing.assert_allclose(selection(config, logits_TV).entropy_T, want, rtol=1e-5, atol=2e-5)
+    assert np.abs(selection(config, logits_TV).entropy_T.numpy() - want).max() < 1e-5 * np.log(203)
 
 
 def test_topk_keeps_the_residual_mass():
@@ -212,8 +212,8 @@ def test_one_certain_id(config):
     logits_TV = torch.full((4, 50), -torch.inf)
     logits_TV[:, 17] = 0.0
     decoded = dense(config, select(config, logits_TV), 50)
-    np.testing.assert_allclose(decoded[:, 17], 1, atol=1e-5)
-    np.testing.assert_allclose(decoded.sum(1), 1, atol=1e-5)
+    np.testing.assert_allclose(decoded[:, 17], 1, atol=1e-4)
+    np.testing.assert_allclose(decoded.sum(1), 1, atol=1e-4)
 
 
 @pytest.mark.parametrize(
