@@ -11,7 +11,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from distill.config.errors import UserError
+from distill.config.errors import DivergenceError, UserError
 from distill.config.load import CONF, load, precheck, spelt
 from distill.config.schema import Job, RunConfig
 
@@ -71,6 +71,8 @@ def main() -> int:
 def _told(error: UserError | OSError) -> int:
     if isinstance(error, OSError) and not (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
         raise error  # nothing that a person could mend: the traceback is for us
+    if isinstance(error, DivergenceError) and int(os.environ.get("RANK", "0")) > 0:
+        return error.exit_code  # raised on all ranks alike, and told by the main one
     for line in str(error).splitlines():
         print(f"error: {line}", file=sys.stderr)
     return error.exit_code if isinstance(error, UserError) else 2

@@ -5,7 +5,8 @@
         manifest.json                 written last: step, state, sizes and digests of the files
 
 Everything is written into a folder with another name, fsynced and renamed. A loader takes the newest folder whose
-manifest and files check, so a half-written or damaged one costs some steps, never the run.
+manifest and files check, so a half-written or damaged one costs some steps, never the run. All tensors are finite: a
+model that has diverged is neither saved nor loaded.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distill.config.errors import CheckpointError
+from distill.config.errors import CheckpointError, DivergenceError
 from distill.config.files import sync, write_text
 from distill.engine.dist import Dist
 from distill.engine.zero import Engine
+from distill.model.finite import is_finite
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8})")
@@ -37,6 +39,10 @@ def save(root: Path, step: int, engines: dict[str, Engine], state: dict[str, Any
 
     Args:
         state: JSON-able; everything else that a resumed run needs. Rank 0's is kept.
+
+    Raises:
+        CheckpointError: it cannot be written.
+        DivergenceError: a tensor is not finite; nothing is written, and older checkpoints stay.
     """
     final = root / f"step-{step:08d}"
     temporary = root / f"step-{step:08d}.tmp"
@@ -46,17 +52,24 @@ def save(root: Path, step: int, engines: dict[str, Engine], state: dict[str, Any
             temporary.mkdir(parents=True)
         dist.barrier()
         files: dict[str, dict[str, Any]] = {}
+        broken: list[str] = []
         for name, engine in engines.items():
             share = {}
             for index, (key, get) in enumerate(engine.state()):
                 tensor = get()  # collective, so also on ranks that do not keep it
                 if index % dist.world == dist.rank:
                     share[key] = tensor.detach().cpu().contiguous().clone()
+                    if not is_finite(share[key]):
+                        broken.append(f"{name}: {key}")
             path = temporary / f"{name}-{dist.rank:05d}.safetensors"
             save_file(share, path)
             sync(path)
             files[path.name] = {"bytes": path.stat().st_size, "xxh3": _digest(path)}
-        every = dist.gather(files)
+        every, bad = zip(*dist.gather((files, broken)))
+        if first := min((key for part in bad for key in part), default=None):
+            if dist.is_main:
+                shutil.rmtree(temporary)
+            raise DivergenceError(f"{first} is not finite: {final} is not written; the last good one is {last(root)}")
         if dist.is_main:
             manifest = {
                 "format": FORMAT,
@@ -65,7 +78,7 @@ def save(root: Path, step: int, engines: dict[str, Engine], state: dict[str, Any
                 "engines": list(engines),
                 "state": state,
             }
-            text = json.dumps(manifest)
+            text = json.dumps(manifest, allow_nan=False)
             write_text(temporary / "manifest.json", json.dumps({"xxh3": _text_digest(text), "manifest": text}))
             if final.exists():  # of a run that was resumed from an older one
                 shutil.rmtree(final)
@@ -108,7 +121,12 @@ class Checkpoint:
         self._files = list(manifest["files"])
 
     def tensors(self, engine: str, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
-        """Whole tensors of one engine by name, those that start with one of `prefixes`."""
+        """Whole tensors of one engine by name, those that start with one of `prefixes`.
+
+        Raises:
+            CheckpointError: it holds no such engine, or a file is damaged.
+            DivergenceError: one of them is not finite (a run of a version that saved these); names file and tensor.
+        """
         if engine not in self.engines:
             raise CheckpointError(f"{self.folder}: holds {', '.join(self.engines)}; {engine} is not among them")
         found: dict[str, Tensor] = {}
@@ -117,9 +135,15 @@ class Checkpoint:
                 continue
             try:
                 with safe_open(self.folder / name, framework="pt") as file:
-                    found |= {k: file.get_tensor(k) for k in file.keys() if k.startswith(prefixes)}  # noqa: SIM118
+                    part = {k: file.get_tensor(k) for k in file.keys() if k.startswith(prefixes)}  # noqa: SIM118
             except SafetensorError as error:
                 raise CheckpointError(f"{self.folder / name}: {error}") from error
+            for key, tensor in sorted(part.items()):
+                if not is_finite(tensor):
+                    raise DivergenceError(
+                        f"{self.folder / name}: {key} is not finite; the model has diverged: take an older checkpoint"
+                    )
+            found |= part
         return found
 
 
@@ -131,6 +155,11 @@ def newest(root: Path) -> Checkpoint | None:
         except CheckpointError as error:
             log.warning("passed over a damaged checkpoint: %s", error)
     return None
+
+
+def last(root: Path) -> Path | None:
+    """The newest checkpoint, which is not looked into."""
+    return next(iter(_folders(root)), None)
 
 
 def find(folder: Path) -> Checkpoint:

@@ -17,6 +17,7 @@ from distill.config.schema import OnMissing, ReplayOrder, TrainConfig
 from distill.data.join import Joiner, check_cache
 from distill.data.packed import PackedCorpus
 from distill.data.stream import Stream, replay
+from distill.engine.watch import Watch
 from distill.model.count import flops_per_token
 from distill.run.run import Run
 from distill.run.trainer import Positions, Step, Trainer
@@ -63,13 +64,16 @@ def teacher(run: Run) -> tuple[Trainer, Capture | None]:
     stream = Stream(sizes, weights, config.data.seed)
     batch = part.train.batch
     planned = {**stream.describe(), "planned": steps * batch, "batch": batch, "writers": run.dist.world}
-    capture = open_capture(run, planned, cache_folders(run)) if part.capture else None
+    watch = Watch(run.dist)
+    capture = open_capture(run, planned, cache_folders(run), watch) if part.capture else None
     step = TeacherStep(Meters(run.dist.device), part.train.head_chunk, capture)
     positions = replay(ReplayOrder.same, steps * batch)
-    return _trainer(run, "teacher", step, steps, stream, positions, None), capture
+    return _trainer(run, "teacher", step, steps, stream, positions, None, watch), capture
 
 
-def open_capture(run: Run, planned: dict[str, object], folders: Mapping[str, str | Path]) -> Capture:
+def open_capture(
+    run: Run, planned: dict[str, object], folders: Mapping[str, str | Path], watch: Watch | None = None
+) -> Capture:
     """One writer per corpus on every rank; the rank that comes first creates the cache.
 
     A cache that holds another run's targets is refused: they would give way to this run's, sample by sample.
@@ -106,7 +110,7 @@ def open_capture(run: Run, planned: dict[str, object], folders: Mapping[str, str
         run.dist.barrier()
     identity = xxhash.xxh3_64_hexdigest(repr(sorted(to_dict(config)["teacher"].items())).encode())
     tokens = train.batch * config.data.sample_tokens
-    return Capture(make_codec(config.cache.codec, vocab_size), writers, config.seed, identity, tokens)
+    return Capture(make_codec(config.cache.codec, vocab_size), writers, config.seed, identity, tokens, watch)
 
 
 def new_header(run: Run, corpus: PackedCorpus, vocab_size: int, stream: dict[str, object]) -> CacheHeader:
@@ -162,7 +166,8 @@ def student(run: Run, readers: list[CacheReader] | None) -> Trainer:
         stream, planned = Stream(sizes, weights, config.data.seed), steps * part.train.batch
     meters, vocab_size = Meters(run.dist.device), part.model.vocab_size
     step = StudentStep(meters, part.train.head_chunk, part.weighting, vocab_size, steps, len(sizes))
-    return _trainer(run, "student", step, steps, stream, replay(part.replay.order, planned), readers)
+    positions = replay(part.replay.order, planned)
+    return _trainer(run, "student", step, steps, stream, positions, readers, Watch(run.dist))
 
 
 def teachers_stream(readers: list[CacheReader], names: list[str]) -> tuple[Stream, int]:
@@ -196,6 +201,7 @@ def _trainer(
     stream: Stream,
     positions: Positions,
     readers: list[CacheReader] | None,
+    watch: Watch,
 ) -> Trainer:
     part = getattr(run.config, role)
     on_missing = run.config.cache.on_missing if readers else OnMissing.hard
@@ -213,4 +219,6 @@ def _trainer(
         run.tracker,
         run.dist,
         lambda model: run.glance(model, part.train),
+        watch,
+        lambda what: run.diverged(role, what),
     )

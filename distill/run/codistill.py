@@ -17,12 +17,18 @@ from distill.run.run import Run
 from distill.run.trainer import Trainer
 from distill.tracking import table
 from student.step import StudentStep
+from teacher.capture import Capture
 
 
 def train(run: Run) -> None:
-    config = run.config
     teacher, capture = build.teacher(run)
     assert capture is not None
+    with capture:
+        _train(run, teacher, capture)
+
+
+def _train(run: Run, teacher: Trainer, capture: Capture) -> None:
+    config = run.config
     readers = build.open_readers(run)
     learner = build.student(run, readers)
     assert isinstance(learner.program, StudentStep)
@@ -48,8 +54,8 @@ def train(run: Run) -> None:
         run.save(trainers)
     capture.close()
 
-    taught = run.evaluate(teacher.engine.model)
-    result = run.evaluate(learner.engine.model, teacher.engine.model)
+    taught = run.evaluate(teacher.engine.model, role="teacher")
+    result = run.evaluate(learner.engine.model, teacher.engine.model, role="student")
     overhead = capture_overhead(run, teacher)
     for trainer in trainers.values():
         trainer.engine.close()

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 from distill.run import build, length
 from distill.run.overhead import capture_overhead
 from distill.run.run import Run
+from distill.run.trainer import Trainer
+from teacher.capture import Capture
 
 
 def train(run: Run) -> None:
     trainer, capture = build.teacher(run)
+    with capture or nullcontext():
+        _train(run, trainer, capture)
+
+
+def _train(run: Run, trainer: Trainer, capture: Capture | None) -> None:
     run.restore({"teacher": trainer})
     every = run.config.teacher.train.checkpoint_every or trainer.steps
     while trainer.at < trainer.steps:
@@ -19,7 +27,7 @@ def train(run: Run) -> None:
             # Published before the checkpoint: what a resumed run takes as done is on disk.
             capture.flush()
         run.save({"teacher": trainer})
-    result = run.evaluate(trainer.engine.model)
+    result = run.evaluate(trainer.engine.model, role="teacher")
     summary: dict[str, Any] = {"job": "teacher", **run.figures("teacher", result), "steps": trainer.steps}
     summary["tokens"] = trainer.steps * run.config.teacher.train.batch * run.config.data.sample_tokens
     summary |= length.figures(run, trainer.engine.model, result)

@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import errno
-import json
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from distill.config import json_text
 from distill.config.errors import ConfigError, UserError
 
 Parser = argparse.ArgumentParser
@@ -66,7 +66,7 @@ def _json(parser: Parser) -> None:
 
 
 def _print(found: Any) -> None:
-    print(json.dumps(found, allow_nan=False))
+    print(json_text.dumps(found))
 
 
 # ---------------------------------------------------------------- stats
