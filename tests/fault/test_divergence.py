@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -144,14 +143,10 @@ def test_a_run_that_diverged_goes_on_and_ends_as_one_that_did_not(start, tmp_pat
 def test_a_teacher_without_capture_and_a_student(kind, start, taught, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         plant(patch.setattr, "teacher", 1, 0, kind)
-        with pytest.raises(
-            DivergenceError, match=r"^teacher: .* at step 1; no checkpoint was saved before: start anot"
-        ):
+        with pytest.raises(DivergenceError, match=r"^teacher: .* at step 1; no checkpoint was saved before"):
             start(tmp_path / "t", "job=teacher", "teacher.capture=false", "teacher.train.steps=3")
     plant(monkeypatch.setattr, "student", 7, 0, kind)
-    with pytest.raises(
-        DivergenceError, match=r"^student: .* at step 7; .*step-00000004.*student\.optim\.lr \(now 0\.0"
-    ):
+    with pytest.raises(DivergenceError, match=r"^student: .* at step 7; .*step-00000004.*student\.optim\.lr"):
         start(tmp_path / "s", "job=student", f"cache.dir={taught}/cache", "student.train.steps=8")
     assert not (tmp_path / "s" / "summary.json").exists() and strict(tmp_path / "s")
 
@@ -288,9 +283,7 @@ def test_an_export_that_overflows_is_not_written(taught, tmp_path):
     with torch.no_grad():
         model.norm.weight[3] = 3.4e38  # a number in fp32, none in bf16
     hf.save(model, tmp_path / "fp32")
-    with pytest.raises(
-        DivergenceError, match=r"model\.norm\.weight is not finite in bfloat16; the model is not written"
-    ):
+    with pytest.raises(DivergenceError, match=r"model\.norm\.weight is not finite in bfloat16; the model is not"):
         hf.save(model, tmp_path / "bf16", dtype=torch.bfloat16)
     assert [p.name for p in tmp_path.iterdir()] == ["fp32"]
 
@@ -305,9 +298,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_written(start, taught, tmp_path,
             yield key, (lambda get=get: get() * torch.inf) if bad else get
 
     monkeypatch.setattr(Engine, "state", spoiled)
-    with pytest.raises(
-        DivergenceError, match=r"teacher: exp_avg_sq/head\.weight is not finite: .*step-00000008 is not"
-    ):
+    with pytest.raises(DivergenceError, match=r"teacher: exp_avg_sq/head\.weight is not finite: .*step-00000008"):
         start(tmp_path / "r", "job=teacher", "teacher.train.steps=12")
     assert [p.name for p in (tmp_path / "r" / "checkpoints").iterdir()] == ["step-00000004"]
 
@@ -343,9 +334,7 @@ def test_a_backfill_publishes_nothing_of_logits_that_are_not_finite(start, taugh
     monkeypatch.setattr(labels, "mixed_loss", overflow)
     for fault in (2, 6):  # while it is measured, and later
         seen.clear()
-        with pytest.raises(
-            DivergenceError, match=r"its log-probabilities of sample \d+ are not finite in precision=fp"
-        ):
+        with pytest.raises(DivergenceError, match=r"its log-probabilities of sample \d+ are not finite in precis"):
             start(tmp_path / f"b{fault}", "job=backfill", f"init_from={taught}", f"cache.dir={tmp_path}/c{fault}",
                   "backfill.batch=4", "backfill.unit_samples=8", "cache.shard_samples=4")  # fmt: skip
         assert not (tmp_path / f"b{fault}" / "summary.json").exists()
