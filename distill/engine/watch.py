@@ -23,9 +23,10 @@ class Watch:
 
         Args:
             step: as rows of metrics count: 1 for the first.
-            loss, norm, weights: bool, scalar, on the device.
+            loss, norm, weights: bool, scalar, on the device (a norm that DeepSpeed gives up on comes from the host).
         """
-        finite_N = torch.stack([loss, norm, weights])
+        device = self._first_N.device
+        finite_N = torch.stack([part.to(device, non_blocking=True) for part in (loss, norm, weights)])
         self._first_N = torch.where(finite_N, self._first_N, self._first_N.clamp(max=step))
 
     @property

@@ -153,7 +153,7 @@ class Trainer:
                 loss_sum, routing = self.program.loss(model, rows)
                 counts.append(routing.counts_LE)
                 loss_sum = loss_sum + self._penalty(routing, rows.valid_BS)
-                broken.add_(~loss_sum.detach().isfinite())
+                broken.add_(loss_sum.detach().isfinite().logical_not())
                 return loss_sum
 
             return loss
