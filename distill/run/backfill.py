@@ -231,7 +231,7 @@ def _check(run: Run, teacher: Teacher, loss: float, captures: list[Capture]) -> 
     """Refuses to go on where a loss, of all ranks, is not finite; nothing is published from there on. Collective."""
     if not math.isfinite(loss):
         broken = [capture.broken for capture in captures if capture.broken is not None]
-        sample = next(found[0] for found in run.dist.gather(broken) if found)
+        sample = next((found[0] for found in run.dist.gather(broken) if found), None)
         raise DivergenceError(
             f"teacher {teacher.name}: its log-probabilities of sample {sample} are not finite in precision="
             f"{run.config.precision.value}; what it had labelled before is finite and stays"

@@ -179,7 +179,9 @@ class Run:
             self.tracker.message(f"resumed from {self.restored.folder}: {steps}")
 
     def save(self, trainers: dict[str, Trainer]) -> None:
-        """One checkpoint of all models; collective."""
+        """One checkpoint of all models, none of which has diverged; collective."""
+        for trainer in trainers.values():
+            trainer.check()
         state = {
             "seconds": self.seconds,
             "roles": {role: trainer.state() for role, trainer in trainers.items()},

@@ -114,6 +114,11 @@ class Trainer:
                 self._report(stop)
                 began, waited = time.perf_counter(), batches.waited
 
+    def check(self) -> None:
+        """Raises DivergenceError, on every rank, if anything was not finite so far; waits for the device."""
+        if (problem := self.watch.problem()) is not None:
+            raise self.diverged(problem)
+
     def batch(self, step: int) -> Batch:
         """This rank's rows of optimizer step `step`."""
         share = self.config.batch // self.dist.world
