@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from distill import __version__
 from distill.config import console, owner, stop
-from distill.config.errors import UserError
+from distill.config.errors import DivergenceError, UserError
 from distill.config.load import CONF, load, precheck, spelt
 from distill.config.schema import Job, RunConfig
 
@@ -96,7 +96,7 @@ def _remains(job: Job, folder: Path) -> str:
     if not (folder / "config.yaml").exists():
         return "nothing was begun; the same command starts it"
     places = [folder / "checkpoints", *(folder / "arms").glob("*/checkpoints")]
-    found = [newest for place in places if (newest := checkpoint.latest(place)) is not None]
+    found = [newest for place in places if (newest := checkpoint.last(place)) is not None]
     if found:
         return f"{max(found, key=lambda path: path.stat().st_mtime)} remains; {again} goes on from it"
     if job is Job.backfill:
@@ -142,6 +142,8 @@ def _main() -> int:
 def _told(error: UserError | OSError) -> int:
     if isinstance(error, OSError) and not (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
         raise error  # nothing that a person could mend: the traceback is for us
+    if isinstance(error, DivergenceError) and int(os.environ.get("RANK", "0")) > 0:
+        return error.exit_code  # raised on all ranks alike, and told by the main one
     for line in str(error).splitlines():
         print(f"error: {line}", file=sys.stderr)
     return error.exit_code if isinstance(error, UserError) else 2

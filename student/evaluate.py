@@ -18,10 +18,14 @@ from student import positions
 
 
 class Evaluation(NamedTuple):
-    """Over all valid held-out tokens; loss in nats per token, ece, accuracy and agreement as shares."""
+    """Over all valid held-out tokens; loss in nats per token, ece, accuracy and agreement as shares.
+
+    Of a model that has diverged loss is not finite, and of such a teacher agreement is nan.
+    """
 
     loss: float
     perplexity: float
+    """inf: more than a float holds."""
     ece: float
     accuracy: float
     agreement: float | None
@@ -60,8 +64,8 @@ def evaluate(
     """
     training = model.training
     model.eval()
-    # Of each corpus C: loss, tokens, hits, agreements.
-    sums_C4 = torch.zeros(len(names), 4, dtype=torch.float64, device=dist.device)
+    # Of each corpus C: loss, tokens, hits, agreements, the teacher's loss.
+    sums_C5 = torch.zeros(len(names), 5, dtype=torch.float64, device=dist.device)
     calibration_C3B = torch.zeros(len(names), 3, bins, dtype=torch.float64, device=dist.device)
     by_position_C2N = torch.zeros(len(names), 2, len(positions.STARTS), dtype=torch.float64, device=dist.device)
     for batch in batches:
@@ -71,14 +75,16 @@ def evaluate(
         labels_T, valid_T = batch.labels_BS.flatten(), batch.valid_BS.flatten()
         loss, best_T, confidence_T = _predict(model, batch, chunk)
         hit_T = best_T == labels_T
-        agreed = torch.zeros_like(valid_T)
+        agreed, taught = torch.zeros_like(valid_T), torch.zeros_like(loss.loss_sum)
         if teacher is not None:
-            agreed = (_predict(teacher, batch, chunk)[1] == best_T) & valid_T
-        sums_C4[corpus] += torch.stack([x.sum().double() for x in (loss.loss_sum, valid_T, hit_T & valid_T, agreed)])
+            theirs, first_T, _ = _predict(teacher, batch, chunk)
+            agreed, taught = (first_T == best_T) & valid_T, theirs.loss_sum
+        sums = (loss.loss_sum, valid_T, hit_T & valid_T, agreed, taught)
+        sums_C5[corpus] += torch.stack([x.sum().double() for x in sums])
         calibration_C3B[corpus] += bin_confidence(confidence_T[valid_T], hit_T[valid_T], bins)
         positions.add(by_position_C2N[corpus], loss.hard_T, valid_T, batch.documents_BS)
     model.train(training)
-    parts = [dist.sum(part) for part in (sums_C4, calibration_C3B, by_position_C2N)]
+    parts = [dist.sum(part) for part in (sums_C5, calibration_C3B, by_position_C2N)]
     if not parts[0][:, 1].sum():
         raise DataError("no label of the held-out samples carries loss: evaluate more samples, or mask less of them")
     agrees = teacher is not None
@@ -87,14 +93,18 @@ def evaluate(
 
 
 def _evaluation(
-    agrees: bool, corpora: dict[str, Evaluation], sums_4: Tensor, calibration_3B: Tensor, by_position_2N: Tensor
+    agrees: bool, corpora: dict[str, Evaluation], sums_5: Tensor, calibration_3B: Tensor, by_position_2N: Tensor
 ) -> Evaluation:
-    loss_sum, tokens, hits, agreed = sums_4.tolist()
+    loss_sum, tokens, hits, agreed, taught = sums_5.tolist()
     ece = expected_calibration_error(calibration_3B).item()
     loss = loss_sum / tokens
-    agreement = agreed / tokens if agrees else None
+    agreement = (agreed / tokens if math.isfinite(taught) else math.nan) if agrees else None
     by_position = positions.bins(by_position_2N)
-    return Evaluation(loss, math.exp(loss), ece, hits / tokens, agreement, int(tokens), by_position, corpora)
+    try:
+        perplexity = math.exp(loss)
+    except OverflowError:
+        perplexity = math.inf
+    return Evaluation(loss, perplexity, ece, hits / tokens, agreement, int(tokens), by_position, corpora)
 
 
 def _predict(model: nn.Module, batch: Batch, chunk: int) -> tuple[MixedLoss, Tensor, Tensor]:

@@ -2,11 +2,16 @@
 
 Per chunk of the head: probabilities -> atoms of the codec and the entropy; per micro-batch: one
 `put` into the writer of its corpus. Probabilities are normalised over all of V at temperature 1.
+
+The targets of a step wait on the host until the next step begins: then it is known, and asking costs no wait beyond
+that for the targets themselves, whether the step was finite on all ranks. If it was not, neither they nor any later
+ones are published.
 """
 
 from __future__ import annotations
 
 import time
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +19,20 @@ from torch import Tensor
 from distill.cache import Atoms, CacheWriter, Codec
 from distill.cache.pending import Pending
 from distill.data.join import Batch
+from distill.engine.watch import Watch
 from losses.mixed import Tap
+
+
+class _Targets(NamedTuple):
+    """Of one micro-batch, on the CPU."""
+
+    batch: Batch
+    atoms: Atoms
+    hard_T: Tensor
+    entropy_T: Tensor
+    valid_T: Tensor
+    step: int
+    tokens_seen: int
 
 
 class Capture:
@@ -25,13 +43,29 @@ class Capture:
         seed: of the codec's counter-based randomness.
         teacher: identity that goes into every shard.
         tokens_per_step: of the whole optimizer step, for the shards' tokens_seen.
+        watch: of the teacher in training; None: it is frozen, and its targets wait for nothing.
+
+    Attributes:
+        broken: the first sample on which the teacher's loss or entropy was not finite; None: there was none. Nothing
+            that comes from then on is published.
     """
 
-    def __init__(self, codec: Codec, writers: list[CacheWriter], seed: int, teacher: str, tokens_per_step: int):
+    def __init__(
+        self,
+        codec: Codec,
+        writers: list[CacheWriter],
+        seed: int,
+        teacher: str,
+        tokens_per_step: int,
+        watch: Watch | None = None,
+    ):
         self.codec, self.writers, self.seed = codec, writers, seed
         self.teacher, self.tokens_per_step = teacher, tokens_per_step
         self.seconds = 0.0
         self.puts = 0
+        self.watch = watch
+        self.broken: int | None = None
+        self._held: list[_Targets] = []
 
     def begin(self, batch: Batch) -> Tap:
         """The tap for one micro-batch's pass over the head."""
@@ -66,27 +100,46 @@ class Capture:
         """
         seen = step * self.tokens_per_step if tokens_seen is None else tokens_seen
         began = time.perf_counter()
-        atoms, entropy_T = Atoms.cat(self._atoms), torch.cat(self._entropy)
-        length = batch.ids_BS.shape[1]
+        atoms, entropy_T, valid_T = Atoms.cat(self._atoms).cpu(), torch.cat(self._entropy), batch.valid_BS.flatten()
+        found = _Targets(batch, atoms, hard_T.cpu(), entropy_T.cpu(), valid_T.cpu(), step, seen)
+        finite_T = found.hard_T.isfinite() & found.entropy_T.isfinite()
+        if self._held and self._held[0].step != step:
+            self._release()
+        if self.broken is None and not finite_T.all():
+            self.broken = int(batch.sample_ids_B[int(finite_T.int().argmin()) // batch.ids_BS.shape[1]])
+        if self.broken is None:
+            self._held.append(found)
+        if self.watch is None:
+            self._release()
+        self.seconds += time.perf_counter() - began
+        self.puts += 1
+
+    def _release(self) -> None:
+        """What waited, to the writers; to nobody if its step, which is over, was not finite."""
+        held, self._held = self._held, []
+        if self.watch is not None and not self.watch.good:
+            return
+        for targets in held:
+            self._write(targets)
+
+    def _write(self, targets: _Targets) -> None:
+        batch = targets.batch
         for corpus, writer in enumerate(self.writers):
             rows_B = torch.as_tensor(batch.corpus_B == corpus)
             if not rows_B.any():
                 continue
-            whole = bool(rows_B.all())
-            rows_T = rows_B.repeat_interleave(length).to(hard_T.device)
+            rows_T = rows_B.repeat_interleave(batch.ids_BS.shape[1])
             writer.put(
                 batch.sample_ids_B[rows_B.numpy()],
                 batch.digests_B[rows_B.numpy()],
-                atoms if whole else atoms.select(rows_T),
-                -hard_T[rows_T],
-                entropy_T[rows_T],
-                batch.valid_BS.flatten()[rows_T],
-                step=step,
-                tokens_seen=seen,
+                targets.atoms if rows_B.all() else targets.atoms.select(rows_T),
+                -targets.hard_T[rows_T],
+                targets.entropy_T[rows_T],
+                targets.valid_T[rows_T],
+                step=targets.step,
+                tokens_seen=targets.tokens_seen,
                 teacher=self.teacher,
             )
-        self.seconds += time.perf_counter() - began
-        self.puts += 1
 
     def figures(self) -> dict[str, float]:
         stats = [writer.stats for writer in self.writers]
@@ -99,11 +152,15 @@ class Capture:
         return found
 
     def flush(self) -> None:
+        """Publishes everything; at the end of a step."""
+        self._release()
         for writer in self.writers:
             writer.flush()
 
     def hand_over(self) -> dict[str, Tensor]:
-        """What is captured and not published, taken away, by name; for `take_back` in a later process."""
+        """What is captured and not published, taken away, by name, at the end of a step; for `take_back` in a later
+        process."""
+        self._release()
         return {
             f"{corpus}/{index:08d}/{name}": tensor
             for corpus, writer in enumerate(self.writers)
@@ -121,10 +178,12 @@ class Capture:
             writer.take_back([Pending.of(found[index]) for index in sorted(found)])
 
     def finish(self) -> None:
-        """Publishes everything and says that nothing more will come."""
+        """Publishes everything and says that nothing more will come; at the end of a step."""
+        self._release()
         for writer in self.writers:
             writer.finish()
 
     def close(self) -> None:
+        """Gives up the writers, after `flush`."""
         for writer in self.writers:
             writer.close()

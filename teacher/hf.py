@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from distill.config.errors import ConfigError
+from distill.config.errors import ConfigError, DivergenceError
 from distill.config.files import LFS_CURE, is_lfs_pointer
 from distill.data.join import Batch
+from distill.model.finite import is_finite
 from losses.mixed import Tap
 from teacher.backfill import hard_loss
 from teacher.probe import Head, probe
@@ -153,6 +154,7 @@ def load(folder: Path, dtype: torch.dtype) -> Foreign:
 
     Raises:
         ConfigError: `transformers` is missing, the folder holds no such model, or lacks some of its weights.
+        DivergenceError: a weight is not finite; names file and key.
     """
     key = f"teacher.from is hf:{folder}"
     try:
@@ -179,7 +181,20 @@ def load(folder: Path, dtype: torch.dtype) -> Foreign:
     # transformers draws what a file lacks at random, and only warns.
     if lacking := sorted(info["missing_keys"]):
         raise ConfigError(f"{key}; its files lack {len(lacking)} tensors of the model: {', '.join(lacking[:4])}")
+    for name, tensor in model.state_dict().items():
+        if not is_finite(tensor):
+            raise DivergenceError(f"{key}; {_stored(folder, name)} is not finite")
     return Foreign(model, key)
+
+
+def _stored(folder: Path, name: str) -> str:
+    """File and key of the folder's first tensor that is not finite; else the model's own name for one."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                if not is_finite(file.get_tensor(key)):
+                    return f"{path}: {key}"
+    return name
 
 
 def _documents(documents_BS: Tensor) -> list[_Document]:

@@ -55,7 +55,7 @@ def publish_shard(
     Raises:
         CacheError: it cannot be written, or another process writes under this ledger's name.
     """
-    facts = json.dumps([dataclasses.asdict(origin) for origin in origins])
+    facts = json.dumps([dataclasses.asdict(origin) for origin in origins], allow_nan=False)
     data, index_bytes = build(columns, records, ends, {"cache": ledger.cache, "origins": facts})
     file_digest = digest(data)
     name = shard_name(ledger.writer, ledger.seq, file_digest)

@@ -83,7 +83,7 @@ def _in_order(data: bytes) -> bytes:
     front = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:front])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
     assert len(text) <= front - 8, "a header that got longer"
     return b"".join([data[:8], text.ljust(front - 8), memoryview(data)[front:]])
 

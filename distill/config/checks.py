@@ -5,8 +5,11 @@ Longer than other files, so that all rules are read in one place.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from distill.config.schema import (
     IMAGE_TOKENS,
@@ -32,6 +35,7 @@ from distill.config.schema import (
 
 def check(run: RunConfig) -> Iterator[str]:
     """Every broken rule of a complete configuration: key, value, what is allowed."""
+    yield from _finite("", dataclasses.asdict(run))
     trains_teacher = run.job in (Job.teacher, Job.codistill)
     trains_student = run.job in (Job.student, Job.codistill)
     length = 1 if run.job is Job.backfill else run.data.sample_tokens  # neither model is part of a backfill
@@ -399,6 +403,15 @@ def _cache(run: RunConfig) -> Iterator[str]:
         yield f"cache.follow_timeout is {c.follow_timeout}; it must be positive (seconds)"
     if c.follow and run.student.replay.order is ReplayOrder.newest:
         yield "student.replay.order is newest with cache.follow; the newest target is known only when the teacher ends"
+
+
+def _finite(key: str, value: Any) -> Iterator[str]:
+    # A comparison with nan is never true, so that no other rule would find it.
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{key} is {value}; it must be a finite number"
+    elif isinstance(value, dict | list):
+        for name, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _finite(f"{key}.{name}" if key else str(name), part)
 
 
 def _at_least(key: str, value: float, least: float) -> Iterator[str]:

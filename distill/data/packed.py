@@ -144,7 +144,7 @@ class SplitWriter:
             self._tiles.close()
             names.append("tiles.arrow")
         np.save(self._folder / f"{self._split}.counts.npy", self._counts_V, allow_pickle=False)
-        (self._folder / f"{self._split}.json").write_text(json.dumps(known, indent=1))
+        (self._folder / f"{self._split}.json").write_text(json.dumps(known, indent=1, allow_nan=False))
         for name in names:
             sync(self._folder / f"{self._split}.{name}")
         return summary

@@ -6,7 +6,8 @@
         manifest.json                 written last: step, state, sizes and digests of the files
 
 Everything is written into a folder with another name, fsynced and renamed. A loader takes the newest folder whose
-manifest and files check, so a half-written or damaged one costs some steps, never the run.
+manifest and files check, so a half-written or damaged one costs some steps, never the run. All tensors are finite: a
+model that has diverged is neither saved nor loaded.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distill.config.errors import CheckpointError
+from distill.config.errors import CheckpointError, DivergenceError
 from distill.config.files import sync, write_text
 from distill.engine.dist import Dist
 from distill.engine.zero import Engine
+from distill.model.finite import is_finite
 
 FORMAT = 1
 REST = "rest"
@@ -49,6 +51,10 @@ def save(
     Args:
         state: JSON-able; everything else that a resumed run needs. Rank 0's is kept.
         rest: tensors that each rank has of its own.
+
+    Raises:
+        CheckpointError: it cannot be written.
+        DivergenceError: a tensor is not finite; nothing is written, and older checkpoints stay.
     """
     final = root / f"step-{step:08d}"
     temporary = root / f"step-{step:08d}.tmp"
@@ -58,6 +64,7 @@ def save(
             temporary.mkdir(parents=True)
         dist.barrier()
         files: dict[str, dict[str, Any]] = {}
+        broken: list[str] = []
 
         def write(name: str, tensors: dict[str, Tensor]) -> None:
             path = temporary / f"{name}-{dist.rank:05d}.safetensors"
@@ -71,10 +78,16 @@ def save(
                 tensor = get()  # collective, so also on ranks that do not keep it
                 if index % dist.world == dist.rank:
                     share[key] = tensor.detach().cpu().contiguous().clone()
+                    if not is_finite(share[key]):
+                        broken.append(f"{name}: {key}")
             write(name, share)
         if rest:
             write(REST, {key: tensor.detach().cpu().contiguous().clone() for key, tensor in rest.items()})
-        every = dist.gather(files)
+        every, bad = zip(*dist.gather((files, broken)))
+        if first := min((key for part in bad for key in part), default=None):
+            if dist.is_main:
+                shutil.rmtree(temporary)
+            raise DivergenceError(f"{first} is not finite: {final} is not written; the last good one is {last(root)}")
         if dist.is_main:
             manifest = {
                 "format": FORMAT,
@@ -83,7 +96,7 @@ def save(
                 "engines": list(engines),
                 "state": state,
             }
-            text = json.dumps(manifest)
+            text = json.dumps(manifest, allow_nan=False)
             write_text(temporary / "manifest.json", json.dumps({"xxh3": _text_digest(text), "manifest": text}))
             if final.exists():  # of a run that was resumed from an older one
                 shutil.rmtree(final)
@@ -126,7 +139,12 @@ class Checkpoint:
         self._files = list(manifest["files"])
 
     def tensors(self, engine: str, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
-        """Whole tensors of one engine by name, those that start with one of `prefixes`."""
+        """Whole tensors of one engine by name, those that start with one of `prefixes`.
+
+        Raises:
+            CheckpointError: it holds no such engine, or a file is damaged.
+            DivergenceError: one of them is not finite (a run of a version that saved these); names file and tensor.
+        """
         if engine not in self.engines:
             raise CheckpointError(f"{self.folder}: holds {', '.join(self.engines)}; {engine} is not among them")
         found: dict[str, Tensor] = {}
@@ -145,9 +163,16 @@ class Checkpoint:
                 continue
             try:
                 with safe_open(self.folder / file_name, framework="pt") as file:
-                    yield int(match[1]), {k: file.get_tensor(k) for k in file.keys() if k.startswith(prefixes)}  # noqa: SIM118
+                    part = {k: file.get_tensor(k) for k in file.keys() if k.startswith(prefixes)}  # noqa: SIM118
             except SafetensorError as error:
                 raise CheckpointError(f"{self.folder / file_name}: {error}") from error
+            for key, tensor in sorted(part.items()):
+                if name != REST and not is_finite(tensor):
+                    raise DivergenceError(
+                        f"{self.folder / file_name}: {key} is not finite; the model has diverged: take an older "
+                        "checkpoint"
+                    )
+            yield int(match[1]), part
 
 
 def newest(root: Path) -> Checkpoint | None:
@@ -160,6 +185,11 @@ def newest(root: Path) -> Checkpoint | None:
     return None
 
 
+def last(root: Path) -> Path | None:
+    """The newest checkpoint, which is not looked into."""
+    return next(iter(_folders(root)), None)
+
+
 def find(folder: Path) -> Checkpoint:
     """The checkpoint that a person means by a folder: a checkpoint, a folder of them, or a run."""
     if (folder / "manifest.json").exists():
@@ -169,11 +199,6 @@ def find(folder: Path) -> Checkpoint:
         if found is not None:
             return found
     raise CheckpointError(f"{folder}: neither a Hugging Face folder (config.json) nor a checkpoint of ours")
-
-
-def latest(root: Path) -> Path | None:
-    """The folder of the newest checkpoint, unread."""
-    return next(iter(_folders(root)), None)
 
 
 def clear_half_written(root: Path) -> None:

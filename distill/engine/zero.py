@@ -93,6 +93,13 @@ class Engine:
         self._ds.step()
         return self._norm if self.zero == 0 else torch.as_tensor(self._ds.get_global_grad_norm()).float()
 
+    def weights_finite(self) -> Tensor:
+        """Whether all weights that train are finite: bool, scalar, on the device; nothing waits for it.
+
+        Sums, which cost half of a search, are finite only if all terms are; those of weights of 1e32 may overflow.
+        """
+        return torch.stack([p.detach().sum(dtype=torch.float32) for p in self._trainable.values()]).isfinite().all()
+
     def state(self) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         """Names of all whole tensors that a checkpoint needs, and how to get each; the getters are collective."""
         for name, parameter in self.model.named_parameters():

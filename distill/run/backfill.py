@@ -7,6 +7,7 @@ again, here or in another folder.
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import torch
 
 from distill.cache import CacheHeader, CacheReader, CacheWriter, is_created, make_codec
 from distill.config import stop
+from distill.config.errors import DivergenceError
 from distill.config.schema import OnFull, OnMissing
 from distill.data.join import Batch, Joiner, Prefetch, check_cache
 from distill.data.packed import PackedCorpus
@@ -55,7 +57,7 @@ class Place(NamedTuple):
     best: float
     """Nats: the least loss of the cache's records; nan: none has one."""
     teacher_loss: float
-    """Nats: this teacher's on samples that have records; nan: nothing asked for it."""
+    """Nats: this teacher's on samples that have records; nan: nothing asked for it; inf: it is not finite."""
 
     @property
     def tflops_per_sample(self) -> float:
@@ -73,6 +75,9 @@ def backfill(run: Run) -> None:
     teacher = load_teacher(run)
     # Only the main rank looks: what it sees is the plan of all.
     places, plan = dist.from_main(_planned(run, teacher) if dist.is_main else None)
+    for place in places:
+        if math.isinf(place.teacher_loss):
+            raise DivergenceError(f"teacher {teacher.name}: its loss on corpus {place.name} is not finite")
     mine = plan.share(dist.rank, dist.world)
     rate = measure(run, teacher, places, mine)
     for line in describe(run, places, plan, teacher, rate):
@@ -150,6 +155,8 @@ def _own_loss(run: Run, teacher: Teacher, corpus: PackedCorpus, held: Held) -> f
         batch = joiner.batch(np.zeros(len(some), np.int64), some).to(run.dist.device)
         loss, valid = label_loss(teacher.model, batch, b.head_chunk)
         total, tokens = total + loss, tokens + valid
+    if not math.isfinite(total):
+        return math.inf  # not nan, which says that nothing asked
     return total / tokens if tokens else np.nan
 
 
@@ -193,7 +200,8 @@ def _tflops(places: list[Place], units: list[Unit]) -> float:
 
 def measure(run: Run, teacher: Teacher, places: list[Place], units: list[Unit]) -> Rate:
     """Speed and size, from the first batch labelled into a cache that is thrown away; collective."""
-    seconds, size, tokens = 0.0, 0.0, 0
+    seconds, size, tokens, loss = 0.0, 0.0, 0, 0.0
+    captures: list[Capture] = []
     if units:
         first = units[0]
         place, ids = places[first.corpus], first.sample_ids[: run.config.backfill.batch]
@@ -201,11 +209,12 @@ def measure(run: Run, teacher: Teacher, places: list[Place], units: list[Unit]) 
         shutil.rmtree(folder, ignore_errors=True)
         try:
             with _capture(run, teacher, place, folder) as capture:
+                captures.append(capture)
                 for timed in (False, True):  # the first warms up
                     began = time.perf_counter()
                     corpus = run.data.train[place.name]
                     batch = Joiner([corpus], None, OnMissing.hard).batch(np.zeros(len(ids), np.int64), ids)
-                    _label(run, teacher, batch, capture, place.step + timed)
+                    loss += float(_label(run, teacher, batch, capture, place.step + timed)[0])
                     capture.flush()
                     seconds = time.perf_counter() - began
                 stats = capture.writers[0].stats
@@ -213,9 +222,21 @@ def measure(run: Run, teacher: Teacher, places: list[Place], units: list[Unit]) 
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     positions = len(units[0].sample_ids[: run.config.backfill.batch]) * run.config.data.sample_tokens if units else 0
-    sums = torch.tensor([positions / seconds if seconds else 0.0, size, float(tokens)], dtype=torch.float64)
-    speed, size, counted = run.dist.sum(sums.to(run.dist.device)).tolist()
+    sums = torch.tensor([positions / seconds if seconds else 0.0, size, float(tokens), loss], dtype=torch.float64)
+    speed, size, counted, loss = run.dist.sum(sums.to(run.dist.device)).tolist()
+    _check(run, teacher, loss, captures)
     return Rate(speed, size / max(counted, 1.0))
+
+
+def _check(run: Run, teacher: Teacher, loss: float, captures: list[Capture]) -> None:
+    """Refuses to go on where a loss, of all ranks, is not finite; nothing is published from there on. Collective."""
+    if not math.isfinite(loss):
+        broken = [capture.broken for capture in captures if capture.broken is not None]
+        sample = next((found[0] for found in run.dist.gather(broken) if found), None)
+        raise DivergenceError(
+            f"teacher {teacher.name}: its log-probabilities of sample {sample} are not finite in precision="
+            f"{run.config.precision.value}; what it had labelled before is finite and stays"
+        )
 
 
 @contextmanager
@@ -282,11 +303,14 @@ def _label_all(run: Run, teacher: Teacher, places: list[Place], plan: Plan, mine
                     break
             sums[3] += stop.asked() is not None
             loss, valid, samples, stopping = dist.sum(sums).tolist()
+            _check(run, teacher, loss, captures)
             totals += sums[:2]
             labelled += int(samples)
             seconds, tokens = time.perf_counter() - began, samples * length
             began = time.perf_counter()
-            row = {"loss": loss / max(valid, 1.0), "tokens": labelled * length, "tokens_per_second": tokens / seconds}
+            row = {"loss": loss / max(valid, 1.0), "tokens": labelled * length}
+            if seconds > 0:
+                row["tokens_per_second"] = tokens / seconds
             run.tracker.log("backfill", done + labelled, row)
             text = f"loss {row['loss']:.3f}"
             run.tracker.progress("backfill", labelled, plan.samples, tokens=int(tokens), text=text)

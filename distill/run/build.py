@@ -16,6 +16,7 @@ from distill.config.schema import OnMissing, Parametrization, ReplayOrder, Train
 from distill.data.join import Joiner, check_cache
 from distill.data.packed import PackedCorpus
 from distill.data.stream import Stream, replay
+from distill.engine.watch import Watch
 from distill.model.count import flops_per_token
 from distill.run.identity import Lineage, lineage
 from distill.run.run import Run, architecture
@@ -69,10 +70,11 @@ def teacher(run: Run) -> tuple[Trainer, Capture | None]:
     # A resumed run stays who it was.
     known = run.lineages.get("teacher") or lineage_of(run, steps, stream)
     run.lineages["teacher"] = known
-    capture = open_capture(run, planned, cache_folders(run), known.base) if part.capture else None
+    watch = Watch(run.dist)
+    capture = open_capture(run, planned, cache_folders(run), known.base, watch) if part.capture else None
     step = TeacherStep(Meters(run.dist.device), part.train.head_chunk, capture)
     positions = replay(ReplayOrder.same, steps * batch)
-    return _trainer(run, "teacher", step, steps, stream, positions, None), capture
+    return _trainer(run, "teacher", step, steps, stream, positions, None, watch), capture
 
 
 def lineage_of(run: Run, steps: int, stream: Stream) -> Lineage:
@@ -85,7 +87,13 @@ def lineage_of(run: Run, steps: int, stream: Stream) -> Lineage:
     return lineage(start, like, part.optim, part.train, steps, run.config.precision, stream, corpora)
 
 
-def open_capture(run: Run, planned: dict[str, object], folders: Mapping[str, str | Path], teacher: str) -> Capture:
+def open_capture(
+    run: Run,
+    planned: dict[str, object],
+    folders: Mapping[str, str | Path],
+    teacher: str,
+    watch: Watch | None = None,
+) -> Capture:
     """One writer per corpus on every rank; the rank that comes first creates the cache.
 
     teacher: its identity.
@@ -124,7 +132,7 @@ def open_capture(run: Run, planned: dict[str, object], folders: Mapping[str, str
                 run.resources.push(writers[-1])
         run.dist.barrier()
     tokens = train.batch * config.data.sample_tokens
-    return Capture(make_codec(config.cache.codec, vocab_size), writers, config.seed, teacher, tokens)
+    return Capture(make_codec(config.cache.codec, vocab_size), writers, config.seed, teacher, tokens, watch)
 
 
 def new_header(run: Run, corpus: PackedCorpus, vocab_size: int, stream: dict[str, object]) -> CacheHeader:
@@ -182,7 +190,8 @@ def student(run: Run, readers: list[CacheReader] | None) -> Trainer:
     meters, vocab_size = Meters(run.dist.device), part.model.vocab_size
     taught = max((reader.header.vocab_size for reader in readers or []), default=None)
     step = StudentStep(meters, part.train.head_chunk, part.weighting, vocab_size, steps, len(sizes), taught)
-    return _trainer(run, "student", step, steps, stream, replay(part.replay.order, planned), readers)
+    positions = replay(part.replay.order, planned)
+    return _trainer(run, "student", step, steps, stream, positions, readers, Watch(run.dist))
 
 
 def teachers_stream(readers: list[CacheReader], names: list[str]) -> tuple[Stream, int]:
@@ -216,6 +225,7 @@ def _trainer(
     stream: Stream,
     positions: Positions,
     readers: list[CacheReader] | None,
+    watch: Watch,
 ) -> Trainer:
     part = getattr(run.config, role)
     on_missing = run.config.cache.on_missing if readers else OnMissing.hard
@@ -233,4 +243,6 @@ def _trainer(
         run.tracker,
         run.dist,
         lambda model: run.glance(model, part.train),
+        watch,
+        lambda what: run.diverged(role, what),
     )

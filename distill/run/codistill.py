@@ -54,8 +54,8 @@ def train(run: Run) -> None:
         run.save(trainers, **({"turn": "student"} if learner.stopped else {}))
     capture.close()
 
-    taught = run.evaluate(teacher.engine.model)
-    result = run.evaluate(learner.engine.model, teacher.engine.model)
+    taught = run.evaluate(teacher.engine.model, role="teacher")
+    result = run.evaluate(learner.engine.model, teacher.engine.model, role="student")
     overhead = capture_overhead(run, teacher)
     for trainer in trainers.values():
         trainer.engine.close()

@@ -208,4 +208,4 @@ def _write_processor(vision: VisionConfig, images: dict[str, Any], folder: Path)
 
 
 def _dump(data: dict[str, Any], path: Path) -> None:
-    write_text(path, json.dumps(data, indent=2) + "\n")
+    write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -19,9 +20,9 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from distill.config import stop
+from distill.config import json_text, stop
 from distill.config.checks import sight
-from distill.config.errors import ConfigError, DataError
+from distill.config.errors import ConfigError, DataError, DivergenceError
 from distill.config.files import write_text
 from distill.config.load import to_dict
 from distill.config.schema import DataConfig, Job, ModelConfig, RunConfig, TrainConfig, VisionConfig
@@ -219,8 +220,11 @@ class Run:
         """One checkpoint of all models, with `more` in its state; collective.
 
         Raises:
+            DivergenceError: one of them has diverged; nothing is written.
             Stopped: then, where SIGTERM has stopped a trainer.
         """
+        for trainer in trainers.values():
+            trainer.check()
         step = sum(trainer.at for trainer in trainers.values())
         if step != self.saved:
             self._save(trainers, step, more)
@@ -252,11 +256,38 @@ class Run:
                 ids_B = mine[start : start + batch]
                 yield joiner.batch(np.full(len(ids_B), index), ids_B)
 
-    def evaluate(self, model: Any, teacher: Any = None) -> Evaluation:
-        """On the whole held-out text (`evaluate.samples`)."""
+    def evaluate(self, model: Any, teacher: Any = None, role: str | None = None) -> Evaluation:
+        """On the whole held-out text (`evaluate.samples`).
+
+        Args:
+            role: of the model, where this run has trained it; None: it is that of `init_from`.
+
+        Raises:
+            DivergenceError: the loss of model or teacher is not finite.
+        """
         e = self.config.evaluate
         batches, names = self.held_out(e.samples, e.batch), list(self.data.held_out)
-        return evaluate(model, stop.checked(batches), names, self.dist, bins=e.calibration_bins, teacher=teacher)
+        result = evaluate(model, stop.checked(batches), names, self.dist, bins=e.calibration_bins, teacher=teacher)
+        told = "the loss on held-out text is not finite"
+        if not math.isfinite(result.loss):
+            where = f"the model of init_from={self.config.init_from}"
+            raise DivergenceError(f"{where}: {told}") if role is None else self.diverged(role, told)
+        if result.agreement is not None and not math.isfinite(result.agreement):
+            raise DivergenceError(f"the teacher of evaluate.teacher_from={e.teacher_from}: {told}")
+        return result
+
+    def diverged(self, role: str, what: str) -> DivergenceError:
+        """The error that ends the training of a role; what: was not finite, and when."""
+        arm = f" of arm {self.folder.name}" if self.folder.parent.name == "arms" else ""
+        optim, last = getattr(self.config, role).optim, checkpoint.last(self.checkpoints)
+        again = f"with a lower {role}.optim.lr (now {optim.lr:g}) or {role}.optim.clip (now {optim.clip:g})"
+        way_out = f"; no checkpoint was saved before: start another run {again}"
+        if last is not None:
+            way_out = (
+                f"; the last good checkpoint is {last}: resume=true goes on from it, and if the run diverges again, "
+                f"start another from there ({role}.init_from) {again}"
+            )
+        return DivergenceError(f"{role}{arm}: {what}{way_out}")
 
     def glance(self, model: Any, train: TrainConfig) -> dict[str, float]:
         """The same on the first held-out samples, as a row of metrics, for curves."""
@@ -298,7 +329,7 @@ class Run:
         """Ends the run: `summary.json`, then the report."""
         self.tracker.close()
         if self.dist.is_main:
-            write_text(self.summary_path, json.dumps(summary, indent=1) + "\n")
+            write_text(self.summary_path, json_text.dumps(summary, indent=1) + "\n")
             if self.config.tracking.report:
                 self.tracker.message(f"report: {report.write(self.folder)}")
         self.dist.barrier()

@@ -42,7 +42,7 @@ def train(run: Run) -> None:
         else:
             trainer.advance(goal)
         run.save({"student": trainer})
-    result = run.evaluate(trainer.engine.model)
+    result = run.evaluate(trainer.engine.model, role="student")
     by_length = length.figures(run, trainer.engine.model, result)
     trainer.engine.close()
     tokens = trainer.steps * config.student.train.batch * config.data.sample_tokens

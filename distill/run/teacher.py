@@ -19,7 +19,7 @@ def train(run: Run) -> None:
             # Published before the checkpoint: what a resumed run takes as done is on disk.
             capture.flush()
         run.save({"teacher": trainer})
-    result = run.evaluate(trainer.engine.model)
+    result = run.evaluate(trainer.engine.model, role="teacher")
     summary: dict[str, Any] = {"job": "teacher", **run.figures("teacher", result), "steps": trainer.steps}
     summary["tokens"] = trainer.steps * run.config.teacher.train.batch * run.config.data.sample_tokens
     summary |= length.figures(run, trainer.engine.model, result)

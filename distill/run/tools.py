@@ -8,14 +8,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import errno
-import json
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from distill import __version__
-from distill.config import stop
+from distill.config import json_text, stop
 from distill.config.console import silence
 from distill.config.errors import ConfigError, UserError
 
@@ -74,7 +73,7 @@ def _json(parser: Parser) -> None:
 
 
 def _print(found: Any) -> None:
-    print(json.dumps(found, allow_nan=False))
+    print(json_text.dumps(found))
 
 
 # ---------------------------------------------------------------- stats

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from typing import TYPE_CHECKING
 
+from distill.config import json_text
 from distill.config.errors import ConfigError
 from distill.config.schema import CodecConfig, CodecName
 
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     done = estimate(tokens, -(-corpus // shape.sample_tokens), shape, like, plain["shard_samples"] or 1)
     seconds = tokens / args.tokens_per_second if args.tokens_per_second else None
     if args.json:
-        print(json.dumps(dataclasses.asdict(done) | {"tokens": tokens, "seconds": seconds}))
+        print(json_text.dumps(dataclasses.asdict(done) | {"tokens": tokens, "seconds": seconds}))
     else:
         print("\n".join(_lines(done, tokens, shape.sample_tokens, seconds)))
     return 0

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import platform
 import sys
 from pathlib import Path
 
 import torch
+
+from distill.config import json_text
 
 HERE = Path(__file__).parent
 LONG = ("busy", "lr_transfer", "previous")
@@ -41,7 +42,7 @@ def main() -> int:
     for name in wanted:
         figures = importlib.import_module(f"tests.bench.{name}").run()
         record = {"figures": figures, "machine": machine(), "command": f"make bench ONLY={name}"}
-        (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        (out / f"{name}.json").write_text(json_text.dumps(record, indent=1) + "\n")
         width = max(map(len, figures))
         print(f"\n{name}")
         for key, value in figures.items():

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import sys
 import time
 from pathlib import Path
+
+from distill.config import json_text
 
 HERE = Path(__file__).parent
 
@@ -39,7 +40,7 @@ def main() -> int:
         figures["seconds"] = round(time.monotonic() - began, 1)
         command = f"make crash ONLY={name} KILLS={options.kills} FLIPS={options.flips} SEED={options.seed}"
         record = {"figures": figures, "problems": problems, "machine": machine(), "command": command}
-        (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        (out / f"{name}.json").write_text(json_text.dumps(record, indent=1) + "\n")
         width = max(map(len, figures))
         print(f"\n{name}")
         for key, value in figures.items():

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 
 from distill.config import stop
+from distill.config.errors import DivergenceError
+from distill.model.finite import is_finite
 from distill.model.hf.config import config_from_json, config_to_json
 from distill.model.hf.names import SIGHT
 from distill.model.hf.read import Reader
@@ -28,6 +30,7 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, vision: bool = Tr
 
     Raises:
         CheckpointError: naming every file, key and shape that does not fit.
+        DivergenceError: a weight is not finite; names file and key.
     """
     with Reader(folder, vision) as reader, torch.no_grad():
         with torch.device("meta"):
@@ -35,6 +38,8 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, vision: bool = Tr
         model.to_empty(device="cpu")
         for name, parameter in stop.checked(model.named_parameters()):
             reader.read(name, parameter.view(-1))
+            if not is_finite(parameter):
+                raise DivergenceError(f"{reader.not_finite(name)} is not finite; no model starts from such weights")
         for router in model.routers:
             router.bias.zero_()
     return model

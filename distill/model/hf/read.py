@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distill.config.errors import CheckpointError
+from distill.model.finite import is_finite
 from distill.model.hf.config import config_from_json, is_quantized
 from distill.model.hf.header import Stored, read_json, stored_tensors
 from distill.model.hf.names import SIGHT, TEXT, hf_name, is_fused, unfused
@@ -125,6 +126,13 @@ class Reader:
         out = torch.empty((last - first, *shape[1:]), dtype=dtype, device="cpu")
         self.read(name, out.view(-1), first * math.prod(shape[1:]))
         return out
+
+    def not_finite(self, name: str) -> str:
+        """File and key of the first stored tensor of a parameter that is not finite."""
+        stored = [part for matrix in self._sources[name] for part in matrix if part is not None]
+        # None is, where it overflows as it is scaled or converted.
+        first = next((part for part in stored if not is_finite(self._mapped(part))), stored[0])
+        return f"{self.folder / first.file}: {first.key}"
 
     def _experts(self, name: str, out_N: Tensor, start: int) -> Iterator[tuple[int, Tensor]]:
         """The experts that the run touches, each [in, out] of the fused parameter, with its first element."""

@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from distill.config import stop
-from distill.config.errors import CheckpointError
+from distill.config.errors import CheckpointError, DivergenceError
 from distill.config.files import sync
 from distill.config.schema import ModelConfig
+from distill.model.finite import is_finite
 from distill.model.hf.config import config_to_json, token_ids
 from distill.model.hf.header import INDEX, SINGLE
 from distill.model.hf.names import SIGHT, TEXT, hf_name
@@ -55,6 +56,7 @@ def save(
     Raises:
         CheckpointError: for a nonzero router bias without `drop_router_bias`, a folder that is in use, or a model that
             the format cannot hold.
+        DivergenceError: a weight is not finite, or not in `dtype`; names the first.
     """
     folder = Path(folder).absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -119,6 +121,10 @@ def _write(model: Transformer, folder: Path, dtype: torch.dtype, max_shard_bytes
     for number, shard in stop.checked(enumerate(shards, 1)):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {key: parameter.detach().to("cpu", dtype).contiguous() for key, parameter in shard.items()}
+        for key, tensor in tensors.items():
+            if not is_finite(tensor):
+                kind = str(dtype).removeprefix("torch.")
+                raise DivergenceError(f"{key} is not finite in {kind}; the model is not written")
         save_file(tensors, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
         del tensors  # before the next shard is made
@@ -135,4 +141,4 @@ def _key(name: str, config: ModelConfig) -> str:
 
 
 def _dump(data: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")

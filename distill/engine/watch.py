@@ -1,0 +1,45 @@
+"""The first step at which something was not finite: kept on the device, and read where it counts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distill.engine.dist import Dist
+
+KINDS = ("loss", "gradient norm", "weights")
+_NEVER = torch.iinfo(torch.int64).max
+
+
+class Watch:
+    """Of one model in training. Noting a step waits for nothing; whoever asks waits for the device."""
+
+    def __init__(self, dist: Dist):
+        self._dist = dist
+        self._first_N = torch.full((len(KINDS),), _NEVER, device=dist.device)
+
+    def see(self, step: int, loss: Tensor, norm: Tensor, weights: Tensor) -> None:
+        """Takes note of a step: whether its loss, its gradient norm and the weights that it led to are finite.
+
+        Args:
+            step: as rows of metrics count: 1 for the first.
+            loss, norm, weights: bool, scalar, on the device (a norm that DeepSpeed gives up on comes from the host).
+        """
+        device = self._first_N.device
+        finite_N = torch.stack([part.to(device, non_blocking=True) for part in (loss, norm, weights)])
+        self._first_N = torch.where(finite_N, self._first_N, self._first_N.clamp(max=step))
+
+    @property
+    def good(self) -> bool:
+        """All that this rank has seen was finite."""
+        return bool((self._first_N == _NEVER).all())
+
+    def problem(self) -> str | None:
+        """What was not finite first, on any rank, and at which step; None: all was. Collective."""
+        first_N = self._dist.least(self._first_N.clone()).tolist()
+        step = min(first_N)
+        if step == _NEVER:
+            return None
+        found = [kind for kind, first in zip(KINDS, first_N) if first == step]
+        verb = "is" if len(found) == 1 and found != ["weights"] else "are"
+        return f"{', '.join(found[:-1])}{' and ' * (len(found) > 1)}{found[-1]} {verb} not finite at step {step}"
