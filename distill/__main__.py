@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import os
 import sys
 import tempfile
@@ -114,6 +115,7 @@ def main() -> int:
             return stopped.exit_code
         finally:
             owner.release_all()
+            gc.freeze()  # else Python goes through all that torch and DeepSpeed have made once more, for seconds
 
 
 def _main() -> int:
