@@ -39,6 +39,10 @@ def test_a_codistillation_killed_at_random_moments_ends_bitwise_alike(tmp_path, 
     run(*arguments, f"hydra.run.dir={folder}", "resume=true")
     assert losses(folder) == losses(tmp_path / "whole")
     assert losses(folder / "arms" / "hard") == losses(tmp_path / "whole" / "arms" / "hard")
+    teachers = {
+        o.teacher for f in (folder, tmp_path / "whole") for row in CacheReader(f / "cache").rows for o in row.origins
+    }
+    assert len(teachers) == 1
     again = run(*arguments, f"hydra.run.dir={folder}", "resume=true")
     assert "finished" in again.stdout
 

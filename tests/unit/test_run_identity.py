@@ -1,7 +1,9 @@
 """A teacher's identity: what decides its weights changes it, and nothing else does."""
 
+import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,6 +147,16 @@ def test_weights_are_told_apart_by_any_element_and_not_by_how_they_are_stored(tm
 
 def _name(model, wanted):
     return next(name for name, parameter in model.named_parameters() if parameter is wanted)
+
+
+def test_a_checkpoint_says_who_its_teacher_is_and_one_of_before_does_not():
+    teacher = Lineage("0123456789abcdef", ["c"], 64)
+    state = {"roles": {"teacher": {"step": 7}, "student": {"step": 5}}}
+    state[identity.KEY] = {"teacher": dataclasses.asdict(teacher)}
+    found = SimpleNamespace(state=json.loads(json.dumps(state)))
+    assert identity.stored(found, "teacher") == (teacher, 7) and identity.stored(found, "student") is None
+    del found.state[identity.KEY]
+    assert identity.stored(found, "teacher") is None
 
 
 def test_an_exported_teacher_is_known_by_its_files(tmp_path):
