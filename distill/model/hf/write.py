@@ -121,10 +121,9 @@ def _write(model: Transformer, folder: Path, dtype: torch.dtype, max_shard_bytes
     for number, shard in stop.checked(enumerate(shards, 1)):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {key: parameter.detach().to("cpu", dtype).contiguous() for key, parameter in shard.items()}
-        for key, tensor in tensors.items():
-            if not is_finite(tensor):
-                kind = str(dtype).removeprefix("torch.")
-                raise DivergenceError(f"{key} is not finite in {kind}; the model is not written")
+        if broken := [key for key in tensors if not is_finite(tensors[key])]:
+            kind = str(dtype).removeprefix("torch.")
+            raise DivergenceError(f"{broken[0]} is not finite in {kind}; the model is not written")
         save_file(tensors, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
         del tensors  # before the next shard is made
