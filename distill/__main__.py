@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from distill.config.errors import UserError
+from distill.config.files import NO_ROOM
 from distill.config.load import CONF, load, precheck, spelt
 from distill.config.schema import Job, RunConfig
 
@@ -69,7 +69,7 @@ def main() -> int:
 
 
 def _told(error: UserError | OSError) -> int:
-    if isinstance(error, OSError) and not (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
+    if isinstance(error, OSError) and not (error.filename or error.errno in NO_ROOM):
         raise error  # nothing that a person could mend: the traceback is for us
     for line in str(error).splitlines():
         print(f"error: {line}", file=sys.stderr)

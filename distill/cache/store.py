@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from distill.cache.files import publish, read_at, reported, write_all
+from distill.cache.files import publish, read_at, reported
 from distill.config.errors import CacheError
-from distill.config.files import sync
+from distill.config.files import sync, write_all
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -153,7 +153,7 @@ class LocalStore(Store):
         """Appends durably; on an error part of the data may be there."""
         with reported(self.folder / name):
             new = not (self.folder / name).exists()
-            fd = os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            fd = os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             try:
                 write_all(fd, data)
                 os.fsync(fd)
@@ -176,7 +176,7 @@ def locked(path: Path, holder: str, *, wait: bool) -> Iterator[None]:
         CacheError: `wait` is false and another live process holds it; `holder` says what for.
     """
     with reported(path):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
             with reported(path):

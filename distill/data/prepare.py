@@ -19,7 +19,7 @@ from pathlib import Path
 import xxhash
 
 from distill.config.errors import DataError
-from distill.config.files import sync
+from distill.config.files import reason, sync
 from distill.config.schema import IMAGE_TOKENS, DataConfig
 from distill.data import tokenizer as tokenizers
 from distill.data.pack import pack
@@ -83,7 +83,7 @@ def prepare(config: DataConfig, folder: Path, model_vocab_size: int) -> Prepared
             if corpus.has_held_out:
                 prepared.held_out[name] = PackedCorpus(place, "held_out", name)
     except OSError as error:
-        raise DataError(f"data.dir is {folder}; cannot be written: {error.strerror or error}") from error
+        raise DataError(f"data.dir is {folder}; cannot be written: {reason(error)}") from error
     return prepared
 
 

@@ -19,13 +19,13 @@ from typing import Any
 
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from distill.config.errors import CheckpointError
-from distill.config.files import sync, write_text
+from distill.config.files import reason, sync, write_text
 from distill.engine.dist import Dist
 from distill.engine.zero import Engine
+from distill.model.tensors import save_tensors
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8})")
@@ -37,35 +37,47 @@ def save(root: Path, step: int, engines: dict[str, Engine], state: dict[str, Any
 
     Args:
         state: JSON-able; everything else that a resumed run needs. Rank 0's is kept.
+
+    Raises:
+        CheckpointError: on every rank, where any of them cannot write. Older checkpoints stay; the part that was
+            written goes, so that a full disk is relieved of it.
     """
     final = root / f"step-{step:08d}"
     temporary = root / f"step-{step:08d}.tmp"
-    try:
-        if dist.is_main:
+    problem: str | None = None
+    if dist.is_main:
+        try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        dist.barrier()
-        files: dict[str, dict[str, Any]] = {}
-        for name, engine in engines.items():
-            share = {}
-            for index, (key, get) in enumerate(engine.state()):
-                tensor = get()  # collective, so also on ranks that do not keep it
-                if index % dist.world == dist.rank:
-                    share[key] = tensor.detach().cpu().contiguous().clone()
-            path = temporary / f"{name}-{dist.rank:05d}.safetensors"
-            save_file(share, path)
-            sync(path)
-            files[path.name] = {"bytes": path.stat().st_size, "xxh3": _digest(path)}
-        every = dist.gather(files)
-        if dist.is_main:
-            manifest = {
-                "format": FORMAT,
-                "step": step,
-                "files": {k: v for part in every for k, v in part.items()},
-                "engines": list(engines),
-                "state": state,
-            }
-            text = json.dumps(manifest)
+        except OSError as error:
+            problem = reason(error)
+    dist.barrier()
+    files: dict[str, dict[str, Any]] = {}
+    for name, engine in engines.items():
+        share = {}
+        for index, (key, get) in enumerate(engine.state()):
+            tensor = get()  # collective, so also on ranks that do not keep it
+            if index % dist.world == dist.rank:
+                share[key] = tensor.detach().cpu().contiguous().clone()
+        path = temporary / f"{name}-{dist.rank:05d}.safetensors"
+        try:
+            if problem is None:
+                save_tensors(share, path)
+                files[path.name] = {"bytes": path.stat().st_size, "xxh3": _digest(path)}
+        except (OSError, SafetensorError) as error:
+            problem = reason(error)
+    every = dist.gather((files, problem))
+    problem = next((found for _, found in every if found), None)
+    if dist.is_main and problem is None:
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "files": {k: v for part, _ in every for k, v in part.items()},
+            "engines": list(engines),
+            "state": state,
+        }
+        text = json.dumps(manifest)
+        try:
             write_text(temporary / "manifest.json", json.dumps({"xxh3": _text_digest(text), "manifest": text}))
             if final.exists():  # of a run that was resumed from an older one
                 shutil.rmtree(final)
@@ -73,9 +85,13 @@ def save(root: Path, step: int, engines: dict[str, Engine], state: dict[str, Any
             sync(root)
             for old in _folders(root)[keep:]:
                 shutil.rmtree(old)
-        dist.barrier()
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{temporary}: cannot write the checkpoint: {error}") from error
+        except OSError as error:
+            problem = reason(error)
+    problem = dist.from_main(problem)
+    if problem is not None:
+        if dist.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"{temporary}: cannot write the checkpoint: {problem}")
     return final
 
 

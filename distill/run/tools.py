@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import errno
 import json
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from distill.config.errors import ConfigError, UserError
+from distill.config.files import NO_ROOM
 
 Parser = argparse.ArgumentParser
 
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 1
     except OSError as error:
-        if not (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        if not (error.filename or error.errno in NO_ROOM):
             raise
         lines = [str(error)]
     except KeyboardInterrupt:

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from distill.config.errors import CheckpointError
-from distill.config.files import sync
+from distill.config.files import sync, write_text
 from distill.config.schema import ModelConfig
 from distill.model.hf.config import config_to_json, token_ids
 from distill.model.hf.header import INDEX, SINGLE
 from distill.model.hf.names import SIGHT, TEXT, hf_name
+from distill.model.tensors import save_tensors
 from distill.model.transformer import Transformer
 
 
@@ -118,7 +118,7 @@ def _write(model: Transformer, folder: Path, dtype: torch.dtype, max_shard_bytes
     for number, shard in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {key: parameter.detach().to("cpu", dtype).contiguous() for key, parameter in shard.items()}
-        save_file(tensors, folder / file, {"format": "pt"})
+        save_tensors(tensors, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
         del tensors  # before the next shard is made
     if len(shards) > 1:
@@ -134,4 +134,4 @@ def _key(name: str, config: ModelConfig) -> str:
 
 
 def _dump(data: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(data, indent=2) + "\n")
