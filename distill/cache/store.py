@@ -17,6 +17,8 @@ from typing import TypeVar
 from distill.cache.files import publish, read_at, reported
 from distill.config.errors import CacheError
 from distill.config.files import sync, write_all
+from distill.config.paths import home
+from distill.config.paths import is_url as is_url
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -92,12 +94,7 @@ def open_store(folder: str | Path) -> Store:
         from distill.cache.far import FarStore  # fsspec is slow to load and seldom needed
 
         return FarStore(str(folder))
-    return LocalStore(str(folder).removeprefix("file://"))
-
-
-def is_url(folder: str | Path) -> bool:
-    """It is not of this machine's own file system."""
-    return "://" in str(folder) and not str(folder).startswith("file://")
+    return LocalStore(home(str(folder).removeprefix("file://")))
 
 
 class LocalStore(Store):

@@ -26,6 +26,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from distill.config import paths, quoting
 from distill.config.checks import check
 from distill.config.errors import ConfigError
 from distill.config.schema import RunConfig
@@ -41,7 +42,7 @@ FREE_NAMES = "cache.dirs"
 def spelt(arguments: list[str]) -> list[str]:
     """A command line as Hydra takes it: `teacher.from` is no name that a Python field may have."""
     found = []
-    for argument in arguments:
+    for argument in quoting.spelt(arguments):
         if argument.startswith("teacher.from="):
             argument = argument.replace("teacher.from=", "teacher.from_=", 1)
         elif argument.startswith((f"{FREE_NAMES}.", f"{FREE_NAMES}=")):
@@ -76,7 +77,7 @@ def precheck(arguments: list[str]) -> None:
             if not found:
                 sound.append(text)
         if own:
-            sound.append(f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in own)}]")
+            sound.append(f"hydra.searchpath=[{','.join(quoting.quoted(f'file://{folder}') for folder in own)}]")
         for combination in _sweeps(sound):
             try:
                 composed = compose("config", overrides=combination)
@@ -98,6 +99,7 @@ def precheck(arguments: list[str]) -> None:
 
 def resolve(overrides: list[str]) -> RunConfig:
     """The configuration that a command line of overrides stands for, Hydra not started; ConfigError as precheck."""
+    overrides = spelt(overrides)
     precheck(overrides)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return load(compose("config", overrides=overrides))
@@ -127,6 +129,7 @@ def _load(cfg: DictConfig) -> tuple[list[str], RunConfig | None]:
     except OmegaConfBaseException as error:
         return [_sentence(error)], None
     assert isinstance(run, RunConfig)
+    paths.expand(run)
     return list(check(run)), run
 
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import xxhash
 
 from distill.config.errors import DataError
+from distill.config.paths import home
 from distill.config.schema import IMAGE_TOKENS, CorpusConfig, Source
 from distill.data import digits, needle
 from distill.data.tables import READERS, rows, suffix
@@ -148,7 +149,7 @@ class Corpus:
         """Files in the order of the patterns, sorted within each, none twice."""
         found: dict[Path, None] = {}
         for pattern in patterns:
-            pattern = os.path.expanduser(pattern)
+            pattern = home(pattern)
             names = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
             paths = [Path(name).resolve() for name in names if os.path.isfile(name)]
             if not paths:

@@ -11,6 +11,7 @@ import xxhash
 
 from distill.config.errors import ConfigError, DataError
 from distill.config.files import write_text
+from distill.config.paths import home
 from distill.config.schema import IMAGE_TOKENS, TokenizerConfig
 
 BYTES = 256
@@ -115,7 +116,7 @@ def load(config: TokenizerConfig, file: str | Path | None = None) -> Tokenizer:
     Raises:
         DataError: no such file, not a `tokenizer.json`, or it lacks the bos or eos that the configuration names.
     """
-    path = Path(file or config.file or "").expanduser()
+    path = Path(home(str(file or config.file or "")))
     try:
         record = json.loads(path.read_bytes())
     except OSError as error:

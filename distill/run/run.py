@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
+from distill.config import paths
 from distill.config.checks import sight
 from distill.config.errors import ConfigError, DataError
 from distill.config.files import write_text
@@ -110,7 +111,9 @@ class Run:
             return []
         if not self.config.resume:
             return [f"hydra.run.dir is {self.folder}; it holds a run: set resume=true, or choose another folder"]
-        before = _flat(OmegaConf.to_container(OmegaConf.load(path)))
+        recorded = OmegaConf.to_container(OmegaConf.load(path))
+        paths.expand(recorded)  # as `now` has them, whoever wrote it
+        before = _flat(recorded)
         now = _flat(to_dict(self.config))
         return [
             f"{key} is {now.get(key)}; the run in {self.folder} was started with {before.get(key)}"

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from distill.config.errors import ConfigError, UserError
 from distill.config.files import NO_ROOM
+from distill.config.paths import home
 
 Parser = argparse.ArgumentParser
 
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _folder(
     parser: Parser, what: str = "a cache, or a folder of caches; a path or a URL like s3://bucket/folder"
 ) -> None:
-    parser.add_argument("dir", metavar="DIR", help=what)
+    parser.add_argument("dir", metavar="DIR", type=home, help=what)
 
 
 def _json(parser: Parser) -> None:
@@ -82,7 +83,9 @@ def _stats_arguments(parser: Parser) -> None:
         "--deep", type=int, nargs="?", const=256, metavar="SAMPLES",
         help="decode so many samples, always the same ones, for histograms (%(const)s)",
     )  # fmt: skip
-    parser.add_argument("--html", metavar="FILE", help="write all of it as a page with pictures, too (includes --deep)")
+    parser.add_argument(
+        "--html", metavar="FILE", type=home, help="write all of it as a page with pictures, too (includes --deep)"
+    )
 
 
 def _stats(args: argparse.Namespace) -> int:
@@ -203,7 +206,10 @@ def _compact_arguments(parser: Parser) -> None:
         help="remove the files of replaced shards; views from before the compaction cannot be read any more",
     )  # fmt: skip
     parser.add_argument(
-        "--into", metavar="NEW", help="leave the cache as it is and write a compact one there (the way out of format 1)"
+        "--into",
+        metavar="NEW",
+        type=home,
+        help="leave the cache as it is and write a compact one there (the way out of format 1)",
     )
 
 
@@ -241,7 +247,9 @@ def _compact(args: argparse.Namespace) -> int:
 
 
 def _merge_arguments(parser: Parser) -> None:
-    parser.add_argument("sources", nargs="+", metavar="SRC", help="caches of one corpus, tokenizer, codec and seed")
+    parser.add_argument(
+        "sources", nargs="+", metavar="SRC", type=home, help="caches of one corpus, tokenizer, codec and seed"
+    )
     _folder(parser, "the cache that takes their records; made if need be")
     _shard_mb(parser)
 
@@ -262,8 +270,8 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _compare_arguments(parser: Parser) -> None:
-    parser.add_argument("a", metavar="A", help="a cache")
-    parser.add_argument("b", metavar="B", help="another one of the same corpus")
+    parser.add_argument("a", metavar="A", type=home, help="a cache")
+    parser.add_argument("b", metavar="B", type=home, help="another one of the same corpus")
     _json(parser)
     parser.add_argument(
         "--tolerance", type=float, default=0.0, metavar="TV",
@@ -338,7 +346,7 @@ def _import(args: argparse.Namespace) -> int:
 
 def _export_arguments(parser: Parser) -> None:
     _folder(parser, "a cache; a path or a URL")
-    parser.add_argument("file", metavar="FILE", help="the Parquet file")
+    parser.add_argument("file", metavar="FILE", type=home, help="the Parquet file")
     parser.add_argument("--per", choices=["token", "sample"], default="sample", help="what a row is (%(default)s)")
 
 

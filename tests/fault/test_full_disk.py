@@ -6,7 +6,6 @@ import os
 import resource
 import subprocess
 
-import numpy as np
 import pytest
 import torch
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from distill.config.errors import CheckpointError
 from distill.config.files import sync, write_text
+from distill.config.paths import home
 from distill.config.schema import ModelConfig
 from distill.model.hf.config import config_to_json, token_ids
 from distill.model.hf.header import INDEX, SINGLE
@@ -55,7 +56,7 @@ def save(
         CheckpointError: for a nonzero router bias without `drop_router_bias`, a folder that is in use, or a model that
             the format cannot hold.
     """
-    folder = Path(folder).absolute()
+    folder = Path(home(str(folder))).absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not empty; a model is written to a new folder")
     config_to_json(model.config)
