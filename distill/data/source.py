@@ -150,7 +150,7 @@ class Corpus:
         found: dict[Path, None] = {}
         for pattern in patterns:
             pattern = home(pattern)
-            names = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
+            names = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(_literal(pattern), recursive=True))
             paths = [Path(name).resolve() for name in names if os.path.isfile(name)]
             if not paths:
                 raise DataError(f"{self.key}.{key} has {pattern!r}; no file matches (working folder: {os.getcwd()})")
@@ -214,6 +214,14 @@ class Corpus:
         """True for `held_out` of all identities, always the same ones."""
         data = identity.encode() if isinstance(identity, str) else identity
         return xxhash.xxh3_64_intdigest(data) < self.config.held_out * 2**64
+
+
+def _literal(pattern: str) -> str:
+    """The glob with its leading folders, as far as they are there under that very name, taken as they are spelt."""
+    start, rest = Path(), list(Path(pattern).parts)
+    while len(rest) > 1 and (start / rest[0]).is_dir():
+        start /= rest.pop(0)
+    return os.path.join(glob.escape(str(start)), *rest) if start.parts else pattern
 
 
 def _read_text(path: Path, source_code: bool) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import re
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ from distill.config.errors import DataError
 
 READERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 """Which of the library's readers a suffix takes."""
+
+_PLAIN = re.compile(r"[\w/. ~@%+=,-]*")
 
 COMPRESSED = {".gz", ".zst", ".xz", ".bz2"}
 ROWS = 256
@@ -60,18 +65,33 @@ def _batches(path: Path, scratch: Path) -> Iterator[dict[str, list[Any]]]:
     reader = READERS[suffix(path)]
     # Otherwise some columns' names would make it take rows for logs of chat agents.
     options = {"parse_agent_traces": False} if reader == "json" else {}
-    stream = datasets.load_dataset(
-        reader,
-        data_files=[glob.escape(str(path))],
-        split="train",
-        streaming=True,
-        cache_dir=str(scratch),
-        **options,
-    )
-    for column, feature in (stream.features or {}).items():
-        if (plain := _undecoded(feature)) != feature:
-            stream = stream.cast_column(column, plain)
-    yield from stream.iter(batch_size=ROWS)
+    with _named_plainly(path) as plain_path:
+        stream = datasets.load_dataset(
+            reader,
+            data_files=[glob.escape(str(plain_path))],
+            split="train",
+            streaming=True,
+            cache_dir=str(scratch),
+            **options,
+        )
+        for column, feature in (stream.features or {}).items():
+            if (plain := _undecoded(feature)) != feature:
+                stream = stream.cast_column(column, plain)
+        yield from stream.iter(batch_size=ROWS)
+
+
+@contextmanager
+def _named_plainly(path: Path) -> Iterator[Path]:
+    """The path, or a link to the file: the library takes `::` in a name, and brackets or backslashes in that of a
+    compressed file, for parts of a URL."""
+    if _PLAIN.fullmatch(str(path)):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="codistill-") as folder:
+        compression = path.suffix if path.suffix != suffix(path) else ""
+        link = Path(folder, f"file{suffix(path)}{compression}")
+        link.symlink_to(path.absolute())
+        yield link
 
 
 def _undecoded(feature: Any) -> Any:

@@ -103,8 +103,8 @@ def test_home_in_a_folder_of_configurations(home):
         precheck([*flag, "job=teacher", "experiment=mine"])
 
 
-NAMES = ["a::b", "a:b", "a b", "ä ü", "a#b", "a?b", "a%20b", "a*b", "[a]", "a[0]", "a'b", 'a"b', "a\\", "a\nb", "a~b", "~",
-         "{a}", "a,b", "(a)", "file:a", "s3:/a", "$a", "日本"]  # fmt: skip
+NAMES = ["a::b", "a:b", "a b", "ä ü", "a#b", "a?b", "a%20b", "a*b", "[a]", "a[0]", "a'b", 'a"b', "a\\", "a\nb", "a~b",
+         "~", "{a}", "a,b", "(a)", "file:a", "s3:/a", "$a", "日本"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
