@@ -165,6 +165,22 @@ class LocalStore(Store):
             sync(self.folder / name)
 
 
+def is_locked(path: Path) -> bool:
+    """A live process holds an exclusive flock on `path`. Only a look: it may lie on a read-only file system."""
+    with reported(path):
+        try:
+            fd = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+    return False
+
+
 @contextlib.contextmanager
 def locked(path: Path, holder: str, *, wait: bool) -> Iterator[None]:
     """Holds an exclusive flock on `path`; the kernel releases it when the process ends, however it ends.

@@ -34,6 +34,10 @@ MARKER = "<|image|>"
 """Stands in a text where a picture belongs."""
 
 
+class MissingFiles(DataError):
+    """The files that a configuration names are not there; what was packed from them may be."""
+
+
 class Picture(NamedTuple):
     data: bytes
     """Of its file."""
@@ -65,7 +69,8 @@ class Corpus:
     """The documents that one `CorpusConfig` names.
 
     Raises:
-        DataError: no file matches, or one is named for both splits.
+        MissingFiles: no file matches.
+        DataError: one is named for both splits.
     """
 
     def __init__(self, name: str, config: CorpusConfig):
@@ -134,7 +139,7 @@ class Corpus:
             found = (f for f in files if f.endswith(".py") and not f.startswith("_sysconfigdata"))
             names += [(Path(folder) / f).relative_to(root).as_posix() for f in found]
         if not names:
-            raise DataError(f"{self.key}.source is stdlib; {root} holds no source files: use source=files")
+            raise MissingFiles(f"{self.key}.source is stdlib; {root} holds no source files: use source=files")
         return [_File(root / name, name, self._share(name)) for name in sorted(names)[: self.config.max_documents]]
 
     def _named(self) -> list[_File]:
@@ -153,7 +158,7 @@ class Corpus:
             names = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(_literal(pattern), recursive=True))
             paths = [Path(name).resolve() for name in names if os.path.isfile(name)]
             if not paths:
-                raise DataError(f"{self.key}.{key} has {pattern!r}; no file matches (working folder: {os.getcwd()})")
+                raise MissingFiles(f"{self.key}.{key} has {pattern!r}; no file matches (working folder: {os.getcwd()})")
             found.update(dict.fromkeys(paths))
         return list(found)
 

@@ -140,12 +140,20 @@ class Checkpoint:
 
 
 def newest(root: Path) -> Checkpoint | None:
-    """The newest checkpoint that checks; damaged ones are reported and passed over. None: there is no valid one."""
+    """The newest checkpoint that checks; damaged ones are reported and passed over. None: there is none.
+
+    Raises:
+        CheckpointError: there are some, and each is damaged.
+    """
+    problems = []
     for folder in _folders(root):
         try:
             return Checkpoint(folder)
         except CheckpointError as error:
             log.warning("passed over a damaged checkpoint: %s", error)
+            problems.append(str(error))
+    if problems:
+        raise CheckpointError(f"{problems[0]}; {root} has no other checkpoint that is whole: to start over, remove it")
     return None
 
 

@@ -15,6 +15,7 @@ from distill.config.schema import Precision
 from distill.data import tokenizer as tokenizers
 from distill.engine import checkpoint
 from distill.engine.checkpoint import Checkpoint
+from distill.run.folder import recorded
 from distill.run.run import TOKENIZER, Run, check_sight, load_model
 from teacher.backfill import Frozen, Own, identity
 
@@ -105,7 +106,7 @@ def _progress(trained: Checkpoint, home: Path) -> tuple[int, int]:
     steps = int(roles[role]["step"])
     if not (home / "config.yaml").exists():
         return steps, 0
-    config = OmegaConf.load(home / "config.yaml")
+    config = recorded(home)
     batch, length = OmegaConf.select(config, f"{role}.train.batch"), OmegaConf.select(config, "data.sample_tokens")
     return steps, steps * int(batch or 0) * int(length or 0)
 
