@@ -1,9 +1,11 @@
 """Every file that a job or a tool writes has the mode that `open` gives, every folder that of `mkdir`."""
 
 import os
+import re
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +30,20 @@ def test_weights(tmp_path, umask):
         os.umask(before)
     assert mode(tmp_path / "x.safetensors") == mode(tmp_path / "file")
     assert len(os.listdir(tmp_path)) == 2
+
+
+def test_what_makes_files_of_other_modes_stands_in_one_place():
+    """Libraries and literals that do not follow the umask."""
+    found = {
+        (str(path), word)
+        for folder in ("distill", "losses", "teacher", "student")
+        for path in Path(folder).rglob("*.py")
+        for word in ("save_file(", "mkstemp", "NamedTemporaryFile", "mkdtemp", "0o6", "0o7")
+        if word in path.read_text()
+    }
+    assert {each for each in found if each[1] != "0o6"} == {("distill/model/tensors.py", "save_file(")}
+    for path, _ in found:
+        assert not re.search(r"0o6(?!66\b)", Path(path).read_text()), path
 
 
 def test_all_that_is_written(tmp_path):
