@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import gc
 import os
 import sys
@@ -17,6 +16,7 @@ from omegaconf import DictConfig
 from distill import __version__
 from distill.config import console, owner, stop
 from distill.config.errors import DivergenceError, UserError
+from distill.config.files import NO_ROOM
 from distill.config.load import CONF, load, precheck, spelt
 from distill.config.schema import Job, RunConfig
 
@@ -142,7 +142,7 @@ def _main() -> int:
 
 
 def _told(error: UserError | OSError) -> int:
-    if isinstance(error, OSError) and not (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
+    if isinstance(error, OSError) and not (error.filename or error.errno in NO_ROOM):
         raise error  # nothing that a person could mend: the traceback is for us
     if isinstance(error, DivergenceError) and int(os.environ.get("RANK", "0")) > 0:
         return error.exit_code  # raised on all ranks alike, and told by the main one

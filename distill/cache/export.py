@@ -21,6 +21,7 @@ from distill.cache.layout import FORMAT
 from distill.cache.reader import CacheReader, Sample
 from distill.config.errors import CacheError
 from distill.config.files import replacing
+from distill.config.paths import home
 
 GROUP_TOKENS = 1 << 17
 """Of a row group: what is in memory at one time."""
@@ -64,7 +65,7 @@ def export(reader: CacheReader, path: str | Path, per: Per = Per.sample, *, prog
     Raises:
         CacheError: damaged records, or the file cannot be written.
     """
-    path = Path(path)
+    path = Path(home(str(path)))
     if path.is_dir():
         raise CacheError(f"{path}: is a folder; name a file")
     if reader.header.format != FORMAT:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distill.config.errors import CacheError
-from distill.config.files import sync
+from distill.config.files import sync, write_all
 
 TEMPORARY = ".tmp"
 """Suffix of files that are not published; a leftover may be removed by whoever would write it."""
@@ -38,19 +38,12 @@ def read_at(path: Path, start: int, size: int) -> bytes:
         os.close(fd)
 
 
-def write_all(fd: int, data: bytes) -> None:
-    """write(2) until everything is written; a file system may take less at a time."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
-
-
 def publish(path: Path, data: bytes) -> None:
     """Puts a file in place atomically and durably: temporary name, fsync, rename, fsync of the folder."""
     temporary = path.with_name(path.name + TEMPORARY)
     with reported(path):
         try:
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
             try:
                 write_all(fd, data)
                 os.fsync(fd)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distill.cache import differ
 from distill.cache.fields import check_types
 from distill.cache.layout import FORMAT, HEADER, MAX_SAMPLE_TOKENS, MAX_VOCAB
 from distill.cache.seal import digest, seal, unseal
@@ -136,20 +137,16 @@ class CacheHeader:
         """Compares fields with what a run needs.
 
         Raises:
-            CacheError: lists every field that differs, with both values.
+            CacheError: a line for every field that differs, with both values.
         """
         here = json.loads(json.dumps(self.json()))
         if "codec" in expected:
             expected["codec"] = _codec_json(expected["codec"])
         expected = json.loads(json.dumps(expected))  # a tuple of the caller's is a list here
         assert expected.keys() <= here.keys(), f"no such fields: {expected.keys() - here.keys()}"
-        wrong = [
-            f"{name} is {here[name]!r} in the cache, {value!r} in this run"
-            for name, value in expected.items()
-            if here[name] != value
-        ]
+        wrong = list(differ.lines({name: here[name] for name in expected}, expected))
         if wrong:
-            raise CacheError(f"cache {self.folder or '(new)'} does not fit: " + "; ".join(wrong))
+            raise CacheError("\n".join(f"cache {self.folder or '(new)'} does not fit: {each}" for each in wrong))
 
 
 def is_created(folder: str | Path) -> bool:

@@ -5,6 +5,7 @@ The table is made from the shards' verified indexes by whoever opens the cache; 
 
 from __future__ import annotations
 
+import os
 import tempfile
 from typing import Any
 
@@ -24,10 +25,13 @@ class Index:
     def __init__(self, samples: int):
         """Raises CacheError when the system has no room for the table."""
         size = max(samples, 1) * _ENTRY.itemsize
-        with reported(f"a table of {samples} samples in {tempfile.gettempdir()}"):
+        with reported("TMPDIR"):
+            folder = tempfile.gettempdir()
+        with reported(f"a table of {samples} samples in {folder}"):
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the mapping)
-            # Zeros that no one has written take no disk; so shards are counted from 1 in here.
-            self._file.truncate(size)
+            # Zeros, so that shards are counted from 1 in here. Reserved, since a disk that fills up while a mapping is
+            # written kills the process with SIGBUS.
+            os.posix_fallocate(self._file.fileno(), 0, size)
             self._table = np.memmap(self._file, _ENTRY, "r+", shape=(max(samples, 1),))
         self._covered = 0
 

@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from distill.cache.files import publish, read_at, reported, write_all
+from distill.cache.files import publish, read_at, reported
 from distill.config.errors import CacheError
-from distill.config.files import sync
+from distill.config.files import sync, write_all
+from distill.config.paths import home
+from distill.config.paths import is_url as is_url
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -92,12 +94,7 @@ def open_store(folder: str | Path) -> Store:
         from distill.cache.far import FarStore  # fsspec is slow to load and seldom needed
 
         return FarStore(str(folder))
-    return LocalStore(str(folder).removeprefix("file://"))
-
-
-def is_url(folder: str | Path) -> bool:
-    """It is not of this machine's own file system."""
-    return "://" in str(folder) and not str(folder).startswith("file://")
+    return LocalStore(home(str(folder).removeprefix("file://")))
 
 
 class LocalStore(Store):
@@ -153,7 +150,7 @@ class LocalStore(Store):
         """Appends durably; on an error part of the data may be there."""
         with reported(self.folder / name):
             new = not (self.folder / name).exists()
-            fd = os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            fd = os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             try:
                 write_all(fd, data)
                 os.fsync(fd)
@@ -168,6 +165,22 @@ class LocalStore(Store):
             sync(self.folder / name)
 
 
+def is_locked(path: Path) -> bool:
+    """A live process holds an exclusive flock on `path`. Only a look: it may lie on a read-only file system."""
+    with reported(path):
+        try:
+            fd = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+    return False
+
+
 @contextlib.contextmanager
 def locked(path: Path, holder: str, *, wait: bool) -> Iterator[None]:
     """Holds an exclusive flock on `path`; the kernel releases it when the process ends, however it ends.
@@ -176,7 +189,7 @@ def locked(path: Path, holder: str, *, wait: bool) -> Iterator[None]:
         CacheError: `wait` is false and another live process holds it; `holder` says what for.
     """
     with reported(path):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
             with reported(path):

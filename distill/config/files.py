@@ -1,8 +1,14 @@
-"""Files that are whole or not there: written beside, fsynced, renamed, and the folder fsynced."""
+"""Files that are whole or not there: written beside, fsynced, renamed, and the folder fsynced.
+
+Every file has the mode that `open` gives it, 0666 less the umask.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,13 +23,57 @@ def is_lfs_pointer(path: Path) -> bool:
         return file.read(len(start)) == start
 
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""A disk that is full or fails: a person's to mend, even where the error names no file."""
+
+
+def reason(error: Exception) -> str:
+    """What the system says, without what a library puts around it."""
+    return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+
+
 def sync(path: Path) -> None:
     """Makes a closed file's bytes, or a folder's renames and removals, outlast a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with naming(path):
+            os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """write(2) until everything is written; a file system may take less at a time."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+@contextmanager
+def naming(path: Path | str, temporary: Path | None = None) -> Iterator[None]:
+    """Puts `path` into an OSError that names no file, as those of writes and closes do, or names `temporary`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(temporary)):
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
+def plain_mode(path: Path) -> None:
+    """Gives a file that a library made for its owner alone the mode of any other file.
+
+    A file made beside it shows that mode. The umask itself can be read only by setting it, in all threads at once.
+    """
+    probe = path.with_name(f".{path.name}.{os.getpid()}.mode")
+    handle = os.open(probe, os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+        mode = stat.S_IMODE(os.fstat(handle).st_mode)
+    finally:
+        os.close(handle)
+        probe.unlink(missing_ok=True)
+    with contextlib.suppress(PermissionError):  # a file system without modes
+        path.chmod(mode)
 
 
 @contextmanager
@@ -31,10 +81,11 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on a clean exit it takes its place, on an exception nothing changes."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
+        with naming(path, temporary):
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

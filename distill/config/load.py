@@ -26,6 +26,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from distill.config import paths, quoting
 from distill.config.checks import check
 from distill.config.errors import ConfigError
 from distill.config.schema import RunConfig
@@ -43,7 +44,7 @@ FREE_NAMES = "cache.dirs"
 def spelt(arguments: list[str]) -> list[str]:
     """A command line as Hydra takes it: `teacher.from` is no name that a Python field may have."""
     found = []
-    for argument in arguments:
+    for argument in quoting.spelt(arguments):
         if argument.startswith("teacher.from="):
             argument = argument.replace("teacher.from=", "teacher.from_=", 1)
         elif argument.startswith((f"{FREE_NAMES}.", f"{FREE_NAMES}=")):
@@ -100,6 +101,7 @@ def precheck(arguments: list[str]) -> None:
 
 def resolve(overrides: list[str], config_dir: str | None = None) -> RunConfig:
     """The configuration that a command line of overrides stands for, Hydra not started; ConfigError as precheck."""
+    overrides = spelt(overrides)
     precheck([*([f"--config-dir={config_dir}"] if config_dir else []), *overrides])
     own = [_searchpath([Path(config_dir).absolute()])] if config_dir else []
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -130,6 +132,7 @@ def _load(cfg: DictConfig) -> tuple[list[str], RunConfig | None]:
     except OmegaConfBaseException as error:
         return [_sentence(error)], None
     assert isinstance(run, RunConfig)
+    paths.expand(run)
     return list(check(run)), run
 
 

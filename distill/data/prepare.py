@@ -8,6 +8,7 @@ the same, one is kept.
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,12 +21,13 @@ import xxhash
 
 from distill.config import stop
 from distill.config.errors import DataError
-from distill.config.files import sync
+from distill.config.files import reason, sync
 from distill.config.schema import IMAGE_TOKENS, DataConfig
+from distill.data import about
 from distill.data import tokenizer as tokenizers
 from distill.data.pack import pack
 from distill.data.packed import PackedCorpus
-from distill.data.source import MARKER, Corpus
+from distill.data.source import MARKER, Corpus, MissingFiles
 from distill.data.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -46,19 +48,30 @@ class Prepared:
     held_out: dict[str, PackedCorpus]
     """The same, without corpora that hold nothing out."""
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of all content, by what a message calls it."""
+        found = {"data.tokenizer": self.tokenizer.digest}
+        for split, corpora in (("training text", self.train), ("held-out text", self.held_out)):
+            found |= {f"data.corpora.{name}, {split}": corpus.digest for name, corpus in corpora.items()}
+        return found
+
 
 def prepare(config: DataConfig, folder: Path, model_vocab_size: int) -> Prepared:
     """Tokenizer and packed corpora of a configuration, kept in `folder`.
 
     Raises:
         ConfigError: no room in the vocabulary that is to be trained.
-        DataError: text or tokenizer cannot be read, the tokenizer has more ids than the model, a split is shorter
-            than one sample.
+        DataError: text is not there and was not packed before, text or tokenizer cannot be read, the tokenizer has more
+            ids than the model, a split is shorter than one sample.
     """
-    corpora, problems = {}, []
+    corpora: dict[str, Corpus | MissingFiles] = {}
+    problems = []
     for name, named in config.corpora.items():
         try:
             corpora[name] = Corpus(name, named)
+        except MissingFiles as missing:
+            corpora[name] = missing
         except DataError as error:
             problems.append(str(error))
     if problems:
@@ -66,7 +79,7 @@ def prepare(config: DataConfig, folder: Path, model_vocab_size: int) -> Prepared
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _sweep(folder)
-        tokenizer = _tokenizer(config, folder, list(corpora.values()))
+        tokenizer = _tokenizer(config, folder, corpora)
         if tokenizer.vocab_size > model_vocab_size:
             raise DataError(
                 f"the tokenizer {config.tokenizer.file or '(trained)'} has {tokenizer.vocab_size} ids; "
@@ -74,6 +87,12 @@ def prepare(config: DataConfig, folder: Path, model_vocab_size: int) -> Prepared
             )
         prepared = Prepared(tokenizer, {}, {})
         for name, corpus in corpora.items():
+            what = about.of_corpus(config, config.corpora[name], tokenizer)
+            if isinstance(corpus, MissingFiles):
+                place = about.only(folder, name, what, corpus)
+                print(f"data.corpora.{name}: its files are gone; {place}, packed from them, is used", file=sys.stderr)
+                _open(prepared, config, name, place)
+                continue
             parts: list[object] = [
                 "corpus",
                 tokenizer.digest,
@@ -86,12 +105,10 @@ def prepare(config: DataConfig, folder: Path, model_vocab_size: int) -> Prepared
             if corpus.config.whole_documents:
                 parts.append("whole")
             place = folder / f"{name}-{_key(*parts)}"
-            _publish(place, partial(pack, corpus, tokenizer, config.images, config.sample_tokens))
-            prepared.train[name] = PackedCorpus(place, "train", name)
-            if corpus.has_held_out:
-                prepared.held_out[name] = PackedCorpus(place, "held_out", name)
+            _publish(place, partial(pack, corpus, tokenizer, config.images, config.sample_tokens), what)
+            _open(prepared, config, name, place)
     except OSError as error:
-        raise DataError(f"data.dir is {folder}; cannot be written: {error.strerror or error}") from error
+        raise DataError(f"data.dir is {folder}; cannot be written: {reason(error)}") from error
     return prepared
 
 
@@ -105,28 +122,39 @@ def reopen(config: DataConfig, folder: Path, tokenizer: Tokenizer) -> Prepared |
     for name, corpus in config.corpora.items():
         places = list(folder.glob(f"{name}-{'[0-9a-f]' * 16}"))
         if len(places) != 1:
+            places = about.find(folder, name, about.of_corpus(config, corpus, tokenizer))
+        if len(places) != 1:
             return None
-        prepared.train[name] = PackedCorpus(places[0], "train", name)
-        if corpus.held_out > 0 or corpus.held_out_files:
-            prepared.held_out[name] = PackedCorpus(places[0], "held_out", name)
+        _open(prepared, config, name, places[0])
     return prepared
 
 
-def _tokenizer(config: DataConfig, folder: Path, corpora: list[Corpus]) -> Tokenizer:
+def _open(prepared: Prepared, config: DataConfig, name: str, place: Path) -> None:
+    corpus = config.corpora[name]
+    prepared.train[name] = PackedCorpus(place, "train", name)
+    if corpus.held_out > 0 or corpus.held_out_files:
+        prepared.held_out[name] = PackedCorpus(place, "held_out", name)
+
+
+def _tokenizer(config: DataConfig, folder: Path, corpora: dict[str, Corpus | MissingFiles]) -> Tokenizer:
     if config.tokenizer.file is not None:
         return tokenizers.load(config.tokenizer)
-    t = config.tokenizer
-    parts: list[object] = [t.vocab_size, t.bos, t.eos, TRAIN_CHARACTERS, [c.identity for c in corpora]]
+    t, what = config.tokenizer, about.of_tokenizer(config)
+    there = [corpus for corpus in corpora.values() if isinstance(corpus, Corpus)]
+    if len(there) < len(corpora):
+        missing = next(corpus for corpus in corpora.values() if isinstance(corpus, MissingFiles))
+        return tokenizers.load(t, about.only(folder, "tokenizer", what, missing) / "tokenizer.json")
+    parts: list[object] = [t.vocab_size, t.bos, t.eos, TRAIN_CHARACTERS, [c.identity for c in there]]
     if config.has_pictures:
         parts.append(IMAGE_TOKENS)
     place = folder / f"tokenizer-{_key('tokenizer', *parts)}"
 
     def make(new: Path, scratch: Path) -> None:
-        share = TRAIN_CHARACTERS // len(corpora)
-        texts = chain.from_iterable(_train_texts(corpus, scratch, share) for corpus in corpora)
+        share = TRAIN_CHARACTERS // len(there)
+        texts = chain.from_iterable(_train_texts(corpus, scratch, share) for corpus in there)
         tokenizers.train(t, texts, config.has_pictures).save(new / "tokenizer.json")
 
-    _publish(place, make)
+    _publish(place, make, what)
     return tokenizers.load(t, place / "tokenizer.json")
 
 
@@ -143,8 +171,11 @@ def _key(*parts: object) -> str:
     return xxhash.xxh3_64_hexdigest(repr((FORMAT, *parts)).encode())
 
 
-def _publish(place: Path, make: Callable[[Path, Path], None]) -> None:
-    """Makes folder `place` unless it is there: `make(new, scratch)` fills a temporary one, which is renamed."""
+def _publish(place: Path, make: Callable[[Path, Path], None], what: about.About) -> None:
+    """Makes folder `place` unless it is there: `make(new, scratch)` fills a temporary one, which is renamed.
+
+    what: goes into it, too, to find it by.
+    """
     if place.is_dir():
         return
     with tempfile.TemporaryDirectory(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent) as temporary:
@@ -152,6 +183,8 @@ def _publish(place: Path, make: Callable[[Path, Path], None]) -> None:
         new.mkdir()
         scratch.mkdir()
         make(new, scratch)
+        about.write(what, new)
+        sync(new / about.ABOUT)
         sync(new)
         try:
             new.rename(place)

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import xxhash
 
 from distill.config.errors import DataError
+from distill.config.paths import home
 from distill.config.schema import IMAGE_TOKENS, CorpusConfig, FileFormat, Source
 from distill.data import digits, needle
 from distill.data.formats import ALLOWED, READ_ERRORS, Kind, compression_of, kind_of, opened, reason
@@ -37,6 +38,10 @@ NO_SOURCE = {"__pycache__", "dist-packages", "idle_test", "site-packages", "test
 
 MARKER = "<|image|>"
 """Stands in a text where a picture belongs."""
+
+
+class MissingFiles(DataError):
+    """The files that a configuration names are not there; what was packed from them may be."""
 
 
 class Picture(NamedTuple):
@@ -75,7 +80,8 @@ class Corpus:
         share: of the files' bytes that it has read; None: not known.
 
     Raises:
-        DataError: no file matches, or one is named for both splits.
+        MissingFiles: no file matches.
+        DataError: one is named for both splits.
     """
 
     def __init__(self, name: str, config: CorpusConfig):
@@ -159,40 +165,43 @@ class Corpus:
             found = (f for f in files if f.endswith(".py") and not f.startswith("_sysconfigdata"))
             names += [(Path(folder) / f).relative_to(root).as_posix() for f in found]
         if not names:
-            raise DataError(f"{self.key}.source is stdlib; {root} holds no source files: use source=files")
+            raise MissingFiles(f"{self.key}.source is stdlib; {root} holds no source files: use source=files")
         kind = Kind(FileFormat.text, None)
         names = sorted(names)[: self.config.max_documents]
         return [_File(root / name, name, kind, self._share(name)) for name in names]
 
     def _named(self) -> list[_File]:
-        problems: list[str] = []
+        problems: list[DataError] = []
         held_out = self._match("held_out_files", self.config.held_out_files, problems)
         files = self._match("files", self.config.files, problems)
         twins = _Twins(held_out)
         both = [(path, twin) for path, kind in files.items() if (twin := twins.of(path, kind)) is not None]
         for path, twin in both:
             name = "" if path == twin else f" as {twin}"
-            problems.append(f"{self.key}: {path} is in files and in held_out_files{name}; it must be in one")
+            problems.append(DataError(f"{self.key}: {path} is in files and in held_out_files{name}; it must be in one"))
         if problems:
-            raise DataError("\n".join(problems))
+            gone = all(isinstance(problem, MissingFiles) for problem in problems)
+            raise (MissingFiles if gone else DataError)("\n".join(map(str, problems)))
         rest = False if held_out else None
         return [_File(p, str(p), kind, rest) for p, kind in files.items()] + [
             _File(p, str(p), kind, True) for p, kind in held_out.items()
         ]
 
-    def _match(self, key: str, patterns: list[str], problems: list[str]) -> dict[Path, Kind]:
+    def _match(self, key: str, patterns: list[str], problems: list[DataError]) -> dict[Path, Kind]:
         """Files in the order of the patterns, sorted within each, none twice; what is wrong goes into `problems`."""
         found: dict[Path, Kind] = {}
         unknown: list[str] = []
         for pattern in patterns:
-            pattern = os.path.expanduser(pattern)
-            names = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
+            pattern = home(pattern)
+            names = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(_literal(pattern), recursive=True))
             names = [name for name in names if os.path.isfile(name)]
             if not names:
-                problem = f"no file matches (working folder: {os.getcwd()})"
+                has = f"{self.key}.{key} has {pattern!r}"
                 if os.path.isdir(pattern):
-                    problem = f"it is a folder: name its files, {os.path.join(pattern, '**', '*.jsonl')!r} or the like"
-                problems.append(f"{self.key}.{key} has {pattern!r}; {problem}")
+                    all_in_it = os.path.join(pattern, "**", "*.jsonl")
+                    problems.append(DataError(f"{has}; it is a folder: name its files, {all_in_it!r} or the like"))
+                else:
+                    problems.append(MissingFiles(f"{has}; no file matches (working folder: {os.getcwd()})"))
             for name in names:
                 path = Path(name).resolve()
                 # A link has the better name: what it leads to may be called by a digest.
@@ -203,10 +212,11 @@ class Corpus:
                     found.setdefault(path, kind)
         if unknown:
             more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-            problems.append(
+            problem = (
                 f"{self.key}.{key} has {', '.join(unknown[:3])}{more}, whose suffix does not say what is in it; "
                 f"allowed: {ALLOWED}; rename, narrow the pattern, or set {self.key}.format (text, json, parquet, arrow)"
             )
+            problems.append(DataError(problem))
         return found
 
     # ------------------------------------------------------------ documents
@@ -266,6 +276,14 @@ class Corpus:
         """True for `held_out` of all identities, always the same ones."""
         data = identity.encode() if isinstance(identity, str) else identity
         return xxhash.xxh3_64_intdigest(data) < self.config.held_out * 2**64
+
+
+def _literal(pattern: str) -> str:
+    """The glob with its leading folders, as far as they are there under that very name, taken as they are spelt."""
+    start, rest = Path(), list(Path(pattern).parts)
+    while len(rest) > 1 and (start / rest[0]).is_dir():
+        start /= rest.pop(0)
+    return os.path.join(glob.escape(str(start)), *rest) if start.parts else pattern
 
 
 class _Twins:

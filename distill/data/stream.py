@@ -94,7 +94,7 @@ class Stream:
             sizes, weights = {n: int(s) for n, s, _ in corpora}, {n: float(w) for n, _, w in corpora}
             return cls(sizes, weights, int(description["seed"]))
         except (KeyError, TypeError, ValueError) as error:
-            raise CacheError(f"the recorded stream is not readable: {description}") from error
+            raise CacheError(f"the recorded stream is not readable ({type(error).__name__}: {error!s:.200})") from error
 
 
 def replay(order: ReplayOrder, planned: int) -> Callable[[Ints], Ints]:

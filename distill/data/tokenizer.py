@@ -11,6 +11,7 @@ import xxhash
 
 from distill.config.errors import ConfigError, DataError
 from distill.config.files import LFS_CURE, is_lfs_pointer, write_text
+from distill.config.paths import home
 from distill.config.schema import IMAGE_TOKENS, TokenizerConfig
 from distill.data.gaps import Gaps
 
@@ -159,7 +160,7 @@ def load(config: TokenizerConfig, file: str | Path | None = None) -> Tokenizer:
     Raises:
         DataError: no such file, not a `tokenizer.json`, or it lacks the bos or eos that the configuration names.
     """
-    path = Path(file or config.file or "").expanduser()
+    path = Path(home(str(file or config.file or "")))
     try:
         if is_lfs_pointer(path):
             raise DataError(f"data.tokenizer.file is {path}; {LFS_CURE}")

@@ -22,14 +22,14 @@ from typing import Any
 
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from distill.config.errors import CheckpointError, DivergenceError
-from distill.config.files import sync, write_text
+from distill.config.files import reason, sync, write_text
 from distill.engine.dist import Dist
 from distill.engine.zero import Engine
 from distill.model.finite import is_finite
+from distill.model.tensors import save_tensors
 
 FORMAT = 1
 REST = "rest"
@@ -53,50 +53,60 @@ def save(
         rest: tensors that each rank has of its own.
 
     Raises:
-        CheckpointError: it cannot be written.
-        DivergenceError: a tensor is not finite; nothing is written, and older checkpoints stay.
+        CheckpointError: on every rank, where any of them cannot write. Older checkpoints stay; the part that was
+            written goes, so that a full disk is relieved of it.
+        DivergenceError: likewise, where a tensor is not finite.
     """
     final = root / f"step-{step:08d}"
     temporary = root / f"step-{step:08d}.tmp"
-    try:
-        if dist.is_main:
+    problem: str | None = None
+    if dist.is_main:
+        try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        dist.barrier()
-        files: dict[str, dict[str, Any]] = {}
-        broken: list[str] = []
+        except OSError as error:
+            problem = reason(error)
+    dist.barrier()
+    files: dict[str, dict[str, Any]] = {}
+    broken: list[str] = []
 
-        def write(name: str, tensors: dict[str, Tensor]) -> None:
-            path = temporary / f"{name}-{dist.rank:05d}.safetensors"
-            save_file(tensors, path)
-            sync(path)
-            files[path.name] = {"bytes": path.stat().st_size, "xxh3": _digest(path)}
+    def write(name: str, tensors: dict[str, Tensor]) -> None:
+        nonlocal problem
+        path = temporary / f"{name}-{dist.rank:05d}.safetensors"
+        try:
+            if problem is None:
+                save_tensors(tensors, path)
+                files[path.name] = {"bytes": path.stat().st_size, "xxh3": _digest(path)}
+        except (OSError, SafetensorError) as error:
+            problem = reason(error)
 
-        for name, engine in engines.items():
-            share = {}
-            for index, (key, get) in enumerate(engine.state()):
-                tensor = get()  # collective, so also on ranks that do not keep it
-                if index % dist.world == dist.rank:
-                    share[key] = tensor.detach().cpu().contiguous().clone()
-                    if not is_finite(share[key]):
-                        broken.append(f"{name}: {key}")
-            write(name, share)
-        if rest:
-            write(REST, {key: tensor.detach().cpu().contiguous().clone() for key, tensor in rest.items()})
-        every, bad = zip(*dist.gather((files, broken)))
-        if first := min((key for part in bad for key in part), default=None):
-            if dist.is_main:
-                shutil.rmtree(temporary)
-            raise DivergenceError(f"{first} is not finite: {final} is not written; the last good one is {last(root)}")
+    for name, engine in engines.items():
+        share = {}
+        for index, (key, get) in enumerate(engine.state()):
+            tensor = get()  # collective, so also on ranks that do not keep it
+            if index % dist.world == dist.rank:
+                share[key] = tensor.detach().cpu().contiguous().clone()
+                if not is_finite(share[key]):
+                    broken.append(f"{name}: {key}")
+        write(name, share)
+    if rest:
+        write(REST, {key: tensor.detach().cpu().contiguous().clone() for key, tensor in rest.items()})
+    every = dist.gather((files, broken, problem))
+    if first := min((key for _, part, _ in every for key in part), default=None):
         if dist.is_main:
-            manifest = {
-                "format": FORMAT,
-                "step": step,
-                "files": {k: v for part in every for k, v in part.items()},
-                "engines": list(engines),
-                "state": state,
-            }
-            text = json.dumps(manifest, allow_nan=False)
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise DivergenceError(f"{first} is not finite: {final} is not written; the last good one is {last(root)}")
+    problem = next((found for _, _, found in every if found), None)
+    if dist.is_main and problem is None:
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "files": {k: v for part, _, _ in every for k, v in part.items()},
+            "engines": list(engines),
+            "state": state,
+        }
+        text = json.dumps(manifest, allow_nan=False)
+        try:
             write_text(temporary / "manifest.json", json.dumps({"xxh3": _text_digest(text), "manifest": text}))
             if final.exists():  # of a run that was resumed from an older one
                 shutil.rmtree(final)
@@ -104,9 +114,13 @@ def save(
             sync(root)
             for old in _folders(root)[keep:]:
                 shutil.rmtree(old)
-        dist.barrier()
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{temporary}: cannot write the checkpoint: {error}") from error
+        except OSError as error:
+            problem = reason(error)
+    problem = dist.from_main(problem)
+    if problem is not None:
+        if dist.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"{temporary}: cannot write the checkpoint: {problem}")
     return final
 
 
@@ -176,12 +190,20 @@ class Checkpoint:
 
 
 def newest(root: Path) -> Checkpoint | None:
-    """The newest checkpoint that checks; damaged ones are reported and passed over. None: there is no valid one."""
+    """The newest checkpoint that checks; damaged ones are reported and passed over. None: there is none.
+
+    Raises:
+        CheckpointError: there are some, and each is damaged.
+    """
+    problems = []
     for folder in _folders(root):
         try:
             return Checkpoint(folder)
         except CheckpointError as error:
             log.warning("passed over a damaged checkpoint: %s", error)
+            problems.append(str(error))
+    if problems:
+        raise CheckpointError(f"{problems[0]}; {root} has no other checkpoint that is whole: to start over, remove it")
     return None
 
 

@@ -25,6 +25,7 @@ from distill.data.tokenizer import Tokenizer
 from distill.engine import checkpoint
 from distill.engine.dist import Dist
 from distill.model import hf
+from distill.run import folder as run_folder
 from distill.run import identity
 from distill.run.identity import Lineage
 from distill.run.run import TOKENIZER, Run, load_model, role_in
@@ -121,7 +122,7 @@ class _Home:
                     "data.tokenizer.file"
                 )
             return _Home(source, False, own, {}, None, Path(own.tokenizer.file))
-        recorded = OmegaConf.load(run / "config.yaml").data
+        recorded = run_folder.recorded(run).data
         data = cast(DataConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), recorded)))
         images = cast(dict[str, Any], OmegaConf.to_container(recorded)).get("images") or {}
         homes = [run, run.parent.parent] if run.parent.name == "arms" else [run]  # an arm has its run's data

@@ -16,6 +16,7 @@ from distill.data import tokenizer as tokenizers
 from distill.engine import checkpoint
 from distill.engine.checkpoint import Checkpoint
 from distill.run import identity
+from distill.run.folder import recorded
 from distill.run.identity import Lineage
 from distill.run.run import TOKENIZER, Run, check_sight, load_model, role_in
 from teacher.backfill import Frozen, Own
@@ -114,7 +115,7 @@ def _progress(trained: Checkpoint, home: Path) -> tuple[int, int]:
     steps = int(trained.state["roles"][role]["step"])
     if not (home / "config.yaml").exists():
         return steps, 0
-    config = OmegaConf.load(home / "config.yaml")
+    config = recorded(home)
     batch, length = OmegaConf.select(config, f"{role}.train.batch"), OmegaConf.select(config, "data.sample_tokens")
     return steps, steps * int(batch or 0) * int(length or 0)
 

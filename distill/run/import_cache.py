@@ -21,6 +21,7 @@ from distill.cache.imports.stream import Facts, Sequence, Source
 from distill.cache.imports.vllm import Vllm
 from distill.cache.imports.write import Match, Report, write
 from distill.config.errors import ConfigError, DataError
+from distill.config.paths import home
 from distill.config.schema import CodecConfig, CodecName, TokenizerConfig
 from distill.data import tokenizer as tokenizers
 from distill.data.packed import PackedCorpus
@@ -45,12 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `import`; `run` takes what they parse to."""
     codec, tokenizer = CodecConfig(), TokenizerConfig()
     add = parser.add_argument
-    add("dir", help="folder or URL of the cache; made, or added to where it is the same")
-    add("files", nargs="+", help="files or folders of the other stack")
+    add("dir", type=home, help="folder or URL of the cache; made, or added to where it is the same")
+    add("files", nargs="+", type=home, help="files or folders of the other stack")
     add("--from", dest="format", required=True, choices=sorted(_READERS), help="who wrote them")
-    add("--corpus", required=True, metavar="FOLDER", help="the packed corpus, e.g. data/main-0123456789abcdef of a run")
+    add(
+        "--corpus", required=True, metavar="FOLDER", type=home,
+        help="the packed corpus, e.g. data/main-0123456789abcdef of a run",
+    )  # fmt: skip
     add("--split", default="train", help="its split (%(default)s)")
-    add("--tokenizer", required=True, metavar="FILE", help="its tokenizer.json")
+    add("--tokenizer", required=True, metavar="FILE", type=home, help="its tokenizer.json")
     add("--bos", default=tokenizer.bos, help="token before every document, as it was packed; '' is none (%(default)s)")
     add("--eos", default=tokenizer.eos, help="token after every document; '' is none (%(default)s)")
     add("--their-bos", metavar="TOKEN", help="what the other stack puts before a text, where it is not --bos")
@@ -67,9 +71,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--truncated", type=int, metavar="N", help="longest sequence of the other stack, where it cut texts to N tokens"
     )
-    add("--order", metavar="FILE", help="megatron: sample ids in the order of training, .npy or one a line; -1: none")
+    add(
+        "--order", metavar="FILE", type=home,
+        help="megatron: sample ids in the order of training, .npy or one a line; -1: none",
+    )  # fmt: skip
     add("--k", type=int, help="keep so many entries a token, fewer than there are")
-    add("--config", metavar="FILE", help="distillkit: compression_config.yaml, where it is not beside the data")
+    add(
+        "--config", metavar="FILE", type=home,
+        help="distillkit: compression_config.yaml, where it is not beside the data",
+    )  # fmt: skip
     add("--tokens-column", metavar="NAME", help="parquet: token ids (input_ids)")
     add("--dense-column", metavar="NAME", help="parquet: whole rows of log-probabilities or logits (logprobs, logits)")
     add("--ids-column", metavar="NAME", help="parquet: ids of the top-k (topk_ids)")

@@ -47,6 +47,9 @@ def capture_overhead(run: Run, trainer: Trainer) -> float:
         for pair in range(PAIRS):
             seconds = {on: block(on, length) for on in ((True, False) if pair % 2 else (False, True))}
             ratios.append(seconds[True] / seconds[False] - 1.0)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)  # it may be what filled the disk
+        raise
     finally:
         capture.close()
         if stop.asked() is not None:

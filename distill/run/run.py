@@ -7,7 +7,6 @@ Everything of a run lies in its folder: `config.yaml`, `data/`, `metrics.jsonl`,
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import signal
 import time
@@ -38,28 +37,14 @@ from distill.model import Transformer, hf
 from distill.model.balance import degenerate_routers
 from distill.model.freeze import freeze
 from distill.model.layout import moe_layers, rope_layers
+from distill.run import folder as run_folder
 from distill.run import identity
+from distill.run.folder import shown
 from distill.run.identity import Lineage
 from distill.run.trainer import Trainer
 from distill.tracking import report
 from distill.tracking.tracker import Tracker
 from student.evaluate import Evaluation, evaluate
-
-# May differ between a run and its resumption: they change nothing that is computed.
-_FREE = (
-    "resume",
-    "engine.",
-    "tracking.",
-    "evaluate.",
-    "backfill.",
-    "data.dir",
-    "cache.dir",
-    "cache.dirs",
-    "cache.queue",
-    "cache.follow",
-    "teacher.train.keep_checkpoints",
-    "student.train.keep_checkpoints",
-)
 
 
 class Run:
@@ -78,8 +63,8 @@ class Run:
     def __init__(self, config: RunConfig, folder: Path, dist: Dist, data: Prepared | None = None):
         self.config, self.folder, self.dist = config, folder, dist
         self.began = time.perf_counter()
-        self.summary_path = folder / "summary.json"
-        self.checkpoints = folder / "checkpoints"
+        self.summary_path = folder / run_folder.SUMMARY
+        self.checkpoints = folder / run_folder.CHECKPOINTS
         problem = dist.from_main(self._claim() if dist.is_main else None)
         if problem:
             raise ConfigError(*problem)
@@ -87,6 +72,7 @@ class Run:
         self.finished = dist.from_main(config.resume and self.summary_path.exists())
         if self.finished:
             return
+        goes_on = dist.from_main((folder / run_folder.CONFIG).exists())
         self.restored = checkpoint.newest(self.checkpoints) if config.resume else None
         state: dict[str, Any] = self.restored.state if self.restored else {"seconds": 0.0, "roles": {}}
         self.seconds_before: float = state["seconds"]
@@ -94,9 +80,15 @@ class Run:
         """Step of the last checkpoint that this process has read or written."""
         self.lineages = {role: Lineage(**record) for role, record in state.get(identity.KEY, {}).items()}
         self._loaded: dict[str, Transformer] = {}
+        # First of all the data: a run that is refused for them has changed nothing.
+        if data is not None:
+            self._check_data(data)
+            self.data = data
+        elif config.job is not Job.backfill:
+            self.prepare(min(getattr(config, role).model.vocab_size for role in self.roles))
         if dist.is_main:
             checkpoint.clear_half_written(self.checkpoints)
-            write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
+            write_text(folder / run_folder.CONFIG, OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
         self.tracker = Tracker(
             folder,
             config.tracking,
@@ -104,13 +96,10 @@ class Run:
             enabled=dist.is_main,
             resume_steps={role: s["step"] for role, s in state["roles"].items()} if config.resume else None,
         )
-        with ExitStack() as stack:
-            stack.push(self.tracker)
-            if data is not None:
-                self.data = data
-            elif config.job is not Job.backfill:
-                self.prepare(min(getattr(config, role).model.vocab_size for role in self.roles))
-            self.resources = stack.pop_all()
+        self.resources.push(self.tracker)
+        trains = config.job in (Job.teacher, Job.student, Job.codistill)
+        if goes_on and self.restored is None and trains and dist.is_main:
+            self.tracker.message(f"{self.checkpoints} has no checkpoint: the run starts from its beginning")
 
     def __enter__(self) -> Run:
         return self
@@ -126,18 +115,7 @@ class Run:
             probe.unlink()
         except OSError as error:
             return [f"hydra.run.dir is {self.folder}; cannot write there: {error.strerror}"]
-        path = self.folder / "config.yaml"
-        if not path.exists():
-            return []
-        if not self.config.resume:
-            return [f"hydra.run.dir is {self.folder}; it holds a run: set resume=true, or choose another folder"]
-        before = _flat(OmegaConf.to_container(OmegaConf.load(path)))
-        now = _flat(to_dict(self.config))
-        return [
-            f"{key} is {now.get(key)}; the run in {self.folder} was started with {before.get(key)}"
-            for key in sorted(before.keys() | now.keys())
-            if not key.startswith(_FREE) and before.get(key) != now.get(key)
-        ]
+        return list(run_folder.problems(self.folder, self.config))
 
     def prepare(self, vocab_size: int) -> None:
         """Tokenizer and packed corpora, for models of this vocabulary; collective."""
@@ -149,12 +127,29 @@ class Run:
                 prepared = prepare(data, folder, vocab_size)
             self.dist.barrier()
         assert prepared is not None
+        self._check_data(prepared)
         if self.config.job is not Job.evaluate:
             for role in self.roles:
                 check_sight(f"{role}.model.vision", getattr(self.config, role).model.vision, data, prepared.tokenizer)
         if self.dist.is_main:  # whoever exports a model of this run needs no data
             prepared.tokenizer.save(self.folder / TOKENIZER)
         self.data = prepared
+
+    def _check_data(self, prepared: Prepared) -> None:
+        """Refuses other data than those that the run's checkpoint was trained on, whether or not a cache is read.
+
+        Raises:
+            DataError: a line for the tokenizer and for each part of a corpus that changed.
+        """
+        before = self.restored.state.get("data", {}) if self.restored is not None else {}
+        wrong = [
+            f"{key} has digest {digest}; the run in {self.folder} was started with {before[key]}: put back the files "
+            "that it was made of, or start anew in another folder"
+            for key, digest in prepared.digests.items()
+            if before.get(key, digest) != digest
+        ]
+        if wrong:
+            raise DataError("\n".join(wrong))
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -238,6 +233,7 @@ class Run:
             "roles": {role: trainer.state() for role, trainer in trainers.items()},
             "models": {role: to_plain(getattr(self.config, role).model) for role in trainers},
             identity.KEY: {role: dataclasses.asdict(known) for role, known in self.lineages.items()},
+            "data": self.data.digests,
         }
         engines = {role: trainer.engine for role, trainer in trainers.items()}
         keep = max(getattr(self.config, role).train.keep_checkpoints for role in trainers)
@@ -321,8 +317,7 @@ class Run:
 
     def summary(self) -> dict[str, Any]:
         """What a finished run wrote, on every rank."""
-        text = self.dist.from_main(self.summary_path.read_text() if self.dist.is_main else None)
-        found: dict[str, Any] = json.loads(text)
+        found: dict[str, Any] = self.dist.from_main(run_folder.summary(self.folder) if self.dist.is_main else None)
         return found
 
     def finish(self, summary: dict[str, Any]) -> None:
@@ -367,7 +362,9 @@ def load_model(folder: Path, role: str, want: ModelConfig | None, found: Checkpo
     if want is not None:
         unlike = list(_unlike(architecture(want), architecture(model.config)))
         if unlike:
-            raise ConfigError(*[f"{role}.model.{k} is {a}; the model in {folder} has {b}" for k, a, b in unlike])
+            raise ConfigError(
+                *[f"{role}.model.{key} is {shown(a)}; the model in {folder} has {shown(b)}" for key, a, b in unlike]
+            )
         model.config = want  # the same model, as the run spells it
     return model
 
@@ -400,9 +397,3 @@ def _unlike(here: dict[str, Any], there: dict[str, Any], prefix: str = "") -> It
 def to_plain(config: ModelConfig) -> dict[str, Any]:
     """The configuration as JSON-able values."""
     return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict) and value:
-        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}{key}.").items()}
-    return {prefix.rstrip("."): value}

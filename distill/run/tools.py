@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import errno
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +16,8 @@ from distill import __version__
 from distill.config import json_text, stop
 from distill.config.console import silence
 from distill.config.errors import ConfigError, UserError
+from distill.config.files import NO_ROOM
+from distill.config.paths import home
 
 Parser = argparse.ArgumentParser
 
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         silence(sys.stdout)
         return 128 + signal.SIGPIPE
     except OSError as error:
-        if not (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        if not (error.filename or error.errno in NO_ROOM):
             raise
         lines = [str(error)]
     except KeyboardInterrupt:
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _folder(
     parser: Parser, what: str = "a cache, or a folder of caches; a path or a URL like s3://bucket/folder"
 ) -> None:
-    parser.add_argument("dir", metavar="DIR", help=what)
+    parser.add_argument("dir", metavar="DIR", type=home, help=what)
 
 
 def _json(parser: Parser) -> None:
@@ -89,7 +90,9 @@ def _stats_arguments(parser: Parser) -> None:
         "--deep", type=int, nargs="?", const=256, metavar="SAMPLES",
         help="decode so many samples, always the same ones, for histograms (%(const)s)",
     )  # fmt: skip
-    parser.add_argument("--html", metavar="FILE", help="write all of it as a page with pictures, too (includes --deep)")
+    parser.add_argument(
+        "--html", metavar="FILE", type=home, help="write all of it as a page with pictures, too (includes --deep)"
+    )
 
 
 def _stats(args: argparse.Namespace) -> int:
@@ -210,7 +213,10 @@ def _compact_arguments(parser: Parser) -> None:
         help="remove the files of replaced shards; views from before the compaction cannot be read any more",
     )  # fmt: skip
     parser.add_argument(
-        "--into", metavar="NEW", help="leave the cache as it is and write a compact one there (the way out of format 1)"
+        "--into",
+        metavar="NEW",
+        type=home,
+        help="leave the cache as it is and write a compact one there (the way out of format 1)",
     )
 
 
@@ -248,7 +254,9 @@ def _compact(args: argparse.Namespace) -> int:
 
 
 def _merge_arguments(parser: Parser) -> None:
-    parser.add_argument("sources", nargs="+", metavar="SRC", help="caches of one corpus, tokenizer, codec and seed")
+    parser.add_argument(
+        "sources", nargs="+", metavar="SRC", type=home, help="caches of one corpus, tokenizer, codec and seed"
+    )
     _folder(parser, "the cache that takes their records; made if need be")
     _shard_mb(parser)
 
@@ -269,8 +277,8 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _compare_arguments(parser: Parser) -> None:
-    parser.add_argument("a", metavar="A", help="a cache")
-    parser.add_argument("b", metavar="B", help="another one of the same corpus")
+    parser.add_argument("a", metavar="A", type=home, help="a cache")
+    parser.add_argument("b", metavar="B", type=home, help="another one of the same corpus")
     _json(parser)
     parser.add_argument(
         "--tolerance", type=float, default=0.0, metavar="TV",
@@ -345,7 +353,7 @@ def _import(args: argparse.Namespace) -> int:
 
 def _export_arguments(parser: Parser) -> None:
     _folder(parser, "a cache; a path or a URL")
-    parser.add_argument("file", metavar="FILE", help="the Parquet file")
+    parser.add_argument("file", metavar="FILE", type=home, help="the Parquet file")
     parser.add_argument("--per", choices=["token", "sample"], default="sample", help="what a row is (%(default)s)")
 
 

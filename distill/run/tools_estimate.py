@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from distill.config import json_text
 from distill.config.errors import ConfigError
+from distill.config.paths import home
 from distill.config.schema import CodecConfig, CodecName
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("overrides", nargs="*", metavar="KEY=VALUE", help="with --config: overrides of the configuration")
     add("--config", metavar="EXPERIMENT", help="take codec, shapes and tokens from this experiment's teacher")
-    add("--config-dir", metavar="DIR", help="with --config: a folder of your own configuration")
-    add("--like", metavar="DIR", help="bytes per token as in this cache, and its codec and shapes")
+    add("--config-dir", metavar="DIR", type=home, help="with --config: a folder of your own configuration")
+    add("--like", metavar="DIR", type=home, help="bytes per token as in this cache, and its codec and shapes")
     add("--tokens", type=_count, help="tokens that get targets, e.g. 15e12")
     add("--corpus-tokens", type=_count, help="tokens of the corpus, if more (the same)")
     add("--sample-tokens", type=_count, help="tokens of a sample (1024)")

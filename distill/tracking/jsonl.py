@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from distill.config.files import replacing
+from distill.config.files import naming, replacing, write_all
 
 Row = dict[str, Any]
 
@@ -38,16 +38,19 @@ class JsonLines:
         with replacing(path) as beside, beside.open("w", encoding="utf-8") as file:
             if keep is not None:
                 file.writelines(_line(row) for row in read(path) if keep(row))
-        self._file = path.open("a", encoding="utf-8")
+        # Without a buffer, in which a full disk would leave a row for the interpreter's end to fail at once more.
+        self._file = path.open("ab", buffering=0)
+        self._path = path
 
     def write(self, row: Row) -> None:
-        self._file.write(_line(row))
-        self._file.flush()
+        with naming(self._path):
+            write_all(self._file.fileno(), _line(row).encode())
 
     def close(self) -> None:
         if not self._file.closed:
-            os.fsync(self._file.fileno())
-            self._file.close()
+            with naming(self._path):
+                os.fsync(self._file.fileno())
+                self._file.close()
 
 
 def _line(row: Row) -> str:

@@ -280,7 +280,7 @@ def test_a_disk_that_fills_up(model, tmp_path, monkeypatch, when):
             raise OSError(28, "No space left on device", str(path))
         save_file(tensors, path, metadata)
 
-    monkeypatch.setattr(hf.write, "save_file", full)
+    monkeypatch.setattr("distill.model.tensors.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         hf.save(model, tmp_path / "out", max_shard_bytes=30_000)
     assert len(calls) == when + 1 and list(tmp_path.iterdir()) == []

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from distill.cache.files import reported
 from distill.cache.imports.encode import Piece
 
 _TYPES = (np.int32, np.int32, np.int32, np.uint8, np.float32, np.float32, np.bool_)
@@ -65,9 +66,10 @@ class Assembler:
         """Takes a piece that begins at `position`; the sample, if this was the last of its `expected` pieces."""
         others = self._pieces.get(sample_id, [])
         if len(others) + 1 < expected:
-            offset = self._file.seek(0, 2)
-            for column in piece:
-                self._file.write(np.ascontiguousarray(column).tobytes())
+            with reported(f"pieces of samples in {tempfile.gettempdir()}"):
+                offset = self._file.seek(0, 2)
+                for column in piece:
+                    self._file.write(np.ascontiguousarray(column).tobytes())
             self._pieces.setdefault(sample_id, []).append(
                 _Waiting(position, offset, tuple(len(column) for column in piece))
             )

@@ -12,7 +12,7 @@ from typing import Any
 from distill.cache.files import TEMPORARY
 from distill.cache.layout import HEADER, LEDGER, LOCK, QUARANTINE, SHARDS, TOOLS_LOCK
 from distill.cache.ledger import LedgerWriter
-from distill.cache.store import LocalStore, Store, locked, open_store
+from distill.cache.store import LocalStore, Store, is_locked, locked, open_store
 from distill.config.errors import CacheError
 
 TOOLS = ("compact", "merge", "repair")
@@ -40,13 +40,17 @@ def _is_cache(store: Store) -> bool:
 
 
 @contextlib.contextmanager
-def alone(store: Store) -> Iterator[None]:
-    """No other tool changes the cache meanwhile; CacheError if one does.
+def alone(store: Store, *, dry_run: bool = False) -> Iterator[None]:
+    """No other tool changes the cache meanwhile; CacheError if one does. dry_run: only looks, and writes no lock.
 
     Elsewhere than in local folders there are no locks. Two compactions or merges at one time are safe all the same: a
     tool retires only rows that it has copied, and of two that write to one ledger one fails.
     """
-    if isinstance(store, LocalStore):
+    if isinstance(store, LocalStore) and dry_run:
+        if is_locked(store.folder / TOOLS_LOCK):
+            raise CacheError(f"{store.folder / TOOLS_LOCK}: another live process compacts, merges or repairs the cache")
+        yield
+    elif isinstance(store, LocalStore):
         with locked(store.folder / TOOLS_LOCK, "the cache for compact, merge or repair", wait=False):
             yield
     else:
@@ -55,18 +59,7 @@ def alone(store: Store) -> Iterator[None]:
 
 def is_live(store: Store, writer: str) -> bool:
     """A process holds the writer's lock. Unknown, and False, elsewhere than in local folders."""
-    if not isinstance(store, LocalStore):
-        return False
-    lock = store.folder / LEDGER / f"{writer}{LOCK}"
-    if not lock.exists():
-        return False
-    try:
-        with locked(lock, "the writer's name", wait=False):
-            return False
-    except CacheError as error:
-        if isinstance(error.__cause__, CacheError):
-            return True
-        raise
+    return isinstance(store, LocalStore) and is_locked(store.folder / LEDGER / f"{writer}{LOCK}")
 
 
 class ToolLedger:

@@ -8,6 +8,7 @@ from itertools import islice
 
 import numpy as np
 
+from distill.cache import differ
 from distill.cache.layout import FORMAT
 from distill.cache.reader import CacheReader, Sample
 from distill.cache.record import Decoded
@@ -72,7 +73,7 @@ def compare(store_a: Store, store_b: Store) -> Comparison:
     b.header.check(**{name: getattr(a.header, name) for name in NEEDED})
     found = Comparison()
     mine, other = a.header.json(), b.header.json()
-    found.headers = [f"{name}: {mine[name]!r}, {other[name]!r}" for name in mine if mine[name] != other[name]]
+    found.headers = [f"{name}: {differ.shown(a)}, {differ.shown(b)}" for name, a, b in differ.pairs(mine, other)]
     sums = [0.0, 0.0, 0]
     block = 1 << 20
     for first in range(0, a.header.samples, block):

@@ -70,9 +70,9 @@ def repair(store: Store, *, dry_run: bool = False) -> Repair:
             another tool at work, or a file that cannot be written.
     """
     header = _header(store)
-    with alone(store), contextlib.ExitStack() as locks:
+    with alone(store, dry_run=dry_run), contextlib.ExitStack() as locks:
         done = Repair()
-        mine = _lock_writers(store, locks, done)
+        mine = _lock_writers(store, locks, done, dry_run)
         scans = [scan(store, name, header) for name in sorted({*ledgers(store), *mine})]
         scans = [_mend_ledger(store, header, each, done, dry_run) if each.writer in mine else each for each in scans]
         rows, retired = rows_of(scans)
@@ -109,8 +109,8 @@ def _header(store: Store) -> CacheHeader:
     return header
 
 
-def _lock_writers(store: Store, locks: contextlib.ExitStack, done: Repair) -> set[str]:
-    """Names that no live process has; they are held until the repair is over."""
+def _lock_writers(store: Store, locks: contextlib.ExitStack, done: Repair, dry_run: bool) -> set[str]:
+    """Names that no live process has; they are held until the repair is over (dry_run: not at all)."""
     names = set(ledgers(store)) | {found[0] for name in store.names(SHARDS) if (found := writer_of(name))}
     mine = set()
     for name in sorted(names):
@@ -118,9 +118,9 @@ def _lock_writers(store: Store, locks: contextlib.ExitStack, done: Repair) -> se
             if is_live(store, name):
                 done.lines.append(f"writer {name} is alive: its ledger and unpublished files are left alone")
                 continue
-            locks.enter_context(
-                locked(store.folder / LEDGER / f"{name}{LOCK}", f"the writer's name {name!r}", wait=False)
-            )
+            if not dry_run:
+                lock = store.folder / LEDGER / f"{name}{LOCK}"
+                locks.enter_context(locked(lock, f"the writer's name {name!r}", wait=False))
         mine.add(name)
     return mine
 

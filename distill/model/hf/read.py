@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distill.config.errors import CheckpointError
+from distill.config.paths import home
 from distill.model.finite import is_finite
 from distill.model.hf.config import config_from_json, is_quantized
 from distill.model.hf.header import Stored, read_json, stored_tensors
@@ -59,7 +60,7 @@ class Reader:
     """
 
     def __init__(self, folder: str | Path, vision: bool = True):
-        self.folder = Path(folder)
+        self.folder = Path(home(str(folder)))
         data = read_json(self.folder / "config.json")
         self.config = config_from_json(data, str(self.folder / "config.json"), vision)
         with torch.device("meta"):

@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from distill.config import stop
 from distill.config.errors import CheckpointError, DivergenceError
-from distill.config.files import sync
+from distill.config.files import sync, write_text
+from distill.config.paths import home
 from distill.config.schema import ModelConfig
 from distill.model.finite import is_finite
 from distill.model.hf.config import config_to_json, token_ids
 from distill.model.hf.header import INDEX, SINGLE
 from distill.model.hf.names import SIGHT, TEXT, hf_name
+from distill.model.tensors import save_tensors
 from distill.model.transformer import Transformer
 
 
@@ -58,7 +59,7 @@ def save(
             the format cannot hold.
         DivergenceError: a weight is not finite, or not in `dtype`; names the first.
     """
-    folder = Path(folder).absolute()
+    folder = Path(home(str(folder))).absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not empty; a model is written to a new folder")
     config_to_json(model.config)
@@ -124,7 +125,7 @@ def _write(model: Transformer, folder: Path, dtype: torch.dtype, max_shard_bytes
         if broken := [key for key in tensors if not is_finite(tensors[key])]:
             kind = str(dtype).removeprefix("torch.")
             raise DivergenceError(f"{broken[0]} is not finite in {kind}; the model is not written")
-        save_file(tensors, folder / file, {"format": "pt"})
+        save_tensors(tensors, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
         del tensors  # before the next shard is made
     if len(shards) > 1:
@@ -140,4 +141,4 @@ def _key(name: str, config: ModelConfig) -> str:
 
 
 def _dump(data: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")

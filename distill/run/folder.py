@@ -1,0 +1,112 @@
+"""What a run folder says of the run that was started in it, checked before anything in it is changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from distill.config import paths
+from distill.config.errors import ConfigError
+from distill.config.load import to_dict
+from distill.config.schema import RunConfig
+from distill.tracking.tracker import METRICS
+
+CONFIG, SUMMARY, CHECKPOINTS = "config.yaml", "summary.json", "checkpoints"
+
+# May differ between a run and its resumption: they change nothing that is computed.
+_FREE = (
+    "resume",
+    "engine.",
+    "tracking.",
+    "evaluate.",
+    "backfill.",
+    "data.dir",
+    "cache.dir",
+    "cache.dirs",
+    "cache.queue",
+    "cache.follow",
+    "teacher.train.keep_checkpoints",
+    "student.train.keep_checkpoints",
+)
+
+
+def recorded(folder: Path) -> DictConfig:
+    """The configuration that a run left in its folder; ConfigError: it is not there, or damaged."""
+    path = folder / CONFIG
+    try:
+        found = OmegaConf.load(path)
+        if not isinstance(found, DictConfig) or "job" not in found:
+            raise ValueError("it is no run's configuration")
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing") from None
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} is damaged ({reason:.120})") from error
+    return found
+
+
+def problems(folder: Path, config: RunConfig) -> Iterator[str]:
+    """What keeps a run from starting in the folder, or from going on there."""
+    left = [name for name in (CONFIG, METRICS, SUMMARY) if (folder / name).exists()]
+    left += [CHECKPOINTS] if any((folder / CHECKPOINTS).glob("step-*")) else []
+    if not left:
+        return
+    if not config.resume:
+        what = "it holds a run" if CONFIG in left else f"it holds {', '.join(left)} of a run"
+        way_out = "set resume=true, or choose another folder" if CONFIG in left else "choose another folder"
+        yield f"hydra.run.dir is {folder}; {what}: {way_out}"
+        return
+    try:
+        before = OmegaConf.to_container(recorded(folder))
+    except ConfigError as error:
+        yield (
+            f"{error}; resume=true compares with it what the run was started with: put it back, or start anew in "
+            "another folder"
+        )
+        return
+    paths.expand(before)  # as `now` has them, whoever wrote it
+    was, now = flat(before), flat(to_dict(config))
+    for key in sorted(was.keys() | now.keys()):
+        if not key.startswith(_FREE) and was.get(key) != now.get(key):
+            yield f"{key} is {shown(now.get(key))}; the run in {folder} was started with {shown(was.get(key))}"
+    if (folder / SUMMARY).exists():
+        try:
+            summary(folder)
+        except ConfigError as error:
+            yield str(error)
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """What a finished run wrote; ConfigError: it is damaged."""
+    path = folder / SUMMARY
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path} is damaged ({error}); remove it: with resume=true the run ends again from its last checkpoint"
+        ) from error
+    return found
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key."""
+    if isinstance(value, dict) and value:
+        return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): value}
+
+
+def shown(value: Any) -> str:
+    """A value of a configuration, as a user would write it."""
+    if isinstance(value, dict) and value:
+        return ", ".join(f"{name} {shown(each)}" for name, each in value.items())
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    return "empty" if value in ({}, []) else str(value)
