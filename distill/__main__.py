@@ -11,9 +11,10 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from distill.config.errors import UserError
-from distill.config.load import CONF, load, precheck, spelt
+from distill.config.errors import ConfigError, UserError
+from distill.config.load import CONF, load, precheck
 from distill.config.schema import Job, RunConfig
+from distill.config.sentences import sentence
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
@@ -23,6 +24,9 @@ def compose_and_run(cfg: DictConfig) -> None:
     except (UserError, OSError) as error:
         # Here, not only in main: on its way there Hydra would print the whole command line.
         sys.exit(_told(error))
+    except Exception:  # a mistake of ours; what reaches main is Hydra's, and a mistake of the command line
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
 
 
 def run_job(config: RunConfig) -> None:
@@ -53,18 +57,19 @@ def run_job(config: RunConfig) -> None:
 
 def main() -> int:
     """The error's exit code and one line per fault for what a person can mend; tracebacks are for our own mistakes."""
-    sys.argv[1:] = spelt(sys.argv[1:])
     try:
-        precheck(sys.argv[1:])
+        sys.argv[1:] = precheck(sys.argv[1:])
     except UserError as error:
         return _told(error)
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    if int(os.environ.get("RANK", "0")) > 0:
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints what it raises
+    if os.environ.get("RANK", "0") != "0":
         sys.argv.append("hydra.run.dir=.")  # or each rank would leave an empty folder with its own time stamp
     try:
         compose_and_run()
     except OSError as error:  # Hydra makes the run folder before it calls us
         return _told(error)
+    except Exception as error:
+        return _told(ConfigError(sentence(error)))
     return 0
 
 

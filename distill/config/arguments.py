@@ -43,6 +43,11 @@ class CommandLine:
         return any(flag in self.flags for flag in SHOWN)
 
     @property
+    def looks(self) -> bool:
+        """It asks to see the configuration, which need not be complete for that."""
+        return "--cfg" in self.flags or "--info" in self.flags
+
+    @property
     def arguments(self) -> list[str]:
         """For Hydra, which takes flags only before, or only behind, the overrides."""
         flags = [f"{flag}={value}" if value else flag for flag, value in self.flags.items()]
@@ -57,7 +62,7 @@ def split(arguments: list[str]) -> CommandLine:
         spaced = _spaced(argument, rest)
         if spaced:
             line.problems.append(spaced)
-        elif argument[:1] in ("-", *_DASHES) and argument not in ("-", "--"):
+        elif argument[:1] in ("-", *_DASHES) and argument.strip("-") and not argument[1:2].isdigit():
             _flag(argument, rest, line)
         else:
             line.overrides.append(argument)

@@ -36,6 +36,12 @@ def wrong_value(path: str, value: Any) -> str | None:
         return f"{path} is {str(value).lower()}, which is no text; write it in quotes, or null for none"
     if value == "" and kind is not str and kind is not Any:
         return f"{path} is empty; write {path}=VALUE"
+    if kind is bool and isinstance(value, int) and value not in (0, 1):
+        return f"{path} is {value}; allowed: true, false"
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, str | int | float):
+        return (
+            f"{path} is {shown(value)}; it has keys of its own: {', '.join(f'{path}.{each}' for each in _fields(kind))}"
+        )
     base: Any = schema()
     if path.split(".", 1)[0] == "hydra":
         base, path = OmegaConf.structured(HydraConf), path.removeprefix("hydra").removeprefix(".")

@@ -45,8 +45,9 @@ ConfigStore.instance().store(name="schema", node=RunConfig)
 FREE_NAMES = "cache.dirs"
 """Hydra wants a `+` before a key that no file of `conf/` has; the corpora's names are checked all the same."""
 
-MOST_COMBINATIONS = 1000
-"""Of a sweep that are composed before it starts; of a larger one each value is looked at, and the first of these."""
+MOST_COMBINATIONS = 20
+"""Of a sweep that are composed before it starts, at a quarter of a second each. Of a larger one each value is looked at,
+and what its other combinations break is refused when their turn comes."""
 
 
 def spelt(arguments: list[str]) -> list[str]:
@@ -97,6 +98,8 @@ def precheck(arguments: list[str]) -> list[str]:
                 sound.append(text)
         if name is not None and not _from_files(files, problems):
             composed = _Composed(hydra, name, line, files, problems)
+            composed.refused |= {text for text in line.overrides if text not in sound}
+            composed.refused |= {each for p in problems for each in re.findall(r"(?<![\w.])[\w.]+=", p)}
             for combination in itertools.islice(_combinations(sound), MOST_COMBINATIONS):
                 composed.check(combination, swept)
     if problems:
@@ -131,17 +134,22 @@ def _load(cfg: DictConfig) -> tuple[list[str], RunConfig | None]:
     try:
         # Merged again onto the schema: Hydra's `+` may have added keys that only this refuses.
         typed = OmegaConf.merge(schema(), plain)
-        missing = sorted(OmegaConf.missing_keys(typed))
-        problems = [f"{key} has no value; set {key}=..." for key in missing] + unresolved(typed)
+        problems = unresolved(typed, missing=True)
         if problems:
-            return problems, None
+            return _without_followers(problems, plain), None
         run = OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:
         return [sentence(error)], None
     assert isinstance(run, RunConfig)
-    problems = list(check(run))
-    named = {problem.split(" ", 1)[0] for problem in problems}
-    return [p for p in problems if _source(plain, p.split(" ", 1)[0]) not in named], run
+    return _without_followers(list(check(run)), plain), run
+
+
+def _without_followers(problems: list[str], plain: dict[Any, Any]) -> list[str]:
+    """Without those of keys that take their value from another one that has a problem itself."""
+    keys = [problem.split(" ", 1)[0] for problem in problems]
+    sources = {key: _source(plain, key) for key in keys}
+    follows = {key for key, source in sources.items() if source in keys and sources[source] != key}
+    return [problem for key, problem in zip(keys, problems, strict=True) if key not in follows]
 
 
 def _source(plain: dict[Any, Any], key: str) -> str | None:
@@ -191,12 +199,19 @@ class _Composed:
 
     def __init__(self, hydra: Hydra, name: str, line: CommandLine, files: Files, problems: list[str]):
         self.hydra, self.name, self.line, self.files, self.problems = hydra, name, line, files, problems
+        self.refused: set[str] = set()
+        """Overrides that were left out."""
 
     def check(self, overrides: list[str], swept: bool) -> None:
         try:
             cfg = _compose(self.hydra, self.name, overrides)
         except Exception as error:  # all of it is Hydra's answer to what a user wrote
-            self.problems += self._blamed(overrides, error)
+            blamed = self._blamed(overrides, error)
+            self.problems += blamed.values()
+            self.refused |= blamed.keys()
+            rest = [text for text in overrides if text not in blamed]
+            if len(rest) < len(overrides):
+                self.check(rest, swept)
             return
         for group, choice in cfg.hydra.runtime.choices.items():
             if isinstance(choice, str) and not group.startswith("hydra/"):
@@ -204,34 +219,35 @@ class _Composed:
         if _from_files(self.files, self.problems):
             return
         HydraConfig.instance().set_config(cfg)
-        named = {problem.split(" ", 1)[0] for problem in self.problems}
-        given = {text.lstrip("+~").partition("=")[0] for text in self.line.overrides}
+        named = {problem.split(" ", 1)[0] for problem in self.problems} | set(map(_key, self.refused))
+        given = set(map(_key, self.line.overrides))
         found = [*_folder(cfg, swept or cfg.hydra.mode is RunMode.MULTIRUN), *_load(cfg)[0]]
         package = self.line.flags.get("--package", "_global_")
         if package != "_global_" and OmegaConf.select(cfg, package, default=None) is None:
             found.append(f"--package is {package}; no such key")
         for problem in found:
             key = problem.split(" ", 1)[0].rstrip(":")
-            if key in named:
+            if key in named or (self.line.looks and problem.startswith(f"{key} has no value;")):
                 continue
             if key in self.files.values and key not in given:
                 problem += f" ({self.files.values[key][1]})"
             self.problems.append(problem)
 
-    def _blamed(self, overrides: list[str], error: Exception) -> list[str]:
-        """What each override is to blame for alone; where none is, what Hydra says of all of them."""
+    def _blamed(self, overrides: list[str], error: Exception) -> dict[str, str]:
+        """What is wrong with overrides that cannot even be composed alone; or, where none is, with all of them."""
         parsed = {text: OverridesParser.create().parse_override(text) for text in overrides}
         groups = [t for t, o in parsed.items() if self.hydra.config_loader.get_group_options(o.key_or_group)]
-        found = []
+        found = {}
         for text, override in parsed.items():
             try:
                 _compose(self.hydra, self.name, list(dict.fromkeys([*groups, text])))
             except AssertionError as own:  # OmegaConf's only word for a key within a part that is null
-                found.append(self._within_null(groups, override) or f"{text!r}: {sentence(own)}")
+                found[text] = self._within_null(groups, override) or f"{text!r}: {sentence(own)}"
             except Exception as own:
                 if text not in groups or len(groups) == 1:
-                    found.append(sentence(own))
-        return found or [sentence(error)]
+                    said = sentence(own)
+                    found[text] = said if override.key_or_group in said else f"{text!r}: {said}"
+        return found or {"": sentence(error)}
 
     def _within_null(self, groups: list[str], override: Override) -> str | None:
         cfg = _compose(self.hydra, self.name, groups)
@@ -240,6 +256,10 @@ class _Composed:
             if OmegaConf.select(cfg, parent, default="") is None:
                 return f"{override.key_or_group} is {override.value()}; {parent} is null and has no keys to set"
         return None
+
+
+def _key(text: str) -> str:
+    return text.lstrip("+~").partition("=")[0]
 
 
 def _combinations(texts: list[str]) -> Iterator[list[str]]:

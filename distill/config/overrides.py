@@ -86,12 +86,19 @@ def _choice(text: str, override: Override, files: Files, loader: Any, swept: boo
         return
     if hydras:
         choices = sorted(set(choices))
-    elif ours and not override.is_add() and not override.is_delete():
+    elif ours and not (override.is_add() or override.is_force_add() or override.is_delete()):
         known = [each for each in files.chosen if each.partition("@")[0] == group]
         if known and (f"{group}@{package}" if package else group) not in known:
             value = text.partition("=")[2]
             yield f"{text} names no place for {group}; write " + " or ".join(f"{each}={value}" for each in known)
             return
+    if (
+        ours
+        and (override.is_add() or override.is_force_add())
+        and (f"{group}@{package}" if package else group) in files.chosen
+    ):
+        yield f"{text}: config.yaml chooses one already; write {text.lstrip('+')}"
+        return
     for value in _values(override):
         for each in value if isinstance(value, list) else [value]:
             if each is not None and str(each) not in choices:
@@ -137,7 +144,7 @@ def _wrong(key: str, value: Any, raw: str) -> str | None:
     if typing.get_origin(kind) is list and isinstance(value, str | int | float) and not isinstance(value, bool):
         if value == "":
             return f"{key} is empty; for no elements write {shlex.quote(f'{key}=[]')}"
-        return f"{key} is {raw}; it is a list: write {as_list(key, raw)}"
+        return f"{key} is {raw}; it is a list: write {as_list(key, raw, kind)}"
     if kind is str and value is not None and not isinstance(value, str):
         spelling = right(key, raw, str)
         way_out = f"; for this text write {spelling}" if spelling else ""
@@ -153,7 +160,7 @@ def _wrong(key: str, value: Any, raw: str) -> str | None:
         )
     problem = wrong_value(key, value)
     if problem and typing.get_origin(kind) is list and isinstance(value, str):
-        return f"{problem}; write {as_list(key, value)}"
+        return f"{problem}; write {as_list(key, value, kind)}"
     return problem
 
 
@@ -176,9 +183,12 @@ def _unparsed(text: str, files: Files, error: Exception) -> str:
     what = f"{text!r} is not an override"
     name = typographic(key).strip().strip("'\"")
     if name != key:
-        plain = f"{name}={typographic(raw)}"
+        plain = f"{name}={typographic(raw).strip().strip(chr(34) + chr(39))}"
         why = "its key has spaces, quotes or dashes that belong to none"
         return f"{what}: {why}; write {shlex.quote(plain)}" if _parses(plain) else f"{what}: {why}"
+    unknown = unknown_key(key.lstrip("+~"))
+    if unknown and not re.search("[/@]", key):
+        return f"{text!r} is not an override: {unknown}"
     raw = raw.strip()
     kind = kind_of(key.lstrip("+~"))
     spelling = None
@@ -189,8 +199,9 @@ def _unparsed(text: str, files: Files, error: Exception) -> str:
     elif "${" in raw and raw.count("{") > raw.count("}"):
         why = "its ${ is not closed; write ${KEY}"
     else:
-        marks = sorted({each for each in raw if not re.match(r"[\w/.:*@?|+$%\\-]", each)})
-        listed = f" {' '.join(marks)} " if marks else " "
+        marks = {each for each in raw if not re.match(r"[\w\s/.:*@?|+$%\\-]", each)}
+        marks -= set("[],") if typing.get_origin(kind) is list else set()
+        listed = f" {' '.join(sorted(marks))} " if marks else " "
         why = f"Hydra reads{listed}in a value as marks of its own" if marks else sentence(error)
         spelling = right(key, raw, kind)
         if spelling is not None and not _takes(spelling):

@@ -23,6 +23,8 @@ def right(key: str, raw: str, kind: Any) -> str | None:
     if getattr(kind, "__origin__", kind) is list:
         meant: Any = [_bare(part) for part in raw.strip("[]").split(",") if part.strip()]
         value = f"[{','.join(map(_element, meant))}]"
+    elif kind is not str and _parses(f"{key}={_bare(raw)}"):
+        return shlex.quote(f"{key}={_bare(raw)}")
     else:
         meant = _bare(raw)
         value = _quoted(meant)
@@ -34,9 +36,16 @@ def right(key: str, raw: str, kind: Any) -> str | None:
     return shlex.quote(found) if not taken.is_sweep_override() and taken.value() == meant else None
 
 
-def as_list(key: str, value: str) -> str:
-    """The argument, for a shell, that sets `key` to a list of this one text."""
-    return shlex.quote(f"{key}=[{_element(value)}]")
+def as_list(key: str, value: str, kind: Any) -> str:
+    """The argument, for a shell, that sets `key`, a list, to this one element."""
+    return shlex.quote(f"{key}=[{_element(value) if kind.__args__[0] is str else value}]")
+
+
+def _parses(text: str) -> bool:
+    try:
+        return not OverridesParser.create().parse_override(text).is_sweep_override()
+    except HydraException:
+        return False
 
 
 def typographic(text: str) -> str:

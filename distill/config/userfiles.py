@@ -123,8 +123,7 @@ class Files:
                 "as UTF-8"
             )
             return
-        found = _Yaml(path, text)
-        self.problems += found.problems
+        found = _Yaml(path, text, self.problems)
         if found.root is None:
             return
         try:
@@ -205,9 +204,8 @@ class Files:
 class _Yaml:
     """A file's nodes."""
 
-    def __init__(self, path: Path, text: str):
-        self.path = path
-        self.problems: list[str] = []
+    def __init__(self, path: Path, text: str, problems: list[str]):
+        self.path, self.problems = path, problems
         self.root: Any = None
         self.loader: Any = get_yaml_loader()
         try:
@@ -217,6 +215,11 @@ class _Yaml:
             what = " ".join(part for part in (error.context, error.problem) if part)
             if "\\t" in what:
                 what = "a tab; YAML indents with spaces alone"
+            elif error.context == "while scanning a simple key":
+                mark, what = (
+                    error.context_mark,
+                    "a line without a key; write `key: value`, with a space behind the colon",
+                )
             self.problems.append(f"{path}{f', {_place(mark)}' if mark else ''}: {what}")
             return
         except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -228,8 +231,9 @@ class _Yaml:
             kind = "a list" if isinstance(root, yaml.SequenceNode) else "one value"
             self.problems.append(f"{path}: it is {kind}; a configuration is lines of `key: value`")
         else:
+            before = len(problems)
             self._twice(root, set())
-            self.root = None if self.problems else root
+            self.root = root if len(problems) == before else None
 
     def _twice(self, node: Any, above: set[int]) -> None:
         """Keys that a mapping has twice, and an alias within what it names."""
