@@ -42,20 +42,26 @@ def wrong_value(path: str, value: Any) -> str | None:
         return (
             f"{path} is {shown(value)}; it has keys of its own: {', '.join(f'{path}.{each}' for each in _fields(kind))}"
         )
-    base: Any = schema()
-    if path.split(".", 1)[0] == "hydra":
-        base, path = OmegaConf.structured(HydraConf), path.removeprefix("hydra").removeprefix(".")
+    parent, _, name = path.rpartition(".")
+    above = kind_of(parent) if parent else RunConfig
     try:
-        OmegaConf.merge(base, _nested(path, value))
+        if isinstance(above, type) and dataclasses.is_dataclass(above):
+            OmegaConf.merge(_structured(above), {name: value})
+        elif typing.get_origin(above) is not None:  # free names
+            OmegaConf.merge(schema(), _nested(path, value))
     except OmegaConfBaseException as error:
-        named = path if base is schema() else f"hydra.{path}"
-        text = f"{named} is {shown(value)}; {str(error).splitlines()[0]}"
+        text = f"{path} is {shown(value)}; {str(error).splitlines()[0]}"
         if isinstance(value, bool) and isinstance(kind, type) and issubclass(kind, enum.Enum):
             text += f": YAML reads off, on, no and yes so; write '{'on' if value else 'off'}' in quotes"
         return text
     except (ValueError, TypeError, AttributeError, AssertionError) as error:
         return f"{path} is {shown(value)}; {str(error).splitlines()[0] if str(error) else 'it cannot be read'}"
     return None
+
+
+@functools.cache
+def _structured(kind: Any) -> Any:
+    return OmegaConf.structured(kind)
 
 
 @functools.cache

@@ -46,8 +46,8 @@ FREE_NAMES = "cache.dirs"
 """Hydra wants a `+` before a key that no file of `conf/` has; the corpora's names are checked all the same."""
 
 MOST_COMBINATIONS = 20
-"""Of a sweep that are composed before it starts, at a quarter of a second each. Of a larger one each value is looked at,
-and what its other combinations break is refused when their turn comes."""
+"""Of a sweep that are composed before it starts, at a quarter of a second each. Of a larger one each value is looked
+at, and what its other combinations break is refused when their turn comes."""
 
 
 def spelt(arguments: list[str]) -> list[str]:

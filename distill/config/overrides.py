@@ -25,7 +25,7 @@ from distill.config.sentences import sentence
 from distill.config.spelling import as_list, right, typographic
 from distill.config.userfiles import Files
 
-_MOST = 1000
+_MOST = 100
 """Values of a sweep that are looked at."""
 
 

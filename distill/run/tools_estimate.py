@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from typing import TYPE_CHECKING
 
 from distill.config.errors import ConfigError
@@ -76,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
     tokens = plain["tokens"]
     if tokens is None:
         raise ConfigError("--tokens is missing; how many tokens get targets?")
+    if not 0.004 <= codec.tau < 1:
+        raise ConfigError(f"--tau is {codec.tau}; allowed is 0.004 <= tau < 1")
     shape = CacheHeader(
         vocab_size=plain["vocab_size"] or 0, tokenizer="", corpus="", sample_tokens=plain["sample_tokens"] or 0,
         samples=0, codec=codec, seed=0,
@@ -83,8 +86,11 @@ def run(args: argparse.Namespace) -> int:
     shape.dump()  # refuses what no cache can be
     if like is None:
         entropy = DEFAULT_ENTROPY if args.entropy is None else args.entropy
+        most = math.log(shape.vocab_size)
         if not entropy > 0:
             raise ConfigError(f"--entropy is {entropy}; it must be positive (nats)")
+        if entropy > most:
+            raise ConfigError(f"--entropy is {entropy}; {shape.vocab_size} ids have at most {most:.2f} nats")
         like = from_rows(codec, shape.vocab_size, shape.sample_tokens, entropy)
     elif header.codec != codec or header.vocab_size != shape.vocab_size:
         raise ConfigError(
