@@ -15,10 +15,11 @@ from omegaconf import DictConfig
 
 from distill import __version__
 from distill.config import console, owner, stop
-from distill.config.errors import DivergenceError, UserError
+from distill.config.errors import ConfigError, DivergenceError, UserError
 from distill.config.files import NO_ROOM
-from distill.config.load import CONF, load, precheck, spelt
+from distill.config.load import CONF, load, precheck
 from distill.config.schema import Job, RunConfig
+from distill.config.sentences import sentence
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
@@ -28,6 +29,9 @@ def compose_and_run(cfg: DictConfig) -> None:
     except (UserError, OSError) as error:
         # Here, not only in main: on its way there Hydra would print the whole command line.
         sys.exit(_told(error))
+    except Exception:  # a mistake of ours; what reaches main is Hydra's, and a mistake of the command line
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
     finally:
         owner.release_all()
 
@@ -122,13 +126,12 @@ def _main() -> int:
     if "--version" in sys.argv[1:]:  # Hydra would print its own
         print(f"codistill {__version__}")
         return 0
-    sys.argv[1:] = spelt(sys.argv[1:])
     try:
-        precheck(sys.argv[1:])
+        sys.argv[1:] = precheck(sys.argv[1:])
     except UserError as error:
         return _told(error)
     stop.check()
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints what it raises
     with contextlib.ExitStack() as stack:
         if int(os.environ.get("RANK", "0")) > 0:
             # Or each rank would leave empty folders with its own time stamp.
@@ -138,6 +141,8 @@ def _main() -> int:
             compose_and_run()
         except OSError as error:  # Hydra makes the run folder before it calls us
             return _told(error)
+        except Exception as error:
+            return _told(ConfigError(sentence(error)))
     return 0
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import math
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -16,14 +17,15 @@ def _real(value: Any) -> bool:
     return _whole(value) or (type(value) is float and math.isfinite(value))
 
 
-_KINDS: dict[str, Callable[[Any], bool]] = {
-    "int": _whole,
-    "float": _real,
-    "float | None": lambda value: value is None or _real(value),
-    "str": lambda value: type(value) is str and value.isprintable(),
-    "bool": lambda value: type(value) is bool,
-    "dict[str, Any]": lambda value: type(value) is dict,
+_KINDS: dict[Any, Callable[[Any], bool]] = {
+    int: _whole,
+    float: _real,
+    float | None: lambda value: value is None or _real(value),
+    str: lambda value: type(value) is str and value.isprintable(),
+    bool: lambda value: type(value) is bool,
+    dict[str, Any]: lambda value: type(value) is dict,
 }
+_types = functools.cache(typing.get_type_hints)
 
 
 def check_types(record: dict[str, Any], cls: type) -> None:
@@ -31,7 +33,7 @@ def check_types(record: dict[str, Any], cls: type) -> None:
 
     Whole numbers have to fit 64 bits, and floats to be finite. Fields of types not known here are left to the caller.
     """
-    for field in dataclasses.fields(cls):
-        fits = _KINDS.get(str(field.type))
-        if fits and field.name in record and not fits(record[field.name]):
-            raise ValueError(f"{field.name} is {record[field.name]!r:.80}, not {field.type}")
+    for name, kind in _types(cls).items():
+        fits = _KINDS.get(kind) if name in record else None
+        if fits and not fits(record[name]):
+            raise ValueError(f"{name} is {record[name]!r:.80}, not {getattr(kind, '__name__', kind)}")

@@ -1,19 +1,16 @@
-"""Rules between fields: what types alone cannot say. Yields one sentence per broken rule, never stops at the first.
+"""Rules between fields: what types and ranges cannot say.
 
-Longer than other files, so that all rules are read in one place.
+Yields one sentence per broken rule, never stops at the first. A field's range stands in its type.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from distill.config.ranges import out_of_range
 from distill.config.schema import (
     IMAGE_TOKENS,
-    ArmConfig,
     CodecName,
     CorpusConfig,
     Freeze,
@@ -34,8 +31,14 @@ from distill.config.schema import (
 
 
 def check(run: RunConfig) -> Iterator[str]:
-    """Every broken rule of a complete configuration: key, value, what is allowed."""
-    yield from _finite("", dataclasses.asdict(run))
+    """Every broken rule and range of a complete configuration: key, value, what is allowed."""
+    wrong = list(out_of_range(run))
+    named = tuple(f"{problem.split(' ', 1)[0]} " for problem in wrong)
+    yield from (problem for problem in _rules(run) if not problem.startswith(named))
+    yield from wrong
+
+
+def _rules(run: RunConfig) -> Iterator[str]:
     trains_teacher = run.job in (Job.teacher, Job.codistill)
     trains_student = run.job in (Job.student, Job.codistill)
     length = 1 if run.job is Job.backfill else run.data.sample_tokens  # neither model is part of a backfill
@@ -57,31 +60,22 @@ def check(run: RunConfig) -> Iterator[str]:
         yield from _folder(f"{role}.init_from", part.init_from)
     yield from _weighting("student.weighting", run.student.weighting)
     for name, arm in run.codistill.arms.items():
-        yield from _arm(f"codistill.arms.{name}", arm)
+        if not name.replace("_", "").replace("-", "").isalnum():
+            yield f"codistill.arms.{name}: an arm's name becomes a folder; letters, digits, '-' and '_' only"
+        yield from _weighting(f"codistill.arms.{name}.weighting", arm.weighting)
     yield from _data(run)
     yield from _pictures(run)
     yield from _cache(run)
 
-    yield from _at_least("codistill.rounds", run.codistill.rounds, 1)
-    yield from _at_least("evaluate.batch", run.evaluate.batch, 1)
-    yield from _at_least("evaluate.calibration_bins", run.evaluate.calibration_bins, 1)
-    if run.evaluate.samples is not None:
-        yield from _at_least("evaluate.samples", run.evaluate.samples, 1)
     on = run.evaluate.accuracy_on
     held_out = [name for name, corpus in run.data.corpora.items() if corpus.held_out > 0 or corpus.held_out_files]
     if on is not None and on not in held_out:
         yield f"evaluate.accuracy_on is {on}; allowed: {', '.join(held_out)}, the corpora that hold something out"
-    if run.evaluate.trained_tokens is not None:
-        yield from _at_least("evaluate.trained_tokens", run.evaluate.trained_tokens, 1)
     yield from _needle_test(run)
     yield from _folder("evaluate.teacher_from", run.evaluate.teacher_from)
     yield from _folder("init_from", run.init_from)
-    yield from _at_least("tracking.histogram_every", run.tracking.histogram_every, 1)
     if run.engine.zero not in (0, 1):
         yield f"engine.zero is {run.engine.zero}; allowed: 0, 1"
-    yield from _at_least("engine.threads", run.engine.threads, 0)
-    if run.engine.timeout <= 0:
-        yield f"engine.timeout is {run.engine.timeout}; it must be positive (seconds)"
     if run.precision is Precision.bf16 and run.engine.zero == 0 and run.job is not Job.backfill:
         yield "precision is bf16 with engine.zero 0; fp32 master weights need engine.zero 1"
 
@@ -136,13 +130,6 @@ def _backfill(run: RunConfig) -> Iterator[str]:
             yield f"backfill.corpora has {name}; allowed: {', '.join(run.data.corpora)}"
     if len(set(b.corpora)) < len(b.corpora):
         yield f"backfill.corpora is {list(b.corpora)}; each once"
-    for name in ("batch", "unit_samples", "head_chunk"):
-        yield from _at_least(f"backfill.{name}", getattr(b, name), 1)
-    if b.max_samples is not None:
-        yield from _at_least("backfill.max_samples", b.max_samples, 1)
-    for name in ("min_lag", "max_tflops"):
-        if (value := getattr(b, name)) is not None and value <= 0:
-            yield f"backfill.{name} is {value}; it must be positive"
 
 
 def _export(run: RunConfig) -> Iterator[str]:
@@ -152,8 +139,6 @@ def _export(run: RunConfig) -> Iterator[str]:
         yield "export.dir is null; job=export needs the folder to write"
     elif Path(run.export.dir).exists() and not (Path(run.export.dir).is_dir() and _is_empty(Path(run.export.dir))):
         yield f"export.dir is {run.export.dir}; it exists and is not empty: choose a new folder"
-    if run.export.max_shard_gb <= 0:
-        yield f"export.max_shard_gb is {run.export.max_shard_gb}; it must be positive"
 
 
 def _is_empty(folder: Path) -> bool:
@@ -161,13 +146,9 @@ def _is_empty(folder: Path) -> bool:
 
 
 def _model(key: str, m: ModelConfig, sample_tokens: int) -> Iterator[str]:
-    for name in ("vocab_size", "hidden_size", "layers", "heads", "kv_heads", "head_dim", "expert_hidden"):
-        yield from _at_least(f"{key}.{name}", getattr(m, name), 1)
     for name in ("hidden_size", "expert_hidden"):
         if getattr(m, name) % 8:
             yield f"{key}.{name} is {getattr(m, name)}; grouped matrix products need a multiple of 8"
-    if m.vocab_size > 1 << 24:
-        yield f"{key}.vocab_size is {m.vocab_size}; the cache holds ids below {1 << 24}"
     if m.heads % max(m.kv_heads, 1):
         yield f"{key}.heads is {m.heads}; it must be a multiple of kv_heads, {m.kv_heads}"
     if m.head_dim % 2:
@@ -180,15 +161,11 @@ def _model(key: str, m: ModelConfig, sample_tokens: int) -> Iterator[str]:
             yield f"{key}.moe_layers has {layer}; allowed: 0 to {m.layers - 1}"
     if m.rope_layers is not None and len(m.rope_layers) not in (0, m.layers):
         yield f"{key}.rope_layers has {len(m.rope_layers)} entries; one for each of {m.layers} layers, or null"
-    if m.chunk_size is not None:
-        yield from _at_least(f"{key}.chunk_size", m.chunk_size, 1)
-    for name in ("moe_step", "nope_step"):
-        yield from _at_least(f"{key}.{name}", getattr(m, name), 0)
-    for name in ("floor_scale", "rope_theta", "norm_eps", "init_std"):
-        if getattr(m, name) <= 0:
-            yield f"{key}.{name} is {getattr(m, name)}; it must be positive"
-    for name, size in vars(m.base).items():
-        yield from _at_least(f"{key}.base.{name}", size, 1)
+    if m.rope_scaling is not None and m.rope_scaling.low_freq_factor > m.rope_scaling.high_freq_factor:
+        yield (
+            f"{key}.rope_scaling.low_freq_factor is {m.rope_scaling.low_freq_factor}; at most high_freq_factor, "
+            f"{m.rope_scaling.high_freq_factor}"
+        )
     if sample_tokens > m.max_positions:
         yield f"data.sample_tokens is {sample_tokens}; {key}.max_positions allows {m.max_positions}"
     if m.vision is not None:
@@ -196,15 +173,9 @@ def _model(key: str, m: ModelConfig, sample_tokens: int) -> Iterator[str]:
 
 
 def _vision(key: str, v: VisionConfig, vocab_size: int) -> Iterator[str]:
-    sizes = ("hidden_size", "layers", "heads", "mlp_hidden", "tile_size", "patch_size", "shuffle", "adapter_hidden")
-    small = [p for name in (*sizes, "adapter_out") for p in _at_least(f"{key}.{name}", getattr(v, name), 1)]
-    yield from small
-    for name in ("rope_theta", "norm_eps"):
-        if getattr(v, name) <= 0:
-            yield f"{key}.{name} is {getattr(v, name)}; it must be positive"
     if not 0 <= v.image_token_id < vocab_size:
         yield f"{key}.image_token_id is {v.image_token_id}; the model's vocab_size allows 0 to {vocab_size - 1}"
-    if small:  # the rules below divide by them
+    if min(v.hidden_size, v.heads, v.tile_size, v.patch_size, v.shuffle) < 1:  # the rules below divide by them
         return
     if v.hidden_size % (4 * v.heads):
         yield (
@@ -227,64 +198,31 @@ def _vision(key: str, v: VisionConfig, vocab_size: int) -> Iterator[str]:
 
 
 def _optim(key: str, o: OptimConfig) -> Iterator[str]:
-    if o.lr <= 0:
-        yield f"{key}.lr is {o.lr}; it must be positive"
-    if len(o.betas) != 2 or not all(0 <= b < 1 for b in o.betas):
+    if len(o.betas) != 2:
         yield f"{key}.betas is {list(o.betas)}; two numbers in [0, 1)"
     if o.optimizer is OptimizerName.adamw and o.eps <= 0:
         yield f"{key}.eps is {o.eps}; it must be positive"
-    yield from _at_least(f"{key}.clip", o.clip, 0)
-    for name, value in vars(o.weight_decay).items():
-        yield from _at_least(f"{key}.weight_decay.{name}", value, 0)
-    for name in ("warmup", "decay", "final_lr"):
-        yield from _share(f"{key}.{name}", getattr(o, name))
     if o.warmup + o.decay > 1 and o.schedule.value == "wsd":
         yield f"{key}.warmup + decay is {o.warmup + o.decay}; at most 1"
 
 
 def _train(key: str, t: TrainConfig) -> Iterator[str]:
-    for name in ("batch", "accumulation", "log_every", "keep_checkpoints", "head_chunk", "eval_samples"):
-        yield from _at_least(f"{key}.{name}", getattr(t, name), 1)
-    for name in ("eval_every", "checkpoint_every", "balance_rate", "balance_loss", "z_loss"):
-        yield from _at_least(f"{key}.{name}", getattr(t, name), 0)
     if t.log_every >= 1 and t.checkpoint_every % t.log_every:
         # Else the row that spans a checkpoint would be averaged over the steps since the resume alone.
         yield f"{key}.checkpoint_every is {t.checkpoint_every}; it must be a multiple of log_every, {t.log_every}"
-    if t.steps is not None:
-        yield from _at_least(f"{key}.steps", t.steps, 1)
-    elif t.epochs <= 0:
-        yield f"{key}.epochs is {t.epochs}; it must be positive"
     if t.accumulation >= 1 and t.batch % t.accumulation:
         yield f"{key}.batch is {t.batch}; it must be a multiple of accumulation, {t.accumulation} (and of the ranks)"
 
 
 def _weighting(key: str, w: WeightingConfig) -> Iterator[str]:
-    for name in ("alpha", "final_alpha", "warmup", "decay"):
-        yield from _share(f"{key}.{name}", getattr(w, name))
     if w.warmup + w.decay > 1 and w.schedule.value == "wsd":
         yield f"{key}.warmup + decay is {w.warmup + w.decay}; at most 1"
-    if w.lag.power <= 0:
-        yield f"{key}.lag.power is {w.lag.power}; it must be positive"
-    if not 0 <= w.lag.smoothing < 1:
-        yield f"{key}.lag.smoothing is {w.lag.smoothing}; allowed: [0, 1)"
-    if not 0 <= w.entropy.skip < 1:
-        yield f"{key}.entropy.skip is {w.entropy.skip}; allowed: [0, 1)"
     if w.entropy.enabled and not w.entropy.scale and w.entropy.skip == 0:
         yield f"{key}.entropy is enabled but does nothing; set scale=true or skip above 0"
 
 
-def _arm(key: str, arm: ArmConfig) -> Iterator[str]:
-    name = key.rsplit(".", 1)[-1]
-    if not name.replace("_", "").replace("-", "").isalnum():
-        yield f"{key}: an arm's name becomes a folder; letters, digits, '-' and '_' only"
-    if arm.lr is not None and arm.lr <= 0:
-        yield f"{key}.lr is {arm.lr}; it must be positive"
-    yield from _weighting(f"{key}.weighting", arm.weighting)
-
-
 def _data(run: RunConfig) -> Iterator[str]:
     d = run.data
-    yield from _at_least("data.sample_tokens", d.sample_tokens, 1)
     if not d.corpora:
         yield "data.corpora is empty; name at least one corpus"
     if d.corpora and not any(c.held_out > 0 or c.held_out_files for c in d.corpora.values()):
@@ -301,12 +239,6 @@ def _data(run: RunConfig) -> Iterator[str]:
             yield f"{key}.format is {corpus.format.value}; source={corpus.source.value} takes none (use source=files)"
         if corpus.source is Source.needle:
             yield from _needle(key, corpus)
-        if not 0 <= corpus.held_out < 1:
-            yield f"{key}.held_out is {corpus.held_out}; allowed: [0, 1)"
-        if corpus.weight <= 0:
-            yield f"{key}.weight is {corpus.weight}; it must be positive"
-        if corpus.max_documents is not None:
-            yield from _at_least(f"{key}.max_documents", corpus.max_documents, 1)
     if d.tokenizer.file is None:
         specials = sum(t is not None for t in (d.tokenizer.bos, d.tokenizer.eos))
         if d.has_pictures:
@@ -321,8 +253,6 @@ def _data(run: RunConfig) -> Iterator[str]:
 
 def _pictures(run: RunConfig) -> Iterator[str]:
     d, images = run.data, run.data.images
-    for name in ("tile_size", "tile_tokens", "max_tiles"):
-        yield from _at_least(f"data.images.{name}", getattr(images, name), 1)
     for name, corpus in d.corpora.items():
         for key in ("mask_key", "image_key"):
             if (column := getattr(corpus, key)) is not None and corpus.source is not Source.files:
@@ -361,67 +291,34 @@ def _needle(key: str, corpus: CorpusConfig) -> Iterator[str]:
     # A fact and a question that it answers.
     yield from _at_least(f"{key}.needle.shortest", n.shortest, 12)
     yield from _at_least(f"{key}.needle.longest", n.longest, n.shortest)
-    yield from _facts(f"{key}.needle.facts", n.facts)
 
 
 def _needle_test(run: RunConfig) -> Iterator[str]:
     key, n = "evaluate.needle", run.evaluate.needle
     model = run.teacher.model if run.job is Job.teacher else run.student.model
     for length in n.lengths:
-        yield from _at_least(f"{key}.lengths", length, 1)
         if run.job is not Job.evaluate and length > model.max_positions:
             yield f"{key}.lengths has {length}; the model's max_positions is {model.max_positions}"
-    for depth in n.depths:
-        yield from _share(f"{key}.depths", depth)
     if not n.depths:
         yield f"{key}.depths is empty; at least one share, or lengths=[] for no test"
-    yield from _at_least(f"{key}.trials", n.trials, 1)
-    yield from _facts(f"{key}.facts", n.facts)
-
-
-def _facts(key: str, facts: int) -> Iterator[str]:
-    if not 1 <= facts <= 50:
-        yield f"{key} is {facts}; allowed: 1 to 50, since each has a name of its own"
 
 
 def _cache(run: RunConfig) -> Iterator[str]:
     c = run.cache
-    if c.codec.name is CodecName.threshold and not 0.004 <= c.codec.tau < 1:
-        yield f"cache.codec.tau is {c.codec.tau}; allowed: from 0.004 to below 1"
-    if not 1 <= c.codec.draws <= 1000:
-        yield f"cache.codec.draws is {c.codec.draws}; allowed: 1 to 1000"
-    if not 1 <= c.codec.k <= run.teacher.model.vocab_size:
-        yield f"cache.codec.k is {c.codec.k}; allowed: 1 to teacher.model.vocab_size, {run.teacher.model.vocab_size}"
-    yield from _at_least("cache.shard_samples", c.shard_samples, 1)
-    yield from _at_least("cache.queue", c.queue, 1)
+    if c.codec.name is CodecName.topk and c.codec.k > run.teacher.model.vocab_size:
+        yield f"cache.codec.k is {c.codec.k}; at most teacher.model.vocab_size, {run.teacher.model.vocab_size}"
     for name in c.dirs:
         if name not in run.data.corpora:
             yield f"cache.dirs has {name}; allowed: {', '.join(run.data.corpora)}, the names of data.corpora"
     if len(set(c.dirs.values())) < len(c.dirs):
         yield f"cache.dirs are {', '.join(c.dirs.values())}; each corpus has a cache of its own"
-    if c.follow_timeout <= 0:
-        yield f"cache.follow_timeout is {c.follow_timeout}; it must be positive (seconds)"
     if c.follow and run.student.replay.order is ReplayOrder.newest:
         yield "student.replay.order is newest with cache.follow; the newest target is known only when the teacher ends"
-
-
-def _finite(key: str, value: Any) -> Iterator[str]:
-    # A comparison with nan is never true, so that no other rule would find it.
-    if isinstance(value, float) and not math.isfinite(value):
-        yield f"{key} is {value}; it must be a finite number"
-    elif isinstance(value, dict | list):
-        for name, part in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _finite(f"{key}.{name}" if key else str(name), part)
 
 
 def _at_least(key: str, value: float, least: float) -> Iterator[str]:
     if value < least:
         yield f"{key} is {value}; at least {least}"
-
-
-def _share(key: str, value: float) -> Iterator[str]:
-    if not 0 <= value <= 1:
-        yield f"{key} is {value}; allowed: 0 to 1"
 
 
 def _folder(key: str, value: str | None) -> Iterator[str]:

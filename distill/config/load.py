@@ -1,35 +1,44 @@
 """From a command line to a `RunConfig`, or to one `ConfigError` that lists everything wrong with it.
 
 Hydra stops at the first fault, and lets `+` add keys that the schema does not have. So the command line is gone
-through first, each override alone: group choices against the files of `conf/`, keys and types against the schema. What
-is sound is composed, missing values and broken rules between fields join the list, and only then does Hydra run.
+through first, each override alone: group choices against the files of `conf/` and of the user, keys and types against
+the schema. What is sound is composed, missing values and broken rules between fields join the list, and only then does
+Hydra run.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import functools
-import types
-import typing
+import itertools
+import os
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
+from hydra import version
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.core.plugins import Plugins  # noqa: F401  (registers the config sources)
-from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from distill.config import owner as owner  # registers ${token:}
 from distill.config import paths, quoting
+from distill.config.arguments import CommandLine, split
 from distill.config.checks import check
 from distill.config.errors import ConfigError
+from distill.config.keys import schema, unknown_key, wrong_value
+from distill.config.overrides import problems_of
 from distill.config.schema import RunConfig
+from distill.config.sentences import sentence, unresolved
+from distill.config.userfiles import Files
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 CONF = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if (folder / "config.yaml").is_file())
@@ -39,6 +48,10 @@ ConfigStore.instance().store(name="schema", node=RunConfig)
 
 FREE_NAMES = "cache.dirs"
 """Hydra wants a `+` before a key that no file of `conf/` has; the corpora's names are checked all the same."""
+
+MOST_COMBINATIONS = 20
+"""Of a sweep that are composed before it starts, at a quarter of a second each. Of a larger one each value is looked
+at, and what its other combinations break is refused when their turn comes."""
 
 
 def spelt(arguments: list[str]) -> list[str]:
@@ -61,51 +74,47 @@ def load(cfg: DictConfig) -> RunConfig:
     return run
 
 
-def precheck(arguments: list[str]) -> None:
+def precheck(arguments: list[str]) -> list[str]:
     """Refuses a command line that cannot run, all its faults at once, before anything heavy starts.
 
     Args:
-        arguments: Hydra's, without the program's name; flags (`--multirun`, `--cfg job`) are left to Hydra.
+        arguments: Hydra's, without the program's name.
+
+    Returns:
+        The same as Hydra takes them: flags first, one spelling.
     """
-    problems: list[str] = []
-    overrides, own = _split(spelt(arguments))
-    texts = [a for a in overrides if not a.lower().startswith(("hydra.", "+hydra.", "++hydra."))]
-    sound: list[str] = []
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        for text in texts:
-            found = list(_override_problems(text, [CONF, *own]))
+    line = split(spelt(arguments))
+    problems = list(line.problems)
+    if line.asks and not problems:
+        return line.arguments
+    own = Path(line.flags.get("--config-dir", "."))
+    folders = [own.absolute()] if "--config-dir" in line.flags and own.is_dir() else []
+    with _hydra(folders) as hydra:
+        files = Files([*folders, *_searched(line.overrides)], CONF)
+        name = _root(line, files, problems)
+        sound = []
+        swept = "--multirun" in line.flags or "hydra.mode=MULTIRUN" in line.overrides
+        for text in line.overrides:
+            found = list(problems_of(text, files, hydra.config_loader, swept, name == "config"))
             problems += found
             if not found:
                 sound.append(text)
-        if own:
-            sound.append(_searchpath(own))
-        for combination in _sweeps(sound):
-            try:
-                composed = compose("config", overrides=combination)
-            except (HydraException, OmegaConfBaseException) as error:
-                problems.append(_sentence(error))
-                continue
-            except AssertionError:  # OmegaConf's only word for a key within a part that is null
-                below = list(_within_null(combination))
-                if not below:
-                    raise
-                problems += below
-                continue
-            named = tuple(p.split(" ", 1)[0] + " " for p in problems)
-            problems += [p for p in _load(composed)[0] if not p.startswith(named)]
-    GlobalHydra.instance().clear()
+        if name is not None and not _from_files(files, problems):
+            composed = _Composed(hydra, name, line, files, problems)
+            composed.refused |= {text for text in line.overrides if text not in sound}
+            composed.refused |= {each for p in problems for each in re.findall(r"(?<![\w.])[\w.]+=", p)}
+            for combination in itertools.islice(_combinations(sound), MOST_COMBINATIONS):
+                composed.check(combination, swept)
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
+    return line.arguments
 
 
 def resolve(overrides: list[str], config_dir: str | None = None) -> RunConfig:
     """The configuration that a command line of overrides stands for, Hydra not started; ConfigError as precheck."""
-    overrides = spelt(overrides)
     precheck([*([f"--config-dir={config_dir}"] if config_dir else []), *overrides])
-    own = [_searchpath([Path(config_dir).absolute()])] if config_dir else []
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return load(compose("config", overrides=[*own, *overrides]))
+    with _hydra([Path(config_dir).absolute()] if config_dir else []) as hydra:
+        return load(_compose(hydra, "config", spelt(overrides)))
 
 
 def to_dict(run: RunConfig) -> dict[str, Any]:
@@ -113,6 +122,9 @@ def to_dict(run: RunConfig) -> dict[str, Any]:
     box = OmegaConf.to_container(OmegaConf.structured(run), resolve=True, enum_to_str=True)
     assert isinstance(box, dict)
     return {str(k): v for k, v in box.items()}
+
+
+# ---------------------------------------------------------------- a composed configuration
 
 
 def _load(cfg: DictConfig) -> tuple[list[str], RunConfig | None]:
@@ -124,164 +136,203 @@ def _load(cfg: DictConfig) -> tuple[list[str], RunConfig | None]:
         return problems, None
     try:
         # Merged again onto the schema: Hydra's `+` may have added keys that only this refuses.
-        typed = OmegaConf.merge(_schema(), plain)
-        missing = sorted(OmegaConf.missing_keys(typed))
-        if missing:
-            return [f"{key} has no value; set {key}=..." for key in missing], None
+        typed = OmegaConf.merge(schema(), plain)
+        problems = unresolved(typed, missing=True)
+        if problems:
+            return _without_followers(problems, plain), None
         run = OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:
-        return [_sentence(error)], None
+        return [sentence(error)], None
     assert isinstance(run, RunConfig)
     paths.expand(run)
-    return list(check(run)), run
+    return _without_followers(list(check(run)), plain), run
 
 
-def _split(arguments: list[str]) -> tuple[list[str], list[Path]]:
-    """The overrides among Hydra's arguments, and the user's own configuration folders (`--config-dir`)."""
-    with_value = ("--cfg", "-c", "--package", "-p", "--config-name", "-cn", "--config-dir", "-cd", "--info", "-i")
-    overrides: list[str] = []
-    own: list[Path] = []
-    rest = iter(arguments)
-    for argument in rest:
-        if not argument.startswith("-"):
-            overrides.append(argument)
-            continue
-        flag, _, value = argument.partition("=")
-        if flag in with_value and not value:
-            value = next(rest, "")
-        if flag in ("--config-dir", "-cd"):
-            own.append(Path(value).absolute())
-    return overrides, own
+def _without_followers(problems: list[str], plain: dict[Any, Any]) -> list[str]:
+    """Without those of keys that take their value from another one that has a problem itself."""
+    keys = [problem.split(" ", 1)[0] for problem in problems]
+    sources = {key: _source(plain, key) for key in keys}
+    follows = {key for key, source in sources.items() if source in keys and sources[source] != key}
+    return [problem for key, problem in zip(keys, problems, strict=True) if key not in follows]
 
 
-def _searchpath(folders: list[Path]) -> str:
-    """The override that adds folders, in quotes: a name may have spaces and commas."""
-    quoted = ["'file://" + str(folder).replace("'", "\\'") + "'" for folder in folders]
-    return f"hydra.searchpath=[{','.join(quoted)}]"
-
-
-def _override_problems(text: str, folders: list[Path]) -> Iterator[str]:
-    try:
-        override: Override = OverridesParser.create().parse_override(text)
-    except HydraException as error:
-        yield f"{text!r} is not an override: {_sentence(error)}"
-        return
-    group = override.key_or_group
-    choices = {file.stem for folder in folders for file in (folder / group).glob("*.yaml")}
-    if choices or (CONF / group).is_dir():
-        for value in _values(override):
-            if value is not None and str(value) not in choices:
-                yield f"{group} is {value}; allowed: {', '.join(sorted(choices))}"
-        return
-    path = group if override.package is None else f"{group}@{override.package}"
-    unknown = _unknown_key(path)
-    if unknown:
-        yield unknown
-        return
-    if override.is_delete():
-        parent = path.rpartition(".")[0]
-        if not parent or _unknown_key(f"{parent}.any name"):  # only where names are free may one be left out
-            yield f"{text!r} deletes a key; every key of the schema is needed"
-        return
-    for value in _values(override):
-        try:
-            OmegaConf.merge(_schema(), _nested(path, value))
-        except OmegaConfBaseException as error:
-            yield f"{path} is {_shown(value)}; {str(error).splitlines()[0]}"
-
-
-def _within_null(overrides: list[str]) -> Iterator[str]:
-    """Overrides that set a key of a part of the configuration that its groups leave null."""
-    parsed = {text: OverridesParser.create().parse_override(text) for text in overrides}
-    groups = [t for t, o in parsed.items() if (CONF / o.key_or_group).is_dir() or o.key_or_group.startswith("hydra.")]
-    composed = compose("config", overrides=groups)
-    for override in parsed.values():
-        keys = override.key_or_group.split(".")
-        for parent in (".".join(keys[:depth]) for depth in range(1, len(keys))):
-            if OmegaConf.select(composed, parent, default="") is None:
-                yield f"{override.key_or_group} is {override.value()}; {parent} is null and has no keys to set"
-
-
-@functools.cache
-def _schema() -> DictConfig:
-    """The schema as OmegaConf has it; `merge` copies it, and building it costs half a second."""
-    return OmegaConf.structured(RunConfig)
-
-
-def _nested(path: str, value: Any) -> dict[str, Any]:
-    for part in reversed(path.split(".")):
-        value = {part: value}
-    return value
-
-
-def _values(override: Override) -> list[Any]:
-    if override.is_sweep_override():
-        return list(override.sweep_iterator())
-    return [override.value()]
-
-
-def _sweeps(texts: list[str]) -> list[list[str]]:
-    """Every combination of a sweep's values; one list where nothing is swept."""
-    combinations: list[list[str]] = [[]]
-    for text in texts:
-        override = OverridesParser.create().parse_override(text)
-        options = [text]
-        if override.is_sweep_override():
-            prefix = text.split("=", 1)[0]
-            options = [f"{prefix}={value}" for value in override.sweep_string_iterator()]
-        combinations = [[*c, option] for c in combinations for option in options]
-    return combinations
-
-
-def _unknown_key(path: str) -> str | None:
-    """Walks a dotted key through the schema's dataclasses; a sentence about where it leaves them, or None."""
-    kind: Any = RunConfig
-    walked: list[str] = []
-    for part in path.split("."):
-        if typing.get_origin(kind) is dict:  # free names: corpora, arms
-            kind = typing.get_args(kind)[1]
-        elif isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            fields = _fields(kind)
-            if part not in fields:
-                near = difflib.get_close_matches(part, fields, n=3) or sorted(fields)
-                return f"{'.'.join([*walked, part])} is no key; allowed{' there' * bool(walked)}: {', '.join(near)}"
-            kind = fields[part]
-        else:
-            return f"{path}: {'.'.join(walked)} is a value and has no key {part!r}"
-        walked.append(part)
-    return None
-
-
-@functools.cache
-def _fields(kind: type) -> dict[str, Any]:
-    """Name and type of a dataclass' fields; `X | None` counts as X."""
-    return {
-        name: next((t for t in typing.get_args(hint) if t is not type(None)), hint)
-        if isinstance(hint, types.UnionType)
-        else hint
-        for name, hint in typing.get_type_hints(kind).items()
-    }
+def _source(plain: dict[Any, Any], key: str) -> str | None:
+    """The key that a key takes its value from."""
+    value: Any = plain
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    found = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
+    return found[1] if found else None
 
 
 def _foreign_keys(plain: dict[Any, Any], prefix: str = "") -> Iterator[str]:
     """Keys of a composed configuration that the schema lacks, at any depth."""
     for key, value in plain.items():
-        unknown = _unknown_key(f"{prefix}{key}")
+        unknown = unknown_key(f"{prefix}{key}")
         if unknown:
             yield unknown
         elif isinstance(value, dict):
             yield from _foreign_keys(value, f"{prefix}{key}.")
 
 
-def _shown(value: Any) -> str:
-    return "null" if value is None else str(value)
+# ---------------------------------------------------------------- composing
 
 
-def _sentence(error: Exception) -> str:
-    """The first line of a library's message: the rest of it speaks of the library's own types."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    key = getattr(error, "full_key", None)
-    text = lines[0] if lines else type(error).__name__
-    if error.__cause__ is not None:
-        text += f" ({str(error.__cause__).splitlines()[0]})"
-    return f"{key}: {text}" if key and key not in text else text
+@contextmanager
+def _hydra(folders: list[Path]) -> Iterator[Hydra]:
+    """Hydra as `python -m distill --config-dir FOLDER` starts it."""
+    version.setbase("1.3")
+    GlobalHydra.instance().clear()
+    path = create_config_search_path(str(CONF))
+    for folder in folders:
+        path.prepend(provider="command-line", path=f"file://{folder}", anchor=SearchPathQuery(provider="schema"))
+    before = HydraConfig.instance().cfg
+    try:
+        yield Hydra.create_main_hydra2("distill", path)
+    finally:
+        HydraConfig.instance().cfg = before
+        GlobalHydra.instance().clear()
+
+
+def _compose(hydra: Hydra, name: str, overrides: list[str], mode: RunMode = RunMode.RUN) -> DictConfig:
+    return hydra.compose_config(name, overrides, run_mode=mode, with_log_configuration=False)
+
+
+class _Composed:
+    """What is composed of one command line, and what is wrong with that."""
+
+    def __init__(self, hydra: Hydra, name: str, line: CommandLine, files: Files, problems: list[str]):
+        self.hydra, self.name, self.line, self.files, self.problems = hydra, name, line, files, problems
+        self.refused: set[str] = set()
+        """Overrides that were left out."""
+
+    def check(self, overrides: list[str], swept: bool) -> None:
+        try:
+            cfg = _compose(self.hydra, self.name, overrides)
+        except Exception as error:  # all of it is Hydra's answer to what a user wrote
+            blamed = self._blamed(overrides, error)
+            self.problems += blamed.values()
+            self.refused |= blamed.keys()
+            rest = [text for text in overrides if text not in blamed]
+            if len(rest) < len(overrides):
+                self.check(rest, swept)
+            return
+        for group, choice in cfg.hydra.runtime.choices.items():
+            if isinstance(choice, str) and not group.startswith("hydra/"):
+                self.files.choose(group.partition("@")[0], choice, group.partition("@")[2] or None)
+        if _from_files(self.files, self.problems):
+            return
+        HydraConfig.instance().set_config(cfg)
+        named = {problem.split(" ", 1)[0] for problem in self.problems} | set(map(_key, self.refused))
+        given = set(map(_key, self.line.overrides))
+        found = [*_folder(cfg, swept or cfg.hydra.mode is RunMode.MULTIRUN), *_load(cfg)[0]]
+        package = self.line.flags.get("--package", "_global_")
+        if package != "_global_" and OmegaConf.select(cfg, package, default=None) is None:
+            found.append(f"--package is {package}; no such key")
+        for problem in found:
+            key = problem.split(" ", 1)[0].rstrip(":")
+            if key in named or (self.line.looks and problem.startswith(f"{key} has no value;")):
+                continue
+            if key in self.files.values and key not in given:
+                problem += f" ({self.files.values[key][1]})"
+            self.problems.append(problem)
+
+    def _blamed(self, overrides: list[str], error: Exception) -> dict[str, str]:
+        """What is wrong with overrides that cannot even be composed alone; or, where none is, with all of them."""
+        parsed = {text: OverridesParser.create().parse_override(text) for text in overrides}
+        groups = [t for t, o in parsed.items() if self.hydra.config_loader.get_group_options(o.key_or_group)]
+        found = {}
+        for text, override in parsed.items():
+            try:
+                _compose(self.hydra, self.name, list(dict.fromkeys([*groups, text])))
+            except AssertionError as own:  # OmegaConf's only word for a key within a part that is null
+                found[text] = self._within_null(groups, override) or f"{text!r}: {sentence(own)}"
+            except Exception as own:
+                if text not in groups or len(groups) == 1:
+                    said = sentence(own)
+                    found[text] = said if override.key_or_group in said else f"{text!r}: {said}"
+        return found or {"": sentence(error)}
+
+    def _within_null(self, groups: list[str], override: Override) -> str | None:
+        cfg = _compose(self.hydra, self.name, groups)
+        keys = override.key_or_group.split(".")
+        for parent in (".".join(keys[:depth]) for depth in range(1, len(keys))):
+            if OmegaConf.select(cfg, parent, default="") is None:
+                return f"{override.key_or_group} is {override.value()}; {parent} is null and has no keys to set"
+        return None
+
+
+def _key(text: str) -> str:
+    return text.lstrip("+~").partition("=")[0]
+
+
+def _combinations(texts: list[str]) -> Iterator[list[str]]:
+    """Every combination of a sweep's values; one list where nothing is swept."""
+    options = []
+    for text in texts:
+        override = OverridesParser.create().parse_override(text)
+        options.append([text])
+        if override.is_sweep_override():
+            prefix, swept = text.split("=", 1)[0], itertools.islice(override.sweep_string_iterator(), MOST_COMBINATIONS)
+            options[-1] = [f"{prefix}={value}" for value in swept]
+    return (list(each) for each in itertools.product(*options))
+
+
+def _root(line: CommandLine, files: Files, problems: list[str]) -> str | None:
+    """The name of the root file; None: there is no such file."""
+    name = line.flags.get("--config-name", "config").removesuffix(".yaml")
+    if name not in files.choices(""):
+        problems.append(
+            f"--config-name is {name}; no such file in {', '.join(map(str, [CONF, *files.folders]))}"
+            f"{files.why_not('', name)}"
+        )
+        return None
+    files.choose("", name, "_global_")
+    return name
+
+
+def _from_files(files: Files, problems: list[str]) -> bool:
+    """Adds what is wrong with the user's files, each value alone; whether anything is."""
+    found = list(files.problems)
+    for key, (value, place) in files.values.items():
+        problem = unknown_key(key) or wrong_value(key, value)
+        if problem:
+            found.append(f"{problem} ({place})")
+    problems += [problem for problem in found if problem not in problems]
+    return bool(found)
+
+
+def _searched(overrides: list[str]) -> list[Path]:
+    """Local folders of `hydra.searchpath`; what is wrong with them is told with the other overrides."""
+    for text in overrides:
+        if text.lstrip("+").startswith("hydra.searchpath="):
+            try:
+                value = OverridesParser.create().parse_override(text).value()
+            except Exception:
+                return []
+            texts = [each for each in value if isinstance(each, str)] if isinstance(value, list) else []
+            return [Path(each.removeprefix("file://")).absolute() for each in texts if not each.startswith("pkg:")]
+    return []
+
+
+def _folder(cfg: DictConfig, swept: bool) -> Iterator[str]:
+    """What keeps the run folder from being made and written to."""
+    key = "hydra.sweep.dir" if swept else "hydra.run.dir"
+    part = cfg.hydra.sweep if swept else cfg.hydra.run
+    wrong = unresolved(part, key.removesuffix("dir"))
+    if wrong:
+        yield from wrong
+        return
+    try:
+        value = str(part.dir)
+    except OmegaConfBaseException:  # a key that it names has no value, which is told
+        return
+    if not value.strip():
+        yield f"{key} is empty; give it a folder, or leave it out for one of its own"
+        return
+    path = Path(os.path.abspath(value))
+    there = next(each for each in (path, *path.parents) if os.path.lexists(each))
+    if not there.is_dir():
+        yield f"{key} is {value}; {there if there != path else 'it'} is a file, not a folder: choose another folder"
+    elif not os.access(there, os.W_OK | os.X_OK):
+        yield f"{key} is {value}; cannot write to {there}: choose another folder"

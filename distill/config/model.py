@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from distill.config.ranges import Count, Every, Id, Ids, Layers, Natural, NotNegative, Positive, Size
+
 MISSING: Any = "???"
 """Omegaconf's word for a value that must be given; spelt out, since loading that library takes longer than a tool."""
 
@@ -19,10 +21,10 @@ class Parametrization(Enum):
 class RopeScaling:
     """llama3 frequency scaling; low == high is a hard step without a smooth band."""
 
-    factor: float = 16.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 1.0
-    original_positions: int = 8192
+    factor: Positive = 16.0
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 1.0
+    original_positions: Count = 8192
 
 
 @dataclass
@@ -32,23 +34,23 @@ class VisionConfig:
     Names of the released `config.json` are given where ours differ.
     """
 
-    hidden_size: int = 1408
-    layers: int = 34
-    heads: int = 16
-    mlp_hidden: int = 5632
+    hidden_size: Size = 1408
+    layers: Layers = 34
+    heads: Size = 16
+    mlp_hidden: Size = 5632
     """Width of the tower's feed-forward (intermediate_size)."""
-    tile_size: int = 336
+    tile_size: Size = 336
     """Height and width of a tile in pixels (image_size)."""
-    patch_size: int = 14
-    shuffle: int = 2
+    patch_size: Size = 14
+    shuffle: Size = 2
     """Patches on a side that become one token (1 / pixel_shuffle_ratio)."""
-    adapter_hidden: int = 4096
+    adapter_hidden: Size = 4096
     """Width between the adapter's two layers (projector_input_dim)."""
-    adapter_out: int = 4096
+    adapter_out: Size = 4096
     """Width that the projector takes (projector_output_dim, vision_output_dim)."""
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-5
-    image_token_id: int = 200092
+    rope_theta: Positive = 10000.0
+    norm_eps: Positive = 1e-5
+    image_token_id: Id = 200092
     """Id of a position that an image fills (image_token_index, `<|patch|>`)."""
 
     @property
@@ -61,10 +63,10 @@ class VisionConfig:
 class BaseSizes:
     """Sizes of the model for which learning rate and `init_std` were chosen (parametrization=transfer)."""
 
-    hidden_size: int = 128
-    layers: int = 4
-    expert_hidden: int = 128
-    dense_hidden: int = 256
+    hidden_size: Size = 128
+    layers: Layers = 4
+    expert_hidden: Size = 128
+    dense_hidden: Size = 256
 
 
 @dataclass
@@ -74,48 +76,48 @@ class ModelConfig:
     Names of the released `config.json` are given where ours differ.
     """
 
-    vocab_size: int = MISSING
+    vocab_size: Ids = MISSING
     """Rows of the embedding and the head; may exceed the tokenizer's (padding ids are never targets)."""
-    hidden_size: int = MISSING
-    layers: int = MISSING
-    heads: int = MISSING
+    hidden_size: Size = MISSING
+    layers: Layers = MISSING
+    heads: Size = MISSING
     """Query heads H (num_attention_heads)."""
-    kv_heads: int = MISSING
+    kv_heads: Size = MISSING
     """Key/value heads G (num_key_value_heads)."""
-    head_dim: int = MISSING
-    expert_hidden: int = MISSING
+    head_dim: Size = MISSING
+    expert_hidden: Size = MISSING
     """Width F of each routed expert and of the shared expert (intermediate_size)."""
-    dense_hidden: int = MISSING
+    dense_hidden: Size = MISSING
     """Width of the dense layers' feed-forward (intermediate_size_mlp)."""
-    experts: int = MISSING
+    experts: Natural = MISSING
     """Routed experts E (num_local_experts)."""
-    active_experts: int = 1
+    active_experts: Natural = 1
     """Routed experts per token A (num_experts_per_tok)."""
-    moe_step: int = 1
+    moe_step: Every = 1
     """Every moe_step-th layer is MoE, the last of each group (interleave_moe_layer_step); 0: none."""
-    moe_layers: list[int] | None = None
+    moe_layers: list[Every] | None = None
     """Explicit indices of the MoE layers; null derives them from moe_step."""
-    nope_step: int = 4
+    nope_step: Every = 4
     """Every nope_step-th layer has no positional embedding (no_rope_layer_interval); 0: all layers have RoPE."""
     rope_layers: list[bool] | None = None
     """Per layer, true where RoPE is applied (no_rope_layers, which is inverted); null derives from nope_step."""
-    chunk_size: int | None = 8192
+    chunk_size: Count | None = 8192
     """RoPE layers attend within chunks of this many positions (attention_chunk_size); null: full causal."""
     qk_norm: bool = True
     """Weightless RMS norm of q and k after RoPE, RoPE layers only (use_qk_norm)."""
     temperature_tuning: bool = True
     """Scale queries of NoPE layers with position (attn_temperature_tuning)."""
-    floor_scale: float = 8192.0
-    attn_scale: float = 0.1
-    rope_theta: float = 500000.0
+    floor_scale: Positive = 8192.0
+    attn_scale: NotNegative = 0.1
+    rope_theta: Positive = 500000.0
     rope_scaling: RopeScaling | None = None
-    max_positions: int = 262144
-    norm_eps: float = 1e-5
-    init_std: float = 0.02
+    max_positions: Count = 262144
+    norm_eps: Positive = 1e-5
+    init_std: Positive = 0.02
     """Standard deviation of every initial weight matrix (initializer_range)."""
-    bos_id: int | None = 200000
-    eos_ids: list[int] = field(default_factory=lambda: [200001])
-    pad_id: int | None = 200018
+    bos_id: Id | None = 200000
+    eos_ids: list[Id] = field(default_factory=lambda: [200001])
+    pad_id: Id | None = 200018
     vision: VisionConfig | None = None
     """Sight by early fusion; null: text alone."""
     parametrization: Parametrization = Parametrization.standard

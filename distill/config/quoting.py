@@ -1,4 +1,5 @@
-"""Paths on the command line: what Hydra's grammar cannot read without quotes is put between them."""
+"""Paths on the command line: what Hydra's grammar cannot read without quotes is put between them, unless it may mean
+something else than a name."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from distill.config.paths import KEYS, home
+from distill.config.spelling import MARKS, quoted
 
 HYDRA_KEYS = ("hydra.run.dir", "hydra.sweep.dir")
 
@@ -41,7 +43,10 @@ def _override(argument: str) -> str:
             return f"{key}={quoted(home(bare))}"
     if _reads(argument):
         return argument
-    if value[:1] + value[-1:] in ("[]", "{}"):
+    several = value[:1] + value[-1:] in ("[]", "{}")
+    if (MARKS - {","}) & set(value[1:-1] if several else value):
+        return argument
+    if several:
         return f"{key}={value[0]}{_parts(value[1:-1], named=value[0] == '{')}{value[-1]}"
     return f"{key}={_parts(value, named=False)}"
 
@@ -68,8 +73,3 @@ def _reads(argument: str) -> bool:
     except HydraException:
         return False
     return True
-
-
-def quoted(value: str) -> str:
-    """Backslashes count only before a quote."""
-    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", value)) + "'"

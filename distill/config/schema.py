@@ -17,6 +17,27 @@ from distill.config.model import ModelConfig as ModelConfig
 from distill.config.model import Parametrization as Parametrization
 from distill.config.model import RopeScaling as RopeScaling
 from distill.config.model import VisionConfig as VisionConfig
+from distill.config.ranges import (
+    Below1,
+    Count,
+    Draws,
+    Facts,
+    Ids,
+    Many,
+    Natural,
+    NotNegative,
+    Positive,
+    Seconds,
+    Seed,
+    Share,
+    Size,
+    Tau,
+    Tflops,
+    Threads,
+    Tiles,
+    TopK,
+    Words,
+)
 
 
 class Job(StrEnum):
@@ -120,65 +141,65 @@ class ConsoleMode(Enum):
 class WeightDecay:
     """Decoupled weight decay of each parameter group, per unit of learning rate."""
 
-    matrices: float = 0.1
+    matrices: NotNegative = 0.1
     """Attention projections, experts, shared experts, dense feed-forward; all matrices of sight."""
-    embedding: float = 0.0
-    head: float = 0.1
-    router: float = 0.0
-    norms: float = 0.0
+    embedding: NotNegative = 0.0
+    head: NotNegative = 0.1
+    router: NotNegative = 0.0
+    norms: NotNegative = 0.0
     """Norm weights; biases, class and positional embeddings of sight."""
 
 
 @dataclass
 class OptimConfig:
     optimizer: OptimizerName = OptimizerName.adamw
-    lr: float = 1e-3
+    lr: Positive = 1e-3
     """Peak learning rate."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    betas: list[Below1] = field(default_factory=lambda: [0.9, 0.95])
     """AdamW's two; SGD takes the first as its momentum."""
-    eps: float = 1e-8
+    eps: NotNegative = 1e-8
     weight_decay: WeightDecay = field(default_factory=WeightDecay)
-    clip: float = 1.0
+    clip: NotNegative = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
     schedule: Schedule = Schedule.wsd
-    warmup: float = 0.02
+    warmup: Share = 0.02
     """Share of the steps spent rising linearly from 0."""
-    decay: float = 0.2
+    decay: Share = 0.2
     """wsd only: share of the steps spent falling linearly at the end."""
-    final_lr: float = 0.0
+    final_lr: Share = 0.0
     """Learning rate at the end, as a share of the peak."""
 
 
 @dataclass
 class TrainConfig:
-    steps: int | None = None
+    steps: Count | None = None
     """Optimizer steps; null: as many as `epochs` gives."""
-    epochs: float = 1.0
+    epochs: Positive = 1.0
     """Passes over the corpus, used when `steps` is null."""
-    batch: int = 8
+    batch: Size = 8
     """Samples per optimizer step, over all ranks."""
-    accumulation: int = 1
+    accumulation: Size = 1
     """Micro-batches per optimizer step on each rank."""
-    log_every: int = 10
-    eval_every: int = 0
+    log_every: Count = 10
+    eval_every: Natural = 0
     """Steps between held-out evaluations; 0: only at the end."""
-    eval_samples: int = 64
+    eval_samples: Many = 64
     """Held-out samples of an evaluation during training (at most what is held out)."""
-    checkpoint_every: int = 0
+    checkpoint_every: Natural = 0
     """Steps between checkpoints; 0: only at the end."""
-    keep_checkpoints: int = 1
+    keep_checkpoints: Count = 1
     """Newest checkpoints that are kept."""
-    balance_rate: float = 1e-3
+    balance_rate: NotNegative = 1e-3
     """Step of the loss-free router bias; 0 switches balancing off. A frozen text model's stays as it is."""
-    balance_loss: float = 0.0
+    balance_loss: NotNegative = 0.0
     """Coefficient, per MoE layer, of the sequence-wise balance loss on top of it (1e-4 is usual); 0: none."""
-    z_loss: float = 0.0
+    z_loss: NotNegative = 0.0
     """Coefficient, per MoE layer, of the routers' z-loss (1e-3 is usual); 0: none."""
     activation_checkpointing: bool = False
     """Keep only each layer's input for the backward pass and compute the rest again: less memory, a third more time."""
     freeze: Freeze = Freeze.none
     """Keep the vision tower and its adapter, or the whole text model, as they are; needs model.vision."""
-    head_chunk: int = 4096
+    head_chunk: Count = 4096
     """Tokens whose logits live at one time."""
 
 
@@ -190,8 +211,8 @@ class LagFactor:
     """alpha falls with how much worse the teacher was on a shard than the best the student has met."""
 
     enabled: bool = False
-    power: float = 0.5
-    smoothing: float = 0.98
+    power: Positive = 0.5
+    smoothing: Below1 = 0.98
     """Decay of the running average of the student's own loss, per step."""
 
 
@@ -202,7 +223,7 @@ class EntropyFactor:
     enabled: bool = False
     scale: bool = False
     """Multiply by entropy / log V."""
-    skip: float = 0.0
+    skip: Below1 = 0.0
     """Share of a batch's covered tokens, the lowest in entropy, that get no soft loss."""
 
 
@@ -211,13 +232,13 @@ class WeightingConfig:
     """alpha_T = schedule(step) x lag x entropy; loss = alpha * soft + (1 - alpha) * hard."""
 
     schedule: Schedule = Schedule.constant
-    alpha: float = 0.5
+    alpha: Share = 0.5
     """Largest alpha of the schedule."""
-    final_alpha: float = 0.0
+    final_alpha: Share = 0.0
     """Where linear, cosine and wsd end."""
-    warmup: float = 0.0
+    warmup: Share = 0.0
     """wsd only: share of the steps spent rising from 0."""
-    decay: float = 0.2
+    decay: Share = 0.2
     """wsd only: share of the steps spent falling."""
     lag: LagFactor = field(default_factory=LagFactor)
     entropy: EntropyFactor = field(default_factory=EntropyFactor)
@@ -234,7 +255,7 @@ class ReplayConfig:
 class ArmConfig:
     """A further student that is trained after the codistilled one, from the same init on the same samples."""
 
-    lr: float | None = None
+    lr: Positive | None = None
     """Peak learning rate; null: the student's."""
     schedule: Schedule | None = None
     """Of the learning rate; null: the student's."""
@@ -283,7 +304,7 @@ IMAGE_TOKENS = (
 class TokenizerConfig:
     file: str | None = None
     """A `tokenizer.json`; null trains a byte-level BPE on the training split."""
-    vocab_size: int = 512
+    vocab_size: Ids = 512
     """Size of the trained BPE, special tokens included (six more if a corpus has pictures); unused with `file`."""
     bos: str | None = "<|begin_of_text|>"
     """Token put before every document; null: none."""
@@ -298,13 +319,13 @@ class NeedleConfig:
     Lengths count words, numbers, marks and line ends: tokens, to a tokenizer that knows each of them.
     """
 
-    shortest: int = 32
-    longest: int = 250
-    facts: int = 8
+    shortest: Words = 32
+    longest: Words = 250
+    facts: Facts = 8
     """Most facts of a document; questions about them take the room that facts and filler leave."""
     answers_only: bool = True
     """Only what the text decides carries loss, answers and the names behind them; false: the whole text."""
-    seed: int = 0
+    seed: Seed = 0
 
 
 @dataclass
@@ -323,16 +344,16 @@ class CorpusConfig:
     image_key: str | None = None
     """Column with a document's pictures: a path (from the file's folder), bytes, a dict of both, or a list of these;
     the text has `<|image|>` where each belongs. Picture files are not looked at again once a corpus is packed."""
-    held_out: float = 0.05
+    held_out: Below1 = 0.05
     """Share of the files (stdlib), documents (files) or pictures (digits) kept for evaluation; documents with pictures
     are drawn by them, so that those about the same pictures stay together."""
-    max_documents: int | None = None
+    max_documents: Many | None = None
     """Stop after so many documents (digits: digits); null: all. source=needle has no end and needs a number."""
     whole_documents: bool = False
     """Begin a new sample rather than cut a document that fits in one, so that no text is parted from its picture; the
     room that is left carries no loss."""
     needle: NeedleConfig = field(default_factory=NeedleConfig)
-    weight: float = 1.0
+    weight: Positive = 1.0
     """Share of this corpus in a mixture, up to a common factor."""
 
     @property
@@ -344,11 +365,11 @@ class CorpusConfig:
 class ImageConfig:
     """How a picture becomes tiles and tokens; defaults are the released values."""
 
-    tile_size: int = 336
+    tile_size: Size = 336
     """Height and width of a tile in pixels; the models' vision.tile_size."""
-    tile_tokens: int = 144
+    tile_tokens: Size = 144
     """Tokens that a tile becomes; (tile_size / patch_size / shuffle)^2 of the models."""
-    max_tiles: int = 16
+    max_tiles: Tiles = 16
     """Of a picture's canvas; one more is added when it has several."""
     resize_to_max_canvas: bool = False
     """Enlarge a picture as far as some canvas allows; false: only up to the side of a tile."""
@@ -358,10 +379,10 @@ class ImageConfig:
 class DataConfig:
     corpora: dict[str, CorpusConfig] = field(default_factory=lambda: {"main": CorpusConfig()})
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    sample_tokens: int = 128
+    sample_tokens: Ids = 128
     """Tokens S of one packed sample."""
     images: ImageConfig = field(default_factory=ImageConfig)
-    seed: int = 0
+    seed: Seed = 0
     """Of the order of samples."""
     dir: str | None = None
     """Where packed corpora are kept and found again; null: `data/` in the run folder."""
@@ -374,11 +395,11 @@ class DataConfig:
 @dataclass
 class CodecConfig:
     name: CodecName = CodecName.systematic
-    draws: int = 20
+    draws: Draws = 20
     """systematic, multinomial: draws per token."""
-    tau: float = 0.05
+    tau: Tau = 0.05
     """threshold: probabilities from tau up are kept, smaller ones sampled with weight tau."""
-    k: int = 12
+    k: TopK = 12
     """topk: entries per token."""
 
 
@@ -390,9 +411,9 @@ class CacheConfig:
     dirs: dict[str, str] = field(default_factory=dict)
     """Folder, or URL, of the cache of a corpus, by the corpus' name, where it is not the one that `dir` gives."""
     codec: CodecConfig = field(default_factory=CodecConfig)
-    shard_samples: int = 256
+    shard_samples: Many = 256
     """Samples per published shard."""
-    queue: int = 64
+    queue: Count = 64
     """Micro-batches that may wait for the writer thread."""
     on_full: OnFull = OnFull.block
     """What capture does when the queue is full: wait, or leave a counted gap."""
@@ -400,7 +421,7 @@ class CacheConfig:
     """What a student does with samples that have no targets: hard loss alone, or stop."""
     follow: bool = False
     """Wait for a teacher that is still publishing."""
-    follow_timeout: float = 3600.0
+    follow_timeout: Seconds = 3600.0
     """Seconds without a new shard after which a following student gives up."""
 
 
@@ -409,13 +430,13 @@ class CacheConfig:
 
 @dataclass
 class EngineConfig:
-    zero: int = 0
+    zero: Natural = 0
     """ZeRO stage."""
-    threads: int = 0
+    threads: Threads = 0
     """CPU threads per process; 0: OMP_NUM_THREADS if it is set, else cores / ranks on the node."""
     backend: str | None = None
     """torch.distributed backend; null: nccl on GPUs, else gloo."""
-    timeout: float = 1800.0
+    timeout: Seconds = 1800.0
     """Seconds after which a collective that one rank never joins is an error."""
 
 
@@ -427,7 +448,7 @@ class TrackingConfig:
     """Name of the wandb run; null: the run folder's."""
     console: ConsoleMode = ConsoleMode.auto
     """One live line on a terminal, plain lines elsewhere; bar and lines force either."""
-    histogram_every: int = 10
+    histogram_every: Count = 10
     """Logged rows between histograms of alpha."""
     report: bool = True
     """Write report.html at the end of the job."""
@@ -435,7 +456,7 @@ class TrackingConfig:
 
 @dataclass
 class CodistillConfig:
-    rounds: int = 20
+    rounds: Count = 20
     """Alternations of teacher and student in one process."""
     arms: dict[str, ArmConfig] = field(default_factory=dict)
     """Further students for comparison, by name."""
@@ -447,18 +468,18 @@ class BackfillConfig:
 
     corpora: list[str] = field(default_factory=list)
     """Corpora to look at; empty: all of data.corpora."""
-    min_lag: float | None = None
+    min_lag: Positive | None = None
     """Nats by which a record's teacher was worse than the best of its cache from which on it counts as stale, and is
     replaced if this teacher is better; null: only gaps are filled."""
-    max_samples: int | None = None
+    max_samples: Many | None = None
     """Most samples that this teacher labels in all, those of earlier runs included; null: no bound."""
-    max_tflops: float | None = None
+    max_tflops: Tflops | None = None
     """Most it may spend on them, 10^12 floating-point operations; null: no bound."""
-    batch: int = 16
+    batch: Size = 16
     """Samples of a forward pass on each rank."""
-    unit_samples: int = 256
+    unit_samples: Count = 256
     """Samples of a unit of work: the ranks take units in turns, and a logged row covers one."""
-    head_chunk: int = 4096
+    head_chunk: Count = 4096
     """Tokens whose logits live at one time."""
     dry_run: bool = False
     """Tell the plan and what it would cost, label nothing."""
@@ -468,13 +489,13 @@ class BackfillConfig:
 class NeedleTestConfig:
     """Needle in a haystack: is a fact found again, by the length of the text and where in it the fact lies?"""
 
-    lengths: list[int] = field(default_factory=list)
+    lengths: list[Count] = field(default_factory=list)
     """Tokens of the whole text, question and answer included; empty: no such test."""
-    depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+    depths: list[Share] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
     """Share of the haystack that lies before the fact."""
-    trials: int = 20
+    trials: Count = 20
     """Texts for each length and depth."""
-    facts: int = 1
+    facts: Facts = 1
     """Facts of the same kind in a text, one of which is asked for."""
 
 
@@ -482,14 +503,14 @@ class NeedleTestConfig:
 class EvaluateConfig:
     teacher_from: str | None = None
     """Folder of the teacher, for agreement; null: none is reported."""
-    samples: int | None = None
+    samples: Many | None = None
     """Held-out samples; null: all."""
-    batch: int = 16
-    calibration_bins: int = 15
+    batch: Size = 16
+    calibration_bins: Size = 15
     """Equal-width confidence bins of the expected calibration error."""
     accuracy_on: str | None = None
     """Corpus on whose held-out text the accuracy of every model is reported; null: none is."""
-    trained_tokens: int | None = None
+    trained_tokens: Count | None = None
     """Sample length of the model's training, for pictures that go beyond it; null: data.sample_tokens."""
     needle: NeedleTestConfig = field(default_factory=NeedleTestConfig)
 
@@ -504,14 +525,14 @@ class ExportConfig:
     """Of the weights in the files."""
     drop_router_bias: bool = False
     """Leave out a router bias that is not zero: the format has none. What it costs on held-out text is measured."""
-    max_shard_gb: float = 5.0
+    max_shard_gb: Positive = 5.0
     """Largest file in GB (10^9 bytes), exceeded only by a single larger tensor."""
 
 
 @dataclass
 class RunConfig:
     job: Job = MISSING
-    seed: int = 0
+    seed: Seed = 0
     """Of initial weights, sampling of targets, and (unless data.seed is set apart) nothing else."""
     resume: bool = False
     """Go on from the run folder's newest valid checkpoint, or start if there is none."""

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from distill import __version__
 from distill.config import json_text, stop
@@ -19,7 +20,13 @@ from distill.config.errors import ConfigError, UserError
 from distill.config.files import NO_ROOM
 from distill.config.paths import home
 
-Parser = argparse.ArgumentParser
+
+class Parser(argparse.ArgumentParser):
+    """Of one line about what is wrong, not the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {' '.join(message.split())}; {self.prog} --help says more", file=sys.stderr)
+        sys.exit(2)
 
 
 class Command(NamedTuple):
@@ -43,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add(sub)  # the others' arguments may need libraries that take seconds to load
     args = parser.parse_args(arguments)
     try:
+        _no_empty(args)
         code = COMMANDS[args.command].run(args)
         sys.stdout.flush()  # Python would as it ends, and complain about a pipe that is closed
         return code
@@ -61,6 +69,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for line in lines:
         print(f"error: {line}", file=sys.stderr)
     return 2
+
+
+def _no_empty(args: argparse.Namespace) -> None:
+    """ConfigError for an empty path, which would be the working folder: mostly it is a variable that is not set."""
+    for name, value in vars(args).items():
+        if name not in ("bos", "eos") and "" in (value if isinstance(value, list) else [value]):
+            raise ConfigError(
+                f"{name.upper() if name in ('dir', 'a', 'b', 'file') else name} is empty; give it a value"
+            )
+
+
+def _distinct(source: str, target: str) -> None:
+    """ConfigError where two spellings are one cache."""
+    if os.path.realpath(source) == os.path.realpath(target) or source.rstrip("/") == target.rstrip("/"):
+        raise ConfigError(f"{target} is both a source and the target")
 
 
 def _folder(
@@ -233,6 +256,7 @@ def _compact(args: argparse.Namespace) -> int:
     for store in stores:
         if args.into:
             alone = len(stores) == 1
+            _distinct(store.root, args.into)
             target = open_store(args.into if alone else f"{args.into.rstrip('/')}/{store.root.rsplit('/', 1)[-1]}")
             merged = merge([store], target, shard_bytes=size)
             print(
@@ -266,8 +290,8 @@ def _merge(args: argparse.Namespace) -> int:
     from distill.cache.tools import show
     from distill.cache.tools.merge import merge
 
-    if args.dir in args.sources:
-        raise ConfigError(f"{args.dir} is both a source and the target")
+    for source in args.sources:
+        _distinct(source, args.dir)
     done = merge([open_store(each) for each in args.sources], open_store(args.dir), shard_bytes=_shard_bytes(args))
     print(
         f"{args.dir}: {show.number(done.copied)} records in {done.shards} new shards of {show.size(done.bytes)}; "

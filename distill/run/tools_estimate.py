@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 from distill.config import json_text
@@ -80,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
     tokens = plain["tokens"]
     if tokens is None:
         raise ConfigError("--tokens is missing; how many tokens get targets?")
+    if not 0.004 <= codec.tau < 1:
+        raise ConfigError(f"--tau is {codec.tau}; allowed is 0.004 <= tau < 1")
     shape = CacheHeader(
         vocab_size=plain["vocab_size"] or 0, tokenizer="", corpus="", sample_tokens=plain["sample_tokens"] or 0,
         samples=0, codec=codec, seed=0,
@@ -87,8 +90,11 @@ def run(args: argparse.Namespace) -> int:
     shape.dump()  # refuses what no cache can be
     if like is None:
         entropy = DEFAULT_ENTROPY if args.entropy is None else args.entropy
+        most = math.log(shape.vocab_size)
         if not entropy > 0:
             raise ConfigError(f"--entropy is {entropy}; it must be positive (nats)")
+        if entropy > most:
+            raise ConfigError(f"--entropy is {entropy}; {shape.vocab_size} ids have at most {most:.2f} nats")
         like = from_rows(codec, shape.vocab_size, shape.sample_tokens, entropy)
     elif header.codec != codec or header.vocab_size != shape.vocab_size:
         raise ConfigError(

@@ -105,7 +105,7 @@ def heat_map(frame: Frame, label: str, x: np.ndarray, counts: np.ndarray, mean: 
     groups = np.array_split(np.arange(len(x)), min(len(x), COLUMNS))
     ends = [float(x[group[-1]]) for group in groups]
     shares = [counts[group].sum(0) / counts[group].sum() for group in groups]
-    right, most = ends[-1], max(float(share.max()) for share in shares)
+    right, most = ends[-1] or 1.0, max(float(share.max()) for share in shares)
     bins = counts.shape[1]
     cells, start = [], 0.0
     for end, share in zip(ends, shares, strict=True):

@@ -15,11 +15,18 @@ POINTS = 600
 
 @dataclass(frozen=True)
 class Axis:
-    """The stretch of numbers that one side of a chart shows; a logarithmic one is positive throughout."""
+    """The stretch of numbers that one side of a chart shows; a logarithmic one is positive throughout.
+
+    Of one number alone, or of what rounds to it, it is the stretch above.
+    """
 
     low: float
     high: float
     log: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.high - self.low > 1e-12 * max(abs(self.low), abs(self.high)):
+            object.__setattr__(self, "high", self.low * 10 if self.log else self.low + (abs(self.low) or 1.0))
 
     def share(self, values: np.ndarray | float) -> np.ndarray:
         """How far along the axis values lie, of any shape: 0 at `low`, 1 at `high`."""

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-from distill.config.quoting import quoted
+from distill.config.spelling import quoted
 from tests.cli import TINY, environment, run, write_corpus
 
 NAME = "a::b c:d [e] #f?g%20h*ä'\"&;"

@@ -235,6 +235,7 @@ def test_a_misspelt_sight_and_keys_of_what_is_null_are_named():
     ) == [
         "teacher.model.vision.layers is 3; teacher.model.vision is null and has no keys to set",
         "student.model.rope_scaling.factor is 2; student.model.rope_scaling is null and has no keys to set",
+        "student.optim.lr is -1.0; it must be positive",
     ]
     assert problems("job=teacher", "student.train.freeze=text") == [
         "student.train.freeze is text and student.model.vision is null; only a model with sight has a half to freeze"

@@ -1,0 +1,126 @@
+"""What each number of the schema may be: ranges that stand in its types, and one check over all of them.
+
+A field of a plain `int` or `float` has no range; a test refuses such fields. Rules between fields are in `checks`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+_TOLD = 4096
+"""The end of a range is told with its beginning up to here; a larger one only keeps nonsense out."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """From `least` to `most`; `above`: without `least` itself, `below`: without `most`."""
+
+    least: float
+    most: float
+    above: bool = False
+    below: bool = False
+
+    def problem(self, key: str, value: float) -> str | None:
+        """A sentence about a value that is not in the range."""
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"{key} is {value}; it must be a finite number"
+        low = value <= self.least if self.above else value < self.least
+        high = value >= self.most if self.below else value > self.most
+        if not (low or high):
+            return None
+        if self.most <= _TOLD or self.below:
+            open_ends = f"{'(' if self.above else '['}{self.least:g}, {self.most:g}{')' if self.below else ']'}"
+            return f"{key} is {value}; allowed: " + (
+                open_ends if self.above or self.below else f"{self.least} to {self.most}"
+            )
+        if high:
+            return f"{key} is {value}; at most {self.most}"
+        return f"{key} is {value}; " + ("it must be positive" if self.above else f"at least {self.least}")
+
+
+LARGE = 10**9
+MOST_IDS = 2**24
+"""Ids of a vocabulary, and tokens of a sample, that the cache's format can hold."""
+
+Natural = Annotated[int, Range(0, LARGE)]
+Count = Annotated[int, Range(1, LARGE)]
+Many = Annotated[int, Range(1, 10**15)]
+"""Samples, documents: what a corpus has most of."""
+Size = Annotated[int, Range(1, 2**20)]
+"""A dimension of a tensor."""
+Layers = Annotated[int, Range(1, 10_000)]
+Every = Annotated[int, Range(0, 10_000)]
+"""A period in layers, or the index of one; a period of 0: none."""
+Ids = Annotated[int, Range(1, MOST_IDS)]
+Id = Annotated[int, Range(-1, MOST_IDS - 1)]
+"""A token; -1: none, as released configurations have it."""
+Draws = Annotated[int, Range(1, 1000)]
+TopK = Annotated[int, Range(1, 255)]
+Tau = Annotated[float, Range(0.004, 1, below=True)]
+Facts = Annotated[int, Range(1, 50)]
+"""Each has a name of its own, and there are so many."""
+Words = Annotated[int, Range(1, 10**6)]
+Tiles = Annotated[int, Range(1, 1024)]
+Threads = Annotated[int, Range(0, 4096)]
+Seed = Annotated[int, Range(0, 2**63 - 1)]
+Share = Annotated[float, Range(0, 1)]
+Below1 = Annotated[float, Range(0, 1, below=True)]
+Positive = Annotated[float, Range(0, 1e12, above=True)]
+NotNegative = Annotated[float, Range(0, 1e12)]
+Tflops = Annotated[float, Range(0, 1e18, above=True)]
+Seconds = Annotated[float, Range(0, 366 * 86400, above=True)]
+"""At most a year: beyond a few of them the clocks of collectives overflow."""
+
+
+def out_of_range(config: object, prefix: str = "") -> Iterator[str]:
+    """A sentence for each number of a dataclass, at any depth, that is not in its range, and for each broken text."""
+    kind: Any = type(config)
+    for name, hint in hints(kind).items():
+        key = f"{prefix}{name.rstrip('_')}"
+        yield from _value(key, getattr(config, name), hint)
+
+
+@functools.cache
+def hints(kind: type) -> dict[str, Any]:
+    """Name and type of a dataclass' fields, ranges included; `X | None` counts as X."""
+    found = typing.get_type_hints(kind, include_extras=True)
+    return {field.name: _some(found[field.name]) for field in dataclasses.fields(kind)}
+
+
+def _some(hint: Any) -> Any:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return next(each for each in typing.get_args(hint) if each is not types.NoneType)
+    return hint
+
+
+def _value(key: str, value: Any, hint: Any) -> Iterator[str]:
+    if value is None:
+        return
+    if dataclasses.is_dataclass(value):
+        yield from out_of_range(value, f"{key}.")
+    elif isinstance(value, dict):
+        for name, each in value.items():
+            yield from _value(f"{key}.{name}", each, typing.get_args(hint)[1])
+    elif isinstance(value, list):
+        for each in value:
+            yield from _value(key, each, typing.get_args(hint)[0])
+    elif isinstance(value, str):
+        yield from _text(key, value)
+    elif typing.get_origin(hint) is Annotated:
+        problem = typing.get_args(hint)[1].problem(key, value)
+        if problem:
+            yield problem
+
+
+def _text(key: str, value: str) -> Iterator[str]:
+    if not value.strip():
+        yield f"{key} is empty; give it a value, or null where it may have none"
+    elif not value.isprintable():
+        yield f"{key} is {value!r:.200}; it has characters that cannot be printed"
