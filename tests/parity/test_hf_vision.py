@@ -97,7 +97,7 @@ def case(name):
 
 
 def close(ours, theirs, what):
-    assert worst(ours, theirs) < 1e-5, what
+    assert worst(ours, theirs) < 2e-5, what
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -197,7 +197,7 @@ def test_the_comparison_has_teeth(monkeypatch):
             change(model.vision_model)
             return worst(model.vision_model(images.tiles_NCHW), expected)
 
-        assert error() < 1e-5
+        assert error() < 2e-5
         grid, head_dim = config.tile_size // config.patch_size, config.hidden_size // config.heads
         changes = {
             "row before column in RoPE": lambda m: setattr(

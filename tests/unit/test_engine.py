@@ -85,7 +85,7 @@ def test_any_cut_of_a_batch_is_one_step_of_plain_pytorch(results, world, zero, n
     assert norms.max() > worker.optim(name).clip > norms.min()
     assert worst(got[f"{prefix}/norms"], norms) < 1e-5
     for key, value in want.items():
-        assert worst(got[f"{prefix}/param/{key}"], value) < 1e-5, key
+        assert worst(got[f"{prefix}/param/{key}"], value) < 5e-5, key
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
@@ -102,7 +102,7 @@ def test_resume_is_bitwise_alike_and_close_in_another_world_or_stage(results, na
         if saved == loaded:
             assert torch.equal(value, whole[key]), key
         else:
-            assert worst(value, whole[key]) < 1e-5, key
+            assert worst(value, whole[key]) < 5e-5, key
 
 
 @pytest.mark.parametrize(

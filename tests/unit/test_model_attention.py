@@ -174,7 +174,7 @@ def test_packed_documents_equal_separate_runs(seed):
             for document in documents_BS[row].unique():
                 where = documents_BS[row] == document
                 alone = model.logits(ids_BS[row, where][None])[0]
-                assert worst(packed[row, where], alone) < 1e-5
+                assert worst(packed[row, where], alone) < 5e-5
 
 
 @settings(max_examples=30)

@@ -45,7 +45,7 @@ def test_prefill_plus_decode_is_the_full_forward_at_every_border(chunk):
     full_SV = model.logits(ids_S[None])[0].detach()
     for split in SPLITS:
         found, _ = decoded(model, [(ids_S, split)], 1)
-        assert worst(found[0], full_SV[split - 1 :]) < 2e-5
+        assert worst(found[0], full_SV[split - 1 :]) < 5e-5
 
 
 @pytest.mark.parametrize("steps", [1, 3, 8, 20])
@@ -59,7 +59,7 @@ def test_rows_of_different_lengths_grow_by_any_number_of_tokens(steps, changes):
     found, _ = decoded(model, rows, steps)
     for row, (ids_S, prefilled) in enumerate(rows):
         expected = model.logits(ids_S[None])[0, prefilled - 1 :].detach()
-        assert worst(found[row], expected) < 2e-5
+        assert worst(found[row], expected) < 5e-5
 
 
 def test_layers_with_positions_hold_one_chunk():

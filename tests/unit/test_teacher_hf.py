@@ -1,5 +1,6 @@
 """A foreign teacher's targets of packed documents are those of each document alone, as transformers itself has them."""
 
+import copy
 import math
 
 import numpy as np
@@ -43,7 +44,7 @@ PLAIN = {"llama": True, "gpt2": True, "mixtral": True, "gemma2": False, "cohere"
 
 def model_of(name):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).eval()  # a model changes its configuration
     model.config._experts_implementation = "eager"  # the one by groups has no fp64
     with torch.no_grad():
         for parameter in model.parameters():
