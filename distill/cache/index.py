@@ -31,7 +31,10 @@ class Index:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the mapping)
             # Zeros, so that shards are counted from 1 in here. Reserved, since a disk that fills up while a mapping is
             # written kills the process with SIGBUS.
-            os.posix_fallocate(self._file.fileno(), 0, size)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._file.fileno(), 0, size)
+            else:  # macOS
+                self._file.truncate(size)
             self._table = np.memmap(self._file, _ENTRY, "r+", shape=(max(samples, 1),))
         self._covered = 0
 

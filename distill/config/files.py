@@ -28,8 +28,11 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def reason(error: Exception) -> str:
-    """What the system says, without what a library puts around it."""
-    return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+    """What the system says, without what pyarrow puts around it."""
+    if not isinstance(error, OSError) or not error.errno:
+        return str(error)
+    text = error.strerror or ""
+    return os.strerror(error.errno) if not text or "[errno" in text else text
 
 
 def sync(path: Path) -> None:
@@ -57,7 +60,7 @@ def naming(path: Path | str, temporary: Path | None = None) -> Iterator[None]:
     except OSError as error:
         if error.errno is None or error.filename not in (None, str(temporary)):
             raise
-        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise OSError(error.errno, reason(error), str(path)) from error
 
 
 def plain_mode(path: Path) -> None:

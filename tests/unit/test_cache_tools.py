@@ -237,7 +237,7 @@ def test_merge(tmp_path):
     "change, found",
     [
         (dict(corpus="other"), "corpus is 'other' in the cache, 'corp' in this run"),
-        (dict(codec=CodecConfig(draws=9), seed=8), r"codec is .*9.*; seed is 8"),
+        (dict(codec=CodecConfig(draws=9), seed=8), r"cache\.codec\.draws is .*9.*\n.*seed is"),
     ],
 )
 def test_other_caches_are_not_merged(tmp_path, change, found):
