@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 
+from distill.config.errors import ConfigError
 from distill.config.schema import EngineConfig
 
 
@@ -57,6 +58,31 @@ class Dist:
             torch_dist.barrier()
 
 
+def _place() -> tuple[int, int, int]:
+    """RANK, WORLD_SIZE and LOCAL_RANK; ConfigError where a launcher, or a shell's leftovers, made them senseless."""
+    found: dict[str, int] = {}
+    problems = []
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        text = os.environ.get(name, "1")
+        if not (text.isascii() and text.isdigit()):
+            problems.append(f"{name} is {text!r} in the environment; a whole number, or unset it for one process")
+        else:
+            found[name] = int(text)
+    if not problems:
+        for name, least, most in (
+            ("WORLD_SIZE", 1, 10**6),
+            ("LOCAL_WORLD_SIZE", 1, 10**6),
+            ("RANK", 0, max(found["WORLD_SIZE"], 1) - 1),
+            ("LOCAL_RANK", 0, max(found["WORLD_SIZE"], 1) - 1),
+            ("MASTER_PORT", 0, 65535),
+        ):
+            if not least <= found[name] <= most:
+                problems.append(f"{name} is {found[name]} in the environment; allowed: {least} to {most}")
+    if problems:
+        raise ConfigError(*problems)
+    return found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]
+
+
 def start(config: EngineConfig) -> Dist:
     """Joins the process group (once per process; later jobs of a sweep find it there) and sets threads and device.
 
@@ -73,7 +99,7 @@ def start(config: EngineConfig) -> Dist:
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    rank, world, local = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    rank, world, local = _place()
     torch.set_num_threads(config.threads or _threads(int(os.environ.get("LOCAL_WORLD_SIZE", world))))
     torch.get_num_threads()  # settles this thread: helper threads set their own number, which later ones would inherit
     device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
@@ -84,13 +110,21 @@ def start(config: EngineConfig) -> Dist:
     if not torch_dist.is_initialized():
         # One warning per collective otherwise, at every ZeRO stage on gloo.
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-        torch_dist.init_process_group(
-            config.backend or ("nccl" if on_gpu else "gloo"),
-            rank=rank,
-            world_size=world,
-            timeout=datetime.timedelta(seconds=config.timeout),
-            init_method=None if world > 1 else "tcp://127.0.0.1:0",
-        )
+        backend = config.backend or ("nccl" if on_gpu else "gloo")
+        try:
+            torch_dist.init_process_group(
+                backend,
+                rank=rank,
+                world_size=world,
+                timeout=datetime.timedelta(seconds=config.timeout),
+                init_method=None if world > 1 else "tcp://127.0.0.1:0",
+            )
+        except (ValueError, RuntimeError, AssertionError) as error:  # no such backend, or nobody at that address
+            where = f", MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}"
+            raise ConfigError(
+                f"engine.backend is {backend}, rank {rank} of {world}{where * (world > 1)}; the processes cannot join: "
+                f"{str(error).splitlines()[0]:.300}"
+            ) from error
         if on_gpu:
             atexit.register(torch_dist.destroy_process_group)  # NCCL warns of a leak otherwise
     return Dist(rank, world, device)
