@@ -65,6 +65,7 @@ def signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _asked.clear()  # nobody is asked any more
 
 
 def _note(number: int, frame: FrameType | None) -> None:

@@ -66,15 +66,17 @@ def prepare(config: DataConfig, folder: Path, model_vocab_size: int) -> Prepared
             ids than the model, a split is shorter than one sample.
     """
     corpora: dict[str, Corpus | MissingFiles] = {}
-    problems = []
+    problems, all_gone = [], True
     for name, named in config.corpora.items():
         try:
             corpora[name] = Corpus(name, named)
-        except MissingFiles as missing:
-            corpora[name] = missing
         except DataError as error:
             problems.append(str(error))
-    if problems:
+            if isinstance(error, MissingFiles):
+                corpora[name] = error  # it may have been packed before
+            else:
+                all_gone = False
+    if not all_gone:
         raise DataError("\n".join(problems))
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from distill.config import owner
-from tests.cli import TINY, command, environment, run, write_corpus
+from tests.cli import PATIENCE, TINY, command, environment, run, write_corpus
 from tests.unit.test_config_owner import snapshot
 
 
@@ -19,8 +19,8 @@ def live(tmp_path_factory):
     arguments = [*TINY, corpus, f"data.dir={folder}/packed", "job=student", "cache.follow=true",
                  f"cache.dir={folder}/never", "tracking.wandb=offline"]  # fmt: skip
     process = subprocess.Popen(command(*arguments, f"hydra.run.dir={folder}/run"), env=environment())
-    deadline = time.monotonic() + 120
-    while not (folder / "run" / "tokenizer.json").exists():
+    deadline = time.monotonic() + PATIENCE
+    while not list((folder / "run" / "wandb").rglob("run-*.wandb")):  # the last that it makes
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     yield folder, arguments, process
@@ -53,7 +53,7 @@ def test_it_is_refused_in_every_way(live, tmp_path):
     }
     said = {}
     for name, second in started.items():
-        said[name] = errors = second.communicate(timeout=170)[1]
+        said[name] = errors = second.communicate(timeout=PATIENCE)[1]
         assert second.returncode == 2, (name, errors)
         key, owned = ("export.dir", os.getpid()) if name == "export.dir" else ("hydra.run.dir", process.pid)
         assert errors.startswith(f"error: {key} is ") and len(errors.splitlines()) == 1, (name, errors)
@@ -70,7 +70,7 @@ def test_all_ranks_are_refused(live):
     before = still(folder / "run")
     done = subprocess.run(
         command(*arguments, f"hydra.run.dir={folder}/run", "resume=true", ranks=2),
-        env=environment(), capture_output=True, text=True, timeout=170,
+        env=environment(), capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: hydra.run.dir is")]

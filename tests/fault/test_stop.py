@@ -78,7 +78,7 @@ def test_a_codistillation_stopped_between_rows_shards_and_turns_ends_bitwise_ali
     ("place", "number", "code", "words"),
     [
         ("distill.config.checks:check", "SIGINT", 130, "nothing was begun"),
-        ("distill.data.pack:pack", "SIGTERM", 75, "there is no checkpoint; the same command with hydra.run.dir="),
+        ("distill.data.pack:pack", "SIGTERM", 75, "nothing was begun; the same command starts it"),
         ("distill.run.run:Run.evaluate", "SIGINT", 130, "checkpoints/step-00000003 remains"),
     ],
 )
@@ -90,7 +90,7 @@ def test_phases_without_steps_end_soon_and_cleanly(tmp_path, data, place, number
     )  # fmt: skip
     assert got == code and words in said, said
     assert not [*tmp_path.rglob("*.tmp"), *tmp_path.rglob(".owner"), *tmp_path.rglob("summary.json")]
-    assert folder.exists() == (code == 75 or "remains" in said)
+    assert folder.exists() == ("remains" in said)
 
 
 def test_closed_pipes_do_not_end_training(tmp_path, data):

@@ -42,8 +42,8 @@ def test_a_cache_of_another_vocabulary_or_packing_is_refused_with_both_values(tm
     common = [*TINY, write_corpus(tmp_path / "main"), f"data.dir={tmp_path}/data"]
     run(*common, "job=teacher", "teacher.train.steps=4", f"hydra.run.dir={tmp_path}/t")
     student = [*common, "job=student", "student.train.steps=4", f"cache.dir={tmp_path}/t/cache"]
-    other = run(*student, "student.model.vocab_size=288", f"hydra.run.dir={tmp_path}/a", code=2)
-    assert "vocab_size is 272 in the cache, 288 in this run" in other.stderr
+    other = run(*student, "student.model.vocab_size=271", f"hydra.run.dir={tmp_path}/a", code=2)
+    assert "271" in other.stderr and "272" in other.stderr
     longer = run(*student, "data.sample_tokens=32", f"hydra.run.dir={tmp_path}/b", code=2)
     assert "sample_tokens is 16 in the cache, 32 in this run" in longer.stderr
     none = run(*student[:-1], f"cache.dir={tmp_path}/nowhere", f"hydra.run.dir={tmp_path}/c", code=2)

@@ -41,7 +41,10 @@ def test_what_makes_files_of_other_modes_stands_in_one_place():
         for word in ("save_file(", "mkstemp", "NamedTemporaryFile", "mkdtemp", "0o6", "0o7")
         if word in path.read_text()
     }
-    assert {each for each in found if each[1] != "0o6"} == {("distill/model/tensors.py", "save_file(")}
+    assert {each for each in found if each[1] != "0o6"} == {
+        ("distill/model/tensors.py", "save_file("),
+        ("distill/data/tables.py", "NamedTemporaryFile"),  # gone when it has been read
+    }
     for path, _ in found:
         assert not re.search(r"0o6(?!66\b)", Path(path).read_text()), path
 

@@ -8,6 +8,7 @@ import pytest
 
 from distill.config.schema import CorpusConfig, Source
 from distill.data.source import Corpus
+from distill.data.formats import kind_of
 from distill.data.tables import rows
 
 NAMES = [
@@ -41,7 +42,8 @@ def test_rows_of_a_file_with_any_name(tmp_path, kind):
                     pq.write_table(pa.table({"text": [f"number {number}"]}), file)
             else:
                 path.write_bytes(gzip.compress(line) if kind == "jsonl.gz" else line)
-            assert list(rows(path, ["text"], ["key"], tmp_path / "scratch")) == [[f"number {number}"]], path
+            found = rows(path, ["text"], ["key"], tmp_path, kind_of(path), lambda share: None)
+            assert list(found) == [(1, [f"number {number}"])], path
 
 
 @pytest.mark.parametrize("name", NAMES)
