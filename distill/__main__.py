@@ -20,6 +20,7 @@ from distill.config.files import NO_ROOM
 from distill.config.load import CONF, load, precheck
 from distill.config.schema import Job, RunConfig
 from distill.config.sentences import sentence
+from distill.engine import cores
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
@@ -47,6 +48,8 @@ def run_job(config: RunConfig) -> None:
     if alone and refusal is not None:
         raise refusal
     stop.check()
+    if alone and (told := cores.settle(config.engine.threads)):
+        print(told, file=sys.stderr)
     # Imported only now: a wrong configuration must be told before torch and DeepSpeed are loaded.
     from distill.engine import dist
     from distill.run import backfill, codistill, export, student, teacher

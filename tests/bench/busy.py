@@ -22,6 +22,7 @@ DEFAULT = {"GOMP_SPINCOUNT": "300000"}
 """libgomp's own."""
 SETTINGS = {
     "default": DEFAULT,
+    "ours": {},
     **{f"spin_{count}": {"GOMP_SPINCOUNT": str(count)} for count in (30_000, 10_000, 5_000, 3_000, 2_000, 1_000)},
     "passive": {"OMP_WAIT_POLICY": "passive"},
     "one_thread": {**DEFAULT, "OMP_NUM_THREADS": "1"},

@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from distill.config.schema import CorpusConfig, Source
-from distill.data.source import Corpus
 from distill.data.formats import kind_of
+from distill.data.source import Corpus
 from distill.data.tables import rows
 
 NAMES = [
