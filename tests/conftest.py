@@ -51,3 +51,9 @@ def pytest_fixture_setup() -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_call() -> None:
     _seed()
+
+
+def pytest_make_parametrize_id(val, argname):
+    """Of bytes the argument's name and place: what gzip makes holds the time, and the processes of one run must find
+    tests of the same names."""
+    return argname if isinstance(val, bytes) else None

@@ -8,6 +8,7 @@ Hydra run.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import re
@@ -103,7 +104,7 @@ def precheck(arguments: list[str]) -> list[str]:
             composed = _Composed(hydra, name, line, files, problems)
             composed.refused |= {text for text in line.overrides if text not in sound}
             composed.refused |= {each for p in problems for each in re.findall(r"(?<![\w.])[\w.]+=", p)}
-            for combination in itertools.islice(_combinations(sound), MOST_COMBINATIONS):
+            for combination in itertools.islice(_combinations(sound, hydra.config_loader), MOST_COMBINATIONS):
                 composed.check(combination, swept)
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
@@ -140,12 +141,27 @@ def _load(cfg: DictConfig) -> tuple[list[str], RunConfig | None]:
         problems = unresolved(typed, missing=True)
         if problems:
             return _without_followers(problems, plain), None
-        run = OmegaConf.to_object(typed)
+        # And once more with all references replaced: one may name a text where a part or a list belongs.
+        run = OmegaConf.to_object(OmegaConf.merge(schema(), OmegaConf.to_container(typed, resolve=True)))
     except OmegaConfBaseException as error:
         return [sentence(error)], None
     assert isinstance(run, RunConfig)
     paths.expand(run)
-    return _without_followers(list(check(run)), plain), run
+    nested = list(_nested_lists(run))
+    return nested or _without_followers(list(check(run)), plain), run
+
+
+def _nested_lists(part: Any, prefix: str = "") -> Iterator[str]:
+    """Lists within lists: the schema has none, but OmegaConf takes them."""
+    if dataclasses.is_dataclass(part):
+        part = vars(part)
+    if isinstance(part, dict):
+        for name, value in part.items():
+            yield from _nested_lists(value, f"{prefix}{name}.")
+    elif isinstance(part, list):
+        for each in part:
+            if isinstance(each, list | dict):
+                yield f"{prefix[:-1]} has {each}; each of its elements is one value"
 
 
 def _without_followers(problems: list[str], plain: dict[Any, Any]) -> list[str]:
@@ -266,11 +282,12 @@ def _key(text: str) -> str:
     return text.lstrip("+~").partition("=")[0]
 
 
-def _combinations(texts: list[str]) -> Iterator[list[str]]:
+def _combinations(texts: list[str], loader: Any) -> Iterator[list[str]]:
     """Every combination of a sweep's values; one list where nothing is swept."""
     options = []
     for text in texts:
         override = OverridesParser.create().parse_override(text)
+        override.config_loader = loader
         options.append([text])
         if override.is_sweep_override():
             prefix, swept = text.split("=", 1)[0], itertools.islice(override.sweep_string_iterator(), MOST_COMBINATIONS)

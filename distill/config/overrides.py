@@ -42,6 +42,13 @@ def problems_of(text: str, files: Files, loader: Any, swept: bool, ours: bool) -
     except Exception as error:
         yield _unparsed(text, files, error)
         return
+    override.config_loader = loader  # which globs look through
+    if override.is_sweep_override():
+        try:
+            list(itertools.islice(override.sweep_iterator(), 1))
+        except Exception as error:  # an interval, which only the sweepers of other packages can draw from
+            yield f"{text}: {sentence(error)}"
+            return
     key, package = override.key_or_group, override.package
     if not key:
         yield f"{text!r} has no key; write KEY{text if text.startswith('=') else '=VALUE'}"
@@ -76,6 +83,9 @@ def _choice(text: str, override: Override, files: Files, loader: Any, swept: boo
     """Of a group's files."""
     group, package = override.key_or_group, override.package
     hydras = group.startswith("hydra/")
+    if override.is_sweep_override() and hydras:
+        yield f"{text} would sweep over Hydra's own settings; choose one"
+        return
     if override.is_sweep_override() and not swept:
         yield f"{text} is a sweep; add --multirun to run one after the other, or choose one"
         return
@@ -128,10 +138,7 @@ def _sweep(text: str, key: str, raw: str, override: Override, swept: bool) -> st
 def _values(override: Override) -> list[Any]:
     if not override.is_sweep_override():
         return [override.value()]
-    try:
-        return list(itertools.islice(override.sweep_iterator(), _MOST))
-    except Exception:  # an interval, which only the sweepers of other packages can draw from
-        return []
+    return list(itertools.islice(override.sweep_iterator(), _MOST))
 
 
 def _wrong(key: str, value: Any, raw: str) -> str | None:

@@ -1,5 +1,6 @@
 """Every mistake of a command line is one line with the way out, and the spelling that it names works."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -106,6 +107,11 @@ SENTENCES = {
     "teacher.optim.lr=${nope}": "teacher.optim.lr is ${nope}; Interpolation key 'nope' not found: ${KEY} takes the v",
     "teacher.optim.lr=${oc.env:NO_SUCH_NAME}": "teacher.optim.lr is ${oc.env:NO_SUCH_NAME}; Environment variable 'NO",
     "teacher.optim.lr=${job}": "teacher.optim.lr is ${job}; Value 'teacher' of type Job could not be converted to F",
+    "teacher.model.vision=${job}": "teacher.model.vision: ",
+    "teacher.model.moe_layers=${job}": "teacher.model.moe_layers: ",
+    "data.corpora=${oc.env:HOME}": "data.corpora: ",
+    "teacher.model.moe_layers=[[1]]": "teacher.model.moe_layers has [1]; each of its elements is one value",
+    "data.corpora.main.files=[{a:1}]": "data.corpora.main.files has {'a': 1}; each of its elements is one value",
     "teacher.optim.lr=${": "'teacher.optim.lr=${' is not an override: its ${ is not closed; write ${KEY}",
     "teacher.optim.lr=${nope:1}": "teacher.optim.lr is ${nope:1}; Unsupported interpolation type nope",
     "seed": "'seed' is not an override: it has no value; write seed=VALUE",
@@ -169,6 +175,17 @@ def test_a_run_folder_that_cannot_be_made_is_told_before_anything_starts(tmp_pat
     ]
 
 
+def test_a_home_folder_may_be_written_as_in_a_shell(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    run, hydra = loaded("job=teacher", "data=files", "data.corpora.main.files=[~/a.jsonl,~/b.jsonl]", "cache.dir=~/x y",
+                        "hydra.run.dir=~/runs")  # fmt: skip
+    assert [os.path.expanduser(each) for each in run.data.corpora["main"].files] == [
+        "/home/me/a.jsonl",
+        "/home/me/b.jsonl",
+    ]
+    assert (os.path.expanduser(run.cache.dir), hydra.run.dir) == ("/home/me/x y", "/home/me/runs")
+
+
 def test_all_of_a_command_line_comes_at_once_in_its_order_and_nothing_twice():
     assert problems(
         "hydra.run.dirr=x", "--job=teacher", "seed=x", "cache=zip", "cache.dir=a=b", "teacher.optim.lr=${nope}",
@@ -210,6 +227,12 @@ def test_every_combination_of_a_sweep_is_checked_and_flags_may_stand_anywhere(mo
     assert problems("-m", "job=teacher", "cache=topk,systematic", "cache.codec.k=5,300", "seed=1,2") == [
         "cache.codec.k is 300; allowed: 1 to 255"
     ]
+    assert problems("-m", "job=teacher", "seed=interval(0,1)", "hydra/launcher=basic,x", "cache.queue=0") == [
+        "seed=interval(0,1): Can only enumerate CHOICE and RANGE sweeps, type is ValueType.INTERVAL_SWEEP",
+        "hydra/launcher=basic,x would sweep over Hydra's own settings; choose one",
+        "cache.queue is 0; at least 1",
+    ]
+    precheck(["-m", "job=teacher", "cache=glob(t*)"])
     monkeypatch.setattr("distill.config.load.MOST_COMBINATIONS", 3)
     assert len(problems("-m", "job=teacher", "seed=range(0,1000000000)", "cache.queue=0")) == 1
 
