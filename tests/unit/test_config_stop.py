@@ -20,6 +20,14 @@ def script(text):
     )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """A shell's `&` starts this process with Ctrl-C ignored, which would stay so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_a_signal_is_a_note_until_someone_looks(number, code):
     before = signal.getsignal(number)
