@@ -10,6 +10,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 # GNU OpenMP reads it when torch is loaded: turns of a waiting thread before it sleeps. Its own 300,000 bring training
 # to a crawl beside any other program (LOG.md, busy machines).
-SPINS = "5000"
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+OWN_SPINS = not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys()
+"""The user has not said how threads wait."""
+if OWN_SPINS:
+    os.environ["GOMP_SPINCOUNT"] = "5000"

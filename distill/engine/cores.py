@@ -26,7 +26,7 @@ def settle(threads: int) -> str | None:
         threads: of this process, 0 for what the environment says; one waits for nobody.
     """
     single = threads == 1 or (threads == 0 and os.environ.get("OMP_NUM_THREADS") == "1")
-    if single or os.environ.get("GOMP_SPINCOUNT") != distill.SPINS:
+    if single or not distill.OWN_SPINS:
         return None
     own = os.sched_getaffinity(0)
     percent = psutil.cpu_percent(SECONDS, percpu=True)  # this process sleeps meanwhile
@@ -35,6 +35,6 @@ def settle(threads: int) -> str | None:
         return None
     os.environ["GOMP_SPINCOUNT"] = SHARED_SPINS
     return (
-        f"other programs use {busy:.1f} of {len(own)} cores: threads wait with GOMP_SPINCOUNT={SHARED_SPINS} (set it "
-        "yourself for another trade, or OMP_NUM_THREADS for fewer threads)"
+        f"other programs use {busy:.1f} of {len(own)} cores: threads wait with GOMP_SPINCOUNT={SHARED_SPINS}; "
+        "OMP_NUM_THREADS=1 may be faster still (what you set of both counts)"
     )
