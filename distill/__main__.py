@@ -48,7 +48,8 @@ def run_job(config: RunConfig) -> None:
     if alone and refusal is not None:
         raise refusal
     stop.check()
-    if alone and (told := cores.settle(config.engine.threads)):
+    # Of a sweep before its first job alone: loaded, torch looks no more.
+    if alone and "torch" not in sys.modules and (told := cores.settle(config.engine.threads)):
         print(told, file=sys.stderr)
     # Imported only now: a wrong configuration must be told before torch and DeepSpeed are loaded.
     from distill.engine import dist

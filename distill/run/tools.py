@@ -1,6 +1,7 @@
 """The command line of the cache's tools: `codistill-cache stats DIR` and so on.
 
-Each command's libraries are loaded when it runs: what only looks at headers and ledgers answers at once.
+Each command's libraries are loaded when it runs: what only looks at headers and ledgers answers at once. Longer than
+other files, so that all commands and their arguments are read in one place.
 """
 
 from __future__ import annotations
