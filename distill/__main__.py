@@ -155,7 +155,10 @@ def _told(error: UserError | OSError) -> int:
         raise error  # nothing that a person could mend: the traceback is for us
     if isinstance(error, DivergenceError) and int(os.environ.get("RANK", "0")) > 0:
         return error.exit_code  # raised on all ranks alike, and told by the main one
-    for line in str(error).splitlines():
+    text = str(error)
+    if isinstance(error, OSError) and error.filename:
+        text = f"{error.filename}: {error.strerror}"
+    for line in text.splitlines():
         print(f"error: {line}", file=sys.stderr)
     return error.exit_code if isinstance(error, UserError) else 2
 

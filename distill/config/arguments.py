@@ -108,6 +108,8 @@ def _flag(argument: str, rest: list[str], line: CommandLine) -> None:
     takes = found in VALUED.values() and not equals and bool(rest) and not rest[0].startswith("-")
     if takes and (found != "--info" or rest[0] in CHOICES["--info"]):
         value = rest.pop(0)
+    if found == "--info" and not value:
+        value = "all"  # what Hydra means; without it, it would take the next override for the value
     allowed = CHOICES.get(found)
     if found in PLAIN.values() and equals:
         line.problems.append(f"{argument}: {found} takes no value")

@@ -274,9 +274,11 @@ class Run:
 
     def diverged(self, role: str, what: str) -> DivergenceError:
         """The error that ends the training of a role; what: was not finite, and when."""
-        arm = f" of arm {self.folder.name}" if self.folder.parent.name == "arms" else ""
+        arm, rate = "", f"{role}.optim.lr"
+        if self.folder.parent.name == "arms":
+            arm, rate = f" of arm {self.folder.name}", f"codistill.arms.{self.folder.name}.lr"
         optim, last = getattr(self.config, role).optim, checkpoint.last(self.checkpoints)
-        again = f"with a lower {role}.optim.lr (now {optim.lr:g}) or {role}.optim.clip (now {optim.clip:g})"
+        again = f"with a lower {rate} (now {optim.lr:g}) or {role}.optim.clip (now {optim.clip:g})"
         way_out = f"; no checkpoint was saved before: start another run {again}"
         if last is not None:
             way_out = (

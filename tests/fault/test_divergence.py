@@ -171,6 +171,7 @@ def test_codistillation_and_its_arms(role, start, tmp_path, monkeypatch):
     with pytest.raises(DivergenceError) as caught:
         start(tmp_path / "r", *arguments)
     assert str(caught.value).startswith("student of arm hard: loss" if role == "arm" else f"{role}: loss")
+    assert f"a lower {'codistill.arms.hard' if role == 'arm' else f'{role}.optim'}.lr (now " in str(caught.value)
     assert not (tmp_path / "r" / "summary.json").exists()
     assert checkpoint.newest(tmp_path / "r" / "checkpoints") is not None and strict(tmp_path / "r") > 5
     if role == "teacher":

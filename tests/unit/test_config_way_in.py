@@ -251,6 +251,7 @@ def test_questions_need_no_configuration(asked):
     "given, code, said",
     [
         (["--cfg", "job", "--resolve", "-p", "teacher.optim", "job=teacher"], 0, ""),
+        (["job=teacher", "--info"], 0, ""),
         (["job=teacher", "+hydra.callbacks.x._target_=nope.Nope"], 2, "error: Error locating target 'nope.Nope'"),
         (["-m", "job=teacher", "seed=1,2", "+hydra.launcher.n_jobs=3"], 2, "error: Error in call to target 'hydra."),
     ],
