@@ -60,6 +60,7 @@ def run_job(config: RunConfig) -> None:
     # Each rank composes its own time stamp; the main rank's folder is the run's.
     refusal, folder = ranks.from_main((refusal, folder))
     if refusal is not None:
+        ranks.barrier()  # all have it before the first one leaves
         raise refusal
     try:
         stop.check()

@@ -43,7 +43,8 @@ def write_corpus(folder: Path, documents: int = 40) -> str:
 
 
 def environment(**more: str) -> dict[str, str]:
-    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR", "LOCAL_WORLD_SIZE")
+    # The last is the service of a wandb run of this process, which would outlive the started one.
+    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR", "LOCAL_WORLD_SIZE", "WANDB_SERVICE")
     kept = {k: v for k, v in os.environ.items() if k not in dropped}
     return kept | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "WANDB_MODE": "offline"} | more
 

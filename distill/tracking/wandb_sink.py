@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,7 @@ class WandbSink:
         try:
             import wandb
 
-            self._run = _patient(
-                wandb.init,
+            self._run = wandb.init(
                 project=config.project,
                 name=_name(folder, config),
                 group=_root(folder).name,
@@ -90,18 +88,6 @@ def _root(folder: Path) -> Path:
     """The run folder that an arm (`<run>/arms/<name>`) belongs to, or the folder itself."""
     folder = folder.resolve()
     return folder.parent.parent if folder.parent.name == "arms" else folder
-
-
-def _patient(start: Callable[..., Any], **options: Any) -> Any:
-    """What `start` makes; waits while the service of a killed process still holds the run's id, which is seconds."""
-    deadline = time.monotonic() + 30.0
-    while True:
-        try:
-            return start(**options)
-        except Exception as error:
-            if "is in use" not in str(error) or time.monotonic() > deadline:
-                raise
-            time.sleep(0.5)
 
 
 def _name(folder: Path, config: TrackingConfig) -> str:

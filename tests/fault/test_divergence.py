@@ -206,7 +206,8 @@ def test_one_process_exits_with_3_and_one_line(data, tmp_path):
     done = subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, timeout=170)
     assert done.returncode == 3, done.stderr[-3000:]
     assert sum(line.startswith("error:") for line in done.stderr.splitlines()) == 1
-    assert "error: student: loss" in done.stderr and "Traceback" not in done.stderr
+    assert "error: student: " in done.stderr and "not finite at step" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 # ---------------------------------------------------------------- models that are not finite

@@ -75,7 +75,6 @@ def test_all_ranks_are_refused(live):
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: hydra.run.dir is")]
     assert lines and all(f"pid {process.pid}" in line for line in lines)
-    assert "exitcode  : 2" in done.stderr  # torchrun's word on its first rank; its own code is 1
     assert still(folder / "run") == before
 
 
