@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import os
 import sys
+
+from distill.config import stop
+
+if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "codistill":
+    stop.listen()  # the imports below take half a second
+
+import contextlib
+import gc
 import tempfile
 from pathlib import Path
 
@@ -14,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from distill import __version__
-from distill.config import console, owner, stop
+from distill.config import console, owner
 from distill.config.errors import ConfigError, DivergenceError, UserError
 from distill.config.files import NO_ROOM
 from distill.config.load import CONF, load, precheck

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -49,17 +49,23 @@ def checked(items: Iterable[T]) -> Iterator[T]:
         yield item
 
 
-@contextmanager
-def signals() -> Iterator[None]:
-    """Takes note of Ctrl-C and SIGTERM inside; what is ignored (nohup, a shell's `&`) stays so."""
-    if threading.current_thread() is not threading.main_thread():  # Python gives signals to that one alone
-        yield
-        return
+def listen() -> dict[signal.Signals, Any]:
+    """Takes note of Ctrl-C and SIGTERM from now on; what is ignored (nohup, a shell's `&`) stays so. Returns who had
+    listened."""
     before = {number: signal.getsignal(number) for number in EXIT_CODES}
-    _asked.clear()
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, _note)
+    return before
+
+
+@contextmanager
+def signals() -> Iterator[None]:
+    """`listen` inside."""
+    if threading.current_thread() is not threading.main_thread():  # Python gives signals to that one alone
+        yield
+        return
+    before = listen()
     try:
         yield
     finally:
