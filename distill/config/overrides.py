@@ -22,7 +22,7 @@ from distill.config.arguments import TYPOGRAPHIC
 from distill.config.keys import kind_of, shown, unknown_key, wrong_value
 from distill.config.schema import Job
 from distill.config.sentences import sentence
-from distill.config.spelling import as_list, right, typographic
+from distill.config.spelling import as_list, parses, right, typographic
 from distill.config.userfiles import Files
 
 _MOST = 100
@@ -192,7 +192,7 @@ def _unparsed(text: str, files: Files, error: Exception) -> str:
     if name != key:
         plain = f"{name}={typographic(raw).strip().strip(chr(34) + chr(39))}"
         why = "its key has spaces, quotes or dashes that belong to none"
-        return f"{what}: {why}; write {shlex.quote(plain)}" if _parses(plain) else f"{what}: {why}"
+        return f"{what}: {why}; write {shlex.quote(plain)}" if parses(plain) else f"{what}: {why}"
     unknown = unknown_key(key.lstrip("+~"))
     if unknown and not re.search("[/@]", key):
         return f"{text!r} is not an override: {unknown}"
@@ -202,7 +202,7 @@ def _unparsed(text: str, files: Files, error: Exception) -> str:
     if any(each in raw for each in TYPOGRAPHIC):
         why = "it has quotes, dashes or spaces as documents have them"
         plain = f"{key}={typographic(raw)}"
-        spelling = shlex.quote(plain) if _parses(plain) else right(key, typographic(raw), kind)
+        spelling = shlex.quote(plain) if parses(plain) else right(key, typographic(raw), kind)
     elif "${" in raw and raw.count("{") > raw.count("}"):
         why = "its ${ is not closed; write ${KEY}"
     else:
@@ -226,14 +226,6 @@ def _completed(text: str, files: Files) -> str:
     return (
         f"{text}=VALUE" if unknown_key(text.lstrip("+")) is None else "KEY=VALUE, in quotes if there are spaces in it"
     )
-
-
-def _parses(text: str) -> bool:
-    try:
-        OverridesParser.create().parse_override(text)
-    except Exception:
-        return False
-    return True
 
 
 def _takes(spelling: str) -> bool:

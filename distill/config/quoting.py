@@ -5,11 +5,8 @@ from __future__ import annotations
 
 import re
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-
 from distill.config.paths import KEYS, home
-from distill.config.spelling import MARKS, quoted
+from distill.config.spelling import MARKS, parses, quoted
 
 HYDRA_KEYS = ("hydra.run.dir", "hydra.sweep.dir")
 
@@ -41,7 +38,7 @@ def _override(argument: str) -> str:
         bare = value[1:-1] if value[:1] == value[-1:] and value[:1] in ("'", '"') else value
         if bare.startswith("~"):
             return f"{key}={quoted(home(bare))}"
-    if _reads(argument):
+    if parses(argument):
         return argument
     several = value[:1] + value[-1:] in ("[]", "{}")
     if (MARKS - {","}) & set(value[1:-1] if several else value):
@@ -56,7 +53,7 @@ def _parts(text: str, named: bool) -> str:
     found = []
     for part in text.split(","):
         name, colon, value = part.partition(":") if named else ("", "", part)
-        found.append(name + colon + (value if _reads(f"x={value}") else quoted(value.strip())))
+        found.append(name + colon + (value if parses(f"x={value}") else quoted(value.strip())))
     return ",".join(found)
 
 
@@ -65,11 +62,3 @@ def _matches(key: str, pattern: str) -> bool:
     return any(
         re.fullmatch(re.escape(each).replace(r"\*", r"[^.]+"), key) for each in (pattern, pattern.removesuffix(".*"))
     )
-
-
-def _reads(argument: str) -> bool:
-    try:
-        OverridesParser.create().parse_override(argument)
-    except HydraException:
-        return False
-    return True

@@ -24,7 +24,7 @@ def right(key: str, raw: str, kind: Any) -> str | None:
     if getattr(kind, "__origin__", kind) is list:
         meant: Any = [_bare(part) for part in raw.strip("[]").split(",") if part.strip()]
         value = f"[{','.join(map(_element, meant))}]"
-    elif kind is not str and _parses(f"{key}={_bare(raw)}"):
+    elif kind is not str and _one_value(f"{key}={_bare(raw)}"):
         return shlex.quote(f"{key}={_bare(raw)}")
     else:
         meant = _bare(raw)
@@ -42,11 +42,17 @@ def as_list(key: str, value: str, kind: Any) -> str:
     return shlex.quote(f"{key}=[{_element(value) if kind.__args__[0] is str else value}]")
 
 
-def _parses(text: str) -> bool:
+def parses(text: str) -> bool:
+    """Hydra's grammar reads it as an override, whatever its key."""
     try:
-        return not OverridesParser.create().parse_override(text).is_sweep_override()
-    except HydraException:
+        OverridesParser.create().parse_override(text)
+    except Exception:  # the grammar's own errors, and those of what it makes of a text
         return False
+    return True
+
+
+def _one_value(text: str) -> bool:
+    return parses(text) and not OverridesParser.create().parse_override(text).is_sweep_override()
 
 
 def typographic(text: str) -> str:

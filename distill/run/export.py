@@ -21,14 +21,14 @@ from distill.config.files import write_text
 from distill.config.schema import DataConfig, ModelConfig, Precision, RunConfig, VisionConfig
 from distill.data import tokenizer as tokenizers
 from distill.data.prepare import Prepared, prepare, reopen
-from distill.data.tokenizer import Tokenizer
+from distill.data.tokenizer import TOKENIZER, Tokenizer
 from distill.engine import checkpoint
 from distill.engine.dist import Dist
 from distill.model import hf
 from distill.run import folder as run_folder
 from distill.run import identity
 from distill.run.identity import Lineage
-from distill.run.run import TOKENIZER, Run, load_model, role_in
+from distill.run.run import Run, load_model, role_in
 
 _COPIED = (
     TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",

@@ -13,12 +13,13 @@ from distill.cache import CacheHeader
 from distill.config.errors import CacheError, ConfigError
 from distill.config.schema import Precision
 from distill.data import tokenizer as tokenizers
+from distill.data.tokenizer import TOKENIZER
 from distill.engine import checkpoint
 from distill.engine.checkpoint import Checkpoint
 from distill.run import identity
 from distill.run.folder import recorded
 from distill.run.identity import Lineage
-from distill.run.run import TOKENIZER, Run, check_sight, load_model, role_in
+from distill.run.run import Run, check_sight, load_model, role_in
 from teacher.backfill import Frozen, Own
 
 

@@ -27,8 +27,7 @@ from distill.config.load import to_dict
 from distill.config.schema import DataConfig, Job, ModelConfig, RunConfig, TrainConfig, VisionConfig
 from distill.data.join import Batch, Joiner
 from distill.data.prepare import Prepared, prepare
-from distill.data.tokenizer import TOKENIZER as TOKENIZER
-from distill.data.tokenizer import Tokenizer
+from distill.data.tokenizer import TOKENIZER, Tokenizer
 from distill.engine import checkpoint
 from distill.engine.checkpoint import Checkpoint
 from distill.engine.dist import Dist
