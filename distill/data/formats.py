@@ -14,6 +14,7 @@ from typing import IO, NamedTuple, cast
 
 import pyarrow as pa
 
+from distill.config import files
 from distill.config.errors import DataError
 from distill.config.files import LFS_CURE, is_lfs_pointer
 from distill.config.schema import FileFormat
@@ -91,9 +92,9 @@ def opened(file: IO[bytes], compression: str | None) -> IO[bytes]:
     return file
 
 
-def reason(error: BaseException) -> str:
+def reason(error: Exception) -> str:
     """One line on what went wrong with a file."""
-    text = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+    text = (files.reason(error) or type(error).__name__).splitlines()[0]
     if "too much memory" in text:
         text += "; it was written with --long above 27: decompress it (zstd -d --long=31) or compress it anew"
     return text
