@@ -20,7 +20,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from distill import __version__
-from distill.config import console, owner
+from distill.config import owner
+from distill.config import streams as console
 from distill.config.errors import ConfigError, DivergenceError, UserError
 from distill.config.files import NO_ROOM
 from distill.config.load import CONF, load, precheck

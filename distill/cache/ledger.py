@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.cache.fields import check_types
-from distill.cache.layout import LEDGER, row_object
+from distill.cache.format import LEDGER, row_object
 from distill.cache.seal import seal, unseal
 from distill.cache.store import LocalStore, Store, open_store
 from distill.config.errors import CacheError

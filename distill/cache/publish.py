@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 
+from distill.cache.format import FORMAT, HEADER, LEDGER, SHARDS, ranks_name, shard_name
 from distill.cache.header import CacheHeader
-from distill.cache.layout import FORMAT, HEADER, LEDGER, SHARDS, ranks_name, shard_name
 from distill.cache.ledger import LedgerWriter, Origin, ShardRow
 from distill.cache.ranks import rank_table
 from distill.cache.seal import digest
@@ -35,7 +35,7 @@ def create(store: Store, header: CacheHeader, counts_V: Array | None) -> CacheHe
     if there.format != FORMAT:
         raise CacheError(
             f"{store.path(HEADER)}: format version is {there.format}, which can be read but not added to; rewrite it: "
-            "python -m distill.cache compact --into NEW_FOLDER"
+            "codistill-cache compact --into NEW_FOLDER"
         )
     expected = header.json()
     if counts_V is None:

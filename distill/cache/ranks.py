@@ -9,8 +9,8 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
+from distill.cache.format import ranks_name
 from distill.cache.header import CacheHeader
-from distill.cache.layout import ranks_name
 from distill.cache.seal import digest
 from distill.cache.store import Store
 from distill.config.errors import CacheError

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distill.cache import coder
 from distill.cache.codecs import Codec
-from distill.cache.layout import ENTROPY_LEVELS, LABEL_LEVELS, LABEL_TOP
+from distill.cache.format import ENTROPY_LEVELS, LABEL_LEVELS, LABEL_TOP
 from distill.cache.targets import Atoms
 
 Array = NDArray[Any]

@@ -13,7 +13,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from distill.cache.ahead import NEAR
-from distill.cache.layout import INDEX, RECORDS, SHARDS
+from distill.cache.format import INDEX, RECORDS, SHARDS
 from distill.cache.ledger import Origin, ShardRow
 from distill.cache.seal import digest
 from distill.cache.store import Store

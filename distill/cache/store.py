@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from distill.cache.files import publish, read_at, reported
+from distill.cache.local_files import publish, read_at, reported
 from distill.config.errors import CacheError
 from distill.config.files import sync, write_all
 from distill.config.paths import home

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from distill.cache import record
 from distill.cache.codecs import make_codec
-from distill.cache.files import TEMPORARY
+from distill.cache.format import LEDGER, LOCK, SHARDS, check_writer
 from distill.cache.header import CacheHeader
-from distill.cache.layout import LEDGER, LOCK, SHARDS, check_writer
 from distill.cache.ledger import LedgerWriter, Origin
+from distill.cache.local_files import TEMPORARY
 from distill.cache.pending import Pending
 from distill.cache.publish import create, publish_shard
 from distill.cache.ranks import invert, load_ranks
@@ -121,7 +121,7 @@ class CacheWriter:
                 if int(number) > next_seq:
                     raise CacheError(
                         f"{store.path(f'{SHARDS}/{name}')}: shard {int(number)} is there, but ledger {self.writer} has "
-                        f"{next_seq} rows: it was cut; get it back with python -m distill.cache repair {store.root}"
+                        f"{next_seq} rows: it was cut; get it back with codistill-cache repair {store.root}"
                     )
         for name in left:
             store.remove(f"{SHARDS}/{name}")

@@ -15,10 +15,10 @@ from distill.config import stop
 from distill.config.errors import DataError
 from distill.config.files import sync
 from distill.config.schema import ImageConfig, Source
-from distill.data import images
+from distill.data import image_tiles as images
 from distill.data.packed import SplitWriter
 from distill.data.source import Corpus, Document, Picture, Ranges
-from distill.data.tiles import TileFormat, Tiles
+from distill.data.tile_store import TileFormat, Tiles
 from distill.data.tokenizer import ImageIds, Tokenizer
 
 BATCH_CHARACTERS = 1 << 20

@@ -30,8 +30,8 @@ from numpy.typing import NDArray
 from distill.cache import token_digests
 from distill.config.errors import DataError
 from distill.config.files import sync
-from distill.data import tiles
-from distill.data.tiles import Seen, TileFile, TileFormat, Tiles, TileWriter
+from distill.data import tile_store as tiles
+from distill.data.tile_store import Seen, TileFile, TileFormat, Tiles, TileWriter
 
 COLUMNS: dict[str, np.dtype[Any]] = {"ids": np.dtype("<i4"), "documents": np.dtype("<i4"), "mask": np.dtype("u1")}
 BATCH_TOKENS = 1 << 17

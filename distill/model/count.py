@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from distill.config.schema import ModelConfig, VisionConfig
-from distill.model.layout import moe_layers, rope_layers
+from distill.model.layer_kinds import moe_layers, rope_layers
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from distill.model.attention import Attention, Layout, temperature
 from distill.model.experts import MoE, Routed
 from distill.model.images import Images
 from distill.model.kv import KV
-from distill.model.layout import moe_layers, rope_layers
+from distill.model.layer_kinds import moe_layers, rope_layers
 from distill.model.linear import GroupedFn, LinearFn, SwiGLU, grouped_mm
 from distill.model.norm import RMSNorm
 from distill.model.parametrization import scales

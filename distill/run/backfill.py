@@ -29,8 +29,8 @@ from distill.run.frozen import Teacher, load_teacher
 from distill.run.run import Run
 from distill.run.units import Held, Plan, Unit, make_plan
 from distill.tracking.console import duration, short
-from teacher.backfill import label, label_loss
 from teacher.capture import Capture
+from teacher.labelling import label, label_loss
 
 PROBED = 256
 """Samples, at most, on which a teacher shows whether it is better than those before it."""

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from distill.cache import CacheHeader, CacheReader, CacheWriter, is_written, make_codec
-from distill.cache.flops import flop_ledger
 from distill.config.errors import ConfigError
 from distill.config.schema import OnMissing, Parametrization, ReplayOrder, TrainConfig
 from distill.data.join import Joiner, check_cache
@@ -21,10 +20,11 @@ from distill.model.count import flops_per_token
 from distill.run.identity import Lineage, lineage
 from distill.run.run import Run, architecture
 from distill.run.trainer import Positions, Step, Trainer
+from distill.tools.flops import flop_ledger
 from distill.tracking.meters import Meters
-from student.step import StudentStep
+from student.distilling import StudentStep
 from teacher.capture import Capture
-from teacher.step import TeacherStep
+from teacher.pretraining import TeacherStep
 
 
 def steps_of(run: Run, role: str) -> int:

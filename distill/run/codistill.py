@@ -16,7 +16,7 @@ from distill.run.overhead import capture_overhead
 from distill.run.run import Run
 from distill.run.trainer import Trainer
 from distill.tracking import table
-from student.step import StudentStep
+from student.distilling import StudentStep
 
 
 def train(run: Run) -> None:

@@ -20,7 +20,7 @@ from distill.run import identity
 from distill.run.folder import recorded
 from distill.run.identity import Lineage
 from distill.run.run import Run, check_sight, load_model, role_in
-from teacher.backfill import Frozen, Own
+from teacher.labelling import Frozen, Own
 
 
 class Teacher(NamedTuple):
@@ -56,7 +56,7 @@ def load_teacher(run: Run) -> Teacher:
     trained: Checkpoint | None = None
     model: Frozen
     if source.startswith("hf:"):
-        from teacher import hf
+        from teacher import foreign as hf
 
         foreign = hf.load(folder, dtype)
         model, longest, vision = foreign, foreign.max_positions, None

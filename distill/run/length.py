@@ -6,7 +6,7 @@ from typing import Any
 
 from distill.model import Transformer
 from distill.run.run import Run
-from student import needle
+from student import needle_test as needle
 from student.evaluate import Evaluation
 
 

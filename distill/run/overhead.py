@@ -11,7 +11,7 @@ from distill.data.join import Prefetch
 from distill.run import build
 from distill.run.run import Run
 from distill.run.trainer import Trainer
-from teacher.step import TeacherStep
+from teacher.pretraining import TeacherStep
 
 PAIRS = 5
 

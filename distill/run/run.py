@@ -35,7 +35,7 @@ from distill.engine.zero import Engine, load_weights
 from distill.model import Transformer, hf
 from distill.model.balance import degenerate_routers
 from distill.model.freeze import freeze
-from distill.model.layout import moe_layers, rope_layers
+from distill.model.layer_kinds import moe_layers, rope_layers
 from distill.run import folder as run_folder
 from distill.run import identity
 from distill.run.folder import shown

@@ -14,7 +14,7 @@ from distill.config.errors import CacheError, ConfigError
 from distill.run import build, length
 from distill.run.run import Run, check_sight, load_model
 from distill.run.trainer import Trainer
-from student.step import StudentStep
+from student.distilling import StudentStep
 
 POLL_SECONDS, POLL_FAR_SECONDS = 0.2, 2.0
 """Between two looks for news; each look at an object store is a few requests, which are paid for."""

@@ -18,7 +18,7 @@ from distill.cache.store import open_store
 from distill.config.errors import CacheError
 from distill.config.schema import CodecConfig, CodecName
 from tests.crash import _checker as checker
-from tests.workers.cache import V, digests, header, put
+from tests.workers.cache_writers import V, digests, header, put
 
 SAMPLES = 24
 KINDS = ("cache.json", "ranks", "ledger lines", "ledger objects", "shard index", "shard records")

@@ -21,7 +21,7 @@ from distill.cache import CacheReader, CacheWriter
 from distill.config.errors import CacheError
 from tests.crash import _checker as checker
 from tests.crash import _teacher as teacher
-from tests.workers.cache import V
+from tests.workers.cache_writers import V
 
 _ZEROS = ("lost", "wrong", "duplicated", "failed")
 """What must never be counted."""

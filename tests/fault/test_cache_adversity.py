@@ -18,7 +18,7 @@ from distill.cache.view import Newest
 from distill.config.errors import CacheError
 from tests.cli import PATIENCE
 from tests.crash import _checker as checker
-from tests.workers.cache import SAMPLES, digests, header, put
+from tests.workers.cache_writers import SAMPLES, digests, header, put
 
 ALL = np.arange(SAMPLES)
 

@@ -13,7 +13,7 @@ from distill.cache import CacheReader, CacheWriter, make_codec
 from distill.config.errors import CacheError
 from distill.config.schema import CodecConfig, OnFull
 from tests.cli import PATIENCE
-from tests.workers.cache import SAMPLES, S, batch, digests, header, put, same_row, write_until_killed
+from tests.workers.cache_writers import SAMPLES, S, batch, digests, header, put, same_row, write_until_killed
 
 FORK = multiprocessing.get_context("fork")
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from distill.cache import CacheReader, CacheWriter
-from distill.cache.layout import HEADER
+from distill.cache.format import HEADER
 from distill.config.errors import CacheError
 from distill.config.schema import CodecConfig, CodecName
-from tests.workers.cache import SAMPLES, V, digests, header, put
+from tests.workers.cache_writers import SAMPLES, V, digests, header, put
 
 IDS = [0, 3, 5, 9, 17, 39]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from distill.cache import CacheReader, CacheWriter
 from tests.crash import _checker as checker
-from tests.workers.cache import header, put
+from tests.workers.cache_writers import header, put
 
 
 class Disk:

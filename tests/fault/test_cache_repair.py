@@ -11,13 +11,13 @@ from distill.cache import CacheReader, CacheWriter
 from distill.cache.ledger import ledgers
 from distill.cache.seal import seal
 from distill.cache.store import open_store
-from distill.cache.tools.compact import compact
-from distill.cache.tools.repair import repair
-from distill.cache.tools.verify import verify
 from distill.config.errors import CacheError
-from distill.run.tools import main
+from distill.tools.commands import main
+from distill.tools.compact import compact
+from distill.tools.repair import repair
+from distill.tools.verify import verify
 from tests import format_reader
-from tests.workers.cache import SAMPLES, V, digests, header, put
+from tests.workers.cache_writers import SAMPLES, V, digests, header, put
 
 SHARDS = [[0, 3, 5, 9], [17, 39], [20, 21, 22], [3, 30]]
 """Sample 3 is made again at step 7."""
@@ -306,7 +306,7 @@ def test_live_writers_are_left_alone(cache, whole):
 
 
 def test_tools_exclude_each_other(cache):
-    from distill.cache.tools.common import alone
+    from distill.tools.common import alone
 
     with alone(open_store(cache)):
         for call in (

@@ -10,13 +10,13 @@ import pytest
 
 from distill.cache import CacheReader, CacheWriter
 from distill.cache.store import open_store
-from distill.cache.tools.compact import compact
-from distill.cache.tools.merge import merge
-from distill.cache.tools.repair import repair
-from distill.cache.tools.verify import verify
 from distill.config.errors import CacheError
+from distill.tools.compact import compact
+from distill.tools.merge import merge
+from distill.tools.repair import repair
+from distill.tools.verify import verify
 from tests import format_reader
-from tests.workers.cache import SAMPLES, digests, header, put
+from tests.workers.cache_writers import SAMPLES, digests, header, put
 
 
 @pytest.fixture(scope="module")

@@ -328,7 +328,7 @@ def test_a_loss_on_held_out_text_that_is_not_finite(start, taught, tmp_path, mon
 
 def test_a_backfill_publishes_nothing_of_logits_that_are_not_finite(start, taught, tmp_path, monkeypatch):
     """Finite weights whose product overflows on some samples: what was labelled before them stays."""
-    from teacher import backfill as labels
+    from teacher import labelling as labels
 
     head, seen = labels.mixed_loss, []
 

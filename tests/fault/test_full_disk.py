@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from distill.cache import CacheReader
-from distill.cache.export import export
 from distill.config.errors import CacheError, CheckpointError, DataError
 from distill.config.files import naming, write_text
 from distill.config.schema import CorpusConfig, DataConfig, Source, TokenizerConfig
@@ -18,11 +17,12 @@ from distill.data.prepare import prepare
 from distill.engine import checkpoint
 from distill.engine.dist import Dist
 from distill.model import Transformer, hf
+from distill.tools.export_cache import export
 from distill.tracking.jsonl import JsonLines
 from tests.cli import TINY, run, write_corpus
 from tests.unit.test_cache_tools import write
 from tests.unit.test_model_attention import config_of
-from tests.workers.cache import SAMPLES
+from tests.workers.cache_writers import SAMPLES
 
 
 @pytest.fixture(params=["limit", "tmpfs"])

@@ -105,7 +105,7 @@ def test_tools_on_a_cache_that_can_only_be_read(trained, tmp_path, arguments):
     folder, _ = trained
     before = state(folder)
     names = [a.replace("CACHE", f"{folder}/run/cache").replace("OUT", str(tmp_path)) for a in arguments]
-    done = read_only(folder, [sys.executable, "-m", "distill.cache", *names], tmp_path)
+    done = read_only(folder, [sys.executable, "-m", "distill.tools", *names], tmp_path)
     assert done.returncode == 0, done.stderr
     assert state(folder) == before
 

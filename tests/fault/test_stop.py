@@ -107,7 +107,7 @@ def test_closed_pipes_do_not_end_training(tmp_path, data):
 @pytest.mark.parametrize("streams", ["| true", "2>&1 | true", ">&-", ">&- 2>&-", "> /dev/full"])
 def test_a_stream_that_goes_away_falls_silent(tmp_path, streams):
     script = (
-        "import sys; from distill.config.console import spared\n"
+        "import sys; from distill.config.streams import spared\n"
         "with spared():\n"
         "    for _ in range(3): print('x' * 100000); sys.stderr.write('e'); sys.stdout.flush()\n"
         "    print('left in the buffer')\n"
@@ -122,6 +122,6 @@ def test_a_stream_that_goes_away_falls_silent(tmp_path, streams):
 
 
 def test_a_tool_whose_reader_has_seen_enough_ends_quietly():
-    shell = f"{sys.executable} -m distill.cache stats tests/golden/cache-v2 | true; echo ${{PIPESTATUS[0]}}"
+    shell = f"{sys.executable} -m distill.tools stats tests/golden/cache-v2 | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", shell], env=environment(), capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("141\n", "")

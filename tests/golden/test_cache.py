@@ -9,7 +9,7 @@ import pytest
 from distill.cache import CacheReader
 from tests import format_reader
 from tests.golden import cache_maker
-from tests.workers.cache import digests
+from tests.workers.cache_writers import digests
 
 HERE = Path(__file__).parent
 

@@ -8,7 +8,7 @@ import torch
 
 from distill.model import hf
 from distill.model.images import Images
-from tests.compare import worst
+from tests.closeness import worst
 
 transformers = pytest.importorskip("transformers")
 transformers.utils.logging.disable_progress_bar()

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from distill.config.schema import RopeScaling
 from distill.model import Transformer, hf
-from distill.model.hf.names import hf_name
-from tests.compare import apart, worst
+from distill.model.hf.parameter_names import hf_name
+from tests.closeness import apart, worst
 
 transformers = pytest.importorskip("transformers")
 transformers.utils.logging.disable_progress_bar()

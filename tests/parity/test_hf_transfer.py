@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from distill.config.schema import BaseSizes, OptimConfig, Parametrization
 from distill.engine import optim
 from distill.model import Transformer, hf
-from tests.compare import worst
+from tests.closeness import worst
 from tests.parity.test_hf_text import CASES, ids_of
 
 transformers = pytest.importorskip("transformers")

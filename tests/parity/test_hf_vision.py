@@ -8,7 +8,7 @@ from distill.config.schema import VisionConfig
 from distill.model import Transformer, hf, vision
 from distill.model.images import Images
 from distill.model.rope import cos_sin
-from tests.compare import apart, worst
+from tests.closeness import apart, worst
 from tests.parity.test_hf_text import CASES, MIXED_TOP1
 
 transformers = pytest.importorskip("transformers")

@@ -22,7 +22,7 @@ from distill.cache.store import open_store
 from distill.config.errors import CacheError
 from distill.config.schema import CodecConfig, CodecName
 from tests.hostile import Parts
-from tests.workers.cache import V, header, put
+from tests.workers.cache_writers import V, header, put
 
 FAST = settings(max_examples=150, suppress_health_check=list(HealthCheck))
 ROOM = 64 << 20

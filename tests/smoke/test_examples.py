@@ -10,7 +10,7 @@ import xxhash
 from distill.cache import CacheReader, token_digests
 from examples import hf_trainer, plain_loop
 from examples.plain_loop import S, V
-from tests.compare import apart
+from tests.closeness import apart
 
 ALPHA = 0.5
 

@@ -20,7 +20,7 @@ from distill.model import Transformer, hf
 from distill.run import export
 from distill.run.run import load_model
 from tests.cli import TINY, run, write_corpus
-from tests.compare import worst
+from tests.closeness import worst
 
 transformers = pytest.importorskip("transformers")
 transformers.utils.logging.disable_progress_bar()

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from distill.data.packed import PackedCorpus
-from distill.run.import_cache import add_arguments
-from distill.run.import_cache import run as import_cache
+from distill.tools.import_cache import add_arguments
+from distill.tools.import_cache import run as import_cache
 from tests.cli import TINY, rows, run, write_corpus
 
 

@@ -119,7 +119,7 @@ def files_of(folder):
 
 def test_every_way_in_gives_one_version_and_one_line_for_a_mistake(place, away, tmp_path):
     ways = [[place / "bin" / "codistill"], [place / "bin" / "python", "-m", "distill"]]
-    tools = [[place / "bin" / "codistill-cache"], [place / "bin" / "python", "-m", "distill.cache"]]
+    tools = [[place / "bin" / "codistill-cache"], [place / "bin" / "python", "-m", "distill.tools"]]
     for way in [*ways, *tools]:
         # `python -m` looks into the present folder first.
         assert run(*way, "--version", cwd=tmp_path if "-m" in way else away).stdout == f"codistill {__version__}\n"

@@ -74,7 +74,7 @@ def test_all_that_is_written(tmp_path):
                   f"cache.dir={out}/filled", f"hydra.run.dir={out}/backfill"))  # fmt: skip
     start(command("job=export", f"init_from={out}/run", f"export.dir={out}/model", "export.drop_router_bias=true",
                   "export.max_shard_gb=0.00005", f"hydra.run.dir={out}/export"))  # fmt: skip
-    cache, tools = f"{out}/run/cache", [sys.executable, "-m", "distill.cache"]
+    cache, tools = f"{out}/run/cache", [sys.executable, "-m", "distill.tools"]
     start([*tools, "merge", cache, f"{out}/merged"])
     start([*tools, "compact", cache, "--into", f"{out}/compact"])
     start([*tools, "compact", cache])

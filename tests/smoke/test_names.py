@@ -30,7 +30,7 @@ def test_a_run_with_such_names(tmp_path):
     for arguments in (["stats", "c::c", "--html", "s:t::.html"], ["verify", "c::c"], ["merge", "c::c", "m::"],
                       ["export", "c::c", "t:u::v.parquet"], ["compare", "c::c", "m::"]):  # fmt: skip
         done = subprocess.run(
-            [sys.executable, "-m", "distill.cache", *arguments], cwd=place, capture_output=True, text=True,
+            [sys.executable, "-m", "distill.tools", *arguments], cwd=place, capture_output=True, text=True,
             env=environment(PYTHONPATH=os.getcwd()),
         )  # fmt: skip
         assert done.returncode == 0, (arguments, done.stderr)

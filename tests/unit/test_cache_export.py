@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from distill.cache import CacheHeader, CacheReader, CacheWriter, make_codec
-from distill.cache import export as module
-from distill.cache.export import Per, export
 from distill.config.errors import CacheError
 from distill.config.schema import CodecConfig, CodecName
+from distill.tools import export_cache as module
+from distill.tools.export_cache import Per, export
 
 S, V, N = 12, 200, 23
 

@@ -20,7 +20,7 @@ from distill.cache.store import LocalStore, open_store
 from distill.config.errors import CacheError
 from tests.cli import PATIENCE
 from tests.objects import object_store
-from tests.workers.cache import SAMPLES, S, digests, header, put
+from tests.workers.cache_writers import SAMPLES, S, digests, header, put
 
 ALL = np.arange(SAMPLES)
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from distill.cache import CacheReader, CacheWriter
-from distill.cache.flops import flop_ledger
-from tests.workers.cache import SAMPLES, S, header, put
+from distill.tools.flops import flop_ledger
+from tests.workers.cache_writers import SAMPLES, S, header, put
 
 
 @pytest.fixture

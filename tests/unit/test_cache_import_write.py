@@ -24,7 +24,7 @@ from distill.cache import CacheReader
 from distill.config.errors import CacheError, ConfigError, DataError
 from distill.config.schema import CorpusConfig, DataConfig, Source, TokenizerConfig
 from distill.data.prepare import prepare
-from distill.run.import_cache import add_arguments, run
+from distill.tools.import_cache import add_arguments, run
 
 S, V, K = 16, 300, 6
 

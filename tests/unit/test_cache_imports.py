@@ -16,11 +16,11 @@ import pytest
 import torch
 import yaml
 
-from distill.cache.imports.distillkit import DistillKit
-from distill.cache.imports.megatron import Megatron
-from distill.cache.imports.plain import Plain
-from distill.cache.imports.vllm import Vllm
 from distill.config.errors import CacheError
+from distill.tools.imports.distillkit import DistillKit
+from distill.tools.imports.megatron import Megatron
+from distill.tools.imports.plain import Plain
+from distill.tools.imports.vllm import Vllm
 
 V = 1000
 

@@ -15,7 +15,7 @@ from distill.cache.header import PARAMETERS
 from distill.config.errors import CacheError
 from distill.config.schema import CodecConfig, CodecName, OnFull
 from tests import format_reader
-from tests.workers.cache import SAMPLES, S, V, batch, digests, header, put, same_row
+from tests.workers.cache_writers import SAMPLES, S, V, batch, digests, header, put, same_row
 
 CODECS = [CodecConfig(name) for name in CodecName]
 

@@ -11,16 +11,16 @@ import pytest
 from distill.cache import CacheReader, CacheWriter
 from distill.cache.ledger import ledgers
 from distill.cache.store import open_store
-from distill.cache.tools.compact import compact
-from distill.cache.tools.compare import compare
-from distill.cache.tools.merge import merge
-from distill.cache.tools.stats import stats
-from distill.cache.tools.verify import verify
 from distill.config.errors import CacheError
 from distill.config.schema import CodecConfig
-from distill.run.tools import main
+from distill.tools.commands import main
+from distill.tools.compact import compact
+from distill.tools.compare import compare
+from distill.tools.merge import merge
+from distill.tools.stats import stats
+from distill.tools.verify import verify
 from tests import format_reader
-from tests.workers.cache import SAMPLES, S, V, batch, digests, header, put
+from tests.workers.cache_writers import SAMPLES, S, V, batch, digests, header, put
 
 MB = 1_000_000
 
@@ -134,7 +134,7 @@ def test_a_live_reader_and_a_live_writer_go_on_during_a_compaction(cache, monkey
 
         return call
 
-    for name in ("distill.cache.tools.pack.publish_shard", "distill.cache.tools.compact.published"):
+    for name in ("distill.tools.repack.publish_shard", "distill.tools.compact.published"):
         module, attribute = name.rsplit(".", 1)
         monkeypatch.setattr(name, meanwhile(getattr(sys.modules[module], attribute)))
     compact(open_store(cache), shard_bytes=1000)
@@ -370,13 +370,13 @@ def test_faults_are_told_in_a_line_each(cache, tmp_path, capsys, arguments, said
 def test_what_looks_at_headers_needs_no_torch(cache):
     for command in (["stats", str(cache)], ["verify", str(cache)], ["--help"]):
         code = (
-            "import sys; from distill.run.tools import main\n"
+            "import sys; from distill.tools.commands import main\n"
             f"try: main({command!r})\nexcept SystemExit: pass\n"
             "print([m for m in ('torch', 'numba', 'pyarrow', 'omegaconf', 'hydra', 'fsspec') if m in sys.modules])"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert done.stdout.splitlines()[-1] == "[]"
-    done = subprocess.run([sys.executable, "-m", "distill.cache", "verify", str(cache)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "distill.tools", "verify", str(cache)], capture_output=True, text=True)
     assert done.returncode == 0 and "whole" in done.stdout
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from distill.config.errors import ConfigError
 from distill.config.load import resolve
-from distill.run.tools import main
+from distill.tools.commands import main
 
 HEADER = "# @package _global_\n"
 OWN = """\

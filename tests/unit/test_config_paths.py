@@ -13,7 +13,7 @@ from distill.cache.store import LocalStore, open_store
 from distill.config import paths, quoting, spelling
 from distill.config.load import CONF, precheck, resolve, spelt, to_dict
 from distill.config.schema import RunConfig
-from distill.run.tools import COMMANDS
+from distill.tools.commands import COMMANDS
 
 NO_PATHS = {
     "data.corpora.*.text_key", "data.corpora.*.mask_key", "data.corpora.*.image_key", "data.tokenizer.bos",

@@ -8,7 +8,7 @@ import typing
 
 import pytest
 
-from distill.cache import layout
+from distill.cache import format as layout
 from distill.cache.codecs import make_codec
 from distill.cache.codecs.drawn import MAX_DRAWS
 from distill.config.checks import check

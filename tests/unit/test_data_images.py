@@ -10,7 +10,7 @@ from PIL import Image
 
 from distill.config.errors import DataError
 from distill.config.schema import IMAGE_TOKENS, ImageConfig
-from distill.data import images
+from distill.data import image_tiles as images
 from distill.data.tokenizer import ImageIds
 
 RELEASED = ImageConfig()

@@ -20,7 +20,8 @@ from distill.config.schema import (
     Source,
     TokenizerConfig,
 )
-from distill.data import digits, packed, tiles
+from distill.data import digits, packed
+from distill.data import tile_store as tiles
 from distill.data.join import Joiner
 from distill.data.prepare import prepare
 from distill.data.tokenizer import train

@@ -13,7 +13,7 @@ from distill.config.schema import OptimConfig, Schedule
 from distill.engine.optim import decay_group, learning_rate
 from distill.model.parametrization import scales
 from tests.cli import PATIENCE
-from tests.compare import worst
+from tests.closeness import worst
 from tests.workers import engine as worker
 
 

@@ -13,8 +13,8 @@ from distill.config.schema import Freeze
 from distill.engine.optim import decay_group
 from distill.model.images import Images
 from tests.cli import PATIENCE
-from tests.compare import worst
-from tests.workers import freeze as worker
+from tests.closeness import worst
+from tests.workers import freezing as worker
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def results(tmp_path_factory):
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     env |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     for ranks in ([], ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]):
-        command = [sys.executable, "-m", *ranks, "tests.workers.freeze", str(out)]
+        command = [sys.executable, "-m", *ranks, "tests.workers.freezing", str(out)]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0, done.stderr[-3000:]
     return {path.stem: load_file(path) for path in out.glob("*.safetensors")}

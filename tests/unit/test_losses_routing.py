@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from losses.routing import routing_loss, sequence_balance, z_loss
-from tests.compare import worst
+from tests.closeness import worst
 
 
 def test_balance_is_one_when_even_and_experts_over_active_at_worst():

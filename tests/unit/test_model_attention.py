@@ -15,7 +15,7 @@ from distill.config.schema import ModelConfig, RopeScaling
 from distill.model import Segments, Transformer
 from distill.model.rope import frequencies
 from distill.model.segments import CALL, ROW
-from tests.compare import apart, worst
+from tests.closeness import apart, worst
 
 
 def config_of(**changes):

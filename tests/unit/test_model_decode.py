@@ -10,7 +10,7 @@ from distill.config.errors import ConfigError, DataError
 from distill.model import Transformer
 from distill.model.decode import Decoder, sample
 from distill.model.images import Images
-from tests.compare import worst
+from tests.closeness import worst
 from tests.unit.test_model_attention import config_of, random_documents
 from tests.unit.test_model_vision import seeing, sight
 

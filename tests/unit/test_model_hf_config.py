@@ -7,7 +7,7 @@ import pytest
 from distill.config.errors import CheckpointError
 from distill.config.schema import RopeScaling, VisionConfig
 from distill.model import hf
-from distill.model.layout import moe_layers, rope_layers
+from distill.model.layer_kinds import moe_layers, rope_layers
 from tests.unit.test_model_attention import config_of
 from tests.unit.test_model_transformer import SIZED, preset
 

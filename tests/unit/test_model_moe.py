@@ -7,7 +7,7 @@ import torch
 
 from distill.model import Transformer, balance
 from distill.model.router import Router
-from tests.compare import worst
+from tests.closeness import worst
 from tests.unit.test_model_attention import config_of
 
 

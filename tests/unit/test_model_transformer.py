@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from distill.config.schema import ModelConfig
 from distill.model import Segments, Transformer
 from distill.model.count import count_parameters, flops_per_token
-from tests.compare import worst
+from tests.closeness import worst
 from tests.unit.test_model_attention import config_of, random_documents
 
 PRESETS = Path(__file__).resolve().parents[2] / "conf" / "model"

@@ -18,7 +18,7 @@ from distill.model import Transformer, vision
 from distill.model.count import count_parameters, vision_flops_per_tile
 from distill.model.freeze import freeze
 from distill.model.images import Images
-from tests.compare import apart, worst
+from tests.closeness import apart, worst
 from tests.unit.test_model_attention import config_of, random_documents
 from tests.unit.test_model_transformer import preset
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from distill.cache import CacheWriter
-from distill.run.tools import COMMANDS, main
-from tests.workers.cache import V, header, put
+from distill.tools.commands import COMMANDS, main
+from tests.workers.cache_writers import V, header, put
 
 
 def write(folder, parts):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distill.config.schema import NeedleTestConfig
-from student import needle
+from student import needle_test as needle
 from tests.unit.test_data_needle import FACT, prepared  # noqa: F401 (a fixture)
 from tests.unit.test_student_positions import OneRank
 

@@ -15,7 +15,7 @@ from distill.engine.dist import Dist
 from distill.model import Transformer
 from distill.tracking.meters import Meters
 from losses.weighting import LagState
-from student.step import StudentStep
+from student.distilling import StudentStep
 
 V, S = 32, 4
 ALONE = Dist(0, 1, torch.device("cpu"))

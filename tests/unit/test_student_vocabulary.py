@@ -14,7 +14,7 @@ from distill.data.join import check_cache
 from distill.data.tokenizer import load, train
 from distill.tracking.meters import Meters
 from losses import mixed_loss
-from student.step import StudentStep
+from student.distilling import StudentStep
 from tests.unit.test_student_step import ALONE, S, batch
 
 T, D, V, PADDED = 24, 6, 48, 64

@@ -8,8 +8,8 @@ from distill.cache import CacheHeader, CacheReader, CacheWriter, make_codec
 from distill.config.schema import CodecConfig, CodecName
 from distill.data.join import Batch
 from distill.model import Transformer
-from teacher.backfill import Own, label, label_loss
 from teacher.capture import Capture
+from teacher.labelling import Own, label, label_loss
 from tests.unit.test_model_attention import config_of
 
 S, V, SAMPLES = 12, 64, 5

@@ -20,8 +20,8 @@ from transformers import (
 
 from distill.config.errors import ConfigError
 from distill.data.join import Batch
-from teacher import hf
-from tests.compare import worst
+from teacher import foreign as hf
+from tests.closeness import worst
 
 V, D, S = 61, 16, 24
 DOCUMENTS = [[0] * 24, [0] * 5 + [1] * 1 + [2] * 18, [0] * 10 + [1] * 10 + [2] * 4]

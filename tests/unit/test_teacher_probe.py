@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from distill.config.errors import ConfigError
-from teacher import hf
+from teacher import foreign as hf
 from teacher.probe import probe
 from tests.unit.test_teacher_hf import SMALL, V, alone, batch_of
 

@@ -9,9 +9,9 @@ import sys
 import torch
 
 from distill.engine.zero import Engine
-from student.step import StudentStep
-from teacher import step as teacher_step
-from teacher.step import TeacherStep
+from student.distilling import StudentStep
+from teacher import pretraining as teacher_step
+from teacher.pretraining import TeacherStep
 
 
 class _BrokenGradient(torch.autograd.Function):

@@ -9,7 +9,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from distill.cache.layout import SHARDS
+from distill.cache.format import SHARDS
 from distill.cache.ledger import Origin, ShardRow
 from distill.cache.seal import digest
 from distill.cache.shard import Columns

@@ -9,10 +9,10 @@ import torch
 from distill.config import stop
 from distill.config.errors import DivergenceError
 from distill.model.finite import is_finite
-from distill.model.hf.config import config_from_json, config_to_json
-from distill.model.hf.names import SIGHT
-from distill.model.hf.read import Reader
-from distill.model.hf.write import SaveReport, save
+from distill.model.hf.parameter_names import SIGHT
+from distill.model.hf.read_checkpoint import Reader
+from distill.model.hf.text_config import config_from_json, config_to_json
+from distill.model.hf.write_checkpoint import SaveReport, save
 from distill.model.transformer import Transformer
 
 __all__ = ["SIGHT", "Reader", "SaveReport", "config_from_json", "config_to_json", "load", "save"]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from distill.config.schema import VisionConfig
-from distill.model.hf.fields import Fields
+from distill.model.hf.config_fields import Fields
 
 _INERT = frozenset(("initializer_range", "norm_eps", "vision_feature_layer", "vision_feature_select_strategy"))
 """transformers takes 1e-5 whatever norm_eps says."""

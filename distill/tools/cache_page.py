@@ -1,0 +1,87 @@
+"""What `stats` found as one page with pictures, by the charts of the run's report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distill.config.errors import CacheError
+from distill.config.files import write_text
+from distill.tools.show import HISTOGRAMS, number, size, stats_lines
+from distill.tracking import charts
+from distill.tracking.page import page
+
+
+def write(path: str, caches: Sequence[dict[str, Any]]) -> None:
+    """Writes the page of one or several caches to `path`; CacheError if that cannot be."""
+    body = "".join(map(_cache, caches))
+    try:
+        write_text(Path(path), page("cache · codistill", body))
+    except OSError as error:
+        raise CacheError(f"{path}: {error.strerror or error}") from error
+
+
+def _cache(found: dict[str, Any]) -> str:
+    header = found["header"]
+    facts = {
+        "coverage": f"{found['coverage']:.1%} of {number(header['samples'])} samples",
+        "bytes per token": f"{found['bytes_per_token']:.2f}",
+        "atoms per token": f"{found['atoms_per_token']:.2f}",
+        "tokens": number(found["tokens"]),
+        "shards": f"{number(found['shards'])}, {size(sum(found['bytes']['shards'].values()))}",
+        "codec": ", ".join(str(value) for value in header["codec"].values()),
+    }
+    entries = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in facts.items())
+    text = escape("\n".join(stats_lines(found)))
+    return (
+        f"<header><h1>{escape(found['folder'])}</h1><dl>{entries}</dl></header>\n"
+        f'<div class="grid">\n{_lag(found)}{_histograms(found)}</div>\n{_columns(found)}'
+        f"<details><summary>All numbers</summary><pre>{text}</pre></details>\n"
+    )
+
+
+def _lag(found: dict[str, Any]) -> str:
+    lag = found["lag"]
+    if not lag["step"]:
+        return ""
+    step, loss, behind = (np.asarray(lag[name], float) for name in ("step", "loss", "lag"))
+    frames = (
+        charts.Frame("Lag over time", "nats per token", "step", "How much worse than at its best the teacher was."),
+        charts.Frame("Teacher's loss when captured", "nats per token", "step", "Mean label loss of each shard."),
+    )
+    curves = (charts.Curve("lag", 2, step, behind), charts.Curve("loss", 0, step, loss))
+    return "".join(
+        charts.line_chart(frame, [curve], smoothed=False, zero=frame is frames[0])
+        for frame, curve in zip(frames, curves, strict=True)
+    )
+
+
+def _columns(found: dict[str, Any]) -> str:
+    sizes, tokens = found["bytes"]["shards"], max(found["tokens"], 1)
+    total = max(sum(sizes.values()), 1)
+    rows = "".join(
+        f"<tr><td>{escape(name)}</td><td>{size(count)}</td><td>{count / tokens:.3f}"
+        f'<span class="share s2"><i style="width:{100 * count / total:.1f}%"></i></span></td></tr>'
+        for name, count in sizes.items()
+    )
+    head = "<tr><th>column</th><th>size</th><th>bytes per token</th></tr>"
+    return f'<h2>Bytes by column</h2>\n<div class="scroll"><table>{head}{rows}</table></div>\n'
+
+
+def _histograms(found: dict[str, Any]) -> str:
+    if "sampled" not in found:
+        return ""
+    drawn = []
+    for name, title in HISTOGRAMS.items():
+        each = found["sampled"][name]
+        what, _, unit = title.partition(", ")
+        edges, counts = each["edges"], each["counts"]
+        frame = charts.Frame(
+            what, "share of tokens", unit, f"Mean {each['mean']:.3f}." if each["mean"] is not None else ""
+        )
+        drawn.append(charts.histogram(frame, edges, counts))
+    return "".join(drawn)

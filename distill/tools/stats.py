@@ -1,0 +1,146 @@
+"""What is in a cache: how much of the corpus, bytes for what, from which teachers, how far behind. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from distill.cache.format import HEADER, LEDGER, QUARANTINE, SHARDS, ranks_name
+from distill.cache.header import CacheHeader
+from distill.cache.ledger import Origin, ShardRow
+from distill.cache.local_files import TEMPORARY
+from distill.cache.shard import WIDTHS
+from distill.cache.store import Store
+from distill.cache.view import Newest, open_shard, published
+from distill.tools.common import Bar, is_live
+from distill.tools.flops import flop_ledger
+
+_TOGETHER = 256
+"""Shards whose indexes are read together."""
+
+
+def stats(store: Store, *, quick: bool = False) -> dict[str, Any]:
+    """Plain numbers, lists and texts; bytes per token are those of the shards that count.
+
+    quick: header and ledgers alone, nothing of the shards: which records are superseded is not known then, and
+    coverage is an upper bound.
+
+    Raises:
+        CacheError: no cache, or a damaged header, ledger or index.
+    """
+    header = CacheHeader.read(store)
+    rows, retired, ledgers = published(store, header)
+    records, tokens = sum(row.samples for row in rows), sum(row.tokens for row in rows)
+    covered = min(records, header.samples) if quick else _covered(store, header, rows)
+    sizes = _sizes(store, header, rows, retired)
+    found: dict[str, Any] = {
+        "folder": store.root,
+        "header": header.json() | {"digest": header.identity},
+        "exact": not quick,
+        "samples": covered,
+        "coverage": covered / max(header.samples, 1),
+        "records": records,
+        "shards": len(rows),
+        "tokens": tokens,
+        "atoms": sum(row.atoms for row in rows),
+        "bytes": sizes,
+        "bytes_per_token": sum(row.bytes for row in rows) / max(tokens, 1),
+        "atoms_per_token": sum(row.atoms for row in rows) / max(tokens, 1),
+        "origins": _origins(rows),
+        "lag": lag(rows),
+        "flops": flop_ledger(rows, header.sample_tokens),
+        "writers": [
+            {
+                "name": each.writer,
+                "rows": each.seq,
+                "torn": each.torn,
+                "finished": each.finished,
+                "alive": is_live(store, each.writer),
+            }
+            for each in ledgers
+        ],
+    }
+    return found
+
+
+def _covered(store: Store, header: CacheHeader, rows: Sequence[ShardRow]) -> int:
+    newest = Newest(header.samples)
+    with Bar("indexes", sum(row.index_bytes for row in rows)) as bar:
+        for first in range(0, len(rows), _TOGETHER):
+            part = rows[first : first + _TOGETHER]
+            for row, columns in zip(part, store.map(lambda row: open_shard(store, header, row).columns, part)):
+                newest.add(columns.sample_ids, columns.steps)
+                bar.add(row.index_bytes)
+    return newest.index.covered()
+
+
+def _sizes(
+    store: Store, header: CacheHeader, rows: Sequence[ShardRow], retired: Sequence[ShardRow]
+) -> dict[str, dict[str, int]]:
+    """Bytes of the shards that count, by column; of the other files that count; of those that do not."""
+    records = sum(row.samples for row in rows)
+    shards = {} if header.format == 1 else {name: width * records for name, width in WIDTHS.items()}
+    indexes = sum(row.index_bytes for row in rows)
+    shards |= {"headers": indexes - sum(shards.values()), "records": sum(row.bytes for row in rows) - indexes}
+    files = store.names(SHARDS)
+    there, counted = set(files), {row.shard for row in [*rows, *retired]}
+    others = [name for name in files if name not in counted]
+    ranks = "ranks.safetensors" if header.format == 1 else ranks_name(header.ranks)
+    return {
+        "shards": shards,
+        "others": {
+            HEADER: store.size(HEADER),
+            "ranks": store.size(ranks),
+            "ledgers": store.bytes_in(LEDGER),
+        },
+        "of no use": {
+            "replaced by compaction": sum(row.bytes for row in retired if row.shard in there),
+            "without a row": _size(store, [n for n in others if not n.endswith(TEMPORARY)]),
+            "temporary": _size(store, [n for n in others if n.endswith(TEMPORARY)]),
+            "quarantine": store.bytes_in(QUARANTINE),
+        },
+    }
+
+
+def _size(store: Store, names: list[str]) -> int:
+    """Of files in `shards/`, without those that are gone meanwhile."""
+    return sum(store.size(name) for each in names if store.exists(name := f"{SHARDS}/{each}"))
+
+
+def _origins(rows: Sequence[ShardRow]) -> list[dict[str, Any]]:
+    """One entry for each teacher and way of coming here, in the order of their first steps."""
+    groups: dict[tuple[str, str, bool], list[Origin]] = {}
+    for row in rows:
+        for origin in row.origins:
+            groups.setdefault((origin.teacher, origin.source, origin.seen_before), []).append(origin)
+    found = []
+    for (teacher, source, seen_before), origins in groups.items():
+        losses = [(o.last_step, o.loss) for o in origins if o.loss is not None]
+        found.append(
+            {
+                "teacher": teacher,
+                "source": source,
+                "seen_before": seen_before,
+                "samples": sum(o.samples for o in origins),
+                "tokens": sum(o.tokens for o in origins),
+                "first_step": min(o.first_step for o in origins),
+                "last_step": max(o.last_step for o in origins),
+                "best_loss": min((loss for _, loss in losses), default=None),
+                "last_loss": max(losses, default=(0, None), key=lambda each: each[0])[1],
+            }
+        )
+    return sorted(found, key=lambda each: (each["first_step"], each["teacher"], each["source"]))
+
+
+def lag(rows: Sequence[ShardRow]) -> dict[str, list[float]]:
+    """Of each shard's origin, in the order of steps: last step, mean label loss, and what it exceeds the best loss by
+    (nats), with the tokens that it is a mean of."""
+    origins = [(o.last_step, o.loss, o.tokens) for row in rows for o in row.origins if o.loss is not None]
+    origins.sort(key=lambda each: each[0])
+    best = min((loss for _, loss, _ in origins), default=0.0)
+    return {
+        "step": [step for step, _, _ in origins],
+        "loss": [loss for _, loss, _ in origins],
+        "lag": [loss - best for _, loss, _ in origins],
+        "tokens": [tokens for _, _, tokens in origins],
+    }

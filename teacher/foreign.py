@@ -1,0 +1,225 @@
+"""Any causal language model of `transformers` as a frozen teacher; the only file that knows that library.
+
+Packed documents must not see each other and each counts its positions from 0. Rather than ask hundreds of
+architectures for that, every document is a row of its own, padded on the right, where a causal model cannot look.
+
+Where logits are nothing but a product of the last hidden states with the unembedding, which is tried on planted states
+(teacher/probe.py) and on the first batch, the head runs in chunks like that of our own models. Elsewhere (biases,
+capped or scaled logits) the model's own logits are taken, some whole documents at a time.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from distill.config.errors import ConfigError, DivergenceError
+from distill.config.files import LFS_CURE, is_lfs_pointer
+from distill.data.join import Batch
+from distill.model.finite import is_finite
+from losses.mixed import Tap
+from teacher.labelling import hard_loss
+from teacher.probe import Head, probe
+
+
+class _Document(NamedTuple):
+    """A run of tokens of one document in the flattened batch."""
+
+    start: int
+    length: int
+
+
+class Foreign:
+    """A causal language model of `transformers`; see `teacher.labelling.Frozen`.
+
+    Args:
+        name: what messages call it.
+
+    Attributes:
+        max_positions: longest document that it takes; None: its configuration does not say.
+    """
+
+    def __init__(self, model: Any, name: str = "the teacher"):
+        self.model: Any = model.eval()
+        self._name = name
+        config = model.config.get_text_config()
+        self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
+        self._masked = "attention_mask" in inspect.signature(model.forward).parameters
+        self._plain_head: bool | None = None
+        """The logits are hidden states times the unembedding; None: not tried yet."""
+
+    @cached_property
+    def _head(self) -> Head:
+        return probe(self.model, self._name)
+
+    @property
+    def vocab_size(self) -> int:
+        """The width of its logits, padded rows included.
+
+        Raises:
+            ConfigError: its configuration has a cap or scale that the model does not apply.
+        """
+        return self._head.width
+
+    def flops_per_token(self, sample_tokens: int, tiles: float = 0.0) -> float:
+        """An estimate: 2 for each weight that a token meets in a matrix product, and attention over half a sample."""
+        assert not tiles, "no pictures"
+        config = self.model.config.get_text_config()
+        active, experts = _number(config, "num_experts_per_tok"), None
+        for name in ("num_local_experts", "num_experts", "n_routed_experts"):
+            experts = experts or _number(config, name)
+        share = active / experts if active and experts else 1.0
+        tables = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
+        head = self.model.get_output_embeddings()
+        if head is not None:
+            tables.discard(id(head.weight))  # tied: what looks ids up is also a matrix of a product
+        products = sum(
+            p.numel() * (share if ".experts." in name else 1.0)
+            for name, p in self.model.named_parameters()
+            if p.ndim > 1 and id(p) not in tables
+        )
+        heads, layers = (_number(config, name) or 0 for name in ("num_attention_heads", "num_hidden_layers"))
+        width = _number(config, "head_dim") or ((_number(config, "hidden_size") or 0) / max(heads, 1))
+        return 2.0 * products + 4.0 * layers * heads * width * (sample_tokens + 1) / 2
+
+    def label(self, batch: Batch, tap: Tap, head_chunk: int) -> Tensor:
+        ids_T, labels_T = batch.ids_BS.flatten(), batch.labels_BS.flatten()
+        documents = _documents(batch.documents_BS)
+        if self._plain_head is None:
+            few = documents[: max(1, head_chunk // documents[0].length)]
+            self._plain_head = self._head.plain and self._has_plain_head(ids_T, few)
+        if self._plain_head:
+            hidden_TD = self._hidden(ids_T, documents, room=len(ids_T))
+            return hard_loss(hidden_TD, self.model.get_output_embeddings().weight, batch, tap, head_chunk)
+        hard = []
+        for group in _groups(documents, head_chunk, in_order=True):
+            logits_NLV = self._rows(self.model, ids_T, group).logits
+            logits_tV = torch.cat([row_LV[: d.length] for row_LV, d in zip(logits_NLV, group)])
+            logits_tV = logits_tV.to(torch.promote_types(logits_tV.dtype, torch.float32))
+            logprobs_tV, start = logits_tV.log_softmax(-1), group[0].start
+            tap(start, logprobs_tV.exp(), logprobs_tV)
+            labels_t1 = labels_T[start : start + len(logprobs_tV), None]
+            hard.append(-logprobs_tV.gather(-1, labels_t1).squeeze(-1))
+        return torch.cat(hard)
+
+    def _has_plain_head(self, ids_T: Tensor, documents: list[_Document]) -> bool:
+        """Whether the product gives, number for number, the logits that the model gives on these documents."""
+        head = self.model.get_output_embeddings()
+        group = next(_groups(documents, sum(d.length for d in documents), in_order=True))
+        out = self._rows(self.model.base_model, ids_T, group)
+        hidden = getattr(out, "last_hidden_state", None)
+        if self.model.base_model is self.model or hidden is None or hidden.shape[-1] != head.weight.shape[-1]:
+            return False
+        found, logits = F.linear(hidden, head.weight), self._rows(self.model, ids_T, group).logits
+        if found.shape != logits.shape:
+            return False
+        return bool((found.float() - logits.float()).abs().max() <= 1e-5 * logits.float().abs().max())
+
+    def _hidden(self, ids_T: Tensor, documents: list[_Document], room: int) -> Tensor:
+        """The last hidden states of all tokens [T, D]; at most `room` places, padding included, run at a time."""
+        hidden_TD: Tensor | None = None
+        for group in _groups(documents, room, in_order=False):
+            rows_NLD = self._rows(self.model.base_model, ids_T, group).last_hidden_state
+            if hidden_TD is None:
+                hidden_TD = rows_NLD.new_empty(len(ids_T), rows_NLD.shape[-1])
+            for row_LD, d in zip(rows_NLD, group):
+                hidden_TD[d.start : d.start + d.length] = row_LD[: d.length]
+        assert hidden_TD is not None
+        return hidden_TD
+
+    def _rows(self, module: Any, ids_T: Tensor, group: list[_Document]) -> Any:
+        """What the module makes of documents, a row each, padded on the right to the longest."""
+        longest = max(d.length for d in group)
+        ids_NL = ids_T.new_zeros(len(group), longest)
+        for row, d in enumerate(group):
+            ids_NL[row, : d.length] = ids_T[d.start : d.start + d.length]
+        if not self._masked:
+            # Without a mask nothing says what is padding; to a causal model on the right it makes no difference.
+            return module(input_ids=ids_NL, use_cache=False)
+        length_N1 = torch.tensor([[d.length] for d in group], device=ids_T.device)
+        mask_NL = torch.arange(longest, device=ids_T.device) < length_N1
+        return module(input_ids=ids_NL, attention_mask=mask_NL.long(), use_cache=False)
+
+
+def load(folder: Path, dtype: torch.dtype) -> Foreign:
+    """The model of a folder, on the CPU. Nothing is fetched, no code of the folder runs, and no pickle is read.
+
+    Raises:
+        ConfigError: `transformers` is missing, the folder holds no such model, or lacks some of its weights.
+        DivergenceError: a weight is not finite; names file and key.
+    """
+    key = f"teacher.from is hf:{folder}"
+    try:
+        import transformers
+    except ImportError:
+        raise ConfigError(f"{key}; it needs transformers: pip install 'codistill[hf]'") from None
+    if pointers := [path.name for path in sorted(folder.glob("*.safetensors")) if is_lfs_pointer(path)]:
+        raise ConfigError(f"{key}; {', '.join(pointers[:3])} {LFS_CURE}")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        found: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ConfigError(f"{key}; transformers cannot load it: {first}") from error
+    model, info = found
+    # transformers draws what a file lacks at random, and only warns.
+    if lacking := sorted(info["missing_keys"]):
+        raise ConfigError(f"{key}; its files lack {len(lacking)} tensors of the model: {', '.join(lacking[:4])}")
+    for name, tensor in model.state_dict().items():
+        if not is_finite(tensor):
+            raise DivergenceError(f"{key}; {_stored(folder, name)} is not finite")
+    return Foreign(model, key)
+
+
+def _stored(folder: Path, name: str) -> str:
+    """File and key of the folder's first tensor that is not finite; else the model's own name for one."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                if not is_finite(file.get_tensor(key)):
+                    return f"{path}: {key}"
+    return name
+
+
+def _documents(documents_BS: Tensor) -> list[_Document]:
+    """The runs of equal ordinals of every row, in the order of the flattened tokens."""
+    begins_BS = torch.ones_like(documents_BS, dtype=torch.bool)
+    begins_BS[:, 1:] = documents_BS.diff(dim=1) != 0
+    starts = torch.nonzero(begins_BS.flatten()).flatten().tolist()
+    ends = [*starts[1:], documents_BS.numel()]
+    return [_Document(start, end - start) for start, end in zip(starts, ends)]
+
+
+def _groups(documents: list[_Document], room: int, in_order: bool) -> Iterator[list[_Document]]:
+    """Documents to run together: at most `room` places with padding, or one document; by length unless `in_order`."""
+    group: list[_Document] = []
+    longest = 0
+    for document in documents if in_order else sorted(documents, key=lambda d: d.length):
+        if group and max(longest, document.length) * (len(group) + 1) > room:
+            yield group
+            group, longest = [], 0
+        group.append(document)
+        longest = max(longest, document.length)
+    if group:
+        yield group
+
+
+def _number(config: Any, name: str) -> float | None:
+    value = getattr(config, name, None)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
