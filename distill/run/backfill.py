@@ -22,13 +22,13 @@ from distill.cache import CacheHeader, CacheReader, CacheWriter, is_created, mak
 from distill.config import stop
 from distill.config.errors import DivergenceError
 from distill.config.schema import OnFull, OnMissing
+from distill.config.units import duration, short
 from distill.data.join import Batch, Joiner, Prefetch, check_cache
 from distill.data.packed import PackedCorpus
 from distill.run import build
 from distill.run.frozen import Teacher, load_teacher
 from distill.run.run import Run
 from distill.run.units import Held, Plan, Unit, make_plan
-from distill.tracking.console import duration, short
 from teacher.capture import Capture
 from teacher.labelling import label, label_loss
 

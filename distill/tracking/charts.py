@@ -12,8 +12,8 @@ from html import escape
 
 import numpy as np
 
+from distill.config.units import short
 from distill.tracking import scale
-from distill.tracking.console import short
 from distill.tracking.scale import Axis
 from distill.tracking.table import percent
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from distill.config.schema import ConsoleMode
+from distill.config.units import duration, short
 
 REDRAW, PLAIN = 0.1, 10.0
 """Seconds between redraws of the live line, and between plain lines of a job."""
@@ -150,31 +151,3 @@ class Console:
     def _write(stream: TextIO, text: str) -> None:
         stream.write(text)
         stream.flush()
-
-
-def duration(seconds: float) -> str:
-    """`42 s`, `3:07 min`, `5:12 h` or `3 d 4 h`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60}:{whole % 60:02d} min"
-    if whole < 48 * 3600:
-        return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
-    return f"{whole // 86400} d {whole % 86400 // 3600} h"
-
-
-def short(value: float) -> str:
-    """A number in three digits or so with k, M, G, T: `950`, `38.2k`, `1.5M`, `20M`."""
-    size = abs(value)
-    for limit, unit, suffix in (
-        (1e3, 1.0, ""),
-        (1e6, 1e3, "k"),
-        (1e9, 1e6, "M"),
-        (1e12, 1e9, "G"),
-        (math.inf, 1e12, "T"),
-    ):
-        # 999.6k would be rounded to 1000k
-        if size < limit * 0.9995:
-            return f"{value / unit:.3g}{suffix}"
-    return f"{value:g}"

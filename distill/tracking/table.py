@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distill.tracking.console import duration, short
+from distill.config.units import duration, short
 
 
 def render(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] | None = None) -> str:

@@ -3,7 +3,8 @@ import io
 import pytest
 
 from distill.config.schema import ConsoleMode
-from distill.tracking.console import Console, duration, short
+from distill.config.units import duration, short
+from distill.tracking.console import Console
 
 
 class Terminal(io.StringIO):
