@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
 from distill.config.schema import ConsoleMode
-from distill.config.units import duration, size
+from distill.config.units import duration, file_size, grouped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,7 +105,7 @@ class Progress:
     first call only sets where it starts, so that a resumed run is not taken for an infinitely fast one.
 
     Args:
-        unit: an amount as text with its unit, for the rate: `units.tokens`, `units.size`.
+        unit: an amount as text with its unit, for the rate: `units.tokens`, `units.file_size`.
         count: `done` and `total` as text; None leaves them out.
         transient: the line of a finished task is erased, and one that printed no plain line so far prints no last one.
         stream: stderr unless given.
@@ -115,7 +115,7 @@ class Progress:
         self,
         unit: Callable[[float], str],
         *,
-        count: Callable[[float], str] | None = "{:,}".format,
+        count: Callable[[float], str] | None = grouped,
         mode: ConsoleMode = ConsoleMode.auto,
         transient: bool = False,
         stream: TextIO | None = None,
@@ -213,7 +213,7 @@ class Progress:
 
 
 @contextmanager
-def advancing(task: str, total: float, unit: Callable[[float], str] = size) -> Iterator[Callable[[float], None]]:
+def advancing(task: str, total: float, unit: Callable[[float], str] = file_size) -> Iterator[Callable[[float], None]]:
     """Progress of one task: the function that is handed out adds to what is done, in `unit`; nothing stays of it."""
     done = 0.0
     with Progress(unit, count=unit, transient=True) as progress:

@@ -1,4 +1,4 @@
-"""Numbers as a person reads them: short counts, durations, sizes and shares with their units."""
+"""Numbers with their units as text: counts, bytes and durations, everywhere in the project."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def short(value: float) -> str:
     return f"{value:g}"
 
 
-def tokens(count: float) -> str:
-    """`950 tokens`, `38.2k tokens`."""
-    return f"{short(count)} tokens"
+def grouped(count: float) -> str:
+    """A whole number with separators: `202,048`."""
+    return f"{count:,.0f}"
 
 
-def size(count: float) -> str:
-    """Bytes in the decimal unit that suits them: `512 B`, `1.25 kB`, `3.10 GB`."""
+def file_size(count: float) -> str:
+    """Bytes in the largest unit of which there is at least one: `512 B`, `1.50 MB`; kB is 1,000 B."""
     for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if abs(count) >= unit:
             return f"{count / unit:.2f} {name}"
@@ -44,6 +44,11 @@ def duration(seconds: float) -> str:
     if whole < 48 * 3600:
         return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
+
+
+def tokens(count: float) -> str:
+    """`950 tokens`, `38.2k tokens`."""
+    return f"{short(count)} tokens"
 
 
 def percent(share: float) -> str:

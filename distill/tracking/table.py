@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill.config.terminal import text_table
-from distill.config.units import duration, percent, short, size
+from distill.config.units import duration, file_size, percent, short
 
 
 def render(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] | None = None) -> str:
@@ -113,7 +113,7 @@ _FACTS = {
     "flops.imported_tokens": ("imported", lambda value: f"{short(value)} tokens"),
     "flops.unpriced_tokens": ("of unknown cost", lambda value: f"{short(value)} tokens"),
     "planned_tflops": ("planned", lambda value: f"{value:.3g} TFLOP"),
-    "planned_bytes": ("size of it", size),
+    "planned_bytes": ("size of it", file_size),
     "planned_seconds": ("time for it", duration),
     "loss": ("teacher's loss", lambda value: f"{value:.3f} nats per token labelled"),
     "seconds": ("wall time", duration),

@@ -37,7 +37,7 @@ def clock(monkeypatch):
 
 def test_a_transient_line_is_erased_at_the_end(clock):
     terminal = Terminal()
-    with Progress(units.size, count=units.size, transient=True, stream=terminal, clock=clock) as progress:
+    with Progress(units.file_size, count=units.file_size, transient=True, stream=terminal, clock=clock) as progress:
         progress.update("verify", 0, 4e6, amount=0)
         clock.now += 2.0
         progress.update("verify", 1e6, 4e6, amount=1e6)
@@ -75,7 +75,7 @@ def test_rich_is_loaded_by_what_prints_and_not_before():
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (1250, "1.25 kB"), (3.1e9, "3.10 GB")])
 def test_sizes(count, text):
-    assert units.size(count) == text
+    assert units.file_size(count) == text
 
 
 @pytest.mark.parametrize(("share", "text"), [(0.0, "0 %"), (0.0123, "1.2 %"), (0.62, "62 %"), (-1.14, "−114 %")])
