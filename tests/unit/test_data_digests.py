@@ -10,20 +10,20 @@ import numpy as np
 
 from distill.config.schema import CorpusConfig, DataConfig, ImageConfig, NeedleConfig, Source, TokenizerConfig
 from distill.data.prepare import prepare
-from tests.pictures import parquet, rows
+from tests.image_corpus import parquet, rows
 
-TOKENIZER = "771d7fa0c7ab069d18552cdad1729c81"
+TOKENIZER = "4267b92d740b87907b11c4686bef64ff"
 SPLITS = {
-    "masked train": "044f98d206401c2bd5a1eb9e840cedc4",
-    "plain train": "494e5a54645fc771bea86b44460dd610",
-    "images train": "a1a300a9d5fff0cbfc839b1b86cbb234",
-    "digits train": "95855ff69abf48453d7f21b74d2585ed",
-    "needle train": "888ca73e7473584327ac0fbbd1b270df",
-    "masked held_out": "dc2faccbfed58b3cd1eed404c186b27e",
-    "digits held_out": "1b13ca9faf2602a65fd92f09c4718e78",
-    "needle held_out": "4f7cebc6bcbed09c51f64e1c2bf50c78",
+    "masked train": "cf73519668dfd78e11eb842c05ebaf54",
+    "plain train": "2fc1b2bdedfd357e535270f769dd4232",
+    "images train": "d6c26d4e8af38bba8fea4e255dfed3fb",
+    "digits train": "1b84cd74dd0b063307a01a3e88c98710",
+    "needle train": "a57ff23bba3cbce101b78dc1f4f864f2",
+    "masked held_out": "0c2a8930c35376dbb06de23140256edc",
+    "digits held_out": "3d2de6c33c01e4c6e67abab937fc1498",
+    "needle held_out": "80378bd8943e81b5be3ac25ec8deddb3",
 }
-FOLDERS = ["digits-3ffd3d8e8b278cee", "needle-abb5cf71552164bd"]
+FOLDERS = ["digits-73a958aabbb64cfe", "needle-89919024d069e611"]
 
 
 def text(seed: int, documents: int) -> list[str]:
