@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.config import stop
+from distill.config import stop, units
 from distill.config.errors import DataError
 from distill.config.files import sync
 from distill.config.schema import ImageConfig, Source
+from distill.config.terminal import Progress
 from distill.data import image_tiles
 from distill.data.packed import SplitWriter
 from distill.data.source import Corpus, Document, ImageFile, Ranges
@@ -24,7 +24,6 @@ from distill.data.tokenizer import ImageIds, Tokenizer
 BATCH_CHARACTERS = 1 << 20
 """And bytes of image files, together."""
 BATCH_DOCUMENTS = 1024
-QUIET_SECONDS = 2.0
 EXAMPLES = 5
 """Of text without a token, that a message shows."""
 
@@ -54,7 +53,8 @@ def pack(
         for split, held_out in splits.items()
     }
     tokens = {False: 0, True: 0}
-    progress, left_out = _Progress(corpus.name), _LeftOut(corpus, tokenizer.name)
+    left_out = _LeftOut(corpus, tokenizer.name)
+    progress, packed = Progress(units.tokens, count=None, transient=True), 0
     for batch in stop.checked(_batches(corpus.documents(scratch))):
         masked = any(document.ranges is not None for document in batch)
         texts = [document.text for document in batch]
@@ -70,8 +70,10 @@ def pack(
                 ids_n, loss_n, tiles_NCHW = _with_images(ids_n, loss_n, document.images, image_ids, image_config)
             writers[document.held_out].add(ids_n, loss_n, tiles_NCHW)
             tokens[document.held_out] += len(ids_n)
-        progress.at(sum(tokens.values()), corpus.share)
-    progress.end()
+        before, packed = packed, sum(tokens.values())
+        share, total = (0.0, None) if corpus.share is None else (corpus.share, 1.0)
+        progress.update(f"packing {corpus.name}", share, total, amount=packed - before, text=units.tokens(packed))
+    progress.close()
     left_out.end(folder)
     for split, held_out in splits.items():
         if tokens[held_out] <= sample_tokens:
@@ -186,38 +188,3 @@ class _LeftOut:
 
 def _shown(text: str) -> str:
     return repr(text if len(text) <= 20 else text[:17] + "...")
-
-
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 100
-        else f"{seconds / 60:.0f} min"
-        if seconds < 6000
-        else f"{seconds / 3600:.1f} h"
-    )
-
-
-class _Progress:
-    """A line on stderr for packing that takes long: rewritten on a terminal, else at doubling intervals."""
-
-    def __init__(self, name: str):
-        self._name, self._began, self._said, self._every = name, time.monotonic(), 0.0, QUIET_SECONDS
-        self._line = "\r{}\033[K" if sys.stderr.isatty() else "{}\n"
-
-    def at(self, tokens: int, share: float | None) -> None:
-        seconds = time.monotonic() - self._began
-        if seconds - self._said < self._every:
-            return
-        self._said = seconds
-        text = f"packing {self._name}: {tokens / 1e6:.1f} M tokens, {tokens / 1e6 / seconds:.2f} M/s"
-        if share:
-            text += f", {share:.0%} of the files read, {_duration(seconds * (1 - share) / share)} left"
-        sys.stderr.write(self._line.format(text))
-        sys.stderr.flush()
-        if self._line.endswith("\n"):
-            self._every *= 2
-
-    def end(self) -> None:
-        if self._said and not self._line.endswith("\n"):
-            sys.stderr.write("\n")
