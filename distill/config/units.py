@@ -44,3 +44,15 @@ def duration(seconds: float) -> str:
     if whole < 48 * 3600:
         return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
+
+
+def tokens(count: float) -> str:
+    """`950 tokens`, `38.2k tokens`."""
+    return f"{short(count)} tokens"
+
+
+def percent(share: float) -> str:
+    """A share in [0, 1] as `62 %`, with one decimal below ten; the minus is the typographic one."""
+    value = 100 * share
+    digits = 1 if 0 < abs(value) < 9.95 else 0
+    return f"{value:.{digits}f} %".replace("-", "−")
