@@ -18,18 +18,18 @@ from distill.cache.codecs import make_codec
 from distill.cache.header import CacheHeader
 from distill.cache.index import Index
 from distill.cache.ledger import LedgerReader, Origin, Retired, ShardRow, ledgers, outside
+from distill.cache.open_store import open_store
 from distill.cache.ranks import load_ranks
 from distill.cache.record import Decoded
 from distill.cache.shard import Shard
-from distill.cache.store import open_store
 from distill.cache.targets import SoftTargets
 from distill.cache.view import open_shard
 from distill.config.errors import CacheError
 
 Array = NDArray[Any]
 
-_OPEN_SHARDS, _OPEN_FAR = 64, 512
-"""Whose indexes are kept at one time; more where reading one anew takes long."""
+_OPEN_SHARDS, _OPEN_SLOW = 64, 512
+"""Whose indexes are kept at one time; more in a slow store."""
 
 
 class ReadResult(NamedTuple):
@@ -239,7 +239,7 @@ class CacheReader:
             columns = shard.columns
             found, places, _ = view.find(columns.sample_ids)
             newest = np.flatnonzero((found == number) & (places == np.arange(len(places))))
-            records = shard.records() if len(newest) else []
+            records = shard.span(0, row.samples) if len(newest) else []
             for i in newest.tolist():
                 yield Sample(
                     int(columns.sample_ids[i]),
@@ -335,7 +335,7 @@ class CacheReader:
         return len(new)
 
     def _new_view(self) -> _View:
-        return _View(self.header.samples, self._shard, _OPEN_SHARDS if self._store.appends else _OPEN_FAR)
+        return _View(self.header.samples, self._shard, _OPEN_SLOW if self._store.slow else _OPEN_SHARDS)
 
     def _teachers(self) -> list[LedgerReader]:
         """Ledgers of teachers in training; one without a row does not say yet whose it is."""
@@ -366,13 +366,11 @@ class CacheReader:
             raise CacheError(f"{shard.path} is damaged: sample {sample} is not a record") from error
 
     def _raw(self, found: list[tuple[Shard, int]]) -> list[bytes]:
-        """The records' bytes; from far away those of a shard together, and of several shards at one time."""
-        if self._store.appends:
-            return [shard.record(index) for shard, index in found]
+        """The records' bytes, verified; a slow store is asked for several shards at one time."""
         places: dict[Shard, list[int]] = {}
         for place, (shard, _) in enumerate(found):
             places.setdefault(shard, []).append(place)
-        parts = self._store.map(lambda shard: shard.some_records([found[p][1] for p in places[shard]]), places)
+        parts = self._store.map(lambda shard: shard.records([found[p][1] for p in places[shard]]), places)
         data = dict(zip((p for part in places.values() for p in part), (d for part in parts for d in part)))
         return [data[place] for place in range(len(found))]
 

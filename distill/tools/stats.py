@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from distill.cache.format import HEADER, LEDGER, QUARANTINE, SHARDS, ranks_name
+from distill.cache.format import HEADER, LEDGER, QUARANTINE, SHARDS, TEMPORARY, ranks_name
 from distill.cache.header import CacheHeader
 from distill.cache.ledger import Origin, ShardRow
-from distill.cache.local_files import TEMPORARY
 from distill.cache.shard import WIDTHS
 from distill.cache.store import Store
 from distill.cache.view import Newest, open_shard, published

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from distill.cache import CacheHeader, CacheReader, CacheWriter
 from distill.cache.ledger import LedgerWriter
-from distill.cache.store import open_store
+from distill.cache.open_store import open_store
 from distill.config.errors import CacheError
 from distill.config.schema import CodecConfig, CodecName
 from tests.hostile import Parts
