@@ -52,7 +52,7 @@ class Place(NamedTuple):
     seen_before: bool
     """The teacher trained on the corpus."""
     flops_per_token: float
-    """Of the teacher's forward pass, the tiles of pictures shared among the tokens."""
+    """Of the teacher's forward pass, the tiles of images shared among the tokens."""
 
     best: float
     """Nats: the least loss of the cache's records; nan: none has one."""
