@@ -12,12 +12,17 @@ from distill.cache import CacheReader, is_created, is_url
 from distill.config import stop
 from distill.config.errors import CacheError, ConfigError
 from distill.run import build, length
-from distill.run.run import Run, check_sight, load_model
+from distill.run.run import Run, as_job, check_sight, load_model
 from distill.run.trainer import Trainer
 from student.distilling import StudentStep
 
 POLL_SECONDS, POLL_FAR_SECONDS = 0.2, 2.0
 """Between two looks for news; each look at an object store is a few requests, which are paid for."""
+
+
+@as_job
+def student(run: Run) -> None:
+    train(run)
 
 
 def train(run: Run) -> None:
@@ -128,6 +133,7 @@ def _await_targets(run: Run, trainer: Trainer, readers: list[CacheReader], goal:
         time.sleep(_poll_seconds(run))
 
 
+@as_job
 def evaluate(run: Run) -> None:
     """job=evaluate: loss, perplexity, calibration, accuracy, agreement; loss by position, needles in haystacks."""
     config = run.config
