@@ -12,8 +12,9 @@ from typing import Any
 from distill.cache import differ
 from distill.cache.fields import check_types
 from distill.cache.format import FORMAT, HEADER, MAX_SAMPLE_TOKENS, MAX_VOCAB
+from distill.cache.open_store import open_store
 from distill.cache.seal import digest, seal, unseal
-from distill.cache.store import Store, open_store
+from distill.cache.store import Store
 from distill.config.errors import CacheError
 from distill.config.schema import CodecConfig, CodecName
 
@@ -63,7 +64,6 @@ class CacheHeader:
     """The teacher's planned stream of samples, as the caller describes it; any JSON."""
     ranks: str = ""
     """Digest of the rank table; filled in by whoever creates the cache."""
-    format: int = FORMAT
     folder: str = field(default="", compare=False)
     """Where it was read from, for messages; not stored."""
 
@@ -74,11 +74,8 @@ class CacheHeader:
 
     def json(self) -> dict[str, Any]:
         """What is stored, in the order of the file."""
-        record = {"format": self.format}
-        record |= {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("format", "folder")
-        }
-        return record | {"codec": _codec_json(self.codec)}
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "folder"}
+        return {"format": FORMAT} | fields | {"codec": _codec_json(self.codec)}
 
     def dump(self) -> bytes:
         """The bytes of cache.json; CacheError when they do not fit the format."""
@@ -105,9 +102,9 @@ class CacheHeader:
         try:
             data = store.read(HEADER)
             record = unseal(data)
-            version = record.get("format")
-            if version not in (1, FORMAT):
-                raise CacheError(f"{path}: format version is {version!r:.80}; this program reads 1 and {FORMAT}")
+            version = record.pop("format", None)
+            if version != FORMAT:
+                raise CacheError(f"{path}: format version is {version!r:.80}; allowed is {FORMAT}")
             check_types(record, cls)
             codec = record.pop("codec")
             if codec["name"] not in CodecName.__members__:
@@ -123,7 +120,7 @@ class CacheHeader:
                 same = header.dump() == data
             except CacheError as error:
                 raise CacheError(f"{path}: {error}") from None
-            if not same and header.format == FORMAT:  # rows name the digest of these bytes: see `identity`
+            if not same:  # rows name the digest of these bytes: see `identity`
                 raise ValueError("it is not laid out as writers of this version do")
             return header
         except CacheError as error:

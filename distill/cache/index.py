@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.cache.local_files import reported
+from distill.cache.store import reported
 
 Array = NDArray[Any]
 

@@ -18,21 +18,18 @@ from distill.cache.codecs import make_codec
 from distill.cache.header import CacheHeader
 from distill.cache.index import Index
 from distill.cache.ledger import LedgerReader, Origin, Retired, ShardRow, ledgers, outside
+from distill.cache.open_store import open_store
 from distill.cache.ranks import load_ranks
 from distill.cache.record import Decoded
 from distill.cache.shard import Shard
-from distill.cache.store import open_store
 from distill.cache.targets import SoftTargets
-from distill.cache.v1.record import decode as decode_old
-from distill.cache.v1.shard import OldShard
-from distill.cache.v1.shard import row as old_row
 from distill.cache.view import open_shard
 from distill.config.errors import CacheError
 
 Array = NDArray[Any]
 
-_OPEN_SHARDS, _OPEN_FAR = 64, 512
-"""Whose indexes are kept at one time; more where reading one anew takes long."""
+_OPEN_SHARDS, _OPEN_SLOW = 64, 512
+"""Whose indexes are kept at one time; more in a slow store."""
 
 
 class ReadResult(NamedTuple):
@@ -62,7 +59,7 @@ class Sample(NamedTuple):
 class _View:
     """Shards, and which of them holds what. It only grows, so that one thread may read while another adds."""
 
-    def __init__(self, samples: int, shard: Callable[[ShardRow], Shard | OldShard], open_shards: int):
+    def __init__(self, samples: int, shard: Callable[[ShardRow], Shard], open_shards: int):
         self.rows: list[ShardRow] = []
         self.index = Index(samples)
         self.open = lru_cache(open_shards)(lambda number: shard(self.rows[number]))
@@ -239,11 +236,10 @@ class CacheReader:
         view = self._now
         for number, row in enumerate(list(view.rows)):
             shard = self._shard(row)
-            assert isinstance(shard, Shard), "format 1"
             columns = shard.columns
             found, places, _ = view.find(columns.sample_ids)
             newest = np.flatnonzero((found == number) & (places == np.arange(len(places))))
-            records = shard.records() if len(newest) else []
+            records = shard.span(0, row.samples) if len(newest) else []
             for i in newest.tolist():
                 yield Sample(
                     int(columns.sample_ids[i]),
@@ -256,12 +252,11 @@ class CacheReader:
                 )
 
     def records(self, sample_ids: Array) -> list[Sample | None]:
-        """The newest record of each sample, verified; None where there is none. Not of a cache of format 1."""
+        """The newest record of each sample, verified; None where there is none."""
         view = self._now
         shards, places, steps = view.find(self._checked(sample_ids))
         numbers = np.unique(shards[shards >= 0]).tolist()
         opened = dict(zip(numbers, self._store.map(view.open, numbers)))
-        assert all(isinstance(shard, Shard) for shard in opened.values()), "format 1"
         there: list[Any] = [(opened[n], i) for n, i in zip(shards.tolist(), places.tolist()) if n >= 0]
         records = iter(zip(there, self._raw(there)))
         found: list[Sample | None] = []
@@ -311,8 +306,7 @@ class CacheReader:
 
     def _ledger(self, name: str) -> LedgerReader:
         if name not in self._ledgers:
-            old = old_row if self.header.format == 1 else None
-            self._ledgers[name] = LedgerReader(self._store, name, self._identity, old)
+            self._ledgers[name] = LedgerReader(self._store, name, self._identity)
         return self._ledgers[name]
 
     def _open_view(self, view: Mapping[str, int]) -> None:
@@ -341,7 +335,7 @@ class CacheReader:
         return len(new)
 
     def _new_view(self) -> _View:
-        return _View(self.header.samples, self._shard, _OPEN_SHARDS if self._store.appends else _OPEN_FAR)
+        return _View(self.header.samples, self._shard, _OPEN_SLOW if self._store.slow else _OPEN_SHARDS)
 
     def _teachers(self) -> list[LedgerReader]:
         """Ledgers of teachers in training; one without a row does not say yet whose it is."""
@@ -355,34 +349,28 @@ class CacheReader:
             raise CacheError(f"cache {self.folder}: sample ids must lie in 0 to {self.header.samples - 1}")
         return sample_ids
 
-    def _shard(self, row: ShardRow) -> Shard | OldShard:
+    def _shard(self, row: ShardRow) -> Shard:
         return open_shard(self._store, self.header, row)
 
     def _columns_of(self, row: ShardRow) -> tuple[Array, Array]:
         columns = self._shard(row).columns
         return columns.sample_ids, columns.steps
 
-    def _decode(self, found: list[tuple[Shard | OldShard, int]]) -> Decoded:
-        new = [(s, i) for s, i in found if isinstance(s, Shard)]
-        raws = [record.Raw(data, int(s.columns.atoms[i])) for data, (s, i) in zip(self._raw(new), new)]
-        old = [s.record(i) for s, i in found if isinstance(s, OldShard)]
+    def _decode(self, found: list[tuple[Shard, int]]) -> Decoded:
+        raws = [record.Raw(data, int(s.columns.atoms[i])) for data, (s, i) in zip(self._raw(found), found)]
         try:
-            if old:
-                return decode_old(old, self._ids_by_rank, self.header.codec.name)
             return record.decode(raws, self.header.sample_tokens, self._ids_by_rank, self.codec)
-        except (ValueError, IndexError) as error:
-            shard, index = found[error.args[0] if isinstance(error.args[0], int) else 0]
+        except ValueError as error:
+            shard, index = found[error.args[0]]
             sample = int(shard.columns.sample_ids[index])
             raise CacheError(f"{shard.path} is damaged: sample {sample} is not a record") from error
 
     def _raw(self, found: list[tuple[Shard, int]]) -> list[bytes]:
-        """The records' bytes; from far away those of a shard together, and of several shards at one time."""
-        if self._store.appends:
-            return [shard.record(index) for shard, index in found]
+        """The records' bytes, verified; a slow store is asked for several shards at one time."""
         places: dict[Shard, list[int]] = {}
         for place, (shard, _) in enumerate(found):
             places.setdefault(shard, []).append(place)
-        parts = self._store.map(lambda shard: shard.some_records([found[p][1] for p in places[shard]]), places)
+        parts = self._store.map(lambda shard: shard.records([found[p][1] for p in places[shard]]), places)
         data = dict(zip((p for part in places.values() for p in part), (d for part in parts for d in part)))
         return [data[place] for place in range(len(found))]
 

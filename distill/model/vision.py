@@ -230,7 +230,7 @@ def check_images(images: Images, config: VisionConfig | None, ids_BS: Tensor) ->
         DataError: naming everything that does not fit.
     """
     if config is None:
-        raise DataError("images were given to a model without sight (model.vision is null)")
+        raise DataError("images were given to a model without vision (model.vision is null)")
     (tiles, patch_BS), size, problems = images, config.tile_size, []
     known = tiles.dtype == torch.uint8 or tiles.is_floating_point()
     if not known or tiles.ndim != 4 or tiles.shape[1:] != (3, size, size):
