@@ -38,7 +38,7 @@ class Merge(NamedTuple):
 class _Source:
     def __init__(self, store: Store):
         self.store, self.header = store, CacheHeader.read(store)
-        self.rows, retired, _ = published(store, self.header)
+        self.rows, retired = published(store, self.header)
         self.files = {row.shard for row in self.rows + retired}
         self.newest = Newest(self.header.samples)
         for row in self.rows:
