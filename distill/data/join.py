@@ -15,7 +15,7 @@ from torch import Tensor
 from distill.cache import CacheReader, ReadResult, SoftTargets, is_url
 from distill.config.errors import CacheError
 from distill.config.schema import OnMissing, TokenizerConfig
-from distill.data.packed import PackedCorpus, Samples
+from distill.data.packed import PackedCorpus, PackedSamples
 from distill.data.prefetch import Prefetch
 from distill.data.tokenizer import TOKENIZER, Tokenizer, load
 from distill.model.images import Images
@@ -207,7 +207,7 @@ class Joiner:
         return result
 
 
-def _images(samples: list[Samples], back_B: NDArray[np.int64]) -> Images | None:
+def _images(samples: list[PackedSamples], back_B: NDArray[np.int64]) -> Images | None:
     """The images of all corpora as those of one batch: row i is row `back_B[i]` of theirs, one after another."""
     tiles: list[NDArray[np.uint8]] = []
     patches: list[NDArray[np.int64]] = []
