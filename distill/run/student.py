@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from distill.cache import CacheReader, is_created, is_url
+from distill.cache import CacheReader, is_created
 from distill.config import stop
 from distill.config.errors import CacheError, ConfigError
+from distill.config.paths import is_url
 from distill.run import build, length
 from distill.run.run import Run, check_vision, load_model
 from distill.run.trainer import Trainer

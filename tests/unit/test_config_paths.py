@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from distill.cache.store import LocalStore, open_store
+from distill.cache.local import LocalStore
+from distill.cache.open_store import open_store
 from distill.config import paths, quoting, spelling
 from distill.config.load import CONF, precheck, resolve, spelt, to_dict
 from distill.config.schema import RunConfig
