@@ -357,7 +357,7 @@ def load_model(folder: Path, role: str, want: ModelConfig | None, found: Checkpo
         tensors = found.tensors(name, ("param/", "buffer/"))
         if not sight:
             config.vision = None
-            tensors = {key: t for key, t in tensors.items() if not key.removeprefix("param/").startswith(hf.SIGHT)}
+            tensors = {key: t for key, t in tensors.items() if not key.removeprefix("param/").startswith(hf.VISION)}
         model = Transformer(config)
         load_weights(model, tensors)
     if want is not None:

@@ -20,7 +20,7 @@ from distill.config.errors import CheckpointError
 from distill.config.paths import home
 from distill.model.finite import is_finite
 from distill.model.hf.file_headers import Stored, read_json, stored_tensors
-from distill.model.hf.parameter_names import SIGHT, TEXT, hf_name, is_fused, unfused
+from distill.model.hf.parameter_names import TEXT, VISION, hf_name, is_fused, unfused
 from distill.model.hf.text_config import config_from_json, is_quantized
 from distill.model.transformer import Transformer
 
@@ -80,7 +80,7 @@ class Reader:
         for name, shape in self.shapes.items():
             self._sources[name] = finder.find(hf_name(name), list(shape))
         if "text_config" in data and not vision:
-            unread = {key: tensor for key, tensor in unread.items() if not key.startswith(SIGHT)}
+            unread = {key: tensor for key, tensor in unread.items() if not key.startswith(VISION)}
         problems += [f"{tensor.file}: {tensor.key} is unknown to the model" for tensor in unread.values()]
         if problems:
             raise CheckpointError("\n".join(problems))
