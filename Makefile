@@ -23,7 +23,7 @@ smoke: setup ## The main job, small: teacher, captured targets, three students, 
 demo: setup ## The main job with four times the tokens (a quarter of an hour on 2 cores)
 	$(RUN) job=codistill experiment=demo $(ARGS)
 
-digits: setup ## The main job on text and pictures: who reads handwritten digits how well (ARGS="seed=7 ...")
+digits: setup ## The main job on text and images: who reads handwritten digits how well (ARGS="seed=7 ...")
 	$(RUN) job=codistill experiment=digits $(ARGS)
 
 needle: setup ## A tiny student learns retrieval, then is tried within and beyond its length (ARGS="seed=1 ...")
@@ -47,7 +47,7 @@ bench: setup ## Measurements of tests/bench into runs/bench (ONLY=name for one; 
 crash: setup ## Kill writers, flip bits; fails unless nothing is lost or unnoticed (ONLY=cache KILLS=200 FLIPS=10000 SEED=0)
 	$(BIN)/python -m tests.crash $(ONLY) $(if $(KILLS),--kills $(KILLS)) $(if $(FLIPS),--flips $(FLIPS)) $(if $(SEED),--seed $(SEED))
 
-coordcheck: setup ## Does a step of training change all outputs alike at every width? Slopes and a picture
+coordcheck: setup ## Does a step of training change all outputs alike at every width? Slopes and a chart
 	$(BIN)/python -m tests.bench coordcheck
 
 lr-transfer: setup ## Learning-rate sweep over three widths, both parametrisations (10 minutes on 2 cores)

@@ -71,7 +71,7 @@ class Foreign:
 
     def flops_per_token(self, sample_tokens: int, tiles: float = 0.0) -> float:
         """An estimate: 2 for each weight that a token meets in a matrix product, and attention over half a sample."""
-        assert not tiles, "no pictures"
+        assert not tiles, "no images"
         config = self.model.config.get_text_config()
         active, experts = _number(config, "num_experts_per_tok"), None
         for name in ("num_local_experts", "num_experts", "n_routed_experts"):

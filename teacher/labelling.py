@@ -27,7 +27,7 @@ class Frozen(Protocol):
     def model(self) -> nn.Module: ...
 
     def flops_per_token(self, sample_tokens: int, tiles: float) -> float:
-        """Of a forward pass over samples of S tokens, with so many tiles of pictures in the mean."""
+        """Of a forward pass over samples of S tokens, with so many tiles of images in the mean."""
         ...
 
     def label(self, batch: Batch, tap: Tap, head_chunk: int) -> Tensor:

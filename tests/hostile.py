@@ -52,9 +52,7 @@ class Parts:
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "shards").mkdir(parents=True)
         (folder / "ledger").mkdir()
-        old = not isinstance(self.header, dict) or self.header.get("format") == 1
-        name = "ranks.safetensors" if old else f"ranks-{digest(self.ranks)}.safetensors"
-        (folder / name).write_bytes(self.ranks)
+        (folder / f"ranks-{digest(self.ranks)}.safetensors").write_bytes(self.ranks)
         data = seal(self.header, indent=1)
         (folder / "cache.json").write_bytes(data)
         identity, shards, lines = digest(data), iter(self.shards), []
@@ -68,7 +66,7 @@ class Parts:
                 except StopIteration:
                     front, body = {}, b""
                 text = json.dumps(front).encode()
-                if not old and checks:
+                if checks:
                     body = _checked(front, body)
                 file = struct.pack("<Q", len(text)) + text + body
                 if not self.keep_digests:
@@ -95,8 +93,7 @@ def seal(record: Any, indent: int | None = None) -> bytes:
 def _payload(front: Any, body: bytes) -> int:
     """Bytes of what comes after the index."""
     try:
-        first = front["records"]["data_offsets"][0] if "records" in front else front["ends"]["data_offsets"][1]
-        return max(len(body) - int(first), 0)
+        return max(len(body) - int(front["records"]["data_offsets"][0]), 0)
     except (KeyError, TypeError, IndexError, ValueError, OverflowError):
         return 0
 

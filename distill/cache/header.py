@@ -63,7 +63,6 @@ class CacheHeader:
     """The teacher's planned stream of samples, as the caller describes it; any JSON."""
     ranks: str = ""
     """Digest of the rank table; filled in by whoever creates the cache."""
-    format: int = FORMAT
     folder: str = field(default="", compare=False)
     """Where it was read from, for messages; not stored."""
 
@@ -74,11 +73,8 @@ class CacheHeader:
 
     def json(self) -> dict[str, Any]:
         """What is stored, in the order of the file."""
-        record = {"format": self.format}
-        record |= {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("format", "folder")
-        }
-        return record | {"codec": _codec_json(self.codec)}
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "folder"}
+        return {"format": FORMAT} | fields | {"codec": _codec_json(self.codec)}
 
     def dump(self) -> bytes:
         """The bytes of cache.json; CacheError when they do not fit the format."""
@@ -105,9 +101,9 @@ class CacheHeader:
         try:
             data = store.read(HEADER)
             record = unseal(data)
-            version = record.get("format")
-            if version not in (1, FORMAT):
-                raise CacheError(f"{path}: format version is {version!r:.80}; this program reads 1 and {FORMAT}")
+            version = record.pop("format", None)
+            if version != FORMAT:
+                raise CacheError(f"{path}: format version is {version!r:.80}; allowed is {FORMAT}")
             check_types(record, cls)
             codec = record.pop("codec")
             if codec["name"] not in CodecName.__members__:
@@ -123,7 +119,7 @@ class CacheHeader:
                 same = header.dump() == data
             except CacheError as error:
                 raise CacheError(f"{path}: {error}") from None
-            if not same and header.format == FORMAT:  # rows name the digest of these bytes: see `identity`
+            if not same:  # rows name the digest of these bytes: see `identity`
                 raise ValueError("it is not laid out as writers of this version do")
             return header
         except CacheError as error:

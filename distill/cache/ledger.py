@@ -134,11 +134,10 @@ class LedgerReader:
 
     Args:
         cache: digest of the cache's header, which every row must name.
-        old_row: turns a record of format 1 into one of today's; None: the cache is of today's format.
     """
 
-    def __init__(self, store: Store, writer: str, cache: str, old_row: Any = None):
-        self.store, self.writer, self._cache, self._old_row = store, writer, cache, old_row
+    def __init__(self, store: Store, writer: str, cache: str):
+        self.store, self.writer, self._cache = store, writer, cache
         self.offset = 0
         """Bytes of complete rows read from the file."""
         self.seq = 0
@@ -240,8 +239,6 @@ class LedgerReader:
             kind = record.pop("kind")
             if (record["writer"], record["seq"]) != (self.writer, self.seq):
                 raise ValueError(f"it is row {record['seq']!s:.80} of {record['writer']!s:.80}, expected {self.seq}")
-            if self._old_row is not None:
-                record = self._old_row(record, self._cache)
             if record["cache"] != self._cache:
                 raise ValueError(f"it belongs to another cache, {record['cache']!s:.80}; this one is {self._cache}")
             found: list[ShardRow | Retired] = []

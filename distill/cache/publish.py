@@ -5,38 +5,32 @@ from __future__ import annotations
 import dataclasses
 import json
 
-from distill.cache.format import FORMAT, HEADER, LEDGER, SHARDS, ranks_name, shard_name
+from distill.cache.format import HEADER, LEDGER, SHARDS, ranks_name, shard_name
 from distill.cache.header import CacheHeader
 from distill.cache.ledger import LedgerWriter, Origin, ShardRow
 from distill.cache.ranks import rank_table
 from distill.cache.seal import digest
 from distill.cache.shard import Array, Columns, build
 from distill.cache.store import LocalStore, Store
-from distill.config.errors import CacheError
 
 
 def create(store: Store, header: CacheHeader, counts_V: Array | None) -> CacheHeader:
     """Makes the cache, or checks that the one there is this one; returns its header.
 
     Raises:
-        CacheError: another cache is there (lists every difference), one of an older format, or it cannot be written.
+        CacheError: another cache is there (lists every difference), or it cannot be written.
     """
     if isinstance(store, LocalStore):
         store.make_folders(SHARDS, LEDGER)
     if not store.exists(HEADER):
         table = rank_table(counts_V, header.vocab_size)
-        header = dataclasses.replace(header, ranks=digest(table), format=FORMAT, folder=store.root)
+        header = dataclasses.replace(header, ranks=digest(table), folder=store.root)
         data = header.dump()
         # Not published over one that is there: another process may be at the same place, and read or write it.
         store.create(ranks_name(header.ranks), table)
         if store.create(HEADER, data):
             return header
     there = CacheHeader.read(store)
-    if there.format != FORMAT:
-        raise CacheError(
-            f"{store.path(HEADER)}: format version is {there.format}, which can be read but not added to; rewrite it: "
-            "codistill-cache compact --into NEW_FOLDER"
-        )
     expected = header.json()
     if counts_V is None:
         del expected["ranks"]

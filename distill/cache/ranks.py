@@ -33,7 +33,7 @@ def rank_table(counts_V: NDArray[Any] | None, vocab_size: int) -> bytes:
 
 def load_ranks(store: Store, header: CacheHeader) -> NDArray[np.uint32]:
     """ids_by_rank [V], verified against the digest in the header; CacheError when the file is not that one."""
-    name = "ranks.safetensors" if header.format == 1 else ranks_name(header.ranks)
+    name = ranks_name(header.ranks)
     data = store.read(name)
     if digest(data) != header.ranks:
         raise CacheError(

@@ -23,9 +23,6 @@ from distill.cache.record import Decoded
 from distill.cache.shard import Shard
 from distill.cache.store import open_store
 from distill.cache.targets import SoftTargets
-from distill.cache.v1.record import decode as decode_old
-from distill.cache.v1.shard import OldShard
-from distill.cache.v1.shard import row as old_row
 from distill.cache.view import open_shard
 from distill.config.errors import CacheError
 
@@ -62,7 +59,7 @@ class Sample(NamedTuple):
 class _View:
     """Shards, and which of them holds what. It only grows, so that one thread may read while another adds."""
 
-    def __init__(self, samples: int, shard: Callable[[ShardRow], Shard | OldShard], open_shards: int):
+    def __init__(self, samples: int, shard: Callable[[ShardRow], Shard], open_shards: int):
         self.rows: list[ShardRow] = []
         self.index = Index(samples)
         self.open = lru_cache(open_shards)(lambda number: shard(self.rows[number]))
@@ -239,7 +236,6 @@ class CacheReader:
         view = self._now
         for number, row in enumerate(list(view.rows)):
             shard = self._shard(row)
-            assert isinstance(shard, Shard), "format 1"
             columns = shard.columns
             found, places, _ = view.find(columns.sample_ids)
             newest = np.flatnonzero((found == number) & (places == np.arange(len(places))))
@@ -256,12 +252,11 @@ class CacheReader:
                 )
 
     def records(self, sample_ids: Array) -> list[Sample | None]:
-        """The newest record of each sample, verified; None where there is none. Not of a cache of format 1."""
+        """The newest record of each sample, verified; None where there is none."""
         view = self._now
         shards, places, steps = view.find(self._checked(sample_ids))
         numbers = np.unique(shards[shards >= 0]).tolist()
         opened = dict(zip(numbers, self._store.map(view.open, numbers)))
-        assert all(isinstance(shard, Shard) for shard in opened.values()), "format 1"
         there: list[Any] = [(opened[n], i) for n, i in zip(shards.tolist(), places.tolist()) if n >= 0]
         records = iter(zip(there, self._raw(there)))
         found: list[Sample | None] = []
@@ -311,8 +306,7 @@ class CacheReader:
 
     def _ledger(self, name: str) -> LedgerReader:
         if name not in self._ledgers:
-            old = old_row if self.header.format == 1 else None
-            self._ledgers[name] = LedgerReader(self._store, name, self._identity, old)
+            self._ledgers[name] = LedgerReader(self._store, name, self._identity)
         return self._ledgers[name]
 
     def _open_view(self, view: Mapping[str, int]) -> None:
@@ -355,23 +349,19 @@ class CacheReader:
             raise CacheError(f"cache {self.folder}: sample ids must lie in 0 to {self.header.samples - 1}")
         return sample_ids
 
-    def _shard(self, row: ShardRow) -> Shard | OldShard:
+    def _shard(self, row: ShardRow) -> Shard:
         return open_shard(self._store, self.header, row)
 
     def _columns_of(self, row: ShardRow) -> tuple[Array, Array]:
         columns = self._shard(row).columns
         return columns.sample_ids, columns.steps
 
-    def _decode(self, found: list[tuple[Shard | OldShard, int]]) -> Decoded:
-        new = [(s, i) for s, i in found if isinstance(s, Shard)]
-        raws = [record.Raw(data, int(s.columns.atoms[i])) for data, (s, i) in zip(self._raw(new), new)]
-        old = [s.record(i) for s, i in found if isinstance(s, OldShard)]
+    def _decode(self, found: list[tuple[Shard, int]]) -> Decoded:
+        raws = [record.Raw(data, int(s.columns.atoms[i])) for data, (s, i) in zip(self._raw(found), found)]
         try:
-            if old:
-                return decode_old(old, self._ids_by_rank, self.header.codec.name)
             return record.decode(raws, self.header.sample_tokens, self._ids_by_rank, self.codec)
-        except (ValueError, IndexError) as error:
-            shard, index = found[error.args[0] if isinstance(error.args[0], int) else 0]
+        except ValueError as error:
+            shard, index = found[error.args[0]]
             sample = int(shard.columns.sample_ids[index])
             raise CacheError(f"{shard.path} is damaged: sample {sample} is not a record") from error
 

@@ -12,8 +12,6 @@ from distill.cache.index import Index
 from distill.cache.ledger import LedgerReader, Retired, ShardRow, ledgers, outside
 from distill.cache.shard import Shard
 from distill.cache.store import Store
-from distill.cache.v1.shard import OldShard
-from distill.cache.v1.shard import row as old_row
 from distill.config.errors import CacheError
 
 
@@ -29,8 +27,7 @@ class Published(NamedTuple):
 
 def published(store: Store, header: CacheHeader) -> Published:
     """Reads all ledgers; CacheError as `LedgerReader.poll`."""
-    old = old_row if header.format == 1 else None
-    readers = [LedgerReader(store, name, header.identity, old) for name in ledgers(store)]
+    readers = [LedgerReader(store, name, header.identity) for name in ledgers(store)]
     found = [each for reader in readers for each in reader.poll()]
     rows = sorted((row for row in found if isinstance(row, ShardRow)), key=lambda row: (row.writer, row.seq))
     kept = outside(rows, [each for each in found if isinstance(each, Retired)])
@@ -38,9 +35,9 @@ def published(store: Store, header: CacheHeader) -> Published:
     return Published(kept, [row for row in rows if row.shard not in names], readers)
 
 
-def open_shard(store: Store, header: CacheHeader, row: ShardRow) -> Shard | OldShard:
+def open_shard(store: Store, header: CacheHeader, row: ShardRow) -> Shard:
     """The shard of a row; CacheError as `Shard`, and when it has samples that the corpus does not have."""
-    shard = (OldShard if header.format == 1 else Shard)(store, row)
+    shard = Shard(store, row)
     ids = shard.columns.sample_ids
     if len(ids) and int(ids.max()) >= header.samples:
         raise CacheError(f"{shard.name}: does not fit a corpus of {header.samples} samples")

@@ -55,7 +55,7 @@ def _rules(run: RunConfig) -> Iterator[str]:
         if part.train.freeze is not Freeze.none and part.model.vision is None:
             yield (
                 f"{role}.train.freeze is {part.train.freeze.value} and {role}.model.vision is null; only a model with "
-                "sight has a half to freeze"
+                "vision has a half to freeze"
             )
         yield from _folder(f"{role}.init_from", part.init_from)
     yield from _weighting("student.weighting", run.student.weighting)
@@ -64,7 +64,7 @@ def _rules(run: RunConfig) -> Iterator[str]:
             yield f"codistill.arms.{name}: an arm's name becomes a folder; letters, digits, '-' and '_' only"
         yield from _weighting(f"codistill.arms.{name}.weighting", arm.weighting)
     yield from _data(run)
-    yield from _pictures(run)
+    yield from _images(run)
     yield from _cache(run)
 
     on = run.evaluate.accuracy_on
@@ -119,8 +119,8 @@ def _backfill(run: RunConfig) -> Iterator[str]:
                 f"{' and '.join(given) or 'init_from is null'}; job=backfill takes one frozen teacher: "
                 "init_from=FOLDER or teacher.from=hf:FOLDER"
             )
-        if source is not None and source.startswith("hf:") and run.data.has_pictures:
-            yield f"teacher.from is {source}; data.corpora have pictures, which only the project's own models see"
+        if source is not None and source.startswith("hf:") and run.data.has_images:
+            yield f"teacher.from is {source}; data.corpora have images, which only the project's own models take"
     elif source is not None:
         yield f"teacher.from is {source} with job={run.job.value}; only job=backfill labels with a frozen teacher"
     if source is not None:
@@ -241,7 +241,7 @@ def _data(run: RunConfig) -> Iterator[str]:
             yield from _needle(key, corpus)
     if d.tokenizer.file is None:
         specials = sum(t is not None for t in (d.tokenizer.bos, d.tokenizer.eos))
-        if d.has_pictures:
+        if d.has_images:
             specials += len(IMAGE_TOKENS)
         yield from _at_least("data.tokenizer.vocab_size", d.tokenizer.vocab_size, 256 + specials)
         # job=backfill takes its teacher as it was saved: it is checked when it is there.
@@ -251,13 +251,13 @@ def _data(run: RunConfig) -> Iterator[str]:
                 yield f"data.tokenizer.vocab_size is {d.tokenizer.vocab_size}; {role}.model.vocab_size allows {size}"
 
 
-def _pictures(run: RunConfig) -> Iterator[str]:
+def _images(run: RunConfig) -> Iterator[str]:
     d, images = run.data, run.data.images
     for name, corpus in d.corpora.items():
         for key in ("mask_key", "image_key"):
             if (column := getattr(corpus, key)) is not None and corpus.source is not Source.files:
                 yield f"data.corpora.{name}.{key} is {column!r}; source={corpus.source.value} takes none"
-    if not d.has_pictures:
+    if not d.has_images:
         return
     patch_id = None
     if d.tokenizer.file is None:
@@ -265,13 +265,13 @@ def _pictures(run: RunConfig) -> Iterator[str]:
     # job=evaluate takes its models as they were saved: they are checked when they are there.
     roles = {Job.teacher: ["teacher"], Job.student: ["student"], Job.codistill: ["teacher", "student"]}
     for role in roles.get(run.job, []):
-        yield from sight(f"{role}.model.vision", getattr(run, role).model.vision, images, patch_id)
+        yield from vision_problems(f"{role}.model.vision", getattr(run, role).model.vision, images, patch_id)
 
 
-def sight(key: str, vision: VisionConfig | None, images: ImageConfig, patch_id: int | None) -> Iterator[str]:
-    """What keeps a model from seeing a run's pictures; patch_id: the tokenizer's `<|patch|>`, None: not known yet."""
+def vision_problems(key: str, vision: VisionConfig | None, images: ImageConfig, patch_id: int | None) -> Iterator[str]:
+    """Problems of a model with a run's images; patch_id: the tokenizer's `<|patch|>`, None: not known yet."""
     if vision is None:
-        yield f"{key} is null; data.corpora have pictures"
+        yield f"{key} is null; data.corpora have images"
         return
     if vision.tile_size != images.tile_size:
         yield f"{key}.tile_size is {vision.tile_size}; data.images.tile_size is {images.tile_size}"

@@ -119,7 +119,7 @@ class ModelConfig:
     eos_ids: list[Id] = field(default_factory=lambda: [200001])
     pad_id: Id | None = 200018
     vision: VisionConfig | None = None
-    """Sight by early fusion; null: text alone."""
+    """Vision by early fusion; null: text alone."""
     parametrization: Parametrization = Parametrization.standard
     """How initial scales and learning rates follow the sizes: not at all, or so that one learning rate fits all.
 

@@ -76,7 +76,7 @@ class ReplayOrder(Enum):
 
 
 class Freeze(Enum):
-    """Half of a model with sight that does not train; the projector between them always does."""
+    """Half of a model with vision that does not train; the projector between them always does."""
 
     none = "none"
     vision = "vision"
@@ -142,12 +142,12 @@ class WeightDecay:
     """Decoupled weight decay of each parameter group, per unit of learning rate."""
 
     matrices: NotNegative = 0.1
-    """Attention projections, experts, shared experts, dense feed-forward; all matrices of sight."""
+    """Attention projections, experts, shared experts, dense feed-forward; all matrices of vision."""
     embedding: NotNegative = 0.0
     head: NotNegative = 0.1
     router: NotNegative = 0.0
     norms: NotNegative = 0.0
-    """Norm weights; biases, class and positional embeddings of sight."""
+    """Norm weights; biases, class and positional embeddings of vision."""
 
 
 @dataclass
@@ -297,7 +297,7 @@ class StudentConfig:
 IMAGE_TOKENS = (
     "<|image_start|>", "<|image_end|>", "<|tile_x_separator|>", "<|tile_y_separator|>", "<|image|>", "<|patch|>"
 )  # fmt: skip
-"""A tokenizer for pictures has them. In a trained one they follow bos and eos: with both they are ids 2 to 7."""
+"""A tokenizer for images has them. In a trained one they follow bos and eos: with both they are ids 2 to 7."""
 
 
 @dataclass
@@ -305,7 +305,7 @@ class TokenizerConfig:
     file: str | None = None
     """A `tokenizer.json`; null trains a byte-level BPE on the training split."""
     vocab_size: Ids = 512
-    """Size of the trained BPE, special tokens included (six more if a corpus has pictures); unused with `file`."""
+    """Size of the trained BPE, special tokens included (six more if a corpus has images); unused with `file`."""
     bos: str | None = "<|begin_of_text|>"
     """Token put before every document; null: none."""
     eos: str | None = "<|end_of_text|>"
@@ -342,37 +342,37 @@ class CorpusConfig:
     mask_key: str | None = None
     """Column with [start, end) character ranges of the text that carry loss; null: all of it."""
     image_key: str | None = None
-    """Column with a document's pictures: a path (from the file's folder), bytes, a dict of both, or a list of these;
-    the text has `<|image|>` where each belongs. Picture files are not looked at again once a corpus is packed."""
+    """Column with a document's images: a path (from the file's folder), bytes, a dict of both, or a list of these;
+    the text has `<|image|>` where each belongs. Image files are not read again once a corpus is packed."""
     held_out: Below1 = 0.05
-    """Share of the files (stdlib), documents (files) or pictures (digits) kept for evaluation; documents with pictures
-    are drawn by them, so that those about the same pictures stay together."""
+    """Share of the files (stdlib), documents (files) or images (digits) kept for evaluation; documents with images
+    are drawn by them, so that those about the same images stay together."""
     max_documents: Many | None = None
     """Stop after so many documents (digits: digits); null: all. source=needle has no end and needs a number."""
     whole_documents: bool = False
-    """Begin a new sample rather than cut a document that fits in one, so that no text is parted from its picture; the
+    """Begin a new sample rather than cut a document that fits in one, so that no text is parted from its image; the
     room that is left carries no loss."""
     needle: NeedleConfig = field(default_factory=NeedleConfig)
     weight: Positive = 1.0
     """Share of this corpus in a mixture, up to a common factor."""
 
     @property
-    def has_pictures(self) -> bool:
+    def has_images(self) -> bool:
         return self.source is Source.digits or self.image_key is not None
 
 
 @dataclass
 class ImageConfig:
-    """How a picture becomes tiles and tokens; defaults are the released values."""
+    """How an image becomes tiles and tokens; defaults are the released values."""
 
     tile_size: Size = 336
     """Height and width of a tile in pixels; the models' vision.tile_size."""
     tile_tokens: Size = 144
     """Tokens that a tile becomes; (tile_size / patch_size / shuffle)^2 of the models."""
     max_tiles: Tiles = 16
-    """Of a picture's canvas; one more is added when it has several."""
+    """Of an image's canvas; one more is added when it has several."""
     resize_to_max_canvas: bool = False
-    """Enlarge a picture as far as some canvas allows; false: only up to the side of a tile."""
+    """Enlarge an image as far as some canvas allows; false: only up to the side of a tile."""
 
 
 @dataclass
@@ -388,8 +388,8 @@ class DataConfig:
     """Where packed corpora are kept and found again; null: `data/` in the run folder."""
 
     @property
-    def has_pictures(self) -> bool:
-        return any(corpus.has_pictures for corpus in self.corpora.values())
+    def has_images(self) -> bool:
+        return any(corpus.has_images for corpus in self.corpora.values())
 
 
 @dataclass
@@ -511,7 +511,7 @@ class EvaluateConfig:
     accuracy_on: str | None = None
     """Corpus on whose held-out text the accuracy of every model is reported; null: none is."""
     trained_tokens: Count | None = None
-    """Sample length of the model's training, for pictures that go beyond it; null: data.sample_tokens."""
+    """Sample length of the model's training, for images that go beyond it; null: data.sample_tokens."""
     needle: NeedleTestConfig = field(default_factory=NeedleTestConfig)
 
 

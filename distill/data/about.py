@@ -25,7 +25,7 @@ def of_corpus(config: DataConfig, corpus: CorpusConfig, tokenizer: Tokenizer) ->
     """All that decides a packed corpus but the files' sizes and times."""
     about = _sources(corpus) | {"tokenizer": tokenizer.digest, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
     about["sample_tokens"] = config.sample_tokens
-    return about | ({"images": asdict(config.images)} if corpus.has_pictures else {})
+    return about | ({"images": asdict(config.images)} if corpus.has_images else {})
 
 
 def of_tokenizer(config: DataConfig) -> About:

@@ -1,6 +1,6 @@
 """The handwritten digits of scikit-learn (UCI Optical Recognition of Handwritten Digits), drawn larger and captioned.
 
-1,797 pictures that ship with the library: a corpus of pictures and text on every machine, without the network. The only
+1,797 images that ship with the library: a corpus of images and text on every machine, without the network. The only
 file that knows scikit-learn.
 """
 
@@ -41,7 +41,7 @@ class Digit(NamedTuple):
     text: str
     answer: tuple[int, int] | None
     """[start, end) of the digit's name in the text; None: the text gives a hint instead."""
-    picture: bytes
+    image: bytes
     """A PGM file: grey, white on black."""
     original: bytes
     """The digit before it was drawn: what all documents about it share."""

@@ -1,8 +1,8 @@
-"""A picture file's bytes -> RGB tiles, and the tokens that stand for them; the only file that knows pillow.
+"""An image file's bytes -> RGB tiles, and the tokens that stand for them; the only file that knows pillow.
 
-As the released Llama 4 models take pictures: transparency over white, the camera's orientation applied, the first
-frame of an animation; then the canvas of tiles that keeps most of the picture, and where that has several tiles one
-more with the whole picture squashed into it.
+As the released Llama 4 models take images: transparency over white, the camera's orientation applied, the first
+frame of an animation; then the canvas of tiles that keeps most of the image, and where that has several tiles one
+more with the whole image squashed into it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAX_PIXELS = 1 << 26
 
 
 def decode(data: bytes, where: str) -> NDArray[np.uint8]:
-    """The picture of a file's bytes as RGB, uint8 [height, width, 3].
+    """The image of a file's bytes as RGB, uint8 [height, width, 3].
 
     Args:
         where: what messages call it.
@@ -50,7 +50,7 @@ def decode(data: bytes, where: str) -> NDArray[np.uint8]:
     except DataError:
         raise
     except UnidentifiedImageError as error:
-        raise DataError(f"{where}: not a picture; allowed: {', '.join(FORMATS)}") from error
+        raise DataError(f"{where}: not an image; allowed: {', '.join(FORMATS)}") from error
     except Exception as error:  # readers raise SyntaxError, struct.error, zlib.error and more
         raise DataError(f"{where}: cannot be decoded: {error or type(error).__name__}") from error
 
@@ -70,9 +70,9 @@ def _rgb(image: Image, where: str) -> Image:
 
 
 def canvas(height: int, width: int, config: ImageConfig) -> tuple[int, int]:
-    """Rows and columns of tiles for a picture of this size.
+    """Rows and columns of tiles for an image of this size.
 
-    Of all canvases that hold the picture unshrunk, those that leave it the smallest; with `resize_to_max_canvas` the
+    Of all canvases that hold the image unshrunk, those that leave it the smallest; with `resize_to_max_canvas` the
     largest; where none holds it, those that shrink it least. Among equals the one of fewest tiles.
     """
     sheets = [(r, c) for r in range(1, config.max_tiles + 1) for c in range(1, config.max_tiles // r + 1)]
@@ -85,18 +85,18 @@ def canvas(height: int, width: int, config: ImageConfig) -> tuple[int, int]:
     return min((sheet for sheet, scale in zip(sheets, scales) if scale == best), key=math.prod)
 
 
-def cut(picture_HWC: NDArray[np.uint8], config: ImageConfig) -> tuple[NDArray[np.uint8], int, int]:
-    """Tiles uint8 [N, 3, tile_size, tile_size] of a picture [height, width, 3], and the rows and columns they form.
+def cut(image_HWC: NDArray[np.uint8], config: ImageConfig) -> tuple[NDArray[np.uint8], int, int]:
+    """Tiles uint8 [N, 3, tile_size, tile_size] of an image [height, width, 3], and the rows and columns they form.
 
-    Row by row; the whole picture as one tile comes last if there are several. What the picture leaves of its canvas,
+    Row by row; the whole image as one tile comes last if there are several. What the image leaves of its canvas,
     right and below, is 0.
     """
     from PIL import Image
 
     side = config.tile_size
-    height, width = picture_HWC.shape[:2]
+    height, width = image_HWC.shape[:2]
     rows, columns = canvas(height, width, config)
-    image = Image.fromarray(picture_HWC)
+    image = Image.fromarray(image_HWC)
     new_height, new_width = _fit(height, width, rows * side, columns * side, config)
     sheet = np.zeros((rows * side, columns * side, 3), np.uint8)
     sheet[:new_height, :new_width] = np.asarray(image.resize((new_width, new_height), Image.Resampling.BILINEAR))
@@ -108,7 +108,7 @@ def cut(picture_HWC: NDArray[np.uint8], config: ImageConfig) -> tuple[NDArray[np
 
 
 def _fit(height: int, width: int, canvas_height: int, canvas_width: int, config: ImageConfig) -> tuple[int, int]:
-    """Height and width of the picture on its canvas, its shape kept: a small one grows to a tile's side, no further."""
+    """Height and width of the image on its canvas, its shape kept: a small one grows to a tile's side, no further."""
     high, wide = canvas_height, canvas_width
     if not config.resize_to_max_canvas:
         high, wide = min(max(height, config.tile_size), high), min(max(width, config.tile_size), wide)
@@ -118,7 +118,7 @@ def _fit(height: int, width: int, canvas_height: int, canvas_width: int, config:
 
 
 def layout(rows: int, columns: int, tile_tokens: int, ids: ImageIds) -> NDArray[np.int32]:
-    """Token ids of a picture of rows x columns tiles: 144 (rc + 1) + rc + 3 of them at 144 a tile, 147 for one tile."""
+    """Token ids of an image of rows x columns tiles: 144 (rc + 1) + rc + 3 of them at 144 a tile, 147 for one tile."""
     tile = [ids.patch] * tile_tokens
     row = [*tile, *[ids.tile_x, *tile] * (columns - 1), ids.tile_y]
     parts = row * rows if rows * columns > 1 else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,29 +21,6 @@ from distill.data.tokenizer import TOKENIZER, Tokenizer, load
 from distill.model.images import Images
 
 __all__ = ["Batch", "Joiner", "Prefetch", "check_cache"]
-
-
-class Pictures(NamedTuple):
-    """What the samples of a batch see: each its own tiles, so that samples can be taken apart."""
-
-    tiles_NCHW: Tensor
-    """uint8, sample after sample."""
-    counts_B: Tensor
-    """int64: tiles of each sample."""
-    patch_BS: Tensor
-    """int64: which token of the sample's own tiles fills the position; -1: none."""
-    tile_tokens: int
-
-    def rows(self, start: int, stop: int) -> Pictures:
-        first, last = int(self.counts_B[:start].sum()), int(self.counts_B[:stop].sum())
-        return Pictures(
-            self.tiles_NCHW[first:last], self.counts_B[start:stop], self.patch_BS[start:stop], self.tile_tokens
-        )
-
-    def images(self) -> Images:
-        """The same with the tokens of all tiles counted as one."""
-        before_B1 = (self.counts_B.cumsum(0) - self.counts_B)[:, None] * self.tile_tokens
-        return Images(self.tiles_NCHW, torch.where(self.patch_BS < 0, -1, self.patch_BS + before_B1))
 
 
 @dataclass(frozen=True)
@@ -70,33 +47,28 @@ class Batch:
     """int64: last teacher step of the sample's shard; -1 where not covered."""
     covered_B: Tensor
     """bool: the cache has targets of the sample."""
-    pictures: Pictures | None = None
-    """None: no sample has image tokens."""
-
-    @property
-    def images(self) -> Images | None:
-        """The pictures as the model takes them; None where these samples have none."""
-        if self.pictures is None or not len(self.pictures.tiles_NCHW):
-            return None
-        return self.pictures.images()
+    images: Images | None = None
+    """Tiles sample after sample; None: no sample has image tokens."""
+    tile_tokens: int = 0
+    """Tokens of a tile; 0: no corpus of the batch has images."""
 
     def rows(self, start: int, stop: int) -> Batch:
         """The samples from `start` to before `stop`, as views."""
         length = self.ids_BS.shape[1]
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        targets, pictures = parts.pop("targets"), parts.pop("pictures")
+        targets, images, tile_tokens = (parts.pop(name) for name in ("targets", "images", "tile_tokens"))
         if targets is not None:
             targets = SoftTargets(*(column[start * length : stop * length] for column in targets))
-        if pictures is not None:
-            pictures = pictures.rows(start, stop)
+        if images is not None:
+            images = _rows(images, start, stop, tile_tokens)
         parts = {name: part[start:stop] for name, part in parts.items()}
-        return Batch(**parts, targets=targets, pictures=pictures)
+        return Batch(**parts, targets=targets, images=images, tile_tokens=tile_tokens)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same with its tensors on `device`, but for documents_BS: the model plans with it on the CPU."""
 
         def moved(part: Any) -> Any:
-            if isinstance(part, SoftTargets | Pictures):
+            if isinstance(part, SoftTargets | Images):
                 return type(part)(*map(moved, part))
             return part.to(device, non_blocking=True) if isinstance(part, Tensor) else part
 
@@ -218,7 +190,8 @@ class Joiner:
             shard_loss_B=shard_loss_B,
             step_B=step_B,
             covered_B=step_B >= 0,
-            pictures=_pictures(samples, back),
+            images=_images(samples, back),
+            tile_tokens=max((part.images.tile_tokens for part in samples if part.images is not None), default=0),
         )
 
     def _read(self, corpus: int, sample_ids: NDArray[np.int64], digests: NDArray[np.uint64]) -> ReadResult:
@@ -234,28 +207,37 @@ class Joiner:
         return result
 
 
-def _pictures(samples: list[Samples], back_B: NDArray[np.int64]) -> Pictures | None:
-    """The pictures of all corpora as those of one batch: row i is row `back_B[i]` of theirs, one after another."""
-    found = [part.pictures for part in samples if part.pictures is not None and len(part.pictures.tiles_NCHW)]
-    if not found:
-        return None
+def _images(samples: list[Samples], back_B: NDArray[np.int64]) -> Images | None:
+    """The images of all corpora as those of one batch: row i is row `back_B[i]` of theirs, one after another."""
     tiles: list[NDArray[np.uint8]] = []
-    counts, patches = [], []
+    patches: list[NDArray[np.int64]] = []
+    tile_tokens = 0
     for part in samples:
-        if part.pictures is None:
-            tiles += [found[0].tiles_NCHW[:0]] * len(part.ids)
-            counts.append(np.zeros(len(part.ids), np.int64))
-            patches.append(np.full((len(part.ids), part.ids.shape[1] - 1), -1))
+        if part.images is None:
+            tiles += [np.empty(0, np.uint8)] * len(part.ids)
+            patches += [np.full(part.ids.shape[1] - 1, -1)] * len(part.ids)
         else:
-            tiles += np.split(part.pictures.tiles_NCHW, part.pictures.counts_B.cumsum()[:-1])
-            counts.append(part.pictures.counts_B)
-            patches.append(part.pictures.patch_BS)
-    return Pictures(
-        torch.from_numpy(np.concatenate([tiles[b] for b in back_B])),
-        torch.from_numpy(np.concatenate(counts)[back_B]),
-        torch.from_numpy(np.concatenate(patches)[back_B]),
-        found[0].tile_tokens,
+            tiles += np.split(part.images.tiles_NCHW, part.images.counts_B.cumsum()[:-1])
+            patches += [*part.images.patch_BS]
+            tile_tokens = part.images.tile_tokens
+    tiles = [tiles[b] for b in back_B]
+    if not sum(map(len, tiles)):
+        return None
+    before_B1 = np.cumsum([0, *map(len, tiles[:-1])])[:, None] * tile_tokens
+    patch_BS = np.array([patches[b] for b in back_B])
+    return Images(
+        torch.from_numpy(np.concatenate([part for part in tiles if len(part)])),
+        torch.from_numpy(np.where(patch_BS < 0, -1, patch_BS + before_B1)),
     )
+
+
+def _rows(images: Images, start: int, stop: int, tile_tokens: int) -> Images | None:
+    """The images of rows `start` to before `stop`; every tile has a token in some row."""
+    patch_BS = images.patch_BS[start:stop]
+    if not (patch_BS >= 0).any():
+        return None
+    first, last = int(patch_BS[patch_BS >= 0].min()) // tile_tokens, int(patch_BS.max()) // tile_tokens
+    return Images(images.tiles_NCHW[first : last + 1], torch.where(patch_BS < 0, -1, patch_BS - first * tile_tokens))
 
 
 def _in_order(results: list[ReadResult], back_B: Tensor, length: int) -> ReadResult:

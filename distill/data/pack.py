@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.config import stop
+from distill.config import stop, units
 from distill.config.errors import DataError
 from distill.config.files import sync
 from distill.config.schema import ImageConfig, Source
-from distill.data import image_tiles as images
+from distill.config.terminal import Progress
+from distill.data import image_tiles
 from distill.data.packed import SplitWriter
-from distill.data.source import Corpus, Document, Picture, Ranges
+from distill.data.source import Corpus, Document, ImageFile, Ranges
 from distill.data.tile_store import TileFormat, Tiles
 from distill.data.tokenizer import ImageIds, Tokenizer
 
 BATCH_CHARACTERS = 1 << 20
-"""And bytes of picture files, together."""
+"""And bytes of image files, together."""
 BATCH_DOCUMENTS = 1024
-QUIET_SECONDS = 2.0
 EXAMPLES = 5
 """Of text without a token, that a message shows."""
 
@@ -37,11 +36,11 @@ def pack(
     What had to be left out of them is told on stderr and counted in `left_out.json`.
 
     Raises:
-        DataError: a document or a picture cannot be read, the tokenizer lacks the tokens of pictures, or a split is
+        DataError: a document or an image cannot be read, the tokenizer lacks the tokens of images, or a split is
             shorter than one sample.
     """
     image_ids, tile_format, filler_id = None, None, None
-    if corpus.config.has_pictures:
+    if corpus.config.has_images:
         image_ids = tokenizer.image_ids()
         tile_format = TileFormat(image_config.tile_size, image_config.tile_tokens, image_ids.patch)
     if corpus.config.whole_documents:
@@ -54,7 +53,8 @@ def pack(
         for split, held_out in splits.items()
     }
     tokens = {False: 0, True: 0}
-    progress, left_out = _Progress(corpus.name), _LeftOut(corpus, tokenizer.name)
+    left_out = _LeftOut(corpus, tokenizer.name)
+    progress, packed = Progress(units.tokens, count=None, transient=True), 0
     for batch in stop.checked(_batches(corpus.documents(scratch))):
         masked = any(document.ranges is not None for document in batch)
         texts = [document.text for document in batch]
@@ -66,12 +66,14 @@ def pack(
                 loss = carries_loss(document.ranges, np.array(offsets, np.int64).reshape(-1, 2))
             ids_n, loss_n = _framed(ids, loss, tokenizer)
             tiles_NCHW = None
-            if image_ids is not None and document.pictures:
-                ids_n, loss_n, tiles_NCHW = _with_pictures(ids_n, loss_n, document.pictures, image_ids, image_config)
+            if image_ids is not None and document.images:
+                ids_n, loss_n, tiles_NCHW = _with_images(ids_n, loss_n, document.images, image_ids, image_config)
             writers[document.held_out].add(ids_n, loss_n, tiles_NCHW)
             tokens[document.held_out] += len(ids_n)
-        progress.at(sum(tokens.values()), corpus.share)
-    progress.end()
+        before, packed = packed, sum(tokens.values())
+        share, total = (0.0, None) if corpus.share is None else (corpus.share, 1.0)
+        progress.update(f"packing {corpus.name}", share, total, amount=packed - before, text=units.tokens(packed))
+    progress.close()
     left_out.end(folder)
     for split, held_out in splits.items():
         if tokens[held_out] <= sample_tokens:
@@ -107,26 +109,26 @@ def _framed(
     return np.array(head + ids + tail, np.int32), framed
 
 
-def _with_pictures(
+def _with_images(
     ids: NDArray[np.int32],
     loss: NDArray[np.bool_],
-    pictures: Sequence[Picture],
+    images: Sequence[ImageFile],
     image_ids: ImageIds,
     config: ImageConfig,
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_], Tiles]:
-    """The document with each picture's tokens, which carry no loss, where its marker was; and all tiles in order."""
+    """The document with each image's tokens, which carry no loss, where its marker was; and all tiles in order."""
     markers = np.flatnonzero(ids == image_ids.image)
-    if len(markers) != len(pictures):
+    if len(markers) != len(images):
         raise DataError(
-            f"{pictures[0].where}: the tokenizer makes {len(markers)} image tokens of {len(pictures)} markers; "
+            f"{images[0].where}: the tokenizer makes {len(markers)} image tokens of {len(images)} markers; "
             "in its file the marker must be a token that always stands alone"
         )
     parts: list[tuple[NDArray[np.int32], NDArray[np.bool_]]] = []
     tiles: list[Tiles] = []
-    for picture, last, here in zip(pictures, [-1, *markers], markers):
+    for image, last, here in zip(images, [-1, *markers], markers):
         parts.append((ids[last + 1 : here], loss[last + 1 : here]))
-        tiles_NCHW, rows, columns = images.cut(images.decode(picture.data, picture.where), config)
-        tokens = images.layout(rows, columns, config.tile_tokens, image_ids)
+        tiles_NCHW, rows, columns = image_tiles.cut(image_tiles.decode(image.data, image.where), config)
+        tokens = image_tiles.layout(rows, columns, config.tile_tokens, image_ids)
         parts.append((tokens, np.zeros(len(tokens), np.bool_)))
         tiles.append(tiles_NCHW)
     parts.append((ids[markers[-1] + 1 :], loss[markers[-1] + 1 :]))
@@ -135,12 +137,12 @@ def _with_pictures(
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Enough at a time to keep all cores of the tokenizer busy, and no more than memory likes, pictures included."""
+    """Enough at a time to keep all cores of the tokenizer busy, and no more than memory likes, images included."""
     batch: list[Document] = []
     characters = 0
     for document in documents:
         batch.append(document)
-        characters += len(document.text) + sum(len(picture.data) for picture in document.pictures)
+        characters += len(document.text) + sum(len(image.data) for image in document.images)
         if characters >= BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS:
             yield batch
             batch, characters = [], 0
@@ -186,38 +188,3 @@ class _LeftOut:
 
 def _shown(text: str) -> str:
     return repr(text if len(text) <= 20 else text[:17] + "...")
-
-
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 100
-        else f"{seconds / 60:.0f} min"
-        if seconds < 6000
-        else f"{seconds / 3600:.1f} h"
-    )
-
-
-class _Progress:
-    """A line on stderr for packing that takes long: rewritten on a terminal, else at doubling intervals."""
-
-    def __init__(self, name: str):
-        self._name, self._began, self._said, self._every = name, time.monotonic(), 0.0, QUIET_SECONDS
-        self._line = "\r{}\033[K" if sys.stderr.isatty() else "{}\n"
-
-    def at(self, tokens: int, share: float | None) -> None:
-        seconds = time.monotonic() - self._began
-        if seconds - self._said < self._every:
-            return
-        self._said = seconds
-        text = f"packing {self._name}: {tokens / 1e6:.1f} M tokens, {tokens / 1e6 / seconds:.2f} M/s"
-        if share:
-            text += f", {share:.0%} of the files read, {_duration(seconds * (1 - share) / share)} left"
-        sys.stderr.write(self._line.format(text))
-        sys.stderr.flush()
-        if self._line.endswith("\n"):
-            self._every *= 2
-
-    def end(self) -> None:
-        if self._said and not self._line.endswith("\n"):
-            sys.stderr.write("\n")

@@ -10,7 +10,7 @@ per sample:
                              belongs to the same document
     digest     uint64        xxh3-64 of the little-endian bytes of ids, documents and mask, in this order; sealed with
                              the tiles (see `tiles`) where there are image tokens among the first S ids
-    images     int64         only in corpora with pictures: image tokens of the split that come before the sample
+    images     int64         only in corpora with images: image tokens of the split that come before the sample
 
 Rows come in record batches of equal length (the last may be shorter), so a sample's place is a division.
 """
@@ -31,7 +31,7 @@ from distill.cache import token_digests
 from distill.config.errors import DataError
 from distill.config.files import sync
 from distill.data import tile_store as tiles
-from distill.data.tile_store import Seen, TileFile, TileFormat, Tiles, TileWriter
+from distill.data.tile_store import SampleImages, TileFile, TileFormat, Tiles, TileWriter
 
 COLUMNS: dict[str, np.dtype[Any]] = {"ids": np.dtype("<i4"), "documents": np.dtype("<i4"), "mask": np.dtype("u1")}
 BATCH_TOKENS = 1 << 17
@@ -48,7 +48,7 @@ class Samples(NamedTuple):
     """[n, S+1]"""
     digests: NDArray[np.uint64]
     """[n]"""
-    pictures: Seen | None
+    images: SampleImages | None
     """None: the corpus has none."""
 
 
@@ -68,7 +68,7 @@ class Summary:
     digest: str
     """xxh3-128 (hex) of the samples' digests in order."""
     tiles: TileFormat | None = None
-    """None: the corpus has no pictures."""
+    """None: the corpus has no images."""
 
 
 class SplitWriter:
@@ -79,7 +79,7 @@ class SplitWriter:
         vocab_size: ids are below it.
         filler_id: documents stay whole: one that would be cut by the end of a sample, and fits in one, begins the next;
             what is left is filled with this id, which carries no loss. None: documents follow each other, cut anywhere.
-        tile_format: of a corpus with pictures, whose tiles go to `split`.tiles.arrow.
+        tile_format: of a corpus with images, whose tiles go to `split`.tiles.arrow.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class SplitWriter:
         self._samples = self._documents = self._ordinal = 0
 
     def add(self, ids: NDArray[np.int32], loss: NDArray[np.bool_], tiles_NCHW: Tiles | None = None) -> None:
-        """One document: its ids [n], bos and eos included, which of them carry loss [n], and its pictures' tiles."""
+        """One document: its ids [n], bos and eos included, which of them carry loss [n], and its images' tiles."""
         place = self._tokens_waiting % self._length
         # The last of the S + 1 tokens of a sample is a label alone.
         if self._filler_id is not None and place and place + len(ids) > self._length + 1 >= len(ids):
@@ -218,7 +218,7 @@ class PackedCorpus:
 
     @property
     def tiles_per_sample(self) -> float:
-        """Tiles of pictures, mean over the samples; a tile that lies across two counts once."""
+        """Tiles of images, mean over the samples; a tile that lies across two counts once."""
         return 0.0 if self._tile_format is None else len(self._tiles) / max(self._samples, 1)
 
     def counts_V(self, vocab_size: int) -> NDArray[np.int64]:
@@ -237,7 +237,7 @@ class PackedCorpus:
         assert ids_B.ndim == 1 and (not len(ids_B) or 0 <= ids_B.min() <= ids_B.max() < len(self)), ids_B
         columns = {name: np.empty((len(ids_B), self.sample_tokens + 1), dtype) for name, dtype in COLUMNS.items()}
         stored = np.empty(len(ids_B), np.uint64)
-        starts_B, pictures = np.empty(len(ids_B), np.int64), None
+        starts_B, images = np.empty(len(ids_B), np.int64), None
         batch_B, row_B = np.divmod(ids_B, self._rows)
         try:
             for batch in np.unique(batch_B):
@@ -250,13 +250,13 @@ class PackedCorpus:
                 if self._tile_format is not None:
                     starts_B[wanted] = record.column("images").to_numpy()[row_B[wanted]]
             if self._tile_format is not None:
-                pictures = self._tiles.pictures(columns["ids"][:, :-1], starts_B)
+                images = self._tiles.images(columns["ids"][:, :-1], starts_B)
         except (OSError, ValueError, LookupError, pa.ArrowException) as error:
             raise DataError(f"{self._path}: is damaged: {error}; remove its folder to pack it anew") from error
         found = digests(columns)
-        if self._tile_format is not None and pictures is not None:
-            marks = map(tiles.digest, pictures.tiles_NCHW)
-            found = tiles.sealed(found, starts_B % self._tile_format.tokens, pictures.counts_B, marks)
+        if self._tile_format is not None and images is not None:
+            marks = map(tiles.digest, images.tiles_NCHW)
+            found = tiles.sealed(found, starts_B % self._tile_format.tokens, images.counts_B, marks)
         if (wrong := np.flatnonzero(found != stored)).size:
             raise DataError(f"{self._path}: sample {ids_B[wrong[0]]} is damaged; remove its folder to pack it anew")
-        return Samples(columns["ids"], columns["documents"], columns["mask"].view(np.bool_), stored, pictures)
+        return Samples(columns["ids"], columns["documents"], columns["mask"].view(np.bool_), stored, images)

@@ -102,7 +102,7 @@ def prepare(config: DataConfig, folder: Path, model_vocab_size: int) -> Prepared
                 config.sample_tokens,
             ]
             parts.append(corpus.identity)
-            if corpus.config.has_pictures:
+            if corpus.config.has_images:
                 parts.append(astuple(config.images))
             if corpus.config.whole_documents:
                 parts.append("whole")
@@ -147,14 +147,14 @@ def _tokenizer(config: DataConfig, folder: Path, corpora: dict[str, Corpus | Mis
         missing = next(corpus for corpus in corpora.values() if isinstance(corpus, MissingFiles))
         return tokenizers.load(t, about.only(folder, "tokenizer", what, missing) / "tokenizer.json")
     parts: list[object] = [t.vocab_size, t.bos, t.eos, TRAIN_CHARACTERS, [c.identity for c in there]]
-    if config.has_pictures:
+    if config.has_images:
         parts.append(IMAGE_TOKENS)
     place = folder / f"tokenizer-{_key('tokenizer', *parts)}"
 
     def make(new: Path, scratch: Path) -> None:
         share = TRAIN_CHARACTERS // len(there)
         texts = chain.from_iterable(_train_texts(corpus, scratch, share) for corpus in there)
-        tokenizers.train(t, texts, config.has_pictures).save(new / "tokenizer.json")
+        tokenizers.train(t, texts, config.has_images).save(new / "tokenizer.json")
 
     _publish(place, make, what)
     return tokenizers.load(t, place / "tokenizer.json")
@@ -163,7 +163,7 @@ def _tokenizer(config: DataConfig, folder: Path, corpora: dict[str, Corpus | Mis
 def _train_texts(corpus: Corpus, scratch: Path, characters: int) -> Iterator[str]:
     for document in stop.checked(corpus.documents(scratch)):
         if not document.held_out:
-            yield document.text.replace(MARKER, "\n")[:characters] if document.pictures else document.text[:characters]
+            yield document.text.replace(MARKER, "\n")[:characters] if document.images else document.text[:characters]
             characters -= len(document.text)
             if characters <= 0:
                 return

@@ -1,6 +1,6 @@
 """Documents of a corpus, in a fixed order, each belonging to the training or the held-out split.
 
-The split is drawn by a hash of the text (standard library: of the file's name; where there are pictures: of these), so
+The split is drawn by a hash of the text (standard library: of the file's name; where there are images: of these), so
 equal texts fall on the same side and no order, addition or removal of other documents moves one across.
 """
 
@@ -37,14 +37,14 @@ NO_SOURCE = {"__pycache__", "dist-packages", "idle_test", "site-packages", "test
 
 
 MARKER = "<|image|>"
-"""Stands in a text where a picture belongs."""
+"""Stands in a text where an image belongs."""
 
 
 class MissingFiles(DataError):
     """The files that a configuration names are not there; what was packed from them may be."""
 
 
-class Picture(NamedTuple):
+class ImageFile(NamedTuple):
     data: bytes
     """Of its file."""
     where: str
@@ -58,7 +58,7 @@ class Document:
     ranges: Ranges | None
     """Characters that carry loss; None: all."""
     held_out: bool
-    pictures: tuple[Picture, ...] = ()
+    images: tuple[ImageFile, ...] = ()
     """One for each MARKER of the text, in order."""
 
 
@@ -101,7 +101,7 @@ class Corpus:
         """
         c, digest = self.config, xxhash.xxh3_128()
         digest.update(repr((c.source.value, c.text_key, c.mask_key, c.held_out, c.max_documents)).encode())
-        if c.has_pictures:
+        if c.has_images:
             digest.update(repr((c.image_key, digits.DRAWING)).encode())
         if c.source is Source.needle:
             digest.update(repr((needle.FORMAT, c.needle)).encode())
@@ -229,7 +229,7 @@ class Corpus:
                 if digit.answer is None:
                     continue
                 ranges = [digit.answer]  # nothing else counts: accuracy is then that of reading the digit
-            yield Document(digit.text, ranges, held_out, (Picture(digit.picture, f"document {number} of digits"),))
+            yield Document(digit.text, ranges, held_out, (ImageFile(digit.image, f"document {number} of digits"),))
 
     def _made_up(self) -> Iterator[Document]:
         c = self.config
@@ -261,16 +261,16 @@ class Corpus:
             except UnicodeEncodeError as error:
                 raise DataError(f"{where}: column {c.text_key!r} is not valid Unicode: {error.reason}") from error
             ranges: Ranges | None = None
-            pictures: tuple[Picture, ...] = ()
+            images: tuple[ImageFile, ...] = ()
             if c.mask_key is not None:
                 ranges = _ranges(values["mask_key"], len(text), f"{where}: column {c.mask_key!r}")
             if c.image_key is not None:
-                pictures = _pictures(values["image_key"], file.path.parent, f"{where}: column {c.image_key!r}")
-                _marked(text, len(pictures), f"{where}: column {c.text_key!r}")
+                images = _images(values["image_key"], file.path.parent, f"{where}: column {c.image_key!r}")
+                _marked(text, len(images), f"{where}: column {c.text_key!r}")
             held_out = file.held_out
             if held_out is None:
-                held_out = self._share(b"".join(picture.data for picture in pictures) or text)
-            yield Document(text, ranges, held_out, pictures)
+                held_out = self._share(b"".join(image.data for image in images) or text)
+            yield Document(text, ranges, held_out, images)
 
     def _share(self, identity: str | bytes) -> bool:
         """True for `held_out` of all identities, always the same ones."""
@@ -348,11 +348,11 @@ def _ranges(value: object, length: int, where: str) -> Ranges:
     return [(start, end) for start, end in value]
 
 
-def _pictures(value: object, folder: Path, where: str) -> tuple[Picture, ...]:
-    """The files of a row's picture or pictures; None is none."""
+def _images(value: object, folder: Path, where: str) -> tuple[ImageFile, ...]:
+    """The files of a row's image or images; None is none."""
     values = value if isinstance(value, list) else [] if value is None else [value]
     return tuple(
-        Picture(_file(value, folder, where), f"{where}, picture {number}") for number, value in enumerate(values, 1)
+        ImageFile(_file(value, folder, where), f"{where}, image {number}") for number, value in enumerate(values, 1)
     )
 
 
@@ -372,11 +372,11 @@ def _file(value: object, folder: Path, where: str) -> bytes:
         raise DataError(f"{where} has {_short(value)}; {path} cannot be read: {error.strerror}") from error
 
 
-def _marked(text: str, pictures: int, where: str) -> None:
-    if (marks := text.count(MARKER)) != pictures:
-        raise DataError(f"{where} has {MARKER} {marks} times, its row has {pictures} pictures; as many are needed")
+def _marked(text: str, images: int, where: str) -> None:
+    if (marks := text.count(MARKER)) != images:
+        raise DataError(f"{where} has {MARKER} {marks} times, its row has {images} images; as many are needed")
     if foreign := [token for token in IMAGE_TOKENS if token != MARKER and token in text]:
-        raise DataError(f"{where} has {', '.join(foreign)}; beside {MARKER} the tokens of a picture come from packing")
+        raise DataError(f"{where} has {', '.join(foreign)}; beside {MARKER} the tokens of an image come from packing")
 
 
 def _short(value: object) -> str:

@@ -1,8 +1,8 @@
-"""Tiles of a split's pictures on disk: an Arrow file beside the samples', memory-mapped, and written as a stream.
+"""Tiles of a split's images on disk: an Arrow file beside the samples', memory-mapped, and written as a stream.
 
 One row per tile, uint8 [3 * size * size], in the order of the stream, in record batches of equal length (the last may
 be shorter). Image tokens of the stream are numbered too: token n belongs to tile n // tokens. So a sample that knows
-how many image tokens come before it finds its tiles by division, also where it begins or ends within a picture.
+how many image tokens come before it finds its tiles by division, also where it begins or ends within an image.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class TileFormat:
     token_id: int
 
 
-class Seen(NamedTuple):
-    """What n samples see of their pictures."""
+class SampleImages(NamedTuple):
+    """The images of n samples."""
 
     tiles_NCHW: Tiles
     """Every tile that an input of a sample touches, sample after sample."""
@@ -107,15 +107,15 @@ class TileFile:
     def __len__(self) -> int:
         return self._count
 
-    def pictures(self, ids_BS: NDArray[np.int32], starts_B: Ints) -> Seen:
-        """The pictures of samples whose inputs are `ids_BS`, with `starts_B` image tokens before each."""
+    def images(self, ids_BS: NDArray[np.int32], starts_B: Ints) -> SampleImages:
+        """The images of samples whose inputs are `ids_BS`, with `starts_B` image tokens before each."""
         tokens = self._format.tokens
         here_BS = ids_BS == self._format.token_id
         first_B, stop_B = ranges(starts_B, here_BS.sum(1), tokens)
         numbers = [np.arange(first, stop) for first, stop in zip(first_B, stop_B)]
         order_BS = here_BS.cumsum(1) - 1 + (starts_B % tokens)[:, None]
         tiles_NCHW = self._take(np.concatenate(numbers or [starts_B]))
-        return Seen(tiles_NCHW, stop_B - first_B, np.where(here_BS, order_BS, -1), tokens)
+        return SampleImages(tiles_NCHW, stop_B - first_B, np.where(here_BS, order_BS, -1), tokens)
 
     def _take(self, numbers_N: Ints) -> Tiles:
         if len(numbers_N) and not 0 <= numbers_N.min() <= numbers_N.max() < self._count:

@@ -82,14 +82,14 @@ class Tokenizer:
         return f"; its special tokens: {', '.join(found[:8])}{', ...' if len(found) > 8 else ''}" if found else ""
 
     def image_ids(self) -> ImageIds:
-        """The ids of the tokens that stand for pictures.
+        """The ids of the tokens that stand for images.
 
         Raises:
             DataError: names those that the tokenizer lacks.
         """
         found: list[Any] = [self._library.token_to_id(token) for token in IMAGE_TOKENS]
         if missing := [token for token, token_id in zip(IMAGE_TOKENS, found) if token_id is None]:
-            raise DataError(f"{self.name}: has no {', '.join(missing)}; a corpus with pictures needs them")
+            raise DataError(f"{self.name}: has no {', '.join(missing)}; a corpus with images needs them")
         return ImageIds(*found)
 
     def encode_batch(
@@ -174,10 +174,10 @@ def load(config: TokenizerConfig, file: str | Path | None = None) -> Tokenizer:
     return Tokenizer(record, config.bos, config.eos, str(path))
 
 
-def train(config: TokenizerConfig, texts: Iterable[str], pictures: bool = False) -> Tokenizer:
+def train(config: TokenizerConfig, texts: Iterable[str], images: bool = False) -> Tokenizer:
     """A byte-level BPE over `texts`, never above `config.vocab_size` ids; equal texts give equal bytes.
 
-    bos and eos are its first ids, then IMAGE_TOKENS if it is for `pictures`, then the 256 bytes, then merges: every
+    bos and eos are its first ids, then IMAGE_TOKENS if it is for `images`, then the 256 bytes, then merges: every
     text has an encoding.
 
     Raises:
@@ -187,7 +187,7 @@ def train(config: TokenizerConfig, texts: Iterable[str], pictures: bool = False)
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     specials = [token for token in (config.bos, config.eos) if token is not None]
-    specials += IMAGE_TOKENS if pictures else ()
+    specials += IMAGE_TOKENS if images else ()
     if config.vocab_size < BYTES + len(specials):
         raise ConfigError(f"data.tokenizer.vocab_size is {config.vocab_size}; at least {BYTES + len(specials)}")
     library = Library(models.BPE())

@@ -22,13 +22,13 @@ from distill.cache import CacheHeader, CacheReader, CacheWriter, is_created, mak
 from distill.config import stop
 from distill.config.errors import DivergenceError
 from distill.config.schema import OnFull, OnMissing
+from distill.config.units import duration, file_size, short
 from distill.data.join import Batch, Joiner, Prefetch, check_cache
 from distill.data.packed import PackedCorpus
 from distill.run import build
 from distill.run.frozen import Teacher, load_teacher
 from distill.run.run import Run
 from distill.run.units import Held, Plan, Unit, make_plan
-from distill.tracking.console import duration, short
 from teacher.capture import Capture
 from teacher.labelling import label, label_loss
 
@@ -52,7 +52,7 @@ class Place(NamedTuple):
     seen_before: bool
     """The teacher trained on the corpus."""
     flops_per_token: float
-    """Of the teacher's forward pass, the tiles of pictures shared among the tokens."""
+    """Of the teacher's forward pass, the tiles of images shared among the tokens."""
 
     best: float
     """Nats: the least loss of the cache's records; nan: none has one."""
@@ -187,7 +187,7 @@ def describe(run: Run, places: list[Place], plan: Plan, teacher: Teacher, rate: 
     if plan.samples:
         yield (
             f"{plan.samples:,} samples in {len(plan.units):,} units, {short(tokens)} tokens, "
-            f"{_tflops(places, plan.units):.4g} TFLOP, about {short(tokens * rate.bytes_per_token)}B, "
+            f"{_tflops(places, plan.units):.4g} TFLOP, about {file_size(tokens * rate.bytes_per_token)}, "
             f"{duration(tokens / rate.tokens_per_second)} at {short(rate.tokens_per_second)} tokens/s"
         )
     else:

@@ -186,7 +186,7 @@ def _write_tokenizer(tokenizer: Tokenizer, config: ModelConfig, images: dict[str
 
 
 def _write_processor(vision: VisionConfig, images: dict[str, Any], folder: Path) -> None:
-    """How transformers makes tiles of pictures and tokens of tiles; where the run does not say, as released."""
+    """How transformers makes tiles of images and tokens of tiles; where the run does not say, as released."""
     mean = [0.5] * 3
     pixels = {
         "image_processor_type": "Llama4ImageProcessor",

@@ -1,4 +1,4 @@
-"""The frozen teacher of a backfill: loaded, named, and checked against the run's tokenizer, pictures and samples."""
+"""The frozen teacher of a backfill: loaded, named, and checked against the run's tokenizer, images and samples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from distill.engine.checkpoint import Checkpoint
 from distill.run import identity
 from distill.run.folder import recorded
 from distill.run.identity import Lineage
-from distill.run.run import Run, check_sight, load_model, role_in
+from distill.run.run import Run, check_vision, load_model, role_in
 from teacher.labelling import Frozen, Own
 
 
@@ -45,7 +45,7 @@ def load_teacher(run: Run) -> Teacher:
     """The teacher that the configuration names, on the run's device; prepares the run's data for it. Collective.
 
     Raises:
-        ConfigError: it cannot be loaded, cannot see the run's pictures, takes shorter samples only, or has another
+        ConfigError: it cannot be loaded, cannot take the run's images, takes shorter samples only, or has another
             tokenizer; names both.
     """
     config = run.config
@@ -72,7 +72,7 @@ def load_teacher(run: Run) -> Teacher:
         raise ConfigError(f"data.sample_tokens is {config.data.sample_tokens}; the model in {folder} takes {longest}")
     model.model.to(run.dist.device)
     run.prepare(model.vocab_size)
-    check_sight(f"vision of the model in {folder}", vision, config.data, run.data.tokenizer)
+    check_vision(f"vision of the model in {folder}", vision, config.data, run.data.tokenizer)
     home = _home(folder)
     _check_tokenizer(run, home)
     if known is not None:

@@ -11,7 +11,7 @@ from student.evaluate import Evaluation
 
 
 def figures(run: Run, model: Transformer, result: Evaluation) -> dict[str, Any]:
-    """Entries of the run's summary, some of them only for the report's pictures. Collective."""
+    """Entries of the run's summary, some of them only for the report's charts. Collective."""
     e = run.config.evaluate
     chunk_size, trained_tokens = model.config.chunk_size, e.trained_tokens or run.config.data.sample_tokens
     found: dict[str, Any] = {}

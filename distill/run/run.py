@@ -20,7 +20,7 @@ import torch
 from omegaconf import OmegaConf
 
 from distill.config import json_text, stop
-from distill.config.checks import sight
+from distill.config.checks import vision_problems
 from distill.config.errors import ConfigError, DataError, DivergenceError
 from distill.config.files import write_text
 from distill.config.load import to_dict
@@ -129,7 +129,7 @@ class Run:
         self._check_data(prepared)
         if self.config.job is not Job.evaluate:
             for role in self.roles:
-                check_sight(f"{role}.model.vision", getattr(self.config, role).model.vision, data, prepared.tokenizer)
+                check_vision(f"{role}.model.vision", getattr(self.config, role).model.vision, data, prepared.tokenizer)
         if self.dist.is_main:  # whoever exports a model of this run needs no data
             prepared.tokenizer.save(self.folder / TOKENIZER)
         self.data = prepared
@@ -331,9 +331,9 @@ class Run:
         self.dist.barrier()
 
 
-def check_sight(key: str, vision: VisionConfig | None, data: DataConfig, tokenizer: Tokenizer) -> None:
-    """Refuses a model that cannot see the pictures of a run, or takes another token for them than the tokenizer."""
-    if data.has_pictures and (problems := list(sight(key, vision, data.images, tokenizer.image_ids().patch))):
+def check_vision(key: str, vision: VisionConfig | None, data: DataConfig, tokenizer: Tokenizer) -> None:
+    """Refuses a model that cannot take the images of a run, or has another token for them than the tokenizer."""
+    if data.has_images and (problems := list(vision_problems(key, vision, data.images, tokenizer.image_ids().patch))):
         raise ConfigError(*problems)
 
 
@@ -342,20 +342,20 @@ def load_model(folder: Path, role: str, want: ModelConfig | None, found: Checkpo
 
     Args:
         role: which model of a checkpoint that holds several.
-        want: refuse another architecture, naming the keys that differ; of a model with sight the text model alone is
+        want: refuse another architecture, naming the keys that differ; of a model with vision the text model alone is
             taken where `want` has none. None takes what is there.
         found: the checkpoint in the folder, where it is open already: its files need not be verified again.
     """
-    sight = want is None or want.vision is not None
+    with_vision = want is None or want.vision is not None
     if (folder / "config.json").exists():
-        model = hf.load(folder, vision=sight)
+        model = hf.load(folder, vision=with_vision)
     else:
         found = found or checkpoint.find(folder)
         name = role_in(found, role)
         stored = OmegaConf.merge(OmegaConf.structured(ModelConfig), found.state["models"][name])
         config = cast(ModelConfig, OmegaConf.to_object(stored))
         tensors = found.tensors(name, ("param/", "buffer/"))
-        if not sight:
+        if not with_vision:
             config.vision = None
             tensors = {key: t for key, t in tensors.items() if not key.removeprefix("param/").startswith(hf.VISION)}
         model = Transformer(config)

@@ -12,7 +12,7 @@ from distill.cache import CacheReader, is_created, is_url
 from distill.config import stop
 from distill.config.errors import CacheError, ConfigError
 from distill.run import build, length
-from distill.run.run import Run, check_sight, load_model
+from distill.run.run import Run, check_vision, load_model
 from distill.run.trainer import Trainer
 from student.distilling import StudentStep
 
@@ -143,7 +143,7 @@ def evaluate(run: Run) -> None:
                     f"data.tokenizer has {run.data.tokenizer.vocab_size} ids; the model in {folder} has "
                     f"{part.config.vocab_size}: set data.tokenizer.file to its tokenizer"
                 )
-            check_sight(f"vision of the model in {folder}", part.config.vision, config.data, run.data.tokenizer)
+            check_vision(f"vision of the model in {folder}", part.config.vision, config.data, run.data.tokenizer)
     result = run.evaluate(model, teacher)
     row = result.figures()
     del row["loss"]

@@ -240,7 +240,7 @@ def _compact_arguments(parser: Parser) -> None:
         "--into",
         metavar="NEW",
         type=home,
-        help="leave the cache as it is and write a compact one there (the way out of format 1)",
+        help="leave the cache as it is and write a compact one there",
     )
 
 

@@ -17,7 +17,6 @@ from distill.cache.ledger import Retired, ShardRow
 from distill.cache.shard import Array, Shard
 from distill.cache.store import Store
 from distill.cache.view import Newest, open_shard, published
-from distill.config.errors import CacheError
 from distill.tools.common import Bar, ToolLedger, alone, remove_leftovers
 from distill.tools.decoding import Decoding
 from distill.tools.repack import Packer, piece
@@ -49,13 +48,9 @@ def compact(store: Store, *, shard_bytes: int, purge: bool = False) -> Compactio
     who reads an older view then gets a CacheError.
 
     Raises:
-        CacheError: damage (then nothing is retired), another tool at work, format 1, or a file that cannot be written.
+        CacheError: damage (then nothing is retired), another tool at work, or a file that cannot be written.
     """
     header = CacheHeader.read(store)
-    if header.format == 1:
-        raise CacheError(
-            f"{store.root}: format version is 1; it is not changed, only rewritten: compact --into NEW_FOLDER"
-        )
     with alone(store):
         rows, retired, _ = published(store, header)
         remove_leftovers(store, {row.shard for row in rows + retired})

@@ -9,11 +9,9 @@ from itertools import islice
 import numpy as np
 
 from distill.cache import differ
-from distill.cache.format import FORMAT
 from distill.cache.reader import CacheReader, Sample
 from distill.cache.record import Decoded
 from distill.cache.store import Store
-from distill.config.errors import CacheError
 from distill.tools.common import Bar
 
 NEEDED = ("vocab_size", "tokenizer", "corpus", "sample_tokens", "samples")
@@ -64,12 +62,9 @@ def compare(store_a: Store, store_b: Store) -> Comparison:
     """Compares the newest records of all samples.
 
     Raises:
-        CacheError: caches of different corpora, tokenizers or shapes, one of format 1, or damage.
+        CacheError: caches of different corpora, tokenizers or shapes, or damage.
     """
     a, b = CacheReader(store_a.root), CacheReader(store_b.root)
-    for reader in (a, b):
-        if reader.header.format != FORMAT:
-            raise CacheError(f"{reader.folder}: format version is 1; rewrite it first: compact --into NEW_FOLDER")
     b.header.check(**{name: getattr(a.header, name) for name in NEEDED})
     found = Comparison()
     mine, other = a.header.json(), b.header.json()

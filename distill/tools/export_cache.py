@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from distill.cache.format import FORMAT
 from distill.cache.reader import CacheReader, Sample
 from distill.config.errors import CacheError
 from distill.config.files import replacing
@@ -68,10 +67,6 @@ def export(reader: CacheReader, path: str | Path, per: Per = Per.sample, *, prog
     path = Path(home(str(path)))
     if path.is_dir():
         raise CacheError(f"{path}: is a folder; name a file")
-    if reader.header.format != FORMAT:
-        raise CacheError(
-            f"cache {reader.folder} is of format {reader.header.format}; compact it first: {FORMAT} is read"
-        )
     total = int(reader.stats()["samples"])
     counts = {"samples": 0, "rows": 0, "tokens": 0}
     every = max(1, GROUP_TOKENS // reader.header.sample_tokens)

@@ -1,4 +1,4 @@
-"""Several caches of one corpus, tokenizer, codec and seed into one. Also the way from format 1 to today's."""
+"""Several caches of one corpus, tokenizer, codec and seed into one."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from distill.cache.format import FORMAT
 from distill.cache.header import CacheHeader
 from distill.cache.publish import create
 from distill.cache.ranks import invert, load_ranks
-from distill.cache.shard import Shard
 from distill.cache.store import LocalStore, Store
 from distill.cache.view import Newest, open_shard, published
 from distill.config.errors import CacheError
@@ -60,7 +58,7 @@ def merge(sources: Sequence[Store], target: Store, *, shard_bytes: int) -> Merge
     found = [_Source(store) for store in sources]
     first = found[0].header
     for other in found[1:]:
-        other.header.check(**_common(first, other.header))
+        other.header.check(**{name: getattr(first, name) for name in (*SAME, "ranks")})
     if isinstance(target, LocalStore):
         target.make_folders("")
     with alone(target):
@@ -85,21 +83,10 @@ def merge(sources: Sequence[Store], target: Store, *, shard_bytes: int) -> Merge
                     keep = newest[np.flatnonzero(wins)]
                     copied, passed = copied + len(keep), passed + len(newest) - len(keep)
                     if len(keep):
-                        packer.add(
-                            piece(shard, shard.records(), keep, decoding.tokens)
-                            if isinstance(shard, Shard)
-                            else decoding.renew(shard, keep)
-                        )
+                        packer.add(piece(shard, shard.records(), keep, decoding.tokens))
                     bar.add(row.bytes)
             packer.flush()
     return Merge(len(packer.rows), copied, passed, sum(row.bytes for row in packer.rows))
-
-
-def _common(mine: CacheHeader, other: CacheHeader) -> dict[str, object]:
-    expected = {name: getattr(mine, name) for name in SAME}
-    if mine.format == other.format:
-        return expected | {"ranks": mine.ranks}
-    return expected
 
 
 def _open(target: Store, source: _Source) -> CacheHeader:
@@ -113,8 +100,6 @@ def _open(target: Store, source: _Source) -> CacheHeader:
             raise
         counts_V = header.vocab_size - invert(ids_by_rank)  # any counts that fall with the rank
         return create(target, header, counts_V)
-    if there.format != FORMAT:
-        raise CacheError(f"{target.root}: format version is {there.format}, which can be read but not added to")
     there.check(**{name: getattr(header, name) for name in SAME})
     if not np.array_equal(load_ranks(target, there), ids_by_rank):
         raise CacheError(

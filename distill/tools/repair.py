@@ -66,7 +66,7 @@ def repair(store: Store, *, dry_run: bool = False) -> Repair:
     Writers that are alive keep their ledgers and files, but for damaged shards that they have published.
 
     Raises:
-        CacheError: the header or the table of ranks is damaged (they cannot be made again from the rest), format 1,
+        CacheError: the header or the table of ranks is damaged (they cannot be made again from the rest),
             another tool at work, or a file that cannot be written.
     """
     header = _header(store)
@@ -104,8 +104,6 @@ def _header(store: Store) -> CacheHeader:
             "writes the same cache.json and ranks file byte for byte: copy them from there (every row of the ledgers "
             "names the digest of the right cache.json)"
         ) from error
-    if header.format == 1:
-        raise CacheError(f"{store.root}: format version is 1; rewrite it first: compact --into NEW_FOLDER")
     return header
 
 

@@ -15,8 +15,6 @@ from distill.cache.ledger import LedgerReader, Origin, Retired, ShardRow, outsid
 from distill.cache.seal import digest
 from distill.cache.shard import Array, Shard, parse
 from distill.cache.store import Store
-from distill.cache.v1.shard import OldShard
-from distill.cache.v1.shard import row as old_row
 from distill.config.errors import CacheError
 
 _BLOCK = 8 << 20
@@ -75,7 +73,7 @@ class Scan(NamedTuple):
 
 def scan(store: Store, writer: str, header: CacheHeader) -> Scan:
     """Reads a whole ledger. Whatever it holds, this succeeds; CacheError only where a file cannot be read."""
-    reader = LedgerReader(store, writer, header.identity, old_row if header.format == 1 else None)
+    reader = LedgerReader(store, writer, header.identity)
     lines: list[Line] = []
     torn, torn_in = 0, ""
     name = f"{LEDGER}/{writer}.jsonl"
@@ -115,7 +113,7 @@ def scan(store: Store, writer: str, header: CacheHeader) -> Scan:
 
 def read_row(store: Store, header: CacheHeader, writer: str, name: str, data: bytes) -> Line:
     """One row by itself, whatever its number."""
-    reader = LedgerReader(store, writer, header.identity, old_row if header.format == 1 else None)
+    reader = LedgerReader(store, writer, header.identity)
     reader.seq = seq = _claimed(data) or 0
     try:
         return Line(name, data, seq, reader.parse(data, name), "")
@@ -232,21 +230,6 @@ def _without_index(store: Store, header: CacheHeader, row: ShardRow) -> Shard | 
     first = row.origins[0].first_step
     shard.columns = shard.columns._replace(steps=zeros + first, origins=zeros)
     return shard
-
-
-def examine_old(store: Store, row: ShardRow) -> list[str]:
-    """What is wrong with a shard of format 1."""
-    try:
-        shard = OldShard(store, row)
-    except CacheError as error:
-        return [str(error)]
-    problems = []
-    for i in range(row.samples):
-        try:
-            shard.record(i)
-        except CacheError as error:
-            problems.append(str(error))
-    return problems
 
 
 def blocks(bounds: Array) -> list[tuple[int, int]]:

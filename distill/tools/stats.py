@@ -79,18 +79,17 @@ def _sizes(
 ) -> dict[str, dict[str, int]]:
     """Bytes of the shards that count, by column; of the other files that count; of those that do not."""
     records = sum(row.samples for row in rows)
-    shards = {} if header.format == 1 else {name: width * records for name, width in WIDTHS.items()}
+    shards = {name: width * records for name, width in WIDTHS.items()}
     indexes = sum(row.index_bytes for row in rows)
     shards |= {"headers": indexes - sum(shards.values()), "records": sum(row.bytes for row in rows) - indexes}
     files = store.names(SHARDS)
     there, counted = set(files), {row.shard for row in [*rows, *retired]}
     others = [name for name in files if name not in counted]
-    ranks = "ranks.safetensors" if header.format == 1 else ranks_name(header.ranks)
     return {
         "shards": shards,
         "others": {
             HEADER: store.size(HEADER),
-            "ranks": store.size(ranks),
+            "ranks": store.size(ranks_name(header.ranks)),
             "ledgers": store.bytes_in(LEDGER),
         },
         "of no use": {

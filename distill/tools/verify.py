@@ -14,7 +14,7 @@ from distill.cache.ranks import load_ranks
 from distill.cache.store import Store
 from distill.config.errors import CacheError
 from distill.tools.common import Bar, is_live, writer_of
-from distill.tools.scan import Scan, examine, examine_old, rows_of, scan
+from distill.tools.scan import Scan, examine, rows_of, scan
 
 
 class Verdict(NamedTuple):
@@ -71,17 +71,13 @@ def verify(store: Store, *, decode: bool = False, jobs: int = 1) -> Verdict:
 
 def _shards(store: Store, header: CacheHeader, rows: list[ShardRow], decode: bool, jobs: int) -> list[str]:
     bad: Callable[[list[bytes], list[int]], list[int]] | None = None
-    if decode and header.format != 1:
+    if decode:
         from distill.tools.decoding import Decoding  # torch
 
         bad = Decoding(store, header).undecodable
     with Bar("verify", sum(row.bytes for row in rows)) as bar, ThreadPoolExecutor(max(jobs, 1)) as pool:
 
         def look(row: ShardRow) -> list[str]:
-            if header.format == 1:
-                found = examine_old(store, row)
-                bar.add(row.bytes)
-                return found
             return examine(store, header, row, bad=bad, progress=bar.add).problems
 
         return [problem for found in pool.map(look, rows) for problem in found]

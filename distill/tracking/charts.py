@@ -12,10 +12,9 @@ from html import escape
 
 import numpy as np
 
+from distill.config.units import percent, short
 from distill.tracking import scale
-from distill.tracking.console import short
 from distill.tracking.scale import Axis
-from distill.tracking.table import percent
 
 STYLES = 8
 COLUMNS = 100

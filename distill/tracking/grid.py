@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from distill.config.units import percent
 from distill.tracking.charts import Frame
-from distill.tracking.table import percent
 
 
 def grid(

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from distill.config.units import percent
 from distill.tracking.charts import Curve, Frame, Mark, line_chart
 from distill.tracking.grid import grid
 from distill.tracking.runs import RunData
-from distill.tracking.table import percent
 
 BORDERS = 8
 """Most chunk borders that are marked."""

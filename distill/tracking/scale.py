@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distill.tracking.console import short
+from distill.config.units import short
 
 POINTS = 600
 """Most points of a drawn curve: about what a chart has pixels for."""

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distill.tracking.console import duration, short
+from distill.config.terminal import text_table
+from distill.config.units import duration, file_size, percent, short
 
 
 def render(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] | None = None) -> str:
@@ -19,18 +20,13 @@ def render(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] | None 
     """
     rows = arms(summary) if rows is None else rows
     hard = next((row["loss"] for row in rows if row["arm"] == "hard"), None)
-    cells = [
-        ("arm", "held-out loss", "against hard", "gap closed", "accuracy"),
-        ("", "nats per token", "nats per token", "", ""),
-    ]
-    cells += [(str(row["arm"])[:24], *figures(row, hard)) for row in rows]
-    shown = [i for i in range(5) if i < 2 or any(line[i] for line in cells[2:])]
-    widths = {i: max(len(line[i]) for line in cells) for i in shown}
-    lines = ["  ".join(line[i].rjust(widths[i]) if i else line[i].ljust(widths[i]) for i in shown) for line in cells]
-    lines.insert(2, "─" * len(lines[0]))
+    header = ("arm", "held-out loss\nnats per token", "against hard\nnats per token", "gap closed", "accuracy")
+    cells = [(str(row["arm"])[:24], *figures(row, hard)) for row in rows]
+    shown = [i for i in range(5) if i < 2 or any(line[i] for line in cells)]
+    lines = text_table([[line[i] for i in shown] for line in cells], [header[i] for i in shown]) if rows else []
     known = facts(summary)
     width = max((len(name) for name, _ in known), default=0)
-    parts = [sentence(summary), "\n".join(line.rstrip() for line in lines) if rows else ""]
+    parts = [sentence(summary), "\n".join(lines)]
     parts.append("\n".join(f"{name:<{width}}  {text}" for name, text in known))
     return "\n\n".join(part for part in parts if part)
 
@@ -91,13 +87,6 @@ def facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
-def percent(share: float) -> str:
-    """`62 %`, with one decimal below ten."""
-    value = 100 * share
-    digits = 1 if 0 < abs(value) < 9.95 else 0
-    return f"{value:.{digits}f} %".replace("-", "−")
-
-
 def _plain(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
@@ -124,7 +113,7 @@ _FACTS = {
     "flops.imported_tokens": ("imported", lambda value: f"{short(value)} tokens"),
     "flops.unpriced_tokens": ("of unknown cost", lambda value: f"{short(value)} tokens"),
     "planned_tflops": ("planned", lambda value: f"{value:.3g} TFLOP"),
-    "planned_bytes": ("size of it", lambda value: f"{short(value)}B"),
+    "planned_bytes": ("size of it", file_size),
     "planned_seconds": ("time for it", duration),
     "loss": ("teacher's loss", lambda value: f"{value:.3f} nats per token labelled"),
     "seconds": ("wall time", duration),

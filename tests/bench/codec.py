@@ -23,7 +23,7 @@ from torch import Tensor
 from distill.cache import Atoms, CacheHeader, CacheReader, CacheWriter, make_codec
 from distill.config.schema import CodecConfig, CodecName
 from distill.tracking import charts
-from tests.bench._picture import draw
+from tests.bench._chart import draw
 from tests.bench._yardstick import VOCAB, rows
 
 ROWS, SAMPLE = 2048, 1024
@@ -77,7 +77,7 @@ def run() -> dict[str, float]:
         figures |= {f"{name.value}_{part}": getattr(found, part) for part in parts}
     for label, (size, error) in peers.items():
         figures |= {f"{label}: bytes": size, f"{label}: mse": error}
-    picture(measured, peers)
+    draw_charts(measured, peers)
     return figures
 
 
@@ -179,7 +179,7 @@ def between(x: list[float], y: list[float], at: float) -> float:
     return float(np.exp(np.interp(math.log(at), x_log, y_log)))
 
 
-def picture(measured: dict[tuple[CodecName, float], Found], peers: dict[str, tuple[float, float]]) -> None:
+def draw_charts(measured: dict[tuple[CodecName, float], Found], peers: dict[str, tuple[float, float]]) -> None:
     def curve(label: str, style: int, points: list[tuple[float, float]]) -> charts.Curve:
         points = sorted(points)
         return charts.Curve(label, style, np.array([b for b, _ in points]), np.array([e for _, e in points]))

@@ -36,7 +36,7 @@ from distill.model import Transformer
 from distill.model.linear import grouped_mm
 from distill.model.parts import Parts
 from distill.tracking import charts
-from tests.bench._picture import draw
+from tests.bench._chart import draw
 
 WIDTHS, DEPTHS, EXPERTS = (64, 128, 256, 512), (2, 4, 8, 16), (64, 128, 256, 512)
 BASE = BaseSizes(hidden_size=64, layers=4, expert_hidden=64, dense_hidden=128)

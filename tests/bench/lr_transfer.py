@@ -30,7 +30,7 @@ from distill.engine import dist as engine_dist
 from distill.run import build
 from distill.run.run import Run
 from distill.tracking import charts
-from tests.bench._picture import draw
+from tests.bench._chart import draw
 
 WIDTHS, SEEDS, STEPS = (64, 128, 256), (0, 1), 400
 RATES = tuple(2.0**-power for power in range(11, 5, -1))

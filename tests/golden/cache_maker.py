@@ -1,7 +1,6 @@
 """The golden caches, from integers alone: `python -m tests.golden.cache_maker FOLDER` writes them.
 
-Their bytes change only with the version of the format: raise `distill.cache.layout.FORMAT`, keep a reader of the old
-one, and put the new caches beside the old.
+Their bytes change only with the version of the format, `distill.cache.format.FORMAT`.
 """
 
 import random

@@ -1,15 +1,11 @@
-"""Bytes of the cache on disk: today's do not change, and older ones still open."""
+"""The bytes of a cache on disk do not change."""
 
-import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from distill.cache import CacheReader
 from tests import format_reader
 from tests.golden import cache_maker
-from tests.workers.cache_writers import digests
 
 HERE = Path(__file__).parent
 
@@ -32,19 +28,3 @@ def test_the_golden_cache_says_what_was_put_into_it(name):
         for t, (token, want) in enumerate(zip(tokens, cache_maker.rows(name, sample))):
             assert (token is None) == (t == cache_maker.S - 1)
             assert token is None or sorted(token[3]) == sorted(want)
-
-
-@pytest.mark.parametrize("name", ["threshold", "multinomial", "topk"])
-def test_a_cache_of_format_1_reads_as_it_did(name):
-    """`expected.json` is what the program of that time read."""
-    want = json.loads((HERE / "cache-v1" / "expected.json").read_text())[name]
-    ids = np.array([9, 8, 3])
-    result = CacheReader(HERE / "cache-v1" / name).read(ids, digests(ids))
-    targets = result.targets
-    for i, p, row in zip(targets.ids_TK.tolist(), targets.probs_TK.tolist(), want["rows"]):
-        assert {a: b for a, b in zip(i, p) if b} == dict(map(tuple, row))
-    assert targets.covered_T.tolist() == want["covered"] and result.step_B.tolist() == want["step"]
-    np.testing.assert_array_equal(targets.label_logprob_T, np.array(want["label"], np.float32))
-    np.testing.assert_array_equal(targets.entropy_T, np.array(want["entropy"], np.float32))
-    losses = [np.nan if loss is None else loss for loss in want["loss"]]
-    np.testing.assert_array_equal(result.shard_loss_B, np.array(losses, np.float32))

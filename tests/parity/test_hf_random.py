@@ -1,4 +1,4 @@
-"""Random small models, text alone and with sight: transformers saves and we load, we save and transformers loads."""
+"""Random small models, text alone and with vision: transformers saves and we load, we save and transformers loads."""
 
 import json
 import random
@@ -74,12 +74,12 @@ def vision_settings(draw):
 
 
 @torch.no_grad()
-def drawn(seed, sight):
+def drawn(seed, vision):
     """A transformers model whose norms, routers and biases matter, and ids for it."""
     draw = random.Random(seed)
     settings = text_settings(draw)
     torch.manual_seed(seed)
-    if sight:
+    if vision:
         config = transformers.Llama4Config(
             text_config=settings, vision_config=vision_settings(draw), image_token_index=settings["vocab_size"] - 1
         )
@@ -96,7 +96,7 @@ def drawn(seed, sight):
 @pytest.mark.parametrize("seed", SEEDS)
 @torch.no_grad()
 def test_text(tmp_path, seed):
-    theirs, ids_BS = drawn(seed, sight=False)
+    theirs, ids_BS = drawn(seed, vision=False)
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
     ours = hf.load(tmp_path / "theirs")
     expected = theirs(ids_BS, use_cache=False).logits
@@ -111,8 +111,8 @@ def test_text(tmp_path, seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 @torch.no_grad()
-def test_with_sight(tmp_path, seed):
-    theirs, ids_BS = drawn(seed, sight=True)
+def test_with_vision(tmp_path, seed):
+    theirs, ids_BS = drawn(seed, vision=True)
     vision = theirs.config.vision_config
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="50KB")
     ours = hf.load(tmp_path / "theirs")

@@ -1,4 +1,4 @@
-"""Sight against transformers: tower, projector, logits, gradients, bf16, and that the comparison bites."""
+"""Vision against transformers: tower, projector, logits, gradients, bf16, and that the comparison bites."""
 
 import pytest
 import torch

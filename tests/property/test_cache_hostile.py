@@ -29,8 +29,7 @@ ROOM = 64 << 20
 """Bytes of memory that a small cache may take, whatever it says."""
 SECONDS = 20.0
 """Of work, not of the clock, after which a reader counts as hanging: thousands of times what it needs."""
-GOLDEN = Path(__file__).parents[1] / "golden" / "cache-v1"
-CACHES = [*(codec.value for codec in CodecName), "old threshold", "old topk"]
+CACHES = [codec.value for codec in CodecName]
 
 DEEP = "[" * 800 + "]" * 800
 INTS = st.sampled_from(
@@ -47,7 +46,7 @@ VALUES = st.one_of(
 
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory):
-    """A small cache of each codec, in pieces; and caches of format 1."""
+    """A small cache of each codec, in pieces."""
     found = {}
     for codec in CodecName:
         folder = tmp_path_factory.mktemp(codec.value)
@@ -57,8 +56,6 @@ def caches(tmp_path_factory):
                 put(writer, [first, first + 1], config)
             writer.finish()
         found[codec.value] = Parts.of(folder)
-    for name in ("threshold", "topk"):
-        found[f"old {name}"] = Parts.of(GOLDEN / name)
     return found
 
 
@@ -79,8 +76,7 @@ def use(folder):
             reader.losses(ids)
             for sample in covered:
                 reader.read(np.array([sample]), seen(reader, sample))
-            if reader.header.format != 1:
-                reader.decode(list(reader.samples()))
+            reader.decode(list(reader.samples()))
             LedgerWriter(open_store(folder), "w", CacheHeader.load(folder).identity)
         except CacheError as error:
             assert len(str(error)) < 3000
@@ -301,18 +297,15 @@ def test_any_bytes_in_any_file(caches, folder, data):
         (("last_sample",), None), (("origins", 0, "seen_before"), 3), (("index_bytes",), 2**62), (("samples",), 2**60),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("name", ["systematic", "old topk"])
-def test_values_that_no_row_has(caches, folder, name, place, value):
-    parts = caches[name].copy()
+def test_values_that_no_row_has(caches, folder, place, value):
+    parts = caches["systematic"].copy()
     at = parts.rows[0]
     for key in place[:-1]:
-        if key in ("origins", 0) and name == "old topk":
-            continue  # format 1 has these facts in the row itself
         at = at[key]
     at[place[-1]] = value
     parts.keep_digests = True
     parts.write(folder)
-    assert not use(folder) or (name, place[-1]) == ("old topk", "seen_before")
+    assert not use(folder)
 
 
 @pytest.mark.parametrize(

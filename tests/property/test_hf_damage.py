@@ -35,12 +35,12 @@ def test_any_value_of_any_key(data):
         place[key.removeprefix("vision.")] = data.draw(INNER, key)
     config = released(text, vision_config=vision)
     config |= data.draw(st.dictionaries(st.sampled_from([*config, "colour"]), VALUES, max_size=1), "above")
-    for sight in (True, False):
+    for vision in (True, False):
         try:
-            found = hf.config_from_json(config, vision=sight)
+            found = hf.config_from_json(config, vision=vision)
         except CheckpointError:
             continue
-        assert hf.config_from_json(json.loads(json.dumps(config)), vision=sight) == found
+        assert hf.config_from_json(json.loads(json.dumps(config)), vision=vision) == found
 
 
 @pytest.fixture(scope="module")

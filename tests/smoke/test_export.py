@@ -31,7 +31,7 @@ VISION = VisionConfig(hidden_size=16, layers=1, heads=2, mlp_hidden=64, tile_siz
 
 
 def released(folder, **changes):
-    """A folder with sight, as it could be downloaded, of the sizes that TINY trains."""
+    """A folder with vision, as it could be downloaded, of the sizes that TINY trains."""
     torch.manual_seed(3)
     config = ModelConfig(**SIZES, layers=2, experts=4, chunk_size=8, nope_step=2, qk_norm=False, rope_theta=1e4)
     config = dataclasses.replace(config, floor_scale=32.0, max_positions=4096, vision=VISION, init_std=0.1, **changes)
@@ -42,7 +42,7 @@ def released(folder, **changes):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A codistilled run whose models both start from a folder with sight; its corpus is gone afterwards."""
+    """A codistilled run whose models both start from a folder with vision; its corpus is gone afterwards."""
     root = tmp_path_factory.mktemp("export")
     corpus = write_corpus(root / "corpus")
     released(root / "released")
@@ -70,7 +70,7 @@ def exported(source, target, **settings):
     return json.loads((folder / "summary.json").read_text())
 
 
-def test_a_run_started_from_a_folder_with_sight(made):
+def test_a_run_started_from_a_folder_with_vision(made):
     tuned = load_model(made / "run", "student", None)
     before = hf.load(made / "released", vision=False)
     assert tuned.vision_model is None
@@ -161,8 +161,8 @@ def test_the_command_line_exports_a_folder_again(made, tmp_path):
     assert summary["loss_with_bias"] is None and summary["dtype"] == "bf16"
 
 
-def test_a_model_with_sight_comes_with_its_processor(tmp_path):
-    plain = tokenizers.train(TokenizerConfig(vocab_size=264), ["pictures"])
+def test_a_model_with_vision_comes_with_its_processor(tmp_path):
+    plain = tokenizers.train(TokenizerConfig(vocab_size=264), ["images"])
     plain._library.add_special_tokens([AddedToken("<|patch|>", special=True)])
     (tmp_path / "tokenizer.json").write_text(plain._library.to_str())
     tokenizer = tokenizers.load(TokenizerConfig(), tmp_path / "tokenizer.json")

@@ -22,7 +22,7 @@ from distill.model import Transformer
 from distill.run.codistill import arm_config
 from tests.cli import TINY, losses, run, write_corpus
 
-SIGHT = [
+VISION = [
     "vision@student.model.vision=tiny",
     *(f"student.model.vision.{key}={value}" for key, value in dict(
         hidden_size=8, layers=1, heads=1, mlp_hidden=32, adapter_hidden=8, adapter_out=8, image_token_id=271).items()),
@@ -31,7 +31,7 @@ SIGHT = [
 
 def test_a_frozen_text_model_keeps_every_bit_and_a_run_resumes(tmp_path):
     arguments = [
-        *TINY, *SIGHT, write_corpus(tmp_path), "job=student", "student.cached=false", "student.train.freeze=text",
+        *TINY, *VISION, write_corpus(tmp_path), "job=student", "student.cached=false", "student.train.freeze=text",
         "student.train.steps=4", "student.train.checkpoint_every=2", "student.train.keep_checkpoints=2",
         "engine=zero1", f"data.dir={tmp_path}/data",
     ]  # fmt: skip
@@ -43,9 +43,9 @@ def test_a_frozen_text_model_keeps_every_bit_and_a_run_resumes(tmp_path):
     for name, tensor in start.state_dict().items():
         kind = "buffer" if name.endswith("router.bias") else "param"
         same = torch.equal(tensors[f"{kind}/{name}"], tensor)
-        # Without images sight's gradient is zero, but weight decay moves its matrices.
-        sight = name.startswith(("vision_model.", "multi_modal_projector."))
-        assert same != (sight and decay_group(name) == "matrices"), name
+        # Without images vision's gradient is zero, but weight decay moves its matrices.
+        vision = name.startswith(("vision_model.", "multi_modal_projector."))
+        assert same != (vision and decay_group(name) == "matrices"), name
 
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-00000004")
@@ -57,8 +57,8 @@ def test_a_frozen_text_model_keeps_every_bit_and_a_run_resumes(tmp_path):
 
 
 def test_an_arm_freezes_what_its_student_does(tmp_path):
-    sight = VisionConfig()
-    part = StudentConfig(train=TrainConfig(freeze=Freeze.vision), model=ModelConfig(vision=sight))
+    vision = VisionConfig()
+    part = StudentConfig(train=TrainConfig(freeze=Freeze.vision), model=ModelConfig(vision=vision))
     here = SimpleNamespace(config=RunConfig(job=Job.codistill, student=part), folder=tmp_path)
     arm = arm_config(here, ArmConfig(cached=False)).student
-    assert arm.train.freeze is Freeze.vision and arm.model.vision is sight
+    assert arm.train.freeze is Freeze.vision and arm.model.vision is vision

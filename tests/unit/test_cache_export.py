@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -118,12 +116,6 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(CacheError, match=r"a\.parquet: cannot be written: No space left"):
         export(reader, path, progress=False)
     assert path.read_bytes() == b"old" and sorted(p.name for p in tmp_path.iterdir()) == ["a.parquet", "cache"]
-
-
-def test_caches_of_format_1_are_refused(tmp_path):
-    old = Path(__file__).parent.parent / "golden" / "cache-v1" / "topk"
-    with pytest.raises(CacheError, match="is of format 1; compact it first"):
-        export(CacheReader(old), tmp_path / "a.parquet")
 
 
 def test_a_folder_is_no_file(tmp_path):

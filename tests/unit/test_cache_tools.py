@@ -185,29 +185,6 @@ def test_tools_on_an_object_store():
     assert stats(store)["samples"] == 9
 
 
-@pytest.mark.parametrize("codec", ["threshold", "multinomial", "topk"])
-def test_a_cache_of_format_one_is_rewritten(tmp_path, codec):
-    """What is read stays, but for the byte of the label's log-probability, which moves by half a level at most."""
-    old = f"tests/golden/cache-v1/{codec}"
-    assert main(["compact", old, "--into", str(tmp_path / "new")]) == 0
-    a, b = CacheReader(old), CacheReader(tmp_path / "new")
-    ids = np.flatnonzero(a.covers(np.arange(SAMPLES)))
-    assert b.header.format == 2 and np.array_equal(ids, np.flatnonzero(b.covers(np.arange(SAMPLES))))
-    assert np.array_equal(a.digests(ids), b.digests(ids))
-    x, y = a.read(ids, a.digests(ids)), b.read(ids, a.digests(ids))
-    assert x.step_B.equal(y.step_B) and x.shard_loss_B.equal(y.shard_loss_B)
-    assert x.targets.covered_T.equal(y.targets.covered_T) and x.targets.entropy_T.equal(y.targets.entropy_T)
-    nll = -x.targets.label_logprob_T
-    assert ((x.targets.label_logprob_T - y.targets.label_logprob_T).abs() <= (32 * nll).sqrt() / 255 + 3e-4).all()
-    for t in range(len(nll)):
-        dense = np.zeros((2, V))
-        for row, targets in enumerate((x.targets, y.targets)):
-            np.add.at(dense[row], targets.ids_TK[t].numpy(), targets.probs_TK[t].numpy())
-        assert np.allclose(dense[0], dense[1], rtol=1e-6, atol=0)
-    with pytest.raises(CacheError, match=r"format version is 1.*compact --into"):
-        compact(open_store(old), shard_bytes=MB)
-
-
 # ---------------------------------------------------------------- merge
 
 

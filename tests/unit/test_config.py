@@ -73,9 +73,9 @@ def test_a_backfill_needs_one_frozen_teacher(tmp_path):
         "backfill.max_tflops is -1.0; it must be positive",
     ):
         assert part in text, (part, text)
-    sight = ["vision@teacher.model.vision=tiny", "data.corpora.main.image_key=picture", "data=files"]
-    (line,) = problems("job=backfill", f"teacher.from=hf:{tmp_path}", "data.corpora.main.files=[x]", *sight)
-    assert "data.corpora have pictures" in line
+    vision = ["vision@teacher.model.vision=tiny", "data.corpora.main.image_key=image", "data=files"]
+    (line,) = problems("job=backfill", f"teacher.from=hf:{tmp_path}", "data.corpora.main.files=[x]", *vision)
+    assert "data.corpora have images" in line
     # What the run's models would not take is no concern of a backfill: it takes its teacher as it was saved.
     run = loaded(
         "job=backfill", f"teacher.from=hf:{tmp_path}", "data.sample_tokens=100000", "data.tokenizer.vocab_size=5000",
@@ -186,22 +186,22 @@ def test_every_model_preset_loads(model):
     assert run.teacher.model.layers > 0 and run.teacher.model.vocab_size > 0
 
 
-@pytest.mark.parametrize("sight", ["llama4", "tiny"])
-def test_every_sight_preset_loads_into_either_model(sight):
+@pytest.mark.parametrize("vision", ["llama4", "tiny"])
+def test_every_vision_preset_loads_into_either_model(vision):
     run = loaded(
         "job=codistill",
-        f"vision@teacher.model.vision={sight}",
-        f"vision@student.model.vision={sight}",
+        f"vision@teacher.model.vision={vision}",
+        f"vision@student.model.vision={vision}",
         "student.model.vision.layers=3",
         *(f"{role}.model.vocab_size=202048" for role in ("teacher", "student")),
         "student.train.freeze=vision",
     )
-    assert run.teacher.model.vision.layers == {"llama4": 34, "tiny": 2}[sight]
+    assert run.teacher.model.vision.layers == {"llama4": 34, "tiny": 2}[vision]
     assert run.student.model.vision == dataclasses.replace(run.teacher.model.vision, layers=3)
     assert (run.student.train.freeze, run.teacher.train.freeze) == (Freeze.vision, Freeze.none)
 
 
-def test_sight_that_cannot_be_built_is_refused():
+def test_vision_that_cannot_be_built_is_refused():
     text = "\n".join(
         problems(
             "job=teacher",
@@ -228,7 +228,7 @@ def test_sight_that_cannot_be_built_is_refused():
     ]
 
 
-def test_a_misspelt_sight_and_keys_of_what_is_null_are_named():
+def test_a_misspelt_vision_and_keys_of_what_is_null_are_named():
     assert problems("job=teacher", "vision@teacher.model.vision=tinny") == ["vision is tinny; allowed: llama4, tiny"]
     assert problems(
         "job=teacher", "teacher.model.vision.layers=3", "student.model.rope_scaling.factor=2", "student.optim.lr=-1"
@@ -238,7 +238,7 @@ def test_a_misspelt_sight_and_keys_of_what_is_null_are_named():
         "student.optim.lr is -1.0; it must be positive",
     ]
     assert problems("job=teacher", "student.train.freeze=text") == [
-        "student.train.freeze is text and student.model.vision is null; only a model with sight has a half to freeze"
+        "student.train.freeze is text and student.model.vision is null; only a model with vision has a half to freeze"
     ]
     assert problems("job=teacher", "student.train.freeze=head") == [
         "student.train.freeze is head; Invalid value 'head', expected one of [none, vision, text]"

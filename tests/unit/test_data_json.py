@@ -121,6 +121,6 @@ def test_half_a_surrogate_pair_and_nul_in_a_text(tmp_path):
 
 
 def test_columns_that_only_some_objects_have(tmp_path):
-    rows = [{"text": str(i)} if i < 255 else {"text": str(i), "pictures": []} for i in range(600)]
+    rows = [{"text": str(i)} if i < 255 else {"text": str(i), "images": []} for i in range(600)]
     path = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    assert len(texts(path, image_key="pictures")) == 600
+    assert len(texts(path, image_key="images")) == 600

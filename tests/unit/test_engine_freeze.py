@@ -35,7 +35,7 @@ def part(results, world, name, kind):
 
 
 def reference(what):
-    """Plain PyTorch on the whole batch; sight's gradient is zero where no image is."""
+    """Plain PyTorch on the whole batch; vision's gradient is zero where no image is."""
     net = worker.model(what)
     trained = {n: p for n, p in net.named_parameters() if p.requires_grad}
     groups = [

@@ -12,7 +12,7 @@ from distill.model.decode import Decoder, sample
 from distill.model.images import Images
 from tests.closeness import worst
 from tests.unit.test_model_attention import config_of, random_documents
-from tests.unit.test_model_vision import seeing, sight
+from tests.unit.test_model_vision import vision_config, vision_model
 
 CHUNK, LENGTH = 8, 37
 
@@ -104,7 +104,7 @@ def test_greedy_generation_takes_the_full_forwards_choice_and_stops_at_eos():
 
 
 def test_prompts_may_hold_images():
-    model, tokens = seeing(init_std=0.15), sight().tile_tokens
+    model, tokens = vision_model(init_std=0.15), vision_config().tile_tokens
     prompts, tiles, alone = [], torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8), []
     for length, mine in ((11, tiles[:1]), (9, tiles[:0]), (21, tiles[1:])):
         ids_S = torch.randint(0, 63, (length,))

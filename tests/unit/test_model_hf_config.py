@@ -149,7 +149,7 @@ def test_null_is_as_if_a_key_were_not_there(key):
     assert hf.config_from_json(released(without | {key: None}), vision=False) == want
 
 
-def test_null_above_and_in_sight():
+def test_null_above_and_in_vision():
     want = hf.config_from_json(released(SCOUT))
     assert hf.config_from_json(released(SCOUT, tie_word_embeddings=None, dtype=None, quantization_config=None)) == want
     for key in ("attention_dropout", "projector_dropout", "multi_modal_projector_bias", "rope_scaling"):
@@ -188,13 +188,13 @@ def test_llama_guard_is_dense_and_has_no_chunks():
 def test_the_spellings_of_transformers_4_and_5():
     v5 = {k: v for k, v in SCOUT.items() if k not in ("rope_theta", "rope_scaling", "torch_dtype")}
     v5 |= {"rope_parameters": SCALING | {"rope_type": "llama3", "rope_theta": 500000.0}, "dtype": "bfloat16"}
-    sight = {k: v for k, v in VISION.items() if k != "rope_theta"}
-    sight |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "dtype": "bfloat16"}
+    vision = {k: v for k, v in VISION.items() if k != "rope_theta"}
+    vision |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "dtype": "bfloat16"}
     expected = hf.config_from_json(released(SCOUT))
-    # Each part in its own spelling: text new and sight old, and the other way round.
+    # Each part in its own spelling: text new and vision old, and the other way round.
     assert hf.config_from_json(released(v5)) == expected
-    assert hf.config_from_json(released(SCOUT, vision_config=sight)) == expected
-    assert hf.config_from_json(released(v5, vision_config=sight, dtype="bfloat16")) == expected
+    assert hf.config_from_json(released(SCOUT, vision_config=vision)) == expected
+    assert hf.config_from_json(released(v5, vision_config=vision, dtype="bfloat16")) == expected
     old = SCALING | {"type": "llama3"}  # as the oldest files call it
     assert hf.config_from_json(released(SCOUT | {"rope_scaling": old})) == expected
 
@@ -268,9 +268,9 @@ def test_what_transformers_does_not_read_changes_nothing():
              "id2label": {"0": "a"}, "temperature": 0.6, "top_p": 0.9, "_name_or_path": "x", "max_length": 20,
              "unsloth_fixed": True}  # fmt: skip
     assert hf.config_from_json(released(SCOUT | inert)) == hf.config_from_json(released(SCOUT))
-    sight = VISION | {"vision_feature_layer": 7, "vision_feature_select_strategy": "full", "norm_eps": 1e-3}
+    vision = VISION | {"vision_feature_layer": 7, "vision_feature_select_strategy": "full", "norm_eps": 1e-3}
     # The tower's eps is 1e-5 in transformers, whatever the file says.
-    assert hf.config_from_json(released(SCOUT, vision_config=sight)).vision == VisionConfig()
+    assert hf.config_from_json(released(SCOUT, vision_config=vision)).vision == VisionConfig()
 
 
 # ---------------------------------------------------------------- refusals
@@ -330,7 +330,7 @@ def test_one_clear_error_for_a_fault_of_the_text_model(change, said, nested):
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "rope_parameters.rope_type is 'linear'"),
     ],
 )
-def test_one_clear_error_for_a_fault_of_sight(change, said):
+def test_one_clear_error_for_a_fault_of_vision(change, said):
     line = the_fault(released(MAVERICK, vision_config=VISION | change))
     assert said in line and line.startswith("config.json: vision_config.")
     hf.config_from_json(released(MAVERICK, vision_config=VISION | change), vision=False)  # not looked at

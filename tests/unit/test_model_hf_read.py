@@ -218,10 +218,10 @@ def test_the_dtype_is_as_asked(folder, dtype):
     assert all(torch.equal(p, q.to(dtype)) for p, q in zip(model.parameters(), hf.load(folder).parameters()))
 
 
-# ---------------------------------------------------------------- sight
+# ---------------------------------------------------------------- vision
 
 
-def test_text_and_sight_round_trip(tmp_path):
+def test_text_and_vision_round_trip(tmp_path):
     model = model_of(vision=VISION)
     hf.save(model, tmp_path / "both", max_shard_bytes=20_000)
     index = json.loads((tmp_path / "both" / "model.safetensors.index.json").read_text())
@@ -236,7 +236,7 @@ def test_text_and_sight_round_trip(tmp_path):
     assert all(torch.equal(t, model.state_dict()[k]) for k, t in text.state_dict().items())
 
 
-def test_sight_is_looked_for_unless_it_is_not_wanted(tmp_path):
+def test_vision_is_looked_for_unless_it_is_not_wanted(tmp_path):
     hf.save(model_of(vision=VISION), tmp_path / "both")
     file = tmp_path / "both" / "model.safetensors"
     tensors = load_file(file)
@@ -247,7 +247,7 @@ def test_sight_is_looked_for_unless_it_is_not_wanted(tmp_path):
     save_file(tensors | {"vision_model.colour": torch.ones(1)}, file)
     assert "vision_model.colour is unknown to the model" in refusal(tmp_path / "both")
     hf.load(tmp_path / "both", vision=False)
-    # A text-only folder has no sight to leave out.
+    # A text-only folder has no vision to leave out.
     hf.save(model_of(), tmp_path / "text")
     rewrite(
         tmp_path / "text", lambda k, t: [(k, t), *([("vision_model.x", t + 1)] if k == "model.norm.weight" else [])]

@@ -1,4 +1,4 @@
-"""Sight in the Transformer: names, init, seams to the text model, gradients that are always there, counts, freezing."""
+"""Vision in the Transformer: names, init, seams to the text model, gradients always there, counts, freezing."""
 
 import dataclasses
 import math
@@ -26,26 +26,26 @@ from tests.unit.test_model_transformer import preset
 PRESETS = Path(__file__).resolve().parents[2] / "conf" / "vision"
 
 
-def sight(**changes):
+def vision_config(**changes):
     sizes = dict(hidden_size=16, layers=2, heads=2, mlp_hidden=64, tile_size=8, patch_size=2, shuffle=2)
     return VisionConfig(**(sizes | dict(adapter_hidden=24, adapter_out=24, image_token_id=63) | changes))
 
 
-def seeing(seed=0, **changes):
+def vision_model(seed=0, **changes):
     torch.manual_seed(seed)
-    return Transformer(config_of(vision=sight(), **changes))
+    return Transformer(config_of(vision=vision_config(), **changes))
 
 
 def batch(tiles=3, rows=2, length=15, seed=0):
     """ids and images: tokens of `tiles` tiles at random places, the first and the last of all among them."""
     g = torch.Generator().manual_seed(seed)
     ids_BS = torch.randint(0, 63, (rows, length), generator=g)
-    tokens = tiles * sight().tile_tokens
+    tokens = tiles * vision_config().tile_tokens
     places = torch.randperm(rows * length - 2, generator=g)[: max(tokens - 2, 0)] + 1
     if tokens:
         ids_BS.view(-1)[torch.cat([places, torch.tensor([0, rows * length - 1])])] = 63
     tiles_NCHW = torch.randint(0, 256, (tiles, 3, 8, 8), dtype=torch.uint8, generator=g)
-    return ids_BS, Images.in_order(tiles_NCHW, ids_BS, 63, sight().tile_tokens)
+    return ids_BS, Images.in_order(tiles_NCHW, ids_BS, 63, vision_config().tile_tokens)
 
 
 def backward(model, ids_BS, images=None, documents_BS=None):
@@ -56,7 +56,7 @@ def backward(model, ids_BS, images=None, documents_BS=None):
     return loss.detach(), {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
 
 
-def of_sight(name):
+def of_vision(name):
     return name.startswith(("vision_model.", "multi_modal_projector."))
 
 
@@ -90,31 +90,33 @@ def test_names_and_shapes_are_the_released_ones():
         want |= {f"{block}.mlp.fc2.weight": [1408, 5632], f"{block}.mlp.fc2.bias": [1408]}
         for norm in ("input_layernorm", "post_attention_layernorm"):
             want |= {f"{block}.{norm}.weight": [1408], f"{block}.{norm}.bias": [1408]}
-    assert {n: list(t.shape) for n, t in model.state_dict().items() if of_sight(n)} == want
+    assert {n: list(t.shape) for n, t in model.state_dict().items() if of_vision(n)} == want
 
 
-def test_sight_does_not_change_the_text_model():
+def test_vision_does_not_change_the_text_model():
     torch.manual_seed(0)
-    blind = Transformer(config_of())
-    model = seeing()
-    text = {n: t for n, t in model.state_dict().items() if not of_sight(n)}
-    assert text.keys() == blind.state_dict().keys()
-    assert all(torch.equal(t, blind.state_dict()[n]) for n, t in text.items())
+    text_model = Transformer(config_of())
+    model = vision_model()
+    text = {n: t for n, t in model.state_dict().items() if not of_vision(n)}
+    assert text.keys() == text_model.state_dict().keys()
+    assert all(torch.equal(t, text_model.state_dict()[n]) for n, t in text.items())
     ids_BS, documents_BS = torch.randint(0, 64, (3, 21)), random_documents(3, 21, seed=1)
-    (loss, grads), (expected, wanted) = (backward(m, ids_BS, None, documents_BS) for m in (model, blind))
+    (loss, grads), (expected, wanted) = (backward(m, ids_BS, None, documents_BS) for m in (model, text_model))
     assert torch.equal(loss, expected)
     assert all(torch.equal(grads[n], g) for n, g in wanted.items())
 
 
 def test_init():
     torch.manual_seed(0)
-    model = Transformer(config_of(vision=sight(hidden_size=64, mlp_hidden=256, heads=4, tile_size=32), init_std=0.02))
+    model = Transformer(
+        config_of(vision=vision_config(hidden_size=64, mlp_hidden=256, heads=4, tile_size=32), init_std=0.02)
+    )
     for name, parameter in model.named_parameters():
         if name.endswith(("class_embedding", "positional_embedding_vlm")):
             assert parameter.std().item() == pytest.approx(64**-0.5, rel=0.3), name
-        elif of_sight(name) and parameter.ndim > 1:
+        elif of_vision(name) and parameter.ndim > 1:
             assert parameter.std().item() == pytest.approx(0.02, rel=0.1), name
-        elif of_sight(name):
+        elif of_vision(name):
             assert (parameter == (0 if name.endswith("bias") else 1)).all(), name
     assert model.vision_model.positional_embedding_vlm.std().item() == pytest.approx(1 / 8, rel=0.05)
 
@@ -138,7 +140,7 @@ def test_features_take_the_rows_they_are_sent_to():
 
 
 def test_tiles_are_read_one_by_one_and_unused_ones_change_nothing():
-    model = seeing()
+    model = vision_model()
     ids_BS, images = batch(tiles=3)
     more = Images(torch.cat([images.tiles_NCHW, images.tiles_NCHW.flip(2)]), images.patch_BS)
     (loss, grads), (again, others) = backward(model, ids_BS, images), backward(model, ids_BS, more)
@@ -147,11 +149,11 @@ def test_tiles_are_read_one_by_one_and_unused_ones_change_nothing():
         assert apart(others[name], grad, whole=grads.values()) < 1e-5, name
     one_by_one = torch.cat([model.vision_model(tile[None]) for tile in images.tiles_NCHW])
     assert worst(model.vision_model(images.tiles_NCHW), one_by_one) < 1e-5
-    assert all(grad.abs().max() > 0 for name, grad in grads.items() if of_sight(name))
+    assert all(grad.abs().max() > 0 for name, grad in grads.items() if of_vision(name))
 
 
 def test_images_stay_in_their_document():
-    model = seeing()
+    model = vision_model()
     ids_BS, images = batch(tiles=1, rows=1, length=12)
     ids_BS, patch_BS = torch.arange(12)[None], torch.full((1, 12), -1)
     patch_BS[0, 2:4] = torch.tensor([0, 1])
@@ -164,14 +166,14 @@ def test_images_stay_in_their_document():
 
 
 @pytest.mark.parametrize("empty", [True, False])
-def test_a_batch_without_images_gives_sight_zero_gradients(empty):
-    model = seeing()
+def test_a_batch_without_images_gives_vision_zero_gradients(empty):
+    model = vision_model()
     ids_BS, images = batch(tiles=0)
     assert images.tiles_NCHW.shape == (0, 3, 8, 8)
     loss, grads = backward(model, ids_BS, images if empty else None)
     for name, grad in grads.items():
         assert grad is not None and grad.is_contiguous(), name
-        assert (grad == 0).all() == of_sight(name), name
+        assert (grad == 0).all() == of_vision(name), name
     assert torch.equal(model.logits(ids_BS), model.logits(ids_BS, images=images if empty else None))
     # A later batch without images leaves what is there.
     seen, _ = batch(tiles=2), None
@@ -182,7 +184,7 @@ def test_a_batch_without_images_gives_sight_zero_gradients(empty):
 
 
 def test_what_does_not_fit_is_refused_in_one_sentence():
-    model, blind = seeing(), Transformer(config_of())
+    model, text_model = vision_model(), Transformer(config_of())
     ids_BS, (tiles, patch_BS) = batch()
     wrong = {
         "int32 [3, 3, 8, 8]; the model takes uint8 (or scaled floating-point) [N, 3, 8, 8]": (tiles.int(), patch_BS),
@@ -202,11 +204,11 @@ def test_what_does_not_fit_is_refused_in_one_sentence():
     with pytest.raises(DataError, match=r"int32.*; patch_BS is torch.int32"):
         model.logits(ids_BS, images=Images(tiles.int(), patch_BS.int()))
     with pytest.raises(DataError, match="a model without vision"):
-        blind.logits(ids_BS, images=Images(tiles, patch_BS))
+        text_model.logits(ids_BS, images=Images(tiles, patch_BS))
 
 
 def test_evaluation_before_training_leaves_training_possible():
-    model = seeing()
+    model = vision_model()
     ids_BS, images = batch()
     with torch.inference_mode():
         model.logits(ids_BS, images=images)
@@ -219,7 +221,7 @@ def test_the_functions_handed_in_are_for_the_text_model_alone():
         calls.append(weight.shape)
         return F.linear(x, weight)
 
-    config, calls = config_of(vision=sight()), []
+    config, calls = config_of(vision=vision_config()), []
     torch.manual_seed(0)
     Transformer(config, Parts(linear_fn)).logits(*batch()[:1])
     text = len(calls)
@@ -232,7 +234,7 @@ def test_the_functions_handed_in_are_for_the_text_model_alone():
 
 
 def test_activation_checkpointing_covers_the_tower_and_changes_no_bit(monkeypatch):
-    model, calls = seeing(), []
+    model, calls = vision_model(), []
     for block in model.vision_model.model.layers:
         block.register_forward_pre_hook(lambda *_: calls.append(1))
     ids_BS, images = batch()
@@ -253,12 +255,12 @@ def test_formula_counts_equal_a_meta_model(name, text):
     config = dataclasses.replace(preset(text), vision=vision_preset(name))
     with torch.device("meta"):
         model = Transformer(config)
-    counts, blind = count_parameters(config), count_parameters(preset(text))
+    counts, text_model = count_parameters(config), count_parameters(preset(text))
     assert counts.total == sum(p.numel() for p in model.parameters())
     assert counts.vision == sum(p.numel() for p in model.vision_model.parameters())
     assert counts.projector == sum(p.numel() for p in model.multi_modal_projector.parameters())
-    assert (counts.active, counts.embedding) == (blind.active, blind.embedding)
-    assert (blind.vision, blind.projector) == (0, 0)
+    assert (counts.active, counts.embedding) == (text_model.active, text_model.embedding)
+    assert (text_model.vision, text_model.projector) == (0, 0)
 
 
 def test_released_sizes():
@@ -272,7 +274,7 @@ RELEASED = {"scout": 108_641_793_536, "maverick": 401_583_781_376}
 
 
 def test_flops_equal_what_is_multiplied():
-    model = seeing()
+    model = vision_model()
     _, images = batch(tiles=3)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.multi_modal_projector(model.vision_model(images.tiles_NCHW))
@@ -283,16 +285,16 @@ def test_flops_equal_what_is_multiplied():
 # ---------------------------------------------------------------- decay groups, freezing
 
 
-def test_every_parameter_of_sight_has_its_decay_group():
-    groups = {n: decay_group(n) for n, _ in seeing().named_parameters()}
-    matrices = {n for n, g in groups.items() if of_sight(n) and g == "matrices"}
-    assert {n for n, g in groups.items() if of_sight(n)} - matrices == {
-        n for n, g in groups.items() if of_sight(n) and g == "norms"
+def test_every_parameter_of_vision_has_its_decay_group():
+    groups = {n: decay_group(n) for n, _ in vision_model().named_parameters()}
+    matrices = {n for n, g in groups.items() if of_vision(n) and g == "matrices"}
+    assert {n for n, g in groups.items() if of_vision(n)} - matrices == {
+        n for n, g in groups.items() if of_vision(n) and g == "norms"
     }
     assert matrices == {
         n
-        for n, p in seeing().named_parameters()
-        if of_sight(n) and p.ndim == 2 and not n.endswith("positional_embedding_vlm")
+        for n, p in vision_model().named_parameters()
+        if of_vision(n) and p.ndim == 2 and not n.endswith("positional_embedding_vlm")
     }
     assert [n for n, g in groups.items() if g == "embedding"] == ["embed.weight"]
 
@@ -300,13 +302,13 @@ def test_every_parameter_of_sight_has_its_decay_group():
 @pytest.mark.parametrize("what", Freeze)
 @pytest.mark.parametrize("images", [True, False])
 def test_the_projector_always_trains_and_the_frozen_half_gets_no_gradient(what, images):
-    model = seeing()
+    model = vision_model()
     freeze(model, what)
     model.activation_checkpointing = True
     ids_BS, seen = batch()
     _, grads = backward(model, ids_BS, seen if images else None)
     for name, grad in grads.items():
-        half = "vision" if name.startswith("vision_model.") else "text" if not of_sight(name) else "projector"
+        half = "vision" if name.startswith("vision_model.") else "text" if not of_vision(name) else "projector"
         assert (grad is None) == (what.value == half), name
     assert grads["multi_modal_projector.linear_1.weight"].abs().max().item() > 0 or not images
     assert math.isfinite(sum(g.double().sum().item() for g in grads.values() if g is not None))

@@ -1,4 +1,4 @@
-"""What a job may start from: runs, checkpoints, Hugging Face folders, with sight or without, however spelt."""
+"""What a job may start from: runs, checkpoints, Hugging Face folders, with vision or without, however spelt."""
 
 import dataclasses
 
@@ -33,7 +33,7 @@ def same(one, other):
     return all(torch.equal(tensor, theirs[name]) for name, tensor in one.state_dict().items())
 
 
-def test_a_folder_with_sight_starts_models_with_and_without(model, folder):
+def test_a_folder_with_vision_starts_models_with_and_without(model, folder):
     seeing = load_model(folder, "student", config_of(vision=VISION))
     assert seeing.vision_model is not None and same(seeing, model) and same(model, seeing)
     text = load_model(folder, "student", config_of())
@@ -80,7 +80,7 @@ def test_every_difference_is_named(folder):
     ]
 
 
-def test_sight_is_not_made_up(tmp_path):
+def test_vision_is_not_made_up(tmp_path):
     hf.save(Transformer(config_of()), tmp_path / "text")
     with pytest.raises(ConfigError, match=r"student\.model\.vision is .*; the model in .* has null"):
         load_model(tmp_path / "text", "student", config_of(vision=VISION))

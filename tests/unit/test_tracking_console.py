@@ -1,9 +1,11 @@
 import io
+import re
 
 import pytest
 
 from distill.config.schema import ConsoleMode
-from distill.tracking.console import Console, duration, short
+from distill.config.units import duration, short
+from distill.tracking.console import Console
 
 
 class Terminal(io.StringIO):
@@ -14,7 +16,8 @@ class Terminal(io.StringIO):
 
     def screen(self):
         lines = [""]
-        for part in self.getvalue().replace("\r\x1b[2K", "\0").splitlines(keepends=True):
+        written = self.getvalue().replace("\r\x1b[2K", "\0")
+        for part in re.sub("\x1b\\[[0-9;]*m", "", written).splitlines(keepends=True):
             text = part.rstrip("\n")
             lines[-1] = text.rsplit("\0", 1)[1] if "\0" in text else lines[-1] + text
             if part.endswith("\n"):

@@ -1,4 +1,4 @@
-"""The report's pictures of length: cells and marks lie where the numbers say."""
+"""The report's charts of length: cells and marks lie where the numbers say."""
 
 import json
 
@@ -53,7 +53,7 @@ def test_loss_by_position_is_drawn_over_the_logarithm_of_the_position(tmp_path):
     assert [place(mark) for mark in figure.all("line", "strong")] == pytest.approx([257] if end > 256 else [], rel=1e-2)
 
 
-def test_the_trained_length_is_marked_only_where_the_picture_goes_beyond(tmp_path):
+def test_the_trained_length_is_marked_only_where_the_chart_goes_beyond(tmp_path):
     figure = report_of(tmp_path, loss_by_position=LOSS | {"trained_tokens": 10**6, "chunk_size": None})
     assert not figure.figure("Loss by position").all("line", "border")
 
@@ -71,7 +71,7 @@ def test_every_cell_of_the_grid_shows_its_share(tmp_path):
     (border,) = figure.all("line", "border")
     assert float(border["x1"].rstrip("%")) == pytest.approx(66.67, abs=0.01)  # 64 and 256 were trained
     assert "4 facts" in page.all("figcaption")[1]["text"]
-    # Pictures are no facts to be listed.
+    # Charts are no facts to be listed.
     assert [fact["text"] for fact in page.all("dd")] == ["2.500 nats per token", "99 % within the trained length"]
 
 

@@ -1,4 +1,4 @@
-"""Run under 1 or 2 ranks by tests/unit/test_engine_freeze.py: trains a seeing Transformer with one half frozen.
+"""Run under 1 or 2 ranks by tests/unit/test_engine_freeze.py: trains a Transformer with vision with one half frozen.
 
 python -m tests.workers.freezing OUT
 """
@@ -27,13 +27,13 @@ from distill.model.freeze import freeze
 from distill.model.images import Images
 from losses import mixed_loss
 
-SIGHT = VisionConfig(
+VISION = VisionConfig(
     hidden_size=16, layers=2, heads=2, mlp_hidden=64, tile_size=8, patch_size=2, adapter_hidden=16, adapter_out=16,
     image_token_id=63,
 )  # fmt: skip
 MODEL = ModelConfig(
     vocab_size=64, hidden_size=16, layers=2, heads=2, kv_heads=1, head_dim=8, expert_hidden=16, dense_hidden=32,
-    experts=4, moe_step=1, chunk_size=8, vision=SIGHT, init_std=0.1,
+    experts=4, moe_step=1, chunk_size=8, vision=VISION, init_std=0.1,
 )  # fmt: skip
 STEPS, BATCH, LENGTH = 4, 4, 12
 DECAY = WeightDecay(matrices=0.1, embedding=0.2, head=0.3, router=0.4, norms=0.5)  # whatever moves must not move
@@ -55,12 +55,12 @@ def data(step):
     ids = torch.randint(63, (BATCH, LENGTH), generator=g)
     labels = torch.randint(63, (BATCH, LENGTH), generator=g)
     tiles = torch.randint(0, 256, (0 if step % 2 else 2, 3, 8, 8), dtype=torch.uint8, generator=g)
-    ids[: len(tiles), : SIGHT.tile_tokens] = 63
+    ids[: len(tiles), : VISION.tile_tokens] = 63
     return ids, labels, tiles
 
 
 def micro_loss(ids, labels, tiles):
-    images = Images.in_order(tiles, ids, 63, SIGHT.tile_tokens)
+    images = Images.in_order(tiles, ids, 63, VISION.tile_tokens)
 
     def loss(net):
         def head(hidden, weight):

@@ -1,4 +1,4 @@
-"""A small corpus of pictures among text whose tiles are known beforehand."""
+"""A small corpus of images among text whose tiles are known beforehand."""
 
 from pathlib import Path
 
@@ -14,13 +14,13 @@ MARKER = "<|image|>"
 
 
 def pgm(height: int, *halves: int) -> bytes:
-    """A picture of flat grey squares side by side, each of a tile's size: its tiles are these, and last their mix."""
+    """An image of flat grey squares side by side, each of a tile's size: its tiles are these, and last their mix."""
     row = b"".join(bytes([value]) * SIDE for value in halves)
     return f"P5 {SIDE * len(halves)} {height} 255\n".encode() + row * height
 
 
 def rows() -> list[tuple[str, list[bytes]]]:
-    """Texts and pictures: none, one, several, side by side, at either end, of one tile and of two."""
+    """Texts and images: none, one, several, side by side, at either end, of one tile and of two."""
     shades = iter(range(1, 250))
 
     def one():
@@ -32,7 +32,7 @@ def rows() -> list[tuple[str, list[bytes]]]:
     found = []
     for i in range(12):
         found += [
-            (f"no picture, only the words of row {i}", []),
+            (f"no image, only the words of row {i}", []),
             (f"{MARKER}first", [one()]),
             (f"in the {MARKER} middle {i}", [two()]),
             (f"last {MARKER}", [one()]),
@@ -42,12 +42,12 @@ def rows() -> list[tuple[str, list[bytes]]]:
 
 
 def parquet(path: Path, documents, ranges=None) -> CorpusConfig:
-    columns = {"text": [text for text, _ in documents], "pictures": [pictures for _, pictures in documents]}
+    columns = {"text": [text for text, _ in documents], "images": [images for _, images in documents]}
     if ranges is not None:
         columns["m"] = ranges
     pq.write_table(pa.table(columns), path)
     mask_key = None if ranges is None else "m"
-    return CorpusConfig(Source.files, [str(path)], held_out=0.0, image_key="pictures", mask_key=mask_key)
+    return CorpusConfig(Source.files, [str(path)], held_out=0.0, image_key="images", mask_key=mask_key)
 
 
 def prepared(folder: Path, corpora, sample_tokens: int, **tokenizer) -> Prepared:

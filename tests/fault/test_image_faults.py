@@ -1,4 +1,4 @@
-"""Pictures that are damaged, swapped, missing or not what their row says: found, named, and nothing half-done left."""
+"""Images that are damaged, swapped, missing or not what their row says: found, named, and nothing half-done left."""
 
 import json
 import sys
@@ -12,12 +12,12 @@ from distill.config.errors import CacheError, DataError
 from distill.config.schema import CodecConfig, CorpusConfig, OnMissing, Source
 from distill.data import digits, packed
 from distill.data.join import Joiner, check_cache
-from tests.pictures import MARKER, SIDE, parquet, pgm, prepared, rows
+from tests.image_corpus import MARKER, SIDE, parquet, pgm, prepared, rows
 
-# ------------------------------------------------------------ swapped pictures
+# ------------------------------------------------------------ swapped images
 
 
-def test_a_picture_altered_on_disk_is_found_when_it_is_read(tmp_path):
+def test_an_image_altered_on_disk_is_found_when_it_is_read(tmp_path):
     data = prepared(tmp_path / "data", parquet(tmp_path / "a.parquet", rows()), 16)
     [path] = (tmp_path / "data").glob("main-*/train.tiles.arrow")
     good = path.read_bytes()
@@ -43,7 +43,7 @@ def test_every_flipped_bit_of_the_tiles_is_found_or_harmless(tmp_path):
             path.write_bytes(bad)
             try:
                 got = packed.PackedCorpus(path.parent, "train", "main").take(np.arange(len(corpus)))
-                for now, before in zip((*got[:4], *got.pictures), (*whole[:4], *whole.pictures)):
+                for now, before in zip((*got[:4], *got.images), (*whole[:4], *whole.images)):
                     assert np.array_equal(now, before)
             except DataError as error:
                 assert "train.arrow" in str(error)
@@ -61,9 +61,9 @@ def test_missing_tiles_are_named(tmp_path):
         prepared(tmp_path / "data", corpus, 16)
 
 
-def test_a_swapped_picture_is_caught_at_the_join_with_the_teacher_s_targets(tmp_path):
+def test_a_swapped_image_is_caught_at_the_join_with_the_teacher_s_targets(tmp_path):
     documents = rows()
-    swapped = [(text, list(pictures)) for text, pictures in documents]
+    swapped = [(text, list(images)) for text, images in documents]
     swapped[1], swapped[6] = (swapped[1][0], documents[6][1]), (swapped[6][0], documents[1][1])
     ours = prepared(tmp_path / "1", parquet(tmp_path / "1.parquet", documents), 16)
     theirs = prepared(tmp_path / "2", parquet(tmp_path / "2.parquet", swapped), 16)
@@ -105,19 +105,19 @@ def test_a_swapped_picture_is_caught_at_the_join_with_the_teacher_s_targets(tmp_
 
 
 @pytest.mark.parametrize(
-    ("text", "pictures", "message"),
+    ("text", "images", "message"),
     [
-        ("none", [pgm(4, 1)], r"row 2: column 'text' has <\|image\|> 0 times, its row has 1 pictures"),
-        (f"{MARKER}{MARKER}", [pgm(4, 1)], r"row 2: column 'text' has <\|image\|> 2 times, its row has 1 pictures"),
-        (MARKER, [], r"row 2: column 'text' has <\|image\|> 1 times, its row has 0 pictures"),
-        (MARKER, None, r"row 2: column 'text' has <\|image\|> 1 times, its row has 0 pictures"),
+        ("none", [pgm(4, 1)], r"row 2: column 'text' has <\|image\|> 0 times, its row has 1 images"),
+        (f"{MARKER}{MARKER}", [pgm(4, 1)], r"row 2: column 'text' has <\|image\|> 2 times, its row has 1 images"),
+        (MARKER, [], r"row 2: column 'text' has <\|image\|> 1 times, its row has 0 images"),
+        (MARKER, None, r"row 2: column 'text' has <\|image\|> 1 times, its row has 0 images"),
         (f"{MARKER}<|patch|>", [pgm(4, 1)], r"row 2: column 'text' has <\|patch\|>; beside"),
-        (MARKER, [b"GIF89a"], r"a\.parquet, row 2: column 'pictures', picture 1: cannot be decoded|not a picture"),
-        (f"{MARKER} {MARKER}", [pgm(4, 1), b"?"], r"a\.parquet, row 2: column 'pictures', picture 2: not a picture"),
+        (MARKER, [b"GIF89a"], r"a\.parquet, row 2: column 'images', image 1: cannot be decoded|not an image"),
+        (f"{MARKER} {MARKER}", [pgm(4, 1), b"?"], r"a\.parquet, row 2: column 'images', image 2: not an image"),
     ],
 )
-def test_rows_that_do_not_fit_are_named(tmp_path, text, pictures, message):
-    documents = [rows()[1], (text, pictures), *rows()]
+def test_rows_that_do_not_fit_are_named(tmp_path, text, images, message):
+    documents = [rows()[1], (text, images), *rows()]
     with pytest.raises(DataError, match=message):
         prepared(tmp_path / "data", parquet(tmp_path / "a.parquet", documents), 16)
     assert not list((tmp_path / "data").glob("main-*"))
@@ -126,26 +126,26 @@ def test_rows_that_do_not_fit_are_named(tmp_path, text, pictures, message):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("gone.png", r"row 1: column 'pictures' has 'gone\.png'; .*gone\.png is no file"),
-        (".", r"row 1: column 'pictures' has '\.'; .* is no file"),
+        ("gone.png", r"row 1: column 'images' has 'gone\.png'; .*gone\.png is no file"),
+        (".", r"row 1: column 'images' has '\.'; .* is no file"),
         ("a\0b", r"is no file"),
-        (7, r"row 1: column 'pictures' has 7; a path, bytes, a dict of both, or a list of these is needed"),
-        ({"url": "x"}, r"row 1: column 'pictures' has None; a path, bytes"),
-        (["gone.png"], r"row 1: column 'pictures' has 'gone\.png'"),
+        (7, r"row 1: column 'images' has 7; a path, bytes, a dict of both, or a list of these is needed"),
+        ({"url": "x"}, r"row 1: column 'images' has None; a path, bytes"),
+        (["gone.png"], r"row 1: column 'images' has 'gone\.png'"),
     ],
 )
-def test_what_names_no_picture_is_refused(tmp_path, value, message):
+def test_what_names_no_image_is_refused(tmp_path, value, message):
     path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps({"text": MARKER, "pictures": value}) + "\n")
-    corpus = CorpusConfig(Source.files, [str(path)], held_out=0.0, image_key="pictures")
+    path.write_text(json.dumps({"text": MARKER, "images": value}) + "\n")
+    corpus = CorpusConfig(Source.files, [str(path)], held_out=0.0, image_key="images")
     with pytest.raises(DataError, match=message):
         prepared(tmp_path / "data", corpus, 16)
 
 
-def test_text_files_have_no_column_of_pictures(tmp_path):
+def test_text_files_have_no_column_of_images(tmp_path):
     (tmp_path / "a.txt").write_text("text")
-    corpus = CorpusConfig(Source.files, [str(tmp_path / "a.txt")], held_out=0.0, image_key="pictures")
-    with pytest.raises(DataError, match=r"main\.image_key is 'pictures'; .*a\.txt is text and has no columns"):
+    corpus = CorpusConfig(Source.files, [str(tmp_path / "a.txt")], held_out=0.0, image_key="images")
+    with pytest.raises(DataError, match=r"main\.image_key is 'images'; .*a\.txt is text and has no columns"):
         prepared(tmp_path / "data", corpus, 16)
 
 

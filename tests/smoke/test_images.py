@@ -1,4 +1,4 @@
-"""Pictures and text through the whole main job, and through its resumption, evaluation and two ranks."""
+"""Images and text through the whole main job, and through its resumption, evaluation and two ranks."""
 
 import json
 
@@ -27,7 +27,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def codistilled(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures") / "run"
+    folder = tmp_path_factory.mktemp("images") / "run"
     return folder, run(*SMALL, "job=codistill", f"hydra.run.dir={folder}")
 
 
@@ -42,7 +42,7 @@ def test_every_arm_is_scored_on_reading_the_digit(codistilled):
     [head] = [line for line in done.stdout.splitlines() if "held-out loss" in line]
     assert head.split()[-1] == "accuracy"
     assert "<th>accuracy</th>" in (folder / "report.html").read_text()
-    # The captions' tokens have targets of the teacher, those of the pictures none.
+    # The captions' tokens have targets of the teacher, those of the images none.
     ledger = (folder / "cache" / "digits" / "ledger" / "teacher-00000.jsonl").read_text().splitlines()
     published = [row for row in map(json.loads, ledger) if row.get("samples")]
     assert published and all(0 < row["tokens"] < 0.7 * 48 * row["samples"] for row in published)
@@ -69,7 +69,7 @@ def test_evaluate_gives_what_training_gave(codistilled, tmp_path):
 
 
 def test_two_ranks_train_the_same_teacher(codistilled, tmp_path):
-    """Each step's two samples go to two ranks: often one has pictures and the other has none."""
+    """Each step's two samples go to two ranks: often one has images and the other has none."""
     arguments = [*SMALL, "job=teacher", "teacher.train.batch=2", f"data.dir={codistilled[0]}/data", "engine=zero1"]
     run(*arguments, f"hydra.run.dir={tmp_path}/two", ranks=2)
     run(*arguments, f"hydra.run.dir={tmp_path}/one")
@@ -83,16 +83,16 @@ def test_faults_are_told_at_once(tmp_path):
         "student.model.vision.patch_size=4",
         "student.model.vision.image_token_id=9",
         "evaluate.accuracy_on=digit",
-        "data.corpora.main.image_key=picture",
+        "data.corpora.main.image_key=image",
     ]
     done = run(*[a for a in SMALL if "teacher.model.vision" not in a], *faults, "job=codistill",
                f"hydra.run.dir={tmp_path}", code=2)  # fmt: skip
     for part in (
-        "teacher.model.vision is null; data.corpora have pictures",
+        "teacher.model.vision is null; data.corpora have images",
         "student.model.vision makes 16 tokens of a tile, (tile_size / patch_size / shuffle)^2; data.images.tile_tokens",
         "student.model.vision.image_token_id is 9; the tokenizer's <|patch|> is 7",
         "evaluate.accuracy_on is digit; allowed: main, digits",
-        "data.corpora.main.image_key is 'picture'; source=stdlib takes none",
+        "data.corpora.main.image_key is 'image'; source=stdlib takes none",
     ):
         assert part in done.stderr, (part, done.stderr)
     assert "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""Pictures among text, from table rows to batches, against a packer in plain Python."""
+"""Images among text, from table rows to batches, against a packer in plain Python."""
 
 import json
 import struct
@@ -26,13 +26,13 @@ from distill.data.join import Joiner
 from distill.data.prepare import prepare
 from distill.data.tokenizer import train
 from distill.model.images import Images
-from tests.pictures import MARKER, SIDE, P, parquet, pgm, prepared, rows
+from tests.image_corpus import MARKER, SIDE, P, parquet, pgm, prepared, rows
 
 
-def expected_tiles(picture: bytes) -> list[int]:
-    """The shade of each tile of a picture made by `pgm`; -1 for the last of several, which mixes them."""
-    width = int(picture.split()[1])
-    shades = list(picture[-width:][::SIDE])
+def expected_tiles(image: bytes) -> list[int]:
+    """The shade of each tile of an image made by `pgm`; -1 for the last of several, which mixes them."""
+    width = int(image.split()[1])
+    shades = list(image[-width:][::SIDE])
     return shades if len(shades) == 1 else [*shades, -1]
 
 
@@ -40,14 +40,14 @@ def expected(documents, tokenizer, loss_of=lambda place, text: True):
     """The stream as (id, document, label?, tile, place in the tile), and the shade of every tile."""
     start, end, tile_x, tile_y, image, patch = (tokenizer.encode_batch([t])[0][0][0] for t in IMAGE_TOKENS)
     stream, shades = [], []
-    for number, (text, pictures) in enumerate(documents):
-        pictures = iter(pictures)
+    for number, (text, images) in enumerate(documents):
+        images = iter(images)
         stream.append((tokenizer.bos_id, number, False, -1, -1))
         for token, (first, _) in zip(*tokenizer.encode_batch([text])[0]):
             if token != image:
                 stream.append((token, number, loss_of(first, text), -1, -1))
                 continue
-            own = expected_tiles(next(pictures))
+            own = expected_tiles(next(images))
             tiles_of = [[(patch, number, False, len(shades) + t, place) for place in range(P)] for t in range(len(own))]
             name = {token: [(token, number, False, -1, -1)] for token in (start, end, tile_x, tile_y, image)}
             stream += name[start]
@@ -63,20 +63,20 @@ def check(corpus, stream, shades, sample_tokens, patch_id):
     """Every sample of `corpus` is that part of the stream, with the tiles that its inputs touch and no others."""
     got = corpus.take(np.arange(len(corpus)))
     assert len(corpus) == (len(stream) - 1) // sample_tokens > 0
-    assert len(got.pictures.tiles_NCHW) == got.pictures.counts_B.sum()
-    firsts = got.pictures.counts_B.cumsum() - got.pictures.counts_B
+    assert len(got.images.tiles_NCHW) == got.images.counts_B.sum()
+    firsts = got.images.counts_B.cumsum() - got.images.counts_B
     for i in range(len(corpus)):
         part = stream[i * sample_tokens : (i + 1) * sample_tokens + 1]
         ids, documents, mask, numbers, places = (np.array(column) for column in zip(*part))
         assert got.ids[i].tolist() == ids.tolist()
         assert got.documents[i].tolist() == (documents - documents[0]).tolist()
         assert got.mask[i].tolist() == mask.tolist()
-        own = got.pictures.tiles_NCHW[firsts[i] : firsts[i] + got.pictures.counts_B[i]]
+        own = got.images.tiles_NCHW[firsts[i] : firsts[i] + got.images.counts_B[i]]
         touched = sorted(set(numbers[:-1].tolist()) - {-1})
         assert len(own) == len(touched)
         for tile, number in zip(own, touched):
             assert shades[number] == -1 or (tile == shades[number]).all()
-        patch = got.pictures.patch_BS[i]
+        patch = got.images.patch_BS[i]
         assert ((patch >= 0) == (numbers[:-1] >= 0)).all() and ((patch >= 0) == (ids[:-1] == patch_id)).all()
         for where in np.flatnonzero(patch >= 0):
             tile, place = divmod(int(patch[where]), P)
@@ -94,7 +94,7 @@ def check(corpus, stream, shades, sample_tokens, patch_id):
 
 
 @pytest.mark.parametrize("sample_tokens", [*range(1, 20), 64, 200])
-def test_samples_cut_pictures_anywhere(tmp_path, monkeypatch, sample_tokens):
+def test_samples_cut_images_anywhere(tmp_path, monkeypatch, sample_tokens):
     monkeypatch.setattr(packed, "BATCH_TOKENS", 40)
     monkeypatch.setattr(tiles, "BATCH_BYTES", 5 * 3 * SIDE * SIDE)
     documents = rows()
@@ -103,7 +103,7 @@ def test_samples_cut_pictures_anywhere(tmp_path, monkeypatch, sample_tokens):
     check(data.train["main"], stream, shades, sample_tokens, data.tokenizer.image_ids().patch)
 
 
-def test_no_token_of_a_picture_is_ever_a_label_and_what_follows_one_is(tmp_path):
+def test_no_token_of_an_image_is_ever_a_label_and_what_follows_one_is(tmp_path):
     data = prepared(tmp_path, parquet(tmp_path / "a.parquet", rows()), 16)
     got, ids = data.train["main"].take(np.arange(len(data.train["main"]))), data.tokenizer.image_ids()
     assert not got.mask[np.isin(got.ids, ids)].any()
@@ -147,52 +147,52 @@ def test_whole_documents_begin_a_new_sample_rather_than_be_cut(tmp_path, sample_
     assert (len(stream) > len(plain)) == (sample_tokens > 20)
 
 
-def test_a_corpus_without_pictures_packs_as_if_there_were_none(tmp_path):
+def test_a_corpus_without_images_packs_as_if_there_were_none(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": f"only words in row {i}"}) + "\n" for i in range(50)))
     text = CorpusConfig(Source.files, [str(path)], held_out=0.0)
     alone = prepared(tmp_path / "1", text, 16).train["main"]
     beside = prepared(tmp_path / "2", {"main": text, "seen": parquet(tmp_path / "b.parquet", rows())}, 16)
     for data in (alone, beside.train["main"]):
-        assert data.take(np.arange(3)).pictures is None
+        assert data.take(np.arange(3)).images is None
         assert [p.name for p in data._path.parent.glob("train*")].count("train.tiles.arrow") == 0
         assert "tiles" not in json.loads((data._path.parent / "train.json").read_text())
 
 
-def test_a_table_of_pictures_may_have_rows_without_any(tmp_path):
+def test_a_table_of_images_may_have_rows_without_any(tmp_path):
     documents = [(f"row {i} of text", []) for i in range(40)]
     got = prepared(tmp_path, parquet(tmp_path / "a.parquet", documents), 16).train["main"].take(np.arange(3))
-    assert len(got.pictures.tiles_NCHW) == 0 and (got.pictures.patch_BS == -1).all()
+    assert len(got.images.tiles_NCHW) == 0 and (got.images.patch_BS == -1).all()
 
 
 # ------------------------------------------------------------ how a table may hold them
 
 
-def test_every_form_of_a_picture_gives_the_same_corpus(tmp_path):
-    documents = [(text, pictures) for text, pictures in rows() if len(pictures) == 1]
-    texts, files = [text for text, _ in documents], [pictures[0] for _, pictures in documents]
+def test_every_form_of_an_image_gives_the_same_corpus(tmp_path):
+    documents = [(text, images) for text, images in rows() if len(images) == 1]
+    texts, files = [text for text, _ in documents], [images[0] for _, images in documents]
     (tmp_path / "some").mkdir()
     names = [f"some/{i}.pgm" for i in range(len(files))]
     for name, data in zip(names, files):
         (tmp_path / name).write_bytes(data)
     both = [{"bytes": data if i % 2 else None, "path": name} for i, (name, data) in enumerate(zip(names, files))]
     tables = {
-        "bytes": {"text": texts, "pictures": files},
-        "lists": {"text": texts, "pictures": [[data] for data in files]},
-        "paths": {"text": texts, "pictures": names},
-        "dicts": {"text": texts, "pictures": both},
+        "bytes": {"text": texts, "images": files},
+        "lists": {"text": texts, "images": [[data] for data in files]},
+        "paths": {"text": texts, "images": names},
+        "dicts": {"text": texts, "images": both},
     }
     for name, table in tables.items():
         pq.write_table(pa.table(table), tmp_path / f"{name}.parquet")
-    # As the library writes them: it puts the bytes in, and says in the file that they are pictures.
+    # As the library writes them: it puts the bytes in, and says in the file that they are images.
     whole = [{"bytes": None, "path": str(tmp_path / name)} for name in names]
-    features({"text": texts, "pictures": whole}).to_parquet(tmp_path / "features.parquet")
-    features({"text": texts, "pictures": [[p] for p in whole]}, many=True).to_parquet(tmp_path / "many.parquet")
-    lines = [json.dumps({"text": text, "pictures": name}) for text, name in zip(texts, names)]
+    features({"text": texts, "images": whole}).to_parquet(tmp_path / "features.parquet")
+    features({"text": texts, "images": [[p] for p in whole]}, many=True).to_parquet(tmp_path / "many.parquet")
+    lines = [json.dumps({"text": text, "images": name}) for text, name in zip(texts, names)]
     (tmp_path / "lines.jsonl").write_text("\n".join(lines))
     found = set()
     for name in (*(f"{n}.parquet" for n in (*tables, "features", "many")), "lines.jsonl"):
-        corpus = CorpusConfig(Source.files, [str(tmp_path / name)], held_out=0.3, image_key="pictures")
+        corpus = CorpusConfig(Source.files, [str(tmp_path / name)], held_out=0.3, image_key="images")
         data = prepared(tmp_path / "data" / name, corpus, 16)
         found.add((data.train["main"].digest, data.held_out["main"].digest))
     assert len(found) == 1
@@ -202,11 +202,11 @@ def features(table, many: bool = False):
     import datasets
 
     image = datasets.Image()
-    kinds = {"text": datasets.Value("string"), "pictures": datasets.Sequence(image) if many else image}
+    kinds = {"text": datasets.Value("string"), "images": datasets.Sequence(image) if many else image}
     return datasets.Dataset.from_dict(table, features=datasets.Features(kinds))
 
 
-def test_rows_about_the_same_picture_fall_on_the_same_side(tmp_path):
+def test_rows_about_the_same_image_fall_on_the_same_side(tmp_path):
     shades = [bytes(pgm(SIDE, i)) for i in range(1, 101)]
     documents = [(f"{MARKER} question {turn}, and words enough", [data]) for turn in range(3) for data in shades]
     corpus = parquet(tmp_path / "a.parquet", documents)
@@ -215,7 +215,7 @@ def test_rows_about_the_same_picture_fall_on_the_same_side(tmp_path):
     sides = []
     for split in (data.train, data.held_out):
         got = split["main"].take(np.arange(len(split["main"])))
-        sides.append(set(got.pictures.tiles_NCHW[:, 0, 0, 0].tolist()))
+        sides.append(set(got.images.tiles_NCHW[:, 0, 0, 0].tolist()))
     assert not sides[0] & sides[1] and len(sides[0] | sides[1]) >= 98 and 15 < len(sides[1]) < 45
 
 
@@ -224,7 +224,7 @@ def test_rows_about_the_same_picture_fall_on_the_same_side(tmp_path):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": f"only words in {i}"}) + "\n" for i in range(60)))
     text = CorpusConfig(Source.files, [str(folder / "a.jsonl")], held_out=0.0)
     corpora = {"text": text, "seen": parquet(folder / "b.parquet", rows())}
@@ -265,11 +265,11 @@ def test_batches_of_any_order_and_mixture_and_their_micro_batches(data):
         if batch.images is not None:
             assert batch.images.tiles_NCHW.dtype == torch.uint8 and batch.images.patch_BS.dtype == torch.int64
             assert batch.to("meta").images.patch_BS.device.type == "meta"
-    assert joiner.batch(np.zeros(3, np.int64), np.arange(3)).pictures is None
+    assert joiner.batch(np.zeros(3, np.int64), np.arange(3)).images is None
 
 
-def test_images_are_those_that_whole_pictures_in_order_give(data):
-    """The batch's own positions against the model's rule for whole pictures: all image tokens in order."""
+def test_images_are_those_that_whole_images_in_order_give(data):
+    """The batch's own positions against the model's rule for whole images: all image tokens in order."""
     corpora, patch = list(data.train.values()), data.tokenizer.image_ids().patch
     joiner, whole = Joiner(corpora, None, OnMissing.hard), 0
     for i in range(len(corpora[1])):
@@ -290,12 +290,12 @@ def test_ids_of_a_trained_tokenizer_are_known(tmp_path):
     assert tuple(prepared(tmp_path, corpus, 16, bos=None).tokenizer.image_ids()) == (1, 2, 3, 4, 5, 6)
 
 
-def test_a_given_tokenizer_needs_the_tokens_of_pictures(tmp_path):
+def test_a_given_tokenizer_needs_the_tokens_of_images(tmp_path):
     corpus = parquet(tmp_path / "a.parquet", rows())
     train(TokenizerConfig(vocab_size=290), ["words"] * 5).save(tmp_path / "text.json")
-    with pytest.raises(DataError, match=r"text\.json: has no <\|image_start\|>, .*<\|patch\|>; a corpus with pictures"):
+    with pytest.raises(DataError, match=r"text\.json: has no <\|image_start\|>, .*<\|patch\|>; a corpus with images"):
         prepared(tmp_path, corpus, 16, file=str(tmp_path / "text.json"))
-    own = train(TokenizerConfig(vocab_size=290), ["words"] * 5, pictures=True)
+    own = train(TokenizerConfig(vocab_size=290), ["words"] * 5, images=True)
     own.save(tmp_path / "own.json")
     assert prepared(tmp_path, corpus, 16, file=str(tmp_path / "own.json")).tokenizer.digest == own.digest
 
@@ -307,7 +307,7 @@ def test_digits_are_the_same_every_time_and_captions_tell_the_truth():
     from sklearn.datasets import load_digits
 
     found = list(digits.read(100))
-    assert found == list(digits.read(100)) and len(found) == 300 and len({d.picture for d in found}) > 280
+    assert found == list(digits.read(100)) and len(found) == 300 and len({d.image for d in found}) > 280
     phrasings = [caption.split("{}") for caption in (*digits.NAMES, *digits.HINTS.values())]
     met = set()
     for digit, label in zip(found, np.repeat(load_digits().target, 3).tolist()):
@@ -320,12 +320,12 @@ def test_digits_are_the_same_every_time_and_captions_tell_the_truth():
             assert digit.text[slice(*digit.answer)] == figure
         assert digit.text.count(MARKER) == 1 and digit.text.index(MARKER) < len(before)
         assert not before[-1].isalnum() and not before[-1].isspace() and after
-        met.add((kind, digit.picture.split(b"\n")[0]))
+        met.add((kind, digit.image.split(b"\n")[0]))
     assert met == {(kind, size) for kind in range(4) for size in (b"P5 32 32 255", b"P5 64 32 255")}
     assert [d.original for d in found[::3]] == [d.original for d in found[2::3]]
 
 
-def test_held_out_digits_are_other_pictures_and_ask_for_the_digit_alone(tmp_path):
+def test_held_out_digits_are_other_images_and_ask_for_the_digit_alone(tmp_path):
     corpus = CorpusConfig(Source.digits, held_out=0.3, max_documents=200, whole_documents=True)
     config = ImageConfig(tile_size=32, tile_tokens=4, max_tiles=4)
     data = prepare(
@@ -334,11 +334,11 @@ def test_held_out_digits_are_other_pictures_and_ask_for_the_digit_alone(tmp_path
     trained, kept = (split["d"].take(np.arange(len(split["d"]))) for split in (data.train, data.held_out))
     asked = kept.ids[kept.mask]
     assert 70 < len(asked) < 140 and {data.tokenizer.decode([i]) for i in asked} == set("0123456789")
-    # Once in every document, and where its picture is seen whole.
+    # Once in every document, and where its image is seen whole.
     for i in range(len(kept.ids)):
         ends = np.flatnonzero(kept.ids[i] == data.tokenizer.image_ids().end)
         answers = np.flatnonzero(kept.mask[i])
         assert (kept.documents[i][ends[: len(answers)]] == kept.documents[i][answers]).all()
     assert (trained.mask.sum() + len(trained.ids)) / trained.ids.size > 0.3
-    seen = [{t.tobytes() for t in part.pictures.tiles_NCHW if t.any()} for part in (trained, kept)]
+    seen = [{t.tobytes() for t in part.images.tiles_NCHW if t.any()} for part in (trained, kept)]
     assert not seen[0] & seen[1]

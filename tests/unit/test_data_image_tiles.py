@@ -1,4 +1,4 @@
-"""Pictures to tiles and tokens: layouts worked out by hand, formats, and files that are not what they should be."""
+"""Images to tiles and tokens: layouts worked out by hand, formats, and files that are not what they should be."""
 
 import io
 import struct
@@ -18,11 +18,11 @@ NAMES = dict(enumerate(["s", "e", "x", "y", "i", "p"], 1))  # short names of IMA
 IDS = ImageIds(*NAMES)
 
 
-def file(picture, kind: str = "PNG", **options) -> bytes:
-    if not isinstance(picture, Image.Image):
-        picture = Image.fromarray(np.asarray(picture, np.uint8))
+def file(image, kind: str = "PNG", **options) -> bytes:
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(np.asarray(image, np.uint8))
     out = io.BytesIO()
-    picture.save(out, kind, **options)
+    image.save(out, kind, **options)
     return out.getvalue()
 
 
@@ -83,36 +83,36 @@ def test_few_tiles_leave_few_canvases(max_tiles):
 # ------------------------------------------------------------ pixels
 
 
-def test_tiles_are_row_by_row_and_the_whole_picture_comes_last():
+def test_tiles_are_row_by_row_and_the_whole_image_comes_last():
     config = ImageConfig(tile_size=8, max_tiles=6)
-    picture = noise(16, 24)
-    tiles, rows, columns = images.cut(picture, config)
+    image = noise(16, 24)
+    tiles, rows, columns = images.cut(image, config)
     assert (rows, columns, tiles.shape, tiles.dtype) == (2, 3, (7, 3, 8, 8), np.uint8)
     for r in range(2):
         for c in range(3):
-            block = picture[8 * r : 8 * r + 8, 8 * c : 8 * c + 8]
+            block = image[8 * r : 8 * r + 8, 8 * c : 8 * c + 8]
             assert np.array_equal(tiles[3 * r + c].transpose(1, 2, 0), block)
     # Squashed 2 x 3 to 1: the mean is kept, and each pixel averages its surroundings.
-    assert tiles[6].mean() == pytest.approx(picture.mean(), abs=3)
-    assert tiles[6].std() < 0.7 * picture.std()
+    assert tiles[6].mean() == pytest.approx(image.mean(), abs=3)
+    assert tiles[6].std() < 0.7 * image.std()
 
 
-def test_one_tile_has_no_whole_picture_beside_it():
+def test_one_tile_has_no_whole_image_beside_it():
     tiles, rows, columns = images.cut(noise(8, 8), ImageConfig(tile_size=8))
     assert (rows, columns) == (1, 1) and np.array_equal(tiles[0].transpose(1, 2, 0), noise(8, 8))
 
 
 def test_what_is_left_of_the_canvas_is_black():
     # 2 x 1 tiles hold 9 x 6 pixels; the height may not grow beyond its own 9, so the width stays 6.
-    picture = np.full((9, 6, 3), 200, np.uint8)
-    tiles, rows, columns = images.cut(picture, ImageConfig(tile_size=8, max_tiles=4))
+    image = np.full((9, 6, 3), 200, np.uint8)
+    tiles, rows, columns = images.cut(image, ImageConfig(tile_size=8, max_tiles=4))
     assert (rows, columns) == (2, 1)
     sheet = tiles[:2].transpose(0, 2, 3, 1).reshape(16, 8, 3)
     assert (sheet[:9, :6] == 200).all() and not sheet[9:].any() and not sheet[:, 6:].any()
     assert (tiles[2] == 200).all()  # squashed, not padded
 
 
-def test_a_flat_picture_stays_flat_when_it_is_resized():
+def test_a_flat_image_stays_flat_when_it_is_resized():
     for height, width in ((1, 1), (5, 90), (123, 45), (1, 300)):
         tiles, _, _ = images.cut(np.full((height, width, 3), 77, np.uint8), ImageConfig(tile_size=28, max_tiles=4))
         assert set(np.unique(tiles)) <= {0, 77}
@@ -150,10 +150,10 @@ def grey16() -> Image.Image:
 
 
 def palette() -> Image.Image:
-    picture = Image.new("P", (2, 1))
-    picture.putpalette([10, 20, 30, 40, 50, 60])
-    picture.putpixel((1, 0), 1)
-    return picture
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((1, 0), 1)
+    return image
 
 
 def rgba(*pixels) -> Image.Image:
@@ -194,11 +194,11 @@ def test_the_first_frame_of_an_animation():
 
 
 def test_the_camera_s_orientation_is_applied():
-    picture = np.zeros((2, 3, 3), np.uint8)
-    picture[0, 0] = 255
+    image = np.zeros((2, 3, 3), np.uint8)
+    image[0, 0] = 255
     exif = Image.Exif()
     exif[0x0112] = 6  # stored on its side: turn clockwise to see it upright
-    turned = images.decode(file(picture, exif=exif), "here")
+    turned = images.decode(file(image, exif=exif), "here")
     assert turned.shape == (3, 2, 3) and (turned[0, 1] == 255).all() and turned.sum() == 3 * 255
 
 
@@ -215,9 +215,9 @@ def bomb(width: int, height: int) -> bytes:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "here: not a picture; allowed: BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP"),
-        (b"\0" * 99, "here: not a picture"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "here: not a picture"),  # pillow would start a program
+        (b"", "here: not an image; allowed: BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP"),
+        (b"\0" * 99, "here: not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "here: not an image"),  # pillow would start a program
         (file(noise(64, 64), "JPEG")[:-400], "here: cannot be decoded: .*truncated"),
         (file(noise(64, 64))[:-400], "here: cannot be decoded: "),
         (file(noise(64, 64))[:40], "here: "),
@@ -227,12 +227,12 @@ def bomb(width: int, height: int) -> bytes:
         (file(Image.new("F", (2, 2), 0.5), "TIFF"), "here: its pixels are floating-point numbers"),
     ],
 )
-def test_files_that_are_no_pictures_are_named(data, message):
+def test_files_that_are_no_images_are_named(data, message):
     with pytest.raises(DataError, match=message):
         images.decode(data, "here")
 
 
-def test_a_flipped_bit_is_an_error_or_a_picture_but_nothing_else():
+def test_a_flipped_bit_is_an_error_or_an_image_but_nothing_else():
     rng = np.random.default_rng(0)
     for kind in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"):
         good = file(noise(16, 16), kind)
@@ -256,14 +256,14 @@ def test_the_same_tiles_as_transformers(tmp_path):
     for case in range(60):
         size, max_tiles, largest = int(rng.choice([28, 56])), int(rng.choice([1, 2, 4, 9, 16])), bool(case % 2)
         height, width = (int(side) for side in np.exp(rng.uniform(0, np.log(300), 2)))
-        picture = noise(height, width, case)
+        image = noise(height, width, case)
         processor = Llama4ImageProcessor(
             size={"height": size, "width": size}, max_patches=max_tiles, resize_to_max_canvas=largest,
             do_rescale=False, do_normalize=False,
         )  # fmt: skip
-        want = processor(Image.fromarray(picture), return_tensors="pt")
+        want = processor(Image.fromarray(image), return_tensors="pt")
         config = ImageConfig(size, 1, max_tiles, largest)
-        tiles, rows, columns = images.cut(picture, config)
+        tiles, rows, columns = images.cut(image, config)
         assert want["aspect_ratios"].tolist() == [[rows, columns]]
         off = np.abs(want["pixel_values"].numpy().astype(int) - tiles)
         # Two libraries round differently.

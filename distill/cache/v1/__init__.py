@@ -1,1 +1,0 @@
-"""Caches of format 1 (November 2026): Exp-Golomb codes in several columns. Read only; `compact` rewrites them."""
