@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from distill.config.model import moe_layers, rope_layers
 from distill.config.schema import ModelConfig, VisionConfig
-from distill.model.layer_kinds import moe_layers, rope_layers
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.config.errors import ConfigError, DataError
+from distill.config.model import rope_layers
 from distill.config.schema import ModelConfig
 from distill.model.attention import AttentionPlan, Plans
 from distill.model.images import Images
 from distill.model.kv import KV, Slots
-from distill.model.layer_kinds import rope_layers
 from distill.model.segments import Block, SegmentPlan, Segments
 
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from distill.config.errors import DataError
+from distill.config.model import moe_layers, rope_layers
 from distill.config.schema import ModelConfig
 from distill.model.attention import Attention, AttentionPlan, Plans, temperature
 from distill.model.decode import Generation
 from distill.model.experts import MoE, Routed
 from distill.model.images import Images
 from distill.model.kv import KV
-from distill.model.layer_kinds import moe_layers, rope_layers
 from distill.model.linear import SwiGLU
 from distill.model.norm import RMSNorm
 from distill.model.parametrization import scales

@@ -24,6 +24,7 @@ from distill.config.checks import vision_problems
 from distill.config.errors import ConfigError, DataError, DivergenceError
 from distill.config.files import write_text
 from distill.config.load import to_dict
+from distill.config.model import moe_layers, rope_layers
 from distill.config.schema import DataConfig, Job, ModelConfig, RunConfig, TrainConfig, VisionConfig
 from distill.data.join import Batch, Joiner
 from distill.data.prepare import Prepared, prepare
@@ -35,7 +36,6 @@ from distill.engine.zero import Engine, load_weights
 from distill.model import Transformer, hf
 from distill.model.balance import degenerate_routers
 from distill.model.freeze import freeze
-from distill.model.layer_kinds import moe_layers, rope_layers
 from distill.run import folder as run_folder
 from distill.run import identity
 from distill.run.folder import shown

@@ -33,7 +33,7 @@ def kinds():
     """One key for each kind of tensor that a checkpoint has."""
     with torch.device("meta"):
         model = Transformer(config_of(layers=2, vision=VISION))
-    keys = [hf.write._key(name, model.config) for name, _ in model.named_parameters()]
+    keys = [hf.write_checkpoint._key(name, model.config) for name, _ in model.named_parameters()]
     return sorted({re.sub(r"layers\.\d+", "layers.#", key): key for key in keys}.values())
 
 
