@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from distill.cache.header import CacheHeader, is_created
     from distill.cache.ledger import is_written
     from distill.cache.reader import CacheReader, ReadResult
-    from distill.cache.store import is_url
     from distill.cache.targets import Atoms, SoftTargets
     from distill.cache.tokens import token_digests
     from distill.cache.writer import CacheWriter
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Atoms", "CacheHeader", "CacheReader", "CacheWriter", "Codec", "CodecConfig", "ReadResult", "Selection",
-    "SoftTargets", "is_created", "is_url", "is_written", "make_codec", "token_digests",
+    "SoftTargets", "is_created", "is_written", "make_codec", "token_digests",
 ]  # fmt: skip
 
 _HOMES = {
@@ -34,7 +33,6 @@ _HOMES = {
     "Selection": "codecs",
     "SoftTargets": "targets",
     "is_created": "header",
-    "is_url": "store",
     "is_written": "ledger",
     "make_codec": "codecs",
     "token_digests": "tokens",

@@ -28,7 +28,8 @@ SHORT = 1 << 16
 
 
 class FarStore(Store):
-    appends = False
+    grows = False
+    slow = True
 
     def __init__(self, url: str):
         """Raises CacheError: no such file system, a library of its own is missing, or it refuses."""

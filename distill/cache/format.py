@@ -12,9 +12,10 @@ MAX_SAMPLE_TOKENS = 2**24
 HEADER = "cache.json"
 SHARDS = "shards"
 LEDGER = "ledger"
-LOCK = ".lock"
 TOOLS_LOCK = ".tools.lock"
 QUARANTINE = "quarantine"
+TEMPORARY = ".tmp"
+"""Suffix of local files that are not published yet; whoever would write the file may remove a leftover."""
 
 INDEX = ("sample_ids", "digests", "checks", "ends", "steps", "atoms", "origins")
 RECORDS = "records"
@@ -29,6 +30,11 @@ def ranks_name(digest: str) -> str:
 
 def shard_name(writer: str, seq: int, digest: str) -> str:
     return f"{writer}-{seq:06d}-{digest}.safetensors"
+
+
+def writer_lock(writer: str) -> str:
+    """Of local caches: the lock file that a live writer holds."""
+    return f"{LEDGER}/{writer}.lock"
 
 
 def row_object(writer: str, seq: int) -> str:

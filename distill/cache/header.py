@@ -12,8 +12,9 @@ from typing import Any
 from distill.cache import differ
 from distill.cache.fields import check_types
 from distill.cache.format import FORMAT, HEADER, MAX_SAMPLE_TOKENS, MAX_VOCAB
+from distill.cache.open_store import open_store
 from distill.cache.seal import digest, seal, unseal
-from distill.cache.store import Store, open_store
+from distill.cache.store import Store
 from distill.config.errors import CacheError
 from distill.config.schema import CodecConfig, CodecName
 

@@ -18,8 +18,9 @@ from typing import Any
 
 from distill.cache.fields import check_types
 from distill.cache.format import LEDGER, row_object
+from distill.cache.open_store import open_store
 from distill.cache.seal import seal, unseal
-from distill.cache.store import LocalStore, Store, open_store
+from distill.cache.store import Store
 from distill.config.errors import CacheError
 
 log = logging.getLogger(__name__)
@@ -175,7 +176,7 @@ class LedgerReader:
         return found
 
     def _lines(self, limit: int | None) -> Iterator[tuple[bytes, str]]:
-        if isinstance(self.store, LocalStore) or not self._objects:
+        if not self._objects:  # the file ends where they begin
             yield from self._file_lines(f"{LEDGER}/{self.writer}.jsonl")
         if limit is not None and self.seq >= limit:
             return
@@ -275,7 +276,10 @@ def is_written(folder: str | Path) -> bool:
 
 
 class LedgerWriter:
-    """Appends to one ledger. Locally the caller holds the writer's lock; elsewhere a row's name is taken only once."""
+    """Appends to one ledger.
+
+    The caller holds the writer's lock. In a store without locks a row's name is taken only once.
+    """
 
     def __init__(self, store: Store, writer: str, cache: str):
         """Reads what is there, and removes a torn last row.
@@ -289,13 +293,12 @@ class LedgerWriter:
         self.rows = [row for row in reader.poll() if isinstance(row, ShardRow)]
         self.seq, self.finished = reader.seq, reader.finished
         # Where the ledger has objects, the file ends where they begin.
-        self._appends = store.appends and not store.names(f"{LEDGER}/{writer}")
-        if isinstance(store, LocalStore):
-            if self._appends:
-                store.append(self._name, b"")
-            if reader.torn:
-                log.warning("%s: removed a torn last row of %d bytes", store.path(self._name), reader.torn)
-                store.truncate(self._name, reader.offset)
+        self._appends = store.grows and not store.names(f"{LEDGER}/{writer}")
+        if self._appends:
+            store.append(self._name, b"")
+        if reader.torn:
+            log.warning("%s: removed a torn last row of %d bytes", store.path(self._name), reader.torn)
+            store.truncate(self._name, reader.offset)
         if reader.torn_object:
             log.warning("%s: removed a torn last row", store.path(reader.torn_object))
             store.remove(reader.torn_object)
@@ -320,7 +323,7 @@ class LedgerWriter:
 
     def _append(self, record: dict[str, object]) -> None:
         """A part that an error leaves behind is a torn row: the writer must be opened anew, which removes it."""
-        if self._appends and isinstance(self.store, LocalStore):
+        if self._appends:
             self.store.append(self._name, seal(record))
         else:
             name = row_object(self.writer, self.seq)

@@ -11,7 +11,7 @@ from distill.cache.ledger import LedgerWriter, Origin, ShardRow
 from distill.cache.ranks import rank_table
 from distill.cache.seal import digest
 from distill.cache.shard import Array, Columns, build
-from distill.cache.store import LocalStore, Store
+from distill.cache.store import Store
 
 
 def create(store: Store, header: CacheHeader, counts_V: Array | None) -> CacheHeader:
@@ -20,8 +20,7 @@ def create(store: Store, header: CacheHeader, counts_V: Array | None) -> CacheHe
     Raises:
         CacheError: another cache is there (lists every difference), or it cannot be written.
     """
-    if isinstance(store, LocalStore):
-        store.make_folders(SHARDS, LEDGER)
+    store.make_folders(SHARDS, LEDGER)
     if not store.exists(HEADER):
         table = rank_table(counts_V, header.vocab_size)
         header = dataclasses.replace(header, ranks=digest(table), folder=store.root)

@@ -106,8 +106,8 @@ class Shard:
         """
         self.row, self._store, self._name = row, store, f"{SHARDS}/{row.shard}"
         self.path = store.path(self._name)
-        # Far away that is one request more; the records' own digests find what is missing.
-        if store.appends and whole:
+        # In a slow store that is one request more; the records' own digests find what is missing.
+        if whole and not store.slow:
             with self._there():
                 size = store.size(self._name)
             if size != row.bytes:
@@ -159,12 +159,12 @@ class Shard:
     def origin(self, index: int) -> Origin:
         return self.row.origins[self.columns.origins[index]]
 
-    def record(self, index: int) -> bytes:
-        """The record of one sample, verified; CacheError names file and sample when it is not what was written."""
-        return self.span(index, index + 1)[0]
-
     def span(self, first: int, end: int) -> list[bytes]:
-        """The records of samples number `first` to `end` - 1 of the shard, verified, in one read."""
+        """The records of samples number `first` to `end` - 1 of the shard, verified, in one read.
+
+        Raises:
+            CacheError: names file and sample of a record that is not what was written.
+        """
         data = self.read(first, end)
         bounds = (self.bounds[first : end + 1] - self.bounds[first]).tolist()
         return [self.verified(first + i, data[bounds[i] : bounds[i + 1]]) for i in range(end - first)]
@@ -175,12 +175,12 @@ class Shard:
         with self._there():
             return self._store.read_at(self._name, start, stop - start)
 
-    def some_records(self, indexes: Sequence[int]) -> list[bytes]:
-        """Those of some samples, verified; neighbours come in one read."""
+    def records(self, indexes: Sequence[int] | Array) -> list[bytes]:
+        """Those of some samples, verified; neighbors come in one read. CacheError as `span`."""
         found: dict[int, bytes] = {}
         wanted = np.unique(indexes)
         gaps = self.bounds[wanted[1:]] - self.bounds[wanted[:-1] + 1]
-        for run in np.split(wanted, np.flatnonzero(gaps > NEAR) + 1):
+        for run in np.split(wanted, np.flatnonzero(gaps > (NEAR if self._store.slow else 0)) + 1):
             first = int(self.bounds[run[0]])
             with self._there():
                 data = self._store.read_ahead(self._name, first, int(self.bounds[run[-1] + 1]) - first)
@@ -188,10 +188,6 @@ class Shard:
                 start, end = (self.bounds[index : index + 2] - first).tolist()
                 found[index] = self.verified(index, data[start:end])
         return [found[index] for index in indexes]
-
-    def records(self) -> list[bytes]:
-        """All of them, verified, in one read."""
-        return self.span(0, self.row.samples)
 
     @contextlib.contextmanager
     def _there(self) -> Iterator[None]:

@@ -14,15 +14,14 @@ from torch import Tensor
 
 from distill.cache import record
 from distill.cache.codecs import make_codec
-from distill.cache.format import LEDGER, LOCK, SHARDS, check_writer
+from distill.cache.format import SHARDS, TEMPORARY, check_writer, writer_lock
 from distill.cache.header import CacheHeader
 from distill.cache.ledger import LedgerWriter, Origin
-from distill.cache.local_files import TEMPORARY
+from distill.cache.open_store import open_store
 from distill.cache.pending import Pending
 from distill.cache.publish import create, publish_shard
 from distill.cache.ranks import invert, load_ranks
 from distill.cache.shard import Array, Columns
-from distill.cache.store import LocalStore, locked, open_store
 from distill.cache.targets import Atoms
 from distill.cache.view import Newest, newest_since
 from distill.config.errors import CacheError
@@ -82,12 +81,10 @@ class CacheWriter:
         self._rank_of_id = invert(load_ranks(self._store, self.header))
         self._done: Newest | None = None
         with contextlib.ExitStack() as stack:
-            if isinstance(self._store, LocalStore):
-                lock = self._store.folder / LEDGER / f"{writer}{LOCK}"
-                stack.enter_context(locked(lock, f"the writer's name {writer!r}", wait=False))
+            is_alone = stack.enter_context(self._store.lock(writer_lock(writer), f"the writer's name {writer!r}"))
             self._ledger = LedgerWriter(self._store, writer, self._identity)
-            if isinstance(self._store, LocalStore):
-                self._remove_leftovers(self._store)
+            if is_alone:
+                self._remove_leftovers()
             self._resources = stack.pop_all()
 
         # All below is shared with the thread, under the condition's lock.
@@ -102,7 +99,7 @@ class CacheWriter:
         self._thread = threading.Thread(target=self._run, name=f"cache-writer-{writer}", daemon=True)
         self._thread.start()
 
-    def _remove_leftovers(self, store: LocalStore) -> None:
+    def _remove_leftovers(self) -> None:
         """What a kill left: temporary files, and the one shard whose row was never written.
 
         Raises:
@@ -110,7 +107,7 @@ class CacheWriter:
         """
         known = {row.shard for row in self._ledger.rows}
         left, next_seq = [], self._ledger.seq
-        for name in store.names(SHARDS):
+        for name in self._store.names(SHARDS):
             number, _, rest = name.removeprefix(f"{self.writer}-").partition("-")
             if not (name.startswith(f"{self.writer}-") and number.isdigit() and "-" not in rest):
                 continue
@@ -119,12 +116,13 @@ class CacheWriter:
             elif name not in known:
                 left.append(name)
                 if int(number) > next_seq:
+                    path = self._store.path(f"{SHARDS}/{name}")
                     raise CacheError(
-                        f"{store.path(f'{SHARDS}/{name}')}: shard {int(number)} is there, but ledger {self.writer} has "
-                        f"{next_seq} rows: it was cut; get it back with codistill-cache repair {store.root}"
+                        f"{path}: shard {int(number)} is there, but ledger {self.writer} has {next_seq} rows: it was "
+                        f"cut; get it back with codistill-cache repair {self._store.root}"
                     )
         for name in left:
-            store.remove(f"{SHARDS}/{name}")
+            self._store.remove(f"{SHARDS}/{name}")
 
     @property
     def stats(self) -> WriterStats:

@@ -80,17 +80,22 @@ def plain_mode(path: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on a clean exit it takes its place, on an exception nothing changes."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def replacing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; on a clean exit it takes its place, on an exception nothing changes.
+
+    temporary: a path in the same folder; None: one that no other process uses.
+    """
+    temporary = temporary or path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with naming(path, temporary):
             yield temporary
             sync(temporary)
             os.replace(temporary, path)
             sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first error counts
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill.cache import CacheReader, ReadResult, SoftTargets, is_url
+from distill.cache import CacheReader, ReadResult, SoftTargets
 from distill.config.errors import CacheError
+from distill.config.paths import is_url
 from distill.config.schema import OnMissing, TokenizerConfig
 from distill.data.packed import PackedCorpus, Samples
 from distill.data.prefetch import Prefetch

@@ -245,7 +245,7 @@ def _compact_arguments(parser: Parser) -> None:
 
 
 def _compact(args: argparse.Namespace) -> int:
-    from distill.cache.store import open_store
+    from distill.cache.open_store import open_store
     from distill.tools import show
     from distill.tools.common import caches
     from distill.tools.compact import compact
@@ -287,7 +287,7 @@ def _merge_arguments(parser: Parser) -> None:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from distill.cache.store import open_store
+    from distill.cache.open_store import open_store
     from distill.tools import show
     from distill.tools.merge import merge
 
@@ -312,7 +312,7 @@ def _compare_arguments(parser: Parser) -> None:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from distill.cache.store import open_store
+    from distill.cache.open_store import open_store
     from distill.tools.compare import compare
 
     if not 0 <= args.tolerance <= 1:

@@ -9,10 +9,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from distill.cache.format import HEADER, LEDGER, LOCK, QUARANTINE, SHARDS, TOOLS_LOCK
+from distill.cache.format import HEADER, LEDGER, QUARANTINE, SHARDS, TEMPORARY, TOOLS_LOCK, writer_lock
 from distill.cache.ledger import LedgerWriter
-from distill.cache.local_files import TEMPORARY
-from distill.cache.store import LocalStore, Store, is_locked, locked, open_store
+from distill.cache.open_store import open_store
+from distill.cache.store import Store
 from distill.config.errors import CacheError
 
 TOOLS = ("compact", "merge", "repair")
@@ -40,26 +40,24 @@ def _is_cache(store: Store) -> bool:
 
 
 @contextlib.contextmanager
-def alone(store: Store, *, dry_run: bool = False) -> Iterator[None]:
+def alone(store: Store, *, dry_run: bool = False) -> Iterator[bool]:
     """No other tool changes the cache meanwhile; CacheError if one does. dry_run: only looks, and writes no lock.
 
-    Elsewhere than in local folders there are no locks. Two compactions or merges at one time are safe all the same: a
-    tool retires only rows that it has copied, and of two that write to one ledger one fails.
+    Yields whether that is certain: a store may have no locks. Two compactions or merges at one time are safe all the
+    same: a tool retires only rows that it has copied, and of two that write to one ledger one fails.
     """
-    if isinstance(store, LocalStore) and dry_run:
-        if is_locked(store.folder / TOOLS_LOCK):
-            raise CacheError(f"{store.folder / TOOLS_LOCK}: another live process compacts, merges or repairs the cache")
-        yield
-    elif isinstance(store, LocalStore):
-        with locked(store.folder / TOOLS_LOCK, "the cache for compact, merge or repair", wait=False):
-            yield
+    if dry_run:
+        if store.is_locked(TOOLS_LOCK):
+            raise CacheError(f"{store.path(TOOLS_LOCK)}: another live process compacts, merges or repairs the cache")
+        yield False
     else:
-        yield
+        with store.lock(TOOLS_LOCK, "the cache for compact, merge or repair") as is_alone:
+            yield is_alone
 
 
 def is_live(store: Store, writer: str) -> bool:
-    """A process holds the writer's lock. Unknown, and False, elsewhere than in local folders."""
-    return isinstance(store, LocalStore) and is_locked(store.folder / LEDGER / f"{writer}{LOCK}")
+    """A process holds the writer's lock. Unknown, and False, in a store without locks."""
+    return store.is_locked(writer_lock(writer))
 
 
 class ToolLedger:
@@ -77,8 +75,8 @@ class ToolLedger:
 
 
 def remove_leftovers(store: Store, known: set[str]) -> None:
-    """Files that a stopped tool left behind: no tool is at work now."""
-    for name in store.names(SHARDS) if store.appends else []:
+    """Files that a stopped tool left behind; the caller is `alone`."""
+    for name in store.names(SHARDS):
         found = writer_of(name)
         if found is not None and found[0] in TOOLS and name not in known:
             store.remove(f"{SHARDS}/{name}")
@@ -96,8 +94,7 @@ def to_quarantine(store: Store, name: str, *, copy: bool = False) -> None:
     """Takes a file out of the cache, or a copy of it, and keeps it under a name that is free."""
     plain = f"{QUARANTINE}/{name.replace('/', '-') if name.startswith(LEDGER) else name.rsplit('/', 1)[-1]}"
     kept, number = plain, 1
-    if isinstance(store, LocalStore):
-        store.make_folders(QUARANTINE)
+    store.make_folders(QUARANTINE)
     data = store.read(name)
     while store.exists(kept) and store.read(kept) != data:
         kept, number = f"{plain}.{number}", number + 1

@@ -51,9 +51,10 @@ def compact(store: Store, *, shard_bytes: int, purge: bool = False) -> Compactio
         CacheError: damage (then nothing is retired), another tool at work, or a file that cannot be written.
     """
     header = CacheHeader.read(store)
-    with alone(store):
-        rows, retired, _ = published(store, header)
-        remove_leftovers(store, {row.shard for row in rows + retired})
+    with alone(store) as is_alone:
+        rows, retired = published(store, header)
+        if is_alone:
+            remove_leftovers(store, {row.shard for row in rows + retired})
         chosen, keep = _choose(store, header, rows, shard_bytes)
         packed: list[ShardRow] = []
         copied = sum(len(keep[row.shard]) for row in chosen)
@@ -108,7 +109,7 @@ def _copy(
         for row in chosen:
             if len(keep[row.shard]):
                 shard = Shard(store, row)
-                packer.add(piece(shard, shard.records(), keep[row.shard], decoding.tokens))
+                packer.add(piece(shard, shard.span(0, row.samples), keep[row.shard], decoding.tokens))
             bar.add(row.bytes)
         packer.flush()
     ledger.get().retire(runs(chosen))

@@ -6,10 +6,9 @@ import dataclasses
 import re
 from collections import Counter
 
-from distill.cache.format import LEDGER, SHARDS, row_object
+from distill.cache.format import LEDGER, SHARDS, TEMPORARY, row_object
 from distill.cache.header import CacheHeader
 from distill.cache.ledger import ShardRow
-from distill.cache.local_files import TEMPORARY
 from distill.cache.seal import seal
 from distill.cache.store import Store
 from distill.config.errors import CacheError
@@ -37,7 +36,7 @@ def mended(store: Store, header: CacheHeader, found: Scan) -> tuple[list[Line], 
     last = max([*good, *made, *run_together], default=-1)
     # A ledger may begin as a file and go on as objects.
     in_file = [line.seq for line in found.lines if line.name.endswith(".jsonl")]
-    as_objects = any(line.name.endswith(".json") for line in found.lines) or not (found.lines or store.appends)
+    as_objects = any(line.name.endswith(".json") for line in found.lines) or not (found.lines or store.grows)
     was_short = bool(damaged) and len(damaged[-1].data) < SHORTEST_SHARD_ROW
     said = []
     for seq in sorted((set(range(last + 1)) | set(found.missing)) - set(good)):

@@ -10,7 +10,7 @@ import numpy as np
 from distill.cache.header import CacheHeader
 from distill.cache.publish import create
 from distill.cache.ranks import invert, load_ranks
-from distill.cache.store import LocalStore, Store
+from distill.cache.store import Store
 from distill.cache.view import Newest, open_shard, published
 from distill.config.errors import CacheError
 from distill.tools.common import Bar, ToolLedger, alone, remove_leftovers
@@ -38,7 +38,7 @@ class Merge(NamedTuple):
 class _Source:
     def __init__(self, store: Store):
         self.store, self.header = store, CacheHeader.read(store)
-        self.rows, retired, _ = published(store, self.header)
+        self.rows, retired = published(store, self.header)
         self.files = {row.shard for row in self.rows + retired}
         self.newest = Newest(self.header.samples)
         for row in self.rows:
@@ -59,12 +59,12 @@ def merge(sources: Sequence[Store], target: Store, *, shard_bytes: int) -> Merge
     first = found[0].header
     for other in found[1:]:
         other.header.check(**{name: getattr(first, name) for name in (*SAME, "ranks")})
-    if isinstance(target, LocalStore):
-        target.make_folders("")
-    with alone(target):
+    target.make_folders("")
+    with alone(target) as is_alone:
         header = _open(target, found[0])
         there = _Source(target)
-        remove_leftovers(target, there.files)
+        if is_alone:
+            remove_leftovers(target, there.files)
         packer = Packer(ToolLedger(target, "merge", header.identity), shard_bytes)
         copied = passed = 0
         with Bar("merge", sum(row.bytes for source in found for row in source.rows)) as bar:
@@ -83,7 +83,7 @@ def merge(sources: Sequence[Store], target: Store, *, shard_bytes: int) -> Merge
                     keep = newest[np.flatnonzero(wins)]
                     copied, passed = copied + len(keep), passed + len(newest) - len(keep)
                     if len(keep):
-                        packer.add(piece(shard, shard.records(), keep, decoding.tokens))
+                        packer.add(piece(shard, shard.span(0, row.samples), keep, decoding.tokens))
                     bar.add(row.bytes)
             packer.flush()
     return Merge(len(packer.rows), copied, passed, sum(row.bytes for row in packer.rows))

@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from distill.cache.format import LEDGER, LOCK, SHARDS
+from distill.cache.format import LEDGER, SHARDS, TEMPORARY, writer_lock
 from distill.cache.header import CacheHeader
 from distill.cache.ledger import Retired, ShardRow, ledgers, outside
-from distill.cache.local_files import TEMPORARY
 from distill.cache.ranks import load_ranks
 from distill.cache.shard import Array, Shard
-from distill.cache.store import LocalStore, Store, locked
+from distill.cache.store import Store
 from distill.cache.view import Newest
 from distill.config.errors import CacheError
 from distill.tools.common import Bar, ToolLedger, alone, is_live, ranges, to_quarantine, writer_of
@@ -112,13 +111,11 @@ def _lock_writers(store: Store, locks: contextlib.ExitStack, done: Repair, dry_r
     names = set(ledgers(store)) | {found[0] for name in store.names(SHARDS) if (found := writer_of(name))}
     mine = set()
     for name in sorted(names):
-        if isinstance(store, LocalStore):
-            if is_live(store, name):
-                done.lines.append(f"writer {name} is alive: its ledger and unpublished files are left alone")
-                continue
-            if not dry_run:
-                lock = store.folder / LEDGER / f"{name}{LOCK}"
-                locks.enter_context(locked(lock, f"the writer's name {name!r}", wait=False))
+        if is_live(store, name):
+            done.lines.append(f"writer {name} is alive: its ledger and unpublished files are left alone")
+            continue
+        if not dry_run:
+            locks.enter_context(store.lock(writer_lock(name), f"the writer's name {name!r}"))
         mine.add(name)
     return mine
 
@@ -127,7 +124,7 @@ def _mend_ledger(store: Store, header: CacheHeader, found: Scan, done: Repair, d
     """The ledger as it is afterwards."""
     if found.torn:
         done.lines.append(f"{store.path(found.torn_in)}: a torn last row of {found.torn} bytes is removed")
-        if not dry_run and isinstance(store, LocalStore) and found.torn_in.endswith(".jsonl"):
+        if not dry_run and found.torn_in.endswith(".jsonl"):
             store.truncate(found.torn_in, store.size(found.torn_in) - found.torn)
         elif not dry_run:
             store.remove(found.torn_in)

@@ -11,10 +11,11 @@ import xxhash
 
 from distill.cache.format import LEDGER, SHARDS
 from distill.cache.header import CacheHeader
-from distill.cache.ledger import LedgerReader, Origin, Retired, ShardRow, outside
+from distill.cache.ledger import LedgerReader, Origin, Retired, ShardRow
 from distill.cache.seal import digest
 from distill.cache.shard import Array, Shard, parse
 from distill.cache.store import Store
+from distill.cache.view import Published, settle
 from distill.config.errors import CacheError
 
 _BLOCK = 8 << 20
@@ -130,13 +131,9 @@ def _claimed(data: bytes) -> int | None:
     return seq if isinstance(seq, int) and seq >= 0 else None
 
 
-def rows_of(scans: Sequence[Scan]) -> tuple[list[ShardRow], list[ShardRow]]:
-    """Rows that count, by (writer, seq), and those that are retired."""
-    found = [each for ledger in scans for line in ledger.lines if not line.error for each in line.rows]
-    rows = sorted((row for row in found if isinstance(row, ShardRow)), key=lambda row: (row.writer, row.seq))
-    kept = outside(rows, [each for each in found if isinstance(each, Retired)])
-    names = {row.shard for row in kept}
-    return kept, [row for row in rows if row.shard not in names]
+def rows_of(scans: Sequence[Scan]) -> Published:
+    """Rows that count and rows that are retired, of all that verify."""
+    return settle(each for ledger in scans for line in ledger.lines if not line.error for each in line.rows)
 
 
 class Finding(NamedTuple):

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from distill.cache.format import HEADER, LEDGER, QUARANTINE, SHARDS, ranks_name
+from distill.cache.format import HEADER, LEDGER, QUARANTINE, SHARDS, TEMPORARY, ranks_name
 from distill.cache.header import CacheHeader
 from distill.cache.ledger import Origin, ShardRow
-from distill.cache.local_files import TEMPORARY
 from distill.cache.shard import WIDTHS
 from distill.cache.store import Store
-from distill.cache.view import Newest, open_shard, published
+from distill.cache.view import Newest, ledger_readers, open_shard, settle
 from distill.tools.common import Bar, is_live
 from distill.tools.flops import flop_ledger
 
@@ -29,7 +28,8 @@ def stats(store: Store, *, quick: bool = False) -> dict[str, Any]:
         CacheError: no cache, or a damaged header, ledger or index.
     """
     header = CacheHeader.read(store)
-    rows, retired, ledgers = published(store, header)
+    ledgers = ledger_readers(store, header)
+    rows, retired = settle(entry for ledger in ledgers for entry in ledger.poll())
     records, tokens = sum(row.samples for row in rows), sum(row.tokens for row in rows)
     covered = min(records, header.samples) if quick else _covered(store, header, rows)
     sizes = _sizes(store, header, rows, retired)
@@ -71,7 +71,7 @@ def _covered(store: Store, header: CacheHeader, rows: Sequence[ShardRow]) -> int
             for row, columns in zip(part, store.map(lambda row: open_shard(store, header, row).columns, part)):
                 newest.add(columns.sample_ids, columns.steps)
                 bar.add(row.index_bytes)
-    return newest.index.covered()
+    return newest.covered
 
 
 def _sizes(

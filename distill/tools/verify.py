@@ -6,10 +6,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from distill.cache.format import SHARDS
+from distill.cache.format import SHARDS, TEMPORARY
 from distill.cache.header import CacheHeader
 from distill.cache.ledger import ShardRow, ledgers
-from distill.cache.local_files import TEMPORARY
 from distill.cache.ranks import load_ranks
 from distill.cache.store import Store
 from distill.config.errors import CacheError

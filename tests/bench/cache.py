@@ -25,9 +25,9 @@ import torch
 
 from distill.cache import Atoms, CacheHeader, CacheReader, CacheWriter, make_codec, record
 from distill.cache.ledger import LedgerWriter, Origin
+from distill.cache.local import LocalStore
 from distill.cache.publish import create, publish_shard
 from distill.cache.shard import Columns
-from distill.cache.store import LocalStore
 from distill.config.schema import CodecConfig
 from tests.bench import select
 from tests.bench._resident import resident_mb

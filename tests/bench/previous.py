@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from distill.cache import CacheReader, record
+from distill.cache.open_store import open_store
 from distill.cache.ranks import invert, load_ranks
-from distill.cache.store import open_store
 from distill.data.packed import PackedCorpus
 
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from distill.cache import CacheReader, CacheWriter
 from distill.cache.ledger import Retired
+from distill.cache.open_store import open_store
 from distill.cache.shard import Shard
-from distill.cache.store import open_store
 from distill.config.errors import CacheError
 from distill.config.schema import CodecConfig, CodecName
 from tests.crash import _checker as checker
@@ -167,7 +167,7 @@ class _Reading:
         # Records that newer ones replace are used by nobody but who checks or rewrites the whole shard.
         if place.sample is not None:
             shard = Shard(self._store, self._rows[place.path])
-            shard.record(shard.columns.sample_ids.tolist().index(place.sample))
+            shard.records([shard.columns.sample_ids.tolist().index(place.sample)])
 
     def _verdict(self, place: Place, use: Callable[[], None]) -> str | None:
         try:

@@ -13,7 +13,7 @@ import pytest
 
 from distill.cache import CacheReader, CacheWriter
 from distill.cache.ledger import LedgerReader, Retired
-from distill.cache.store import LocalStore
+from distill.cache.local import LocalStore
 from distill.cache.view import Newest
 from distill.config.errors import CacheError
 from tests.cli import PATIENCE
@@ -302,7 +302,7 @@ def test_a_reader_while_shards_are_replaced(tmp_path):
 
 def test_two_who_create_one_cache_do_not_harm_each_other(tmp_path, monkeypatch):
     """The second begins while the first has written the table of ranks beside its place, and not renamed it yet."""
-    real, second = os.rename, []
+    real, second = os.replace, []
 
     def rename(source, target, *args, **kwargs):
         if "ranks" in str(target) and not second:
@@ -315,7 +315,7 @@ def test_two_who_create_one_cache_do_not_harm_each_other(tmp_path, monkeypatch):
             return
         real(source, target, *args, **kwargs)
 
-    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(os, "replace", rename)
     with CacheWriter(tmp_path / "a", header(), writer="first") as writer:
         put(writer, [30])
     (thread,) = (each for each in second if hasattr(each, "join"))

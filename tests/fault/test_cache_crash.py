@@ -32,9 +32,9 @@ def published_is_whole(folder):
     return reader
 
 
-@pytest.mark.parametrize("step", ["fsync", "rename"])
+@pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_stopped_between_any_two_steps(tmp_path, monkeypatch, step):
-    """The n-th fsync or rename never happens, for every n: what is seen is a prefix of what was published."""
+    """The n-th fsync or replace never happens, for every n: what is seen is a prefix of what was published."""
     real = getattr(os, step)
     seen = []
     for allowed in range(30):
@@ -101,7 +101,7 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, monkeypatch, room
 def test_close_raises_what_nobody_has_heard(tmp_path, monkeypatch):
     writer = CacheWriter(tmp_path, header(), writer="w")
     monkeypatch.setattr(
-        os, "rename", lambda *_: (_ for _ in ()).throw(PermissionError(errno.EACCES, "Permission denied"))
+        os, "replace", lambda *_: (_ for _ in ()).throw(PermissionError(errno.EACCES, "Permission denied"))
     )
     put(writer, [1])
     with pytest.raises(CacheError, match=r"w-000000-.*\.safetensors: Permission denied"):

@@ -22,7 +22,7 @@ class Disk:
         self._names: dict[Path, int] = {}
         """Inodes by name, as folders were fsynced."""
         self._folders = {self.root}
-        for name in ("fsync", "rename", "close"):
+        for name in ("fsync", "replace", "close"):
             monkeypatch.setattr(os, name, self._watched(getattr(os, name), name))
 
     def _watched(self, real, name):

@@ -9,8 +9,8 @@ import pytest
 
 from distill.cache import CacheReader, CacheWriter
 from distill.cache.ledger import ledgers
+from distill.cache.open_store import open_store
 from distill.cache.seal import seal
-from distill.cache.store import open_store
 from distill.config.errors import CacheError
 from distill.tools.commands import main
 from distill.tools.compact import compact

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from distill.cache import CacheReader, CacheWriter
-from distill.cache.store import open_store
+from distill.cache.open_store import open_store
 from distill.config.errors import CacheError
 from distill.tools.compact import compact
 from distill.tools.merge import merge
@@ -61,7 +61,7 @@ def reads_the_same(folder, before):
     assert reader.read(ids, digests(ids)).step_B.tolist() == [before[i][0] for i in ids.tolist()]
 
 
-@pytest.mark.parametrize("step", ["fsync", "rename", "unlink"])
+@pytest.mark.parametrize("step", ["fsync", "replace", "unlink"])
 @pytest.mark.parametrize("size", [1000, 10**6])
 def test_a_compaction(whole, tmp_path, monkeypatch, step, size):
     before = format_reader.cache(whole)
@@ -84,7 +84,7 @@ def test_a_compaction(whole, tmp_path, monkeypatch, step, size):
     assert allowed >= 1
 
 
-@pytest.mark.parametrize("step", ["fsync", "rename"])
+@pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_merge(whole, tmp_path, monkeypatch, step):
     before = format_reader.cache(whole)
     for allowed in itertools.count():
@@ -100,7 +100,7 @@ def test_a_merge(whole, tmp_path, monkeypatch, step):
     assert allowed >= 4
 
 
-@pytest.mark.parametrize("step", ["fsync", "rename", "unlink"])
+@pytest.mark.parametrize("step", ["fsync", "replace", "unlink"])
 def test_a_repair(whole, tmp_path, monkeypatch, step):
     damaged = tmp_path / "damaged"
     shutil.copytree(whole, damaged)

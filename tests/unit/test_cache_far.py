@@ -15,9 +15,11 @@ from distill.cache import ahead as ahead_module
 from distill.cache.ahead import ReadAhead
 from distill.cache.far import FarStore
 from distill.cache.ledger import LedgerReader
+from distill.cache.local import LocalStore
+from distill.cache.open_store import open_store
 from distill.cache.seal import seal, unseal
-from distill.cache.store import LocalStore, open_store
 from distill.config.errors import CacheError
+from distill.tools.repair import repair
 from tests.cli import PATIENCE
 from tests.objects import object_store
 from tests.workers.cache_writers import SAMPLES, S, digests, header, put
@@ -165,6 +167,21 @@ def test_a_copied_ledger_that_is_copied_again_is_followed(url, tmp_path):
     write(tmp_path, list(range(4, 10)))
     copy()
     assert reader.refresh() == 3 and same(reader, CacheReader(tmp_path))
+
+
+def test_a_torn_row_of_a_copied_file_is_removed_and_the_file_stays(url, tmp_path):
+    """By a writer that goes on, and by a repair."""
+    write(tmp_path, range(8))
+    rows = (tmp_path / "ledger/w.jsonl").read_bytes()
+    for name, take in (("a", lambda folder: write(folder, [8])), ("b", lambda folder: repair(open_store(folder)))):
+        folder = f"{url}/{name}"
+        for path in tmp_path.rglob("*"):
+            if path.is_file():
+                put_file(f"{folder}/{path.relative_to(tmp_path)}", path.read_bytes())
+        put_file(f"{folder}/ledger/w.jsonl", rows + rows[:50])
+        take(folder)
+        assert open_store(folder).read("ledger/w.jsonl") == rows
+        assert CacheReader(folder).covers(range(8)).all() and not CacheReader(folder).torn
 
 
 def test_a_missing_row_is_told(url):

@@ -10,7 +10,7 @@ import pytest
 
 from distill.cache import CacheReader, CacheWriter
 from distill.cache.ledger import ledgers
-from distill.cache.store import open_store
+from distill.cache.open_store import open_store
 from distill.config.errors import CacheError
 from distill.config.schema import CodecConfig
 from distill.tools.commands import main

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from distill.cache.store import LocalStore, open_store
+from distill.cache.local import LocalStore
+from distill.cache.open_store import open_store
 from distill.config import paths, quoting, spelling
 from distill.config.load import CONF, precheck, resolve, spelt, to_dict
 from distill.config.schema import RunConfig
@@ -18,7 +19,7 @@ from distill.tools.commands import COMMANDS
 NO_PATHS = {
     "data.corpora.*.text_key", "data.corpora.*.mask_key", "data.corpora.*.image_key", "data.tokenizer.bos",
     "data.tokenizer.eos", "evaluate.accuracy_on", "backfill.corpora.*", "engine.backend", "tracking.project",
-    "tracking.name",
+    "tracking.name", "job", "precision", "engine.dispatcher", "student.loss", "plugins.*",
 }  # fmt: skip
 """Keys that hold a text of another kind. A new key must be put here, or among the paths."""
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.cache.local_files import reported
+from distill.cache.store import reported
 from distill.tools.imports.encode import Piece
 
 _TYPES = (np.int32, np.int32, np.int32, np.uint8, np.float32, np.float32, np.bool_)
