@@ -13,13 +13,15 @@ from distill.cache.ledger import ledgers
 from distill.cache.open_store import open_store
 from distill.config.errors import CacheError
 from distill.config.schema import CodecConfig
-from distill.tools.commands import main
+from distill.tools.commands import COMMANDS, main
 from distill.tools.compact import compact
 from distill.tools.compare import compare
+from distill.tools.estimate import from_table
 from distill.tools.merge import merge
 from distill.tools.stats import stats
 from distill.tools.verify import verify
 from tests import format_reader
+from tests.bench import record_bytes
 from tests.workers.cache_writers import SAMPLES, S, V, batch, digests, header, put
 
 MB = 1_000_000
@@ -333,7 +335,7 @@ def test_the_command_line_of_stats(cache, tmp_path, capsys):
         (["compare", "{}/cache", "{}/none"], "no cache here"),
         (["stats", "{}/cache", "--deep", "0"], "--deep is 0"),
         (["estimate", "--vocab-size", "100"], "--tokens is missing"),
-        (["estimate", "--tokens", "1e6", "--k", "0", "--codec", "topk"], "k is 0; allowed is 1"),
+        (["estimate", "--tokens", "1e6", "--k", "0", "--codec", "topk"], "--k is 0; allowed: 1 to 255"),
         (["estimate", "--tokens", "1e6", "seed=1"], "it needs --config"),
         (["estimate", "--config", "nothing"], "experiment is nothing; allowed: demo"),
     ],
@@ -345,7 +347,10 @@ def test_faults_are_told_in_a_line_each(cache, tmp_path, capsys, arguments, said
 
 
 def test_what_looks_at_headers_needs_no_torch(cache):
-    for command in (["stats", str(cache)], ["verify", str(cache)], ["--help"]):
+    for command in (
+        ["stats", str(cache)], ["verify", str(cache)], ["--help"], ["estimate", "--tokens", "1e9"],
+        *([name, "--help"] for name in COMMANDS),
+    ):  # fmt: skip
         code = (
             "import sys; from distill.tools.commands import main\n"
             f"try: main({command!r})\nexcept SystemExit: pass\n"
@@ -376,7 +381,20 @@ def test_an_estimate_and_what_a_cache_becomes(tmp_path, capsys):
     assert main(["estimate", "--like", str(tmp_path), "--tokens", "640", "--draws", "7"]) == 2
 
 
-def test_an_estimate_from_made_up_rows_grows_with_what_it_should(capsys):
+def test_the_table_of_estimates_is_what_the_codecs_write():
+    """One vocabulary and entropy of it, measured anew; between its numbers the estimate lies between them."""
+    measured = record_bytes.measure(1024, 1.9)
+    for (name, value), size in measured.items():
+        codec = CodecConfig(name, **{record_bytes.PARAMETERS[name][0]: value})
+        assert from_table(codec, 1024, 1.9).likely == pytest.approx(size, rel=0.01)
+    low, between, high = (from_table(CodecConfig(), 5000, entropy).likely for entropy in (1.9, 2.5, 3.2))
+    assert low < between < high and 5.622 < from_table(CodecConfig(draws=14), 1024, 1.9).likely < 7.953
+    assert (
+        from_table(CodecConfig(draws=1000), 202_048, 3.2).likely > 100 > from_table(CodecConfig(draws=1), 99, 1).likely
+    )
+
+
+def test_an_estimate_grows_with_what_it_should(capsys):
     def bytes_of(*arguments):
         assert main(["estimate", "--tokens", "1e9", "--json", "--sample-tokens", "512", *arguments]) == 0
         return json.loads(capsys.readouterr().out)["per_token"]["likely"]
