@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,21 +14,18 @@ from torch import Tensor
 
 from distill.cache import record
 from distill.cache.codecs import make_codec
+from distill.cache.format import SHARDS
 from distill.cache.header import CacheHeader
-from distill.cache.index import Index
 from distill.cache.ledger import LedgerReader, Origin, Retired, ShardRow, ledgers, outside
 from distill.cache.open_store import open_store
 from distill.cache.ranks import load_ranks
 from distill.cache.record import Decoded
 from distill.cache.shard import Shard
 from distill.cache.targets import SoftTargets
-from distill.cache.view import open_shard
+from distill.cache.view import View, open_shard
 from distill.config.errors import CacheError
 
 Array = NDArray[Any]
-
-_OPEN_SHARDS, _OPEN_SLOW = 64, 512
-"""Whose indexes are kept at one time; more in a slow store."""
 
 
 class ReadResult(NamedTuple):
@@ -56,33 +52,6 @@ class Sample(NamedTuple):
     shard: str
 
 
-class _View:
-    """Shards, and which of them holds what. It only grows, so that one thread may read while another adds."""
-
-    def __init__(self, samples: int, shard: Callable[[ShardRow], Shard], open_shards: int):
-        self.rows: list[ShardRow] = []
-        self.index = Index(samples)
-        self.open = lru_cache(open_shards)(lambda number: shard(self.rows[number]))
-        self._lock = threading.Lock()
-
-    def add(self, rows: list[ShardRow], indexes: list[tuple[Array, Array]]) -> None:
-        """Shards with the ids and steps of their samples."""
-        with self._lock:
-            first = len(self.rows)
-            self.rows += rows
-            rank_of = np.empty(len(self.rows), np.int64)
-            rank_of[sorted(range(len(self.rows)), key=self._key)] = np.arange(len(self.rows))
-            for number, (sample_ids, steps) in enumerate(indexes, start=first):
-                self.index.add(number, sample_ids, steps, rank_of)
-
-    def find(self, sample_ids: Array) -> tuple[Array, Array, Array]:
-        with self._lock:
-            return self.index.find(sample_ids)
-
-    def _key(self, number: int) -> tuple[str, int]:
-        return self.rows[number].writer, self.rows[number].seq
-
-
 class CacheReader:
     """A view of a cache: what was published at the last `refresh`. Any number of readers may follow any writers.
 
@@ -97,14 +66,14 @@ class CacheReader:
         self.folder = folder
         self._store = open_store(folder)
         self.header = CacheHeader.read(self._store)
-        self._identity = self.header.identity
         self.codec = make_codec(self.header.codec, self.header.vocab_size)
         self._ids_by_rank = load_ranks(self._store, self.header).astype(np.int32)
         self._ledgers: dict[str, LedgerReader] = {}
-        self._unseen: list[ShardRow | Retired] = []
-        self._seen: dict[str, int] = {}
+        self._new: list[ShardRow | Retired] = []
+        """Entries of the ledgers that are not part of the view yet."""
+        self._rows_read: dict[str, int] = {}
         self._retired: list[Retired] = []
-        self._now = self._new_view()
+        self._view = View(self._store, self.header)
         if view is None:
             self.refresh()
         else:
@@ -121,18 +90,18 @@ class CacheReader:
             CacheError: a damaged ledger or shard. The view stays what it was, and the next call fails again.
         """
         for name in ledgers(self._store):
-            self._unseen += self._ledger(name).poll()
+            self._new += self._ledger(name).poll()
         return self._take_in()
 
     @property
     def view(self) -> dict[str, int]:
         """Rows of each ledger that this reader has taken in; `CacheReader(folder, view)` sees the same."""
-        return dict(self._seen)
+        return dict(self._rows_read)
 
     @property
     def rows(self) -> list[ShardRow]:
         """The shards of the view, in no particular order; those that a compaction has replaced are not among them."""
-        return list(self._now.rows)
+        return list(self._view.rows)
 
     @property
     def torn(self) -> list[str]:
@@ -164,7 +133,7 @@ class CacheReader:
     def steps(self, sample_ids: Array) -> NDArray[np.int64]:
         """For each sample id, the teacher's step when it made the targets, -1 where there are none; CacheError for an
         id that the corpus does not have."""
-        return self._now.find(self._checked(sample_ids))[2]
+        return self._view.newest.steps(self._checked(sample_ids))
 
     def losses(self, sample_ids: Array) -> NDArray[np.float64]:
         """For each sample id, the teacher's mean label loss on the sample's shard when captured, nats; nan: none."""
@@ -175,16 +144,21 @@ class CacheReader:
 
     def origins(self, sample_ids: Array) -> tuple[NDArray[np.int64], list[Origin]]:
         """For each sample id, which of the returned origins its newest record has; -1: there is no record."""
-        view = self._now
-        shards, places, _ = view.find(self._checked(sample_ids))
-        numbers, found = np.full(len(shards), -1, np.int64), list[Origin]()
-        order = np.argsort(shards, kind="stable")
-        order = order[np.searchsorted(shards[order], 0) :]
-        for here in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1) if len(order) else ():
-            shard = view.open(int(shards[here[0]]))
-            numbers[here] = len(found) + shard.columns.origins[places[here]]
-            found += shard.row.origins
-        return numbers, found
+        view, sample_ids = self._view, self._checked(sample_ids)
+        numbers, origins = np.full(len(sample_ids), -1, np.int64), list[Origin]()
+        for group in view.groups(sample_ids):
+            shard = view.open(group.number)
+            numbers[group.indexes] = len(origins) + shard.columns.origins[group.places]
+            origins += shard.row.origins
+        return numbers, origins
+
+    def digests(self, sample_ids: Array) -> NDArray[np.uint64]:
+        """For each sample id, the digest of the tokens that the teacher saw; 0 where there is no record."""
+        view, sample_ids = self._view, self._checked(sample_ids)
+        digests = np.zeros(len(sample_ids), np.uint64)
+        for group in view.groups(sample_ids):
+            digests[group.indexes] = view.open(group.number).columns.digests[group.places]
+        return digests
 
     def read(self, sample_ids_B: Array, digests_B: Array) -> ReadResult:
         """Targets of a batch.
@@ -194,92 +168,55 @@ class CacheReader:
         Raises:
             CacheError: a digest that differs, or damaged bytes; names cache or file, and sample.
         """
-        digests_B = np.asarray(digests_B, np.uint64)
-        view = self._now
-        shards_B, places_B, step_B = view.find(self._checked(sample_ids_B))
-        covered_B = shards_B >= 0
-        loss_B = torch.full((len(covered_B),), torch.nan)
-        numbers = np.unique(shards_B[covered_B]).tolist()
-        opened = dict(zip(numbers, self._store.map(view.open, numbers)))
-        found = []
-        for place in np.flatnonzero(covered_B).tolist():
-            shard, index = opened[int(shards_B[place])], int(places_B[place])
-            seen = int(shard.columns.digests[index])
-            if seen != digests_B[place]:
+        records = self.records(sample_ids_B)
+        for each, digest in zip(records, np.asarray(digests_B, np.uint64).tolist(), strict=True):
+            if each is not None and each.digest != digest:
                 raise CacheError(
-                    f"cache {self.folder}: sample {int(sample_ids_B[place])} has digest {seen:016x} in the cache, "
-                    f"{int(digests_B[place]):016x} in this batch: the tokens are not those the teacher saw"
+                    f"cache {self.folder}: sample {each.sample_id} has digest {each.digest:016x} in the cache, "
+                    f"{digest:016x} in this batch: the tokens are not those the teacher saw"
                 )
-            found.append((shard, index))
-            if (loss := shard.origin(index).loss) is not None:
-                loss_B[place] = loss
-        decoded = self._decode(found)
+        there = [each for each in records if each is not None]
+        decoded = self.decode(there)
         targets = SoftTargets(
             *self.codec.decode(decoded.atoms), decoded.valid_T, decoded.label_logprob_T, decoded.entropy_T
         )
-        if len(found) < len(covered_B):
-            targets = _scatter(targets, torch.from_numpy(np.repeat(covered_B, self.header.sample_tokens)))
-        return ReadResult(targets, loss_B, torch.from_numpy(step_B))
-
-    def digests(self, sample_ids: Array) -> NDArray[np.uint64]:
-        """For each sample id, the digest of the tokens that the teacher saw; 0 where there is no record."""
-        found = np.zeros(len(sample_ids), np.uint64)
-        view = self._now
-        shards, places, _ = view.find(self._checked(sample_ids))
-        for number in np.unique(shards[shards >= 0]).tolist():
-            here = np.flatnonzero(shards == number)
-            found[here] = view.open(number).columns.digests[places[here]]
-        return found
+        if len(there) < len(records):
+            covered_B = torch.tensor([each is not None for each in records])
+            targets = _scatter(targets, covered_B.repeat_interleave(self.header.sample_tokens))
+        losses = [None if each is None else each.origin.loss for each in records]
+        return ReadResult(
+            targets,
+            torch.tensor([math.nan if loss is None else loss for loss in losses], dtype=torch.float32),
+            torch.tensor([-1 if each is None else each.step for each in records], dtype=torch.int64),
+        )
 
     def samples(self) -> Iterator[Sample]:
-        """The newest record of every sample that has one, verified, in the order of shards: each file is read once."""
-        view = self._now
+        """The newest record of every sample that has one, verified, shard after shard."""
+        view = self._view
         for number, row in enumerate(list(view.rows)):
-            shard = self._shard(row)
-            columns = shard.columns
-            found, places, _ = view.find(columns.sample_ids)
-            newest = np.flatnonzero((found == number) & (places == np.arange(len(places))))
-            records = shard.span(0, row.samples) if len(newest) else []
-            for i in newest.tolist():
-                yield Sample(
-                    int(columns.sample_ids[i]),
-                    int(columns.digests[i]),
-                    int(columns.steps[i]),
-                    shard.origin(i),
-                    records[i],
-                    int(columns.atoms[i]),
-                    row.shard,
-                )
+            shard = open_shard(self._store, self.header, row)
+            yield from _samples(shard, view.newest.of(number, shard.columns.sample_ids))
 
     def records(self, sample_ids: Array) -> list[Sample | None]:
         """The newest record of each sample, verified; None where there is none."""
-        view = self._now
-        shards, places, steps = view.find(self._checked(sample_ids))
-        numbers = np.unique(shards[shards >= 0]).tolist()
-        opened = dict(zip(numbers, self._store.map(view.open, numbers)))
-        there: list[Any] = [(opened[n], i) for n, i in zip(shards.tolist(), places.tolist()) if n >= 0]
-        records = iter(zip(there, self._raw(there)))
-        found: list[Sample | None] = []
-        for step in steps.tolist():
-            if step < 0:
-                found.append(None)
-                continue
-            (shard, i), data = next(records)
-            columns = shard.columns
-            facts = int(columns.sample_ids[i]), int(columns.digests[i]), step, shard.origin(i), data
-            found.append(Sample(*facts, int(columns.atoms[i]), shard.row.shard))
-        return found
+        view, sample_ids = self._view, self._checked(sample_ids)
+        groups = list(view.groups(sample_ids))
+        parts = self._store.map(lambda group: _samples(view.open(group.number), group.places), groups)
+        records: list[Sample | None] = [None] * len(sample_ids)
+        for group, part in zip(groups, parts, strict=True):
+            for index, sample in zip(group.indexes.tolist(), part, strict=True):
+                records[index] = sample
+        return records
 
     def decode(self, samples: Sequence[Sample]) -> Decoded:
-        """What the records of any samples say; CacheError if one is not what a writer writes."""
+        """Atoms and statistics of the records of any samples; CacheError if one is not what a writer writes."""
         raws = [record.Raw(sample.data, sample.atoms) for sample in samples]
         try:
             return record.decode(raws, self.header.sample_tokens, self._ids_by_rank, self.codec)
         except ValueError as error:
             bad = samples[error.args[0]]
-            raise CacheError(
-                f"{self._store.path('shards/' + bad.shard)} is damaged: sample {bad.sample_id} is not a record"
-            ) from error
+            path = self._store.path(f"{SHARDS}/{bad.shard}")
+            raise CacheError(f"{path} is damaged: sample {bad.sample_id} is not a record") from error
 
     def stats(self) -> dict[str, Any]:
         """Plain numbers, and arrays by origin in the order of steps.
@@ -289,7 +226,7 @@ class CacheReader:
         """
         rows = self.rows
         origins = sorted((o for row in rows for o in row.origins), key=lambda origin: origin.last_step)
-        tokens, covered = sum(row.tokens for row in rows), self._now.index.covered()
+        tokens, covered = sum(row.tokens for row in rows), self._view.newest.covered
         return {
             "samples": covered,
             "coverage": covered / max(self.header.samples, 1),
@@ -306,14 +243,14 @@ class CacheReader:
 
     def _ledger(self, name: str) -> LedgerReader:
         if name not in self._ledgers:
-            self._ledgers[name] = LedgerReader(self._store, name, self._identity)
+            self._ledgers[name] = LedgerReader(self._store, name, self.header.identity)
         return self._ledgers[name]
 
     def _open_view(self, view: Mapping[str, int]) -> None:
         for name, rows in view.items():
             ledger = self._ledger(name)
             if rows:
-                self._unseen += ledger.poll(rows)
+                self._new += ledger.poll(rows)
             if ledger.seq < rows:
                 raise CacheError(
                     f"cache {self.folder}: ledger {name} has {ledger.seq} rows, {rows} when its view was taken"
@@ -321,27 +258,21 @@ class CacheReader:
         self._take_in()
 
     def _take_in(self) -> int:
-        """`_unseen` into the view, at one stroke: an error leaves everything as it was."""
-        retired = self._retired + [each for each in self._unseen if isinstance(each, Retired)]
-        new = outside([row for row in self._unseen if isinstance(row, ShardRow)], retired)
-        view, left = self._now, outside(self._now.rows, retired)
+        """`_new` into the view, at one stroke: an error leaves everything as it was."""
+        retired = self._retired + [each for each in self._new if isinstance(each, Retired)]
+        rows = outside([each for each in self._new if isinstance(each, ShardRow)], retired)
+        view, left = self._view, outside(self._view.rows, retired)
         if len(left) < len(view.rows):  # a compaction has replaced shards of the view: begin anew without them
-            new = left + new
-            view = self._new_view()
-        indexes = self._store.map(self._columns_of, new)
-        view.add(new, indexes)
-        self._now, self._retired, self._unseen = view, retired, []
-        self._seen = {name: ledger.seq for name, ledger in self._ledgers.items()}
-        return len(new)
-
-    def _new_view(self) -> _View:
-        return _View(self.header.samples, self._shard, _OPEN_SLOW if self._store.slow else _OPEN_SHARDS)
+            rows = left + rows
+            view = View(self._store, self.header)
+        view.add(rows)
+        self._view, self._retired, self._new = view, retired, []
+        self._rows_read = {name: ledger.seq for name, ledger in self._ledgers.items()}
+        return len(rows)
 
     def _teachers(self) -> list[LedgerReader]:
         """Ledgers of teachers in training; one without a row does not say yet whose it is."""
         return [ledger for ledger in self._ledgers.values() if ledger.captures and ledger.seq]
-
-    # ------------------------------------------------------------ shards
 
     def _checked(self, sample_ids: Array) -> Array:
         sample_ids = np.asarray(sample_ids)
@@ -349,30 +280,22 @@ class CacheReader:
             raise CacheError(f"cache {self.folder}: sample ids must lie in 0 to {self.header.samples - 1}")
         return sample_ids
 
-    def _shard(self, row: ShardRow) -> Shard:
-        return open_shard(self._store, self.header, row)
 
-    def _columns_of(self, row: ShardRow) -> tuple[Array, Array]:
-        columns = self._shard(row).columns
-        return columns.sample_ids, columns.steps
-
-    def _decode(self, found: list[tuple[Shard, int]]) -> Decoded:
-        raws = [record.Raw(data, int(s.columns.atoms[i])) for data, (s, i) in zip(self._raw(found), found)]
-        try:
-            return record.decode(raws, self.header.sample_tokens, self._ids_by_rank, self.codec)
-        except ValueError as error:
-            shard, index = found[error.args[0]]
-            sample = int(shard.columns.sample_ids[index])
-            raise CacheError(f"{shard.path} is damaged: sample {sample} is not a record") from error
-
-    def _raw(self, found: list[tuple[Shard, int]]) -> list[bytes]:
-        """The records' bytes, verified; a slow store is asked for several shards at one time."""
-        places: dict[Shard, list[int]] = {}
-        for place, (shard, _) in enumerate(found):
-            places.setdefault(shard, []).append(place)
-        parts = self._store.map(lambda shard: shard.records([found[p][1] for p in places[shard]]), places)
-        data = dict(zip((p for part in places.values() for p in part), (d for part in parts for d in part)))
-        return [data[place] for place in range(len(found))]
+def _samples(shard: Shard, places: Array) -> list[Sample]:
+    """The records at these places of a shard, verified."""
+    columns = shard.columns.take(places)
+    return [
+        Sample(
+            int(columns.sample_ids[i]),
+            int(columns.digests[i]),
+            int(columns.steps[i]),
+            shard.row.origins[columns.origins[i]],
+            data,
+            int(columns.atoms[i]),
+            shard.row.shard,
+        )
+        for i, data in enumerate(shard.records(places))
+    ]
 
 
 def _scatter(targets: SoftTargets, covered_T: Tensor) -> SoftTargets:

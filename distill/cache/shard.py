@@ -175,7 +175,7 @@ class Shard:
         with self._there():
             return self._store.read_at(self._name, start, stop - start)
 
-    def records(self, indexes: Sequence[int]) -> list[bytes]:
+    def records(self, indexes: Sequence[int] | Array) -> list[bytes]:
         """Those of some samples, verified; neighbors come in one read. CacheError as `span`."""
         found: dict[int, bytes] = {}
         wanted = np.unique(indexes)

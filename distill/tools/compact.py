@@ -67,7 +67,7 @@ def compact(store: Store, *, shard_bytes: int, purge: bool = False) -> Compactio
     """
     header = CacheHeader.read(store)
     with alone(store) as is_alone:
-        rows, retired, _ = published(store, header)
+        rows, retired = published(store, header)
         if is_alone:
             remove_leftovers(store, {row.shard for row in rows + retired})
         keep = _choose(store, header, rows, shard_bytes)

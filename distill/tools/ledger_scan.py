@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 from distill.cache.format import LEDGER, SHARDS, TEMPORARY, row_object
 from distill.cache.header import CacheHeader
-from distill.cache.ledger import LedgerReader, Retired, ShardRow, outside
+from distill.cache.ledger import LedgerReader, Retired, ShardRow
 from distill.cache.seal import seal
 from distill.cache.store import Store
+from distill.cache.view import Published, settle
 from distill.config.errors import CacheError
 from distill.tools.common import TOOLS, row_of
 from distill.tools.shard_scan import row_from_file
@@ -133,13 +134,9 @@ def _claimed(data: bytes) -> int | None:
     return seq if isinstance(seq, int) and seq >= 0 else None
 
 
-def rows_of(scans: Sequence[LedgerScan]) -> tuple[list[ShardRow], list[ShardRow]]:
-    """Rows that count, by (writer, seq), and those that are retired."""
-    entries = [each for ledger in scans for line in ledger.lines if not line.problem for each in line.rows]
-    rows = sorted((row for row in entries if isinstance(row, ShardRow)), key=lambda row: (row.writer, row.seq))
-    kept = outside(rows, [each for each in entries if isinstance(each, Retired)])
-    names = {row.shard for row in kept}
-    return kept, [row for row in rows if row.shard not in names]
+def rows_of(scans: Sequence[LedgerScan]) -> Published:
+    """Rows that count and rows that are retired, of all that verify."""
+    return settle(each for ledger in scans for line in ledger.lines if not line.problem for each in line.rows)
 
 
 # ---------------------------------------------------------------- mending

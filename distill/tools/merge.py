@@ -52,7 +52,7 @@ class _MergedCache:
 
     def __init__(self, store: Store):
         self.store, self.header = store, CacheHeader.read(store)
-        self.rows, retired, _ = published(store, self.header)
+        self.rows, retired = published(store, self.header)
         self.files = {row.shard for row in self.rows + retired}
         self.newest = newest_records(store, self.header, self.rows)
 

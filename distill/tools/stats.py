@@ -11,7 +11,7 @@ from distill.cache.header import CacheHeader
 from distill.cache.ledger import Origin, ShardRow
 from distill.cache.shard import WIDTHS
 from distill.cache.store import Store
-from distill.cache.view import published
+from distill.cache.view import ledger_readers, settle
 from distill.config import json_text
 from distill.config.paths import home
 from distill.config.terminal import advancing
@@ -33,13 +33,14 @@ def stats(store: Store, *, quick: bool = False) -> dict[str, Any]:
         CacheError: no cache, or a damaged header, ledger or index.
     """
     header = CacheHeader.read(store)
-    rows, retired, ledgers = published(store, header)
+    ledgers = ledger_readers(store, header)
+    rows, retired = settle(entry for ledger in ledgers for entry in ledger.poll())
     records, tokens = sum(row.samples for row in rows), sum(row.tokens for row in rows)
     if quick:
         covered = min(records, header.samples)
     else:
         with advancing("indexes", sum(row.index_bytes for row in rows)) as advance:
-            covered = newest_records(store, header, rows, advance).index.covered()
+            covered = newest_records(store, header, rows, advance).covered
     sizes = _sizes(store, header, rows, retired)
     return {
         "folder": store.root,

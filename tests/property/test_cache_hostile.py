@@ -75,19 +75,13 @@ def use(folder):
             covered = ids[reader.covers(ids)]
             reader.losses(ids)
             for sample in covered:
-                reader.read(np.array([sample]), seen(reader, sample))
+                reader.read(np.array([sample]), reader.digests([sample]))
             reader.decode(list(reader.samples()))
             LedgerWriter(open_store(folder), "w", CacheHeader.load(folder).identity)
         except CacheError as error:
             assert len(str(error)) < 3000
             return False
     return True
-
-
-def seen(reader, sample):
-    """The digest that the cache has of a sample's tokens, so that its record is read."""
-    shards, places, _ = reader._now.find(np.array([sample]))
-    return reader._now.open(int(shards[0])).columns.digests[places]
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ CIRCLES: set[tuple[str, str]] = {("distill.model.decode", "distill.model.transfo
 SAME_FILES = {"cache.py", "length.py", "units.py"}
 SAME_CLASSES = {
     "Attention", "Batch", "Bin", "Corpus", "Encoder", "Found", "Head", "Piece", "Place", "Plain", "Plan", "Reader",
-    "Run", "Samples", "Scan", "Source", "Trial",
+    "Progress", "Run", "Samples", "Scan", "Source", "Trial",
 }  # fmt: skip
 LONG_FILES = {"tests/unit/test_cache_far.py", "tests/unit/test_cache_imports.py"}
 LONG_FUNCTIONS = {
