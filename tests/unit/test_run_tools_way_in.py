@@ -1,5 +1,6 @@
 """The tools of the cache: a mistake on the way in is one line and exit code 2, and a small cache is none."""
 
+import json
 import re
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from distill.cache import CacheWriter
 from distill.tools.commands import COMMANDS, main
+from tests.unit.test_tracking_report import values
 from tests.workers.cache_writers import V, header, put
 
 
@@ -33,8 +35,10 @@ def test_a_page_of_the_smallest_caches(tmp_path, capsys, parts):
     assert main(["stats", folder, "--html", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
     assert ("Lag over time" in page) == bool(parts)
-    numbers = re.findall(r'(?:points|data-left|data-right|data-low|data-high|x1|y1)="([^"]*)"', page)
-    assert bool(numbers) == bool(parts) and not any("nan" in each or "inf" in each for each in numbers)
+    drawn = [json.loads(text) for text in re.findall(r'<script type="application/json">(.*?)</script>', page)]
+    ranges = [value for chart in drawn for axis in "xy" for value in chart["layout"][f"{axis}axis"].get("range", [])]
+    points = [x for chart in drawn for trace in chart["data"] for axis in "xy" for x in values(trace[axis])]
+    assert bool(points) == bool(ranges) == bool(parts) and np.isfinite([*ranges, *points]).all()
 
 
 WRONG = {
