@@ -202,7 +202,7 @@ def test_after_an_exception_nothing_more_is_published(tmp_path):
         put(writer, [1])
         writer.flush()
         put(writer, [2])
-        while writer._waiting:
+        while writer._queue.qsize():
             pass
         raise ZeroDivisionError
     assert CacheReader(tmp_path).covers(np.array([1, 2])).tolist() == [True, False]
@@ -218,7 +218,7 @@ def test_a_full_queue_skips_and_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(CacheWriter, "_publish", lambda self, b: (gate.wait(), publish(self, b)))
     with CacheWriter(tmp_path, header(), writer="w", shard_samples=1, queue=2, on_full=OnFull.skip) as writer:
         put(writer, [0])
-        while writer._waiting:
+        while writer._queue.qsize():
             pass
         assert [put(writer, [i, i + 1]) for i in (1, 3, 5, 7)] == [True, True, False, False]
         assert writer.stats.skipped == 4
