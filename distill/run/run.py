@@ -7,10 +7,11 @@ Everything of a run lies in its folder: `config.yaml`, `data/`, `metrics.jsonl`,
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +25,8 @@ from distill.config.checks import vision_problems
 from distill.config.errors import ConfigError, DataError, DivergenceError
 from distill.config.files import write_text
 from distill.config.load import to_dict
-from distill.config.schema import DataConfig, Job, ModelConfig, RunConfig, TrainConfig, VisionConfig
+from distill.config.registry import JOBS
+from distill.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig, VisionConfig
 from distill.data.join import Batch, Joiner
 from distill.data.prepare import Prepared, prepare
 from distill.data.tokenizer import TOKENIZER, Tokenizer
@@ -83,7 +85,7 @@ class Run:
         if data is not None:
             self._check_data(data)
             self.data = data
-        elif config.job is not Job.backfill:
+        elif config.job != "backfill":
             self.prepare(min(getattr(config, role).model.vocab_size for role in self.roles))
         if dist.is_main:
             checkpoint.clear_half_written(self.checkpoints)
@@ -96,7 +98,7 @@ class Run:
             resume_steps={role: s["step"] for role, s in state["roles"].items()} if config.resume else None,
         )
         self.resources.push(self.tracker)
-        trains = config.job in (Job.teacher, Job.student, Job.codistill)
+        trains = bool(JOBS[config.job].trains)
         if goes_on and self.restored is None and trains and dist.is_main:
             self.tracker.message(f"{self.checkpoints} has no checkpoint: the run starts from its beginning")
 
@@ -127,7 +129,7 @@ class Run:
             self.dist.barrier()
         assert prepared is not None
         self._check_data(prepared)
-        if self.config.job is not Job.evaluate:
+        if self.config.job != "evaluate":
             for role in self.roles:
                 check_vision(f"{role}.model.vision", getattr(self.config, role).model.vision, data, prepared.tokenizer)
         if self.dist.is_main:  # whoever exports a model of this run needs no data
@@ -152,7 +154,7 @@ class Run:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        job = self.config.job.value
+        job = self.config.job
         others = {"codistill": ("teacher", "student"), "evaluate": ("student",), "backfill": ()}
         return others.get(job, (job,))
 
@@ -329,6 +331,22 @@ class Run:
             if self.config.tracking.report:
                 self.tracker.message(f"report: {report.write(self.folder)}")
         self.dist.barrier()
+
+
+def as_job(body: Callable[[Run], None]) -> Callable[[RunConfig, Path, Dist], None]:
+    """The function of a job (`distill.config.registry`) that takes place in one run folder."""
+
+    @functools.wraps(body)
+    def job(config: RunConfig, folder: Path, dist: Dist) -> None:
+        run = Run(config, folder, dist)
+        if run.finished:
+            if dist.is_main:
+                print(f"{folder}: finished; nothing to resume")
+            return
+        with run:
+            body(run)
+
+    return job
 
 
 def check_vision(key: str, vision: VisionConfig | None, data: DataConfig, tokenizer: Tokenizer) -> None:
