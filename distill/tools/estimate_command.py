@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from distill.config import json_text
 from distill.config.errors import ConfigError
 from distill.config.paths import home
-from distill.config.schema import CodecConfig, CodecName
+from distill.config.registry import CODECS
+from distill.config.schema import CodecConfig
 
 if TYPE_CHECKING:
     from distill.tools.estimate import Estimate
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--corpus-tokens", type=_count, help="tokens of the corpus, if more (the same)")
     add("--sample-tokens", type=_count, help="tokens of a sample (1024)")
     add("--vocab-size", type=_count, help="ids of the teacher's head (202048)")
-    add("--codec", choices=[each.value for each in CodecName], help="(systematic)")
+    add("--codec", choices=CODECS.names, help="(systematic)")
     add("--draws", type=int, help="of codecs systematic and multinomial (20)")
     add("--tau", type=float, help="of codec threshold (0.05)")
     add("--k", type=int, help="of codec topk (12)")
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
             plain |= {"sample_tokens": header.sample_tokens, "vocab_size": header.vocab_size}
     plain |= {name: value for name in plain if (value := getattr(args, name)) is not None}
     changes = {name: value for name in ("draws", "tau", "k") if (value := getattr(args, name)) is not None}
-    codec = dataclasses.replace(codec, **changes | ({"name": CodecName(args.codec)} if args.codec else {}))
+    codec = dataclasses.replace(codec, **changes | ({"name": args.codec} if args.codec else {}))
     tokens = plain["tokens"]
     if tokens is None:
         raise ConfigError("--tokens is missing; how many tokens get targets?")
