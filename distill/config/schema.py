@@ -355,6 +355,10 @@ class CorpusConfig:
     def has_images(self) -> bool:
         return self.source is Source.digits or self.image_key is not None
 
+    @property
+    def has_held_out(self) -> bool:
+        return self.held_out > 0 or bool(self.held_out_files)
+
 
 @dataclass
 class ImageConfig:

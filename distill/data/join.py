@@ -16,7 +16,7 @@ from distill.cache import CacheReader, ReadResult, SoftTargets
 from distill.config.errors import CacheError
 from distill.config.paths import is_url
 from distill.config.schema import OnMissing, TokenizerConfig
-from distill.data.packed import PackedCorpus, Samples
+from distill.data.packed import PackedCorpus, PackedSamples
 from distill.data.prefetch import Prefetch
 from distill.data.tokenizer import TOKENIZER, Tokenizer, load
 from distill.model.images import Images
@@ -208,7 +208,7 @@ class Joiner:
         return result
 
 
-def _images(samples: list[Samples], back_B: NDArray[np.int64]) -> Images | None:
+def _images(samples: list[PackedSamples], back_B: NDArray[np.int64]) -> Images | None:
     """The images of all corpora as those of one batch: row i is row `back_B[i]` of theirs, one after another."""
     tiles: list[NDArray[np.uint8]] = []
     patches: list[NDArray[np.int64]] = []

@@ -16,8 +16,9 @@ from distill.config.files import sync
 from distill.config.schema import ImageConfig, Source
 from distill.config.terminal import Progress
 from distill.data import image_tiles
+from distill.data.gaps import Ranges
 from distill.data.packed import SplitWriter
-from distill.data.source import Corpus, Document, ImageFile, Ranges
+from distill.data.raw_corpus import Document, ImageFile, RawCorpus
 from distill.data.tile_store import TileFormat, Tiles
 from distill.data.tokenizer import ImageIds, Tokenizer
 
@@ -29,7 +30,7 @@ EXAMPLES = 5
 
 
 def pack(
-    corpus: Corpus, tokenizer: Tokenizer, image_config: ImageConfig, sample_tokens: int, folder: Path, scratch: Path
+    corpus: RawCorpus, tokenizer: Tokenizer, image_config: ImageConfig, sample_tokens: int, folder: Path, scratch: Path
 ) -> None:
     """Writes the splits `train` and, if there is one, `held_out` of a corpus into `folder`, in one pass over its text.
 
@@ -45,7 +46,7 @@ def pack(
         tile_format = TileFormat(image_config.tile_size, image_config.tile_tokens, image_ids.patch)
     if corpus.config.whole_documents:
         filler_id = tokenizer.eos_id or 0
-    splits = {"train": False, "held_out": True} if corpus.has_held_out else {"train": False}
+    splits = {"train": False, "held_out": True} if corpus.config.has_held_out else {"train": False}
     writers = {
         held_out: SplitWriter(
             folder, split, sample_tokens, tokenizer.vocab_size, filler_id=filler_id, tile_format=tile_format
@@ -153,7 +154,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 class _LeftOut:
     """Counts what does not become tokens."""
 
-    def __init__(self, corpus: Corpus, tokenizer: str):
+    def __init__(self, corpus: RawCorpus, tokenizer: str):
         self._corpus, self._tokenizer = corpus, tokenizer
         self._documents = self._touched = self._characters = 0
         self._examples: dict[str, None] = {}

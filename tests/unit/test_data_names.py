@@ -8,7 +8,7 @@ import pytest
 
 from distill.config.schema import CorpusConfig, Source
 from distill.data.formats import kind_of
-from distill.data.source import Corpus
+from distill.data.raw_corpus import RawCorpus
 from distill.data.tables import rows
 
 NAMES = [
@@ -57,7 +57,7 @@ def test_files_are_found_by_any_name(tmp_path, name):
     (folder / f"{name}.txt").write_text("mine")
 
     def texts(pattern):
-        corpus = Corpus("main", CorpusConfig(Source.files, [pattern], held_out=0.0))
+        corpus = RawCorpus("main", CorpusConfig(Source.files, [pattern], held_out=0.0))
         return [document.text for document in corpus.documents(tmp_path)]
 
     assert texts(f"{folder}/{name}.txt") == ["mine"]
