@@ -58,7 +58,7 @@ def run(flips: int, seed: int, progress: Any) -> tuple[dict[str, Any], list[str]
             if verdict:
                 counts[verdict.split(":")[0]] += 1
                 problems.append(f"{verdict} ({place.path.relative_to(scratch)}, byte {at}, bit {bit})")
-            progress("flips", number + 1, flips)
+            progress.update("flips", number + 1, flips, amount=1)
         for _, reading, _ in caches:
             reading.check()  # all that was flipped was flipped back
     keys = ("flips", *KINDS, "unnoticed", "not named", "crashed")
