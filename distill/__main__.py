@@ -25,7 +25,8 @@ from distill.config import streams as console
 from distill.config.errors import ConfigError, DivergenceError, UserError
 from distill.config.files import NO_ROOM
 from distill.config.load import CONF, load, precheck
-from distill.config.schema import Job, RunConfig
+from distill.config.registry import JOBS, Job
+from distill.config.schema import RunConfig
 from distill.config.sentences import sentence
 from distill.engine import cores
 
@@ -45,11 +46,12 @@ def compose_and_run(cfg: DictConfig) -> None:
 
 
 def run_job(config: RunConfig) -> None:
+    job = JOBS[config.job]
     refusal: UserError | None = owner.refusal()
     folder, alone = Path(HydraConfig.get().runtime.output_dir), int(os.environ.get("WORLD_SIZE", "1")) == 1
     try:
         if int(os.environ.get("RANK", "0")) == 0 and refusal is None:
-            _own(config, folder)
+            owner.own(folder, "hydra.run.dir", f"job={config.job}")
     except UserError as error:
         refusal = error
     if alone and refusal is not None:
@@ -60,8 +62,6 @@ def run_job(config: RunConfig) -> None:
         print(told, file=sys.stderr)
     # Imported only now: a wrong configuration must be told before torch and DeepSpeed are loaded.
     from distill.engine import dist
-    from distill.run import backfill, codistill, export, student, teacher
-    from distill.run.run import Run
 
     ranks = dist.start(config.engine)
     # Each rank composes its own time stamp; the main rank's folder is the run's.
@@ -71,38 +71,16 @@ def run_job(config: RunConfig) -> None:
         raise refusal
     try:
         stop.check()
-        if config.job is Job.export:
-            export.export(config, folder, ranks)
-            return
-        run = Run(config, folder, ranks)
-        if run.finished:
-            print(f"{folder}: finished; nothing to resume")
-            return
-        jobs = {
-            Job.teacher: teacher.train,
-            Job.student: student.train,
-            Job.codistill: codistill.train,
-            Job.backfill: backfill.backfill,
-            Job.evaluate: student.evaluate,
-        }
-        with run:
-            jobs[config.job](run)
+        job.run(config, folder, ranks)
     except stop.Stopped as stopped:
         if ranks.is_main:
-            print(f"{stopped.word}: {_remains(config.job, folder)}", file=sys.stderr)
+            print(f"{stopped.word}: {_remains(job, folder)}", file=sys.stderr)
         sys.exit(stopped.exit_code)
     except Exception:
         if alone or (number := stop.asked()) is None:
             raise
         # Another rank has stopped first, and what this one was waiting for will not come.
         sys.exit(stop.EXIT_CODES[number])
-
-
-def _own(config: RunConfig, folder: Path) -> None:
-    name = f"job={config.job.value}"
-    owner.own(folder, "hydra.run.dir", name)
-    if config.job is Job.export and config.export.dir is not None:
-        owner.own_name(Path(config.export.dir), "export.dir", name)
 
 
 def _remains(job: Job, folder: Path) -> str:
@@ -116,9 +94,7 @@ def _remains(job: Job, folder: Path) -> str:
     found = [newest for place in places if (newest := checkpoint.last(place)) is not None]
     if found:
         return f"{max(found, key=lambda path: path.stat().st_mtime)} remains; {again} goes on from it"
-    if job is Job.backfill:
-        return f"what was labelled is published; {again} does what is left"
-    return f"there is no checkpoint; {again} starts afresh"
+    return job.remains.format(again=again)
 
 
 def main() -> int:

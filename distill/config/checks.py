@@ -8,19 +8,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from distill.config.model import model_rules, vision_rules
 from distill.config.ranges import out_of_range
+from distill.config.registry import CODECS, FACTORS, JOBS
 from distill.config.schema import (
     IMAGE_TOKENS,
-    CodecName,
+    CodecConfig,
     CorpusConfig,
     Freeze,
     ImageConfig,
-    Job,
     ModelConfig,
     OptimConfig,
     OptimizerName,
     Parametrization,
-    Precision,
     ReplayOrder,
     RunConfig,
     Source,
@@ -39,9 +39,7 @@ def check(run: RunConfig) -> Iterator[str]:
 
 
 def _rules(run: RunConfig) -> Iterator[str]:
-    trains_teacher = run.job in (Job.teacher, Job.codistill)
-    trains_student = run.job in (Job.student, Job.codistill)
-    length = 1 if run.job is Job.backfill else run.data.sample_tokens  # neither model is part of a backfill
+    length = 1 if run.job == "backfill" else run.data.sample_tokens  # neither model is part of a backfill
     yield from _model("teacher.model", run.teacher.model, length)
     yield from _model("student.model", run.student.model, length)
     for role, part in (("teacher", run.teacher), ("student", run.student)):
@@ -76,27 +74,23 @@ def _rules(run: RunConfig) -> Iterator[str]:
     yield from _folder("init_from", run.init_from)
     if run.engine.zero not in (0, 1):
         yield f"engine.zero is {run.engine.zero}; allowed: 0, 1"
-    if run.precision is Precision.bf16 and run.engine.zero == 0 and run.job is not Job.backfill:
+    if run.precision == "bf16" and run.engine.zero == 0 and run.job != "backfill":
         yield "precision is bf16 with engine.zero 0; fp32 master weights need engine.zero 1"
-
-    if run.job is Job.evaluate and run.init_from is None:
-        yield "init_from is null; job=evaluate needs the folder of the model to evaluate"
-    if run.job is Job.export:
-        yield from _export(run)
+    if run.cache.follow and run.job != "student":
+        yield f"cache.follow is true with job={run.job}; only job=student follows another run's cache"
+    if run.student.replay.order is ReplayOrder.own and (run.job == "codistill" or run.cache.follow):
+        where = "with cache.follow" if run.cache.follow else f"with job={run.job}"
+        yield f"student.replay.order is own {where}; whoever keeps pace with a teacher takes its stream"
     yield from _backfill(run)
-    if run.job is Job.codistill and run.init_from is not None:
-        yield f"init_from is {run.init_from}; job=codistill trains two models: set teacher. or student.init_from"
-    if trains_teacher and trains_student and run.teacher.model.vocab_size > run.student.model.vocab_size:
-        yield (
-            f"student.model.vocab_size is {run.student.model.vocab_size} and teacher.model.vocab_size is "
-            f"{run.teacher.model.vocab_size}; soft targets fall on any id of the teacher: give the student as many, or "
-            "more (rows added at the end)"
-        )
-    if run.job is Job.codistill and not run.teacher.capture:
-        yield "teacher.capture is false; job=codistill trains the student on what the teacher captures"
-    if run.cache.follow and run.job is not Job.student:
-        yield f"cache.follow is true with job={run.job.value}; only job=student follows another run's cache"
-    if run.job is Job.student and run.student.cached and run.cache.dir is None:
+    if run.job in JOBS.names:
+        yield from JOBS[run.job].problems(run)
+
+
+# ---------------------------------------------------------------- of one job each
+
+
+def student_rules(run: RunConfig) -> Iterator[str]:
+    if run.student.cached and run.cache.dir is None:
         lacking = [name for name in run.data.corpora if name not in run.cache.dirs]
         if lacking:
             which = f" and cache.dirs has no {', '.join(lacking)}" if run.cache.dirs else ""
@@ -104,35 +98,40 @@ def _rules(run: RunConfig) -> Iterator[str]:
                 f"cache.dir is null{which}; job=student reads the cache of a teacher's run (or set "
                 "student.cached=false)"
             )
-    if run.student.replay.order is ReplayOrder.own and (run.job is Job.codistill or run.cache.follow):
-        where = "with cache.follow" if run.cache.follow else f"with job={run.job.value}"
-        yield f"student.replay.order is own {where}; whoever keeps pace with a teacher takes its stream"
 
 
-def _backfill(run: RunConfig) -> Iterator[str]:
-    b, source = run.backfill, run.teacher.from_
-    if run.job is Job.backfill:
-        named = {"teacher.from": source, "init_from": run.init_from, "teacher.init_from": run.teacher.init_from}
-        given = [f"{key} is {value}" for key, value in named.items() if value is not None]
-        if len(given) != 1:
-            yield (
-                f"{' and '.join(given) or 'init_from is null'}; job=backfill takes one frozen teacher: "
-                "init_from=FOLDER or teacher.from=hf:FOLDER"
-            )
-        if source is not None and source.startswith("hf:") and run.data.has_images:
-            yield f"teacher.from is {source}; data.corpora have images, which only the project's own models take"
-    elif source is not None:
-        yield f"teacher.from is {source} with job={run.job.value}; only job=backfill labels with a frozen teacher"
-    if source is not None:
-        yield from _folder("teacher.from", source.removeprefix("hf:"))
-    for name in b.corpora:
-        if name not in run.data.corpora:
-            yield f"backfill.corpora has {name}; allowed: {', '.join(run.data.corpora)}"
-    if len(set(b.corpora)) < len(b.corpora):
-        yield f"backfill.corpora is {list(b.corpora)}; each once"
+def codistill_rules(run: RunConfig) -> Iterator[str]:
+    if run.init_from is not None:
+        yield f"init_from is {run.init_from}; job=codistill trains two models: set teacher. or student.init_from"
+    if run.teacher.model.vocab_size > run.student.model.vocab_size:
+        yield (
+            f"student.model.vocab_size is {run.student.model.vocab_size} and teacher.model.vocab_size is "
+            f"{run.teacher.model.vocab_size}; soft targets fall on any id of the teacher: give the student as many, or "
+            "more (rows added at the end)"
+        )
+    if not run.teacher.capture:
+        yield "teacher.capture is false; job=codistill trains the student on what the teacher captures"
 
 
-def _export(run: RunConfig) -> Iterator[str]:
+def backfill_rules(run: RunConfig) -> Iterator[str]:
+    source = run.teacher.from_
+    named = {"teacher.from": source, "init_from": run.init_from, "teacher.init_from": run.teacher.init_from}
+    given = [f"{key} is {value}" for key, value in named.items() if value is not None]
+    if len(given) != 1:
+        yield (
+            f"{' and '.join(given) or 'init_from is null'}; job=backfill takes one frozen teacher: "
+            "init_from=FOLDER or teacher.from=hf:FOLDER"
+        )
+    if source is not None and source.startswith("hf:") and run.data.has_images:
+        yield f"teacher.from is {source}; data.corpora have images, which only the project's own models take"
+
+
+def evaluate_rules(run: RunConfig) -> Iterator[str]:
+    if run.init_from is None:
+        yield "init_from is null; job=evaluate needs the folder of the model to evaluate"
+
+
+def export_rules(run: RunConfig) -> Iterator[str]:
     if run.init_from is None:
         yield "init_from is null; job=export needs the run, checkpoint or folder of the model to export"
     if run.export.dir is None:
@@ -145,56 +144,42 @@ def _is_empty(folder: Path) -> bool:
     return next(folder.iterdir(), None) is None
 
 
+# ---------------------------------------------------------------- of one codec each
+
+
+def topk_rules(codec: CodecConfig, vocab_size: int) -> Iterator[str]:
+    if codec.k > vocab_size:
+        yield f"k is {codec.k}; at most the size of the teacher's vocabulary, {vocab_size}"
+
+
+# ---------------------------------------------------------------- of one part each
+
+
+def _backfill(run: RunConfig) -> Iterator[str]:
+    b, source = run.backfill, run.teacher.from_
+    if source is not None:
+        if run.job != "backfill":
+            yield f"teacher.from is {source} with job={run.job}; only job=backfill labels with a frozen teacher"
+        yield from _folder("teacher.from", source.removeprefix("hf:"))
+    for name in b.corpora:
+        if name not in run.data.corpora:
+            yield f"backfill.corpora has {name}; allowed: {', '.join(run.data.corpora)}"
+    if len(set(b.corpora)) < len(b.corpora):
+        yield f"backfill.corpora is {list(b.corpora)}; each once"
+
+
 def _model(key: str, m: ModelConfig, sample_tokens: int) -> Iterator[str]:
     for name in ("hidden_size", "expert_hidden"):
         if getattr(m, name) % 8:
             yield f"{key}.{name} is {getattr(m, name)}; grouped matrix products need a multiple of 8"
-    if m.heads % max(m.kv_heads, 1):
-        yield f"{key}.heads is {m.heads}; it must be a multiple of kv_heads, {m.kv_heads}"
-    if m.head_dim % 2:
-        yield f"{key}.head_dim is {m.head_dim}; RoPE rotates pairs, so it must be even"
-    moe = m.moe_layers if m.moe_layers is not None else ([0] if m.moe_step else [])
-    if moe and not 1 <= m.active_experts <= m.experts:
-        yield f"{key}.active_experts is {m.active_experts}; allowed: 1 to experts, {m.experts}"
-    for layer in m.moe_layers or []:
-        if not 0 <= layer < m.layers:
-            yield f"{key}.moe_layers has {layer}; allowed: 0 to {m.layers - 1}"
-    if m.rope_layers is not None and len(m.rope_layers) not in (0, m.layers):
-        yield f"{key}.rope_layers has {len(m.rope_layers)} entries; one for each of {m.layers} layers, or null"
-    if m.rope_scaling is not None and m.rope_scaling.low_freq_factor > m.rope_scaling.high_freq_factor:
-        yield (
-            f"{key}.rope_scaling.low_freq_factor is {m.rope_scaling.low_freq_factor}; at most high_freq_factor, "
-            f"{m.rope_scaling.high_freq_factor}"
-        )
+    yield from model_rules(m, f"{key}.")
     if sample_tokens > m.max_positions:
         yield f"data.sample_tokens is {sample_tokens}; {key}.max_positions allows {m.max_positions}"
     if m.vision is not None:
-        yield from _vision(f"{key}.vision", m.vision, m.vocab_size)
-
-
-def _vision(key: str, v: VisionConfig, vocab_size: int) -> Iterator[str]:
-    if not 0 <= v.image_token_id < vocab_size:
-        yield f"{key}.image_token_id is {v.image_token_id}; the model's vocab_size allows 0 to {vocab_size - 1}"
-    if min(v.hidden_size, v.heads, v.tile_size, v.patch_size, v.shuffle) < 1:  # the rules below divide by them
-        return
-    if v.hidden_size % (4 * v.heads):
-        yield (
-            f"{key}.hidden_size is {v.hidden_size}; it must be a multiple of 4 x heads, {4 * v.heads}: RoPE turns "
-            "pairs of a head's channels, half of them by column and half by row"
-        )
-    if v.tile_size % (v.patch_size * v.shuffle):
-        yield (
-            f"{key}.tile_size is {v.tile_size}; it must be a multiple of patch_size x shuffle, "
-            f"{v.patch_size} x {v.shuffle}"
-        )
-    # One number of the released format each, so that other values could not be saved.
-    if v.mlp_hidden != v.hidden_size * v.shuffle**2:
-        yield (
-            f"{key}.mlp_hidden is {v.mlp_hidden}; it must be hidden_size x shuffle^2, {v.hidden_size * v.shuffle**2}, "
-            "since intermediate_size is both the feed-forward's width and what the adapter takes"
-        )
-    if v.adapter_out != v.adapter_hidden:
-        yield f"{key}.adapter_out is {v.adapter_out}; it must equal adapter_hidden, {v.adapter_hidden}"
+        image_id, most = m.vision.image_token_id, m.vocab_size - 1
+        if not 0 <= image_id <= most:
+            yield f"{key}.vision.image_token_id is {image_id}; the model's vocab_size allows 0 to {most}"
+        yield from vision_rules(m.vision, f"{key}.vision.")
 
 
 def _optim(key: str, o: OptimConfig) -> Iterator[str]:
@@ -219,6 +204,11 @@ def _weighting(key: str, w: WeightingConfig) -> Iterator[str]:
         yield f"{key}.warmup + decay is {w.warmup + w.decay}; at most 1"
     if w.entropy.enabled and not w.entropy.scale and w.entropy.skip == 0:
         yield f"{key}.entropy is enabled but does nothing; set scale=true or skip above 0"
+    for name, options in w.plugins.items():
+        if problem := FACTORS.problem(f"{key}.plugins", name):
+            yield problem
+        elif not isinstance(options, dict):
+            yield f"{key}.plugins.{name} is {options}; it must be a mapping of the factor's options, {{}} for none"
 
 
 def _data(run: RunConfig) -> Iterator[str]:
@@ -245,7 +235,7 @@ def _data(run: RunConfig) -> Iterator[str]:
             specials += len(IMAGE_TOKENS)
         yield from _at_least("data.tokenizer.vocab_size", d.tokenizer.vocab_size, 256 + specials)
         # job=backfill takes its teacher as it was saved: it is checked when it is there.
-        for role in () if run.job is Job.backfill else ("teacher", "student"):
+        for role in () if run.job == "backfill" else ("teacher", "student"):
             size = getattr(run, role).model.vocab_size
             if d.tokenizer.vocab_size > size:
                 yield f"data.tokenizer.vocab_size is {d.tokenizer.vocab_size}; {role}.model.vocab_size allows {size}"
@@ -263,8 +253,7 @@ def _images(run: RunConfig) -> Iterator[str]:
     if d.tokenizer.file is None:
         patch_id = sum(t is not None for t in (d.tokenizer.bos, d.tokenizer.eos)) + IMAGE_TOKENS.index("<|patch|>")
     # job=evaluate takes its models as they were saved: they are checked when they are there.
-    roles = {Job.teacher: ["teacher"], Job.student: ["student"], Job.codistill: ["teacher", "student"]}
-    for role in roles.get(run.job, []):
+    for role in JOBS[run.job].trains if run.job in JOBS.names else ():
         yield from vision_problems(f"{role}.model.vision", getattr(run, role).model.vision, images, patch_id)
 
 
@@ -295,9 +284,9 @@ def _needle(key: str, corpus: CorpusConfig) -> Iterator[str]:
 
 def _needle_test(run: RunConfig) -> Iterator[str]:
     key, n = "evaluate.needle", run.evaluate.needle
-    model = run.teacher.model if run.job is Job.teacher else run.student.model
+    model = run.teacher.model if run.job == "teacher" else run.student.model
     for length in n.lengths:
-        if run.job is not Job.evaluate and length > model.max_positions:
+        if run.job != "evaluate" and length > model.max_positions:
             yield f"{key}.lengths has {length}; the model's max_positions is {model.max_positions}"
     if not n.depths:
         yield f"{key}.depths is empty; at least one share, or lengths=[] for no test"
@@ -305,8 +294,9 @@ def _needle_test(run: RunConfig) -> Iterator[str]:
 
 def _cache(run: RunConfig) -> Iterator[str]:
     c = run.cache
-    if c.codec.name is CodecName.topk and c.codec.k > run.teacher.model.vocab_size:
-        yield f"cache.codec.k is {c.codec.k}; at most teacher.model.vocab_size, {run.teacher.model.vocab_size}"
+    if c.codec.name in CODECS.names:
+        for problem in CODECS[c.codec.name].problems(c.codec, run.teacher.model.vocab_size):
+            yield f"cache.codec.{problem}"
     for name in c.dirs:
         if name not in run.data.corpora:
             yield f"cache.dirs has {name}; allowed: {', '.join(run.data.corpora)}, the names of data.corpora"

@@ -37,6 +37,7 @@ from distill.config.checks import check
 from distill.config.errors import ConfigError
 from distill.config.keys import schema, unknown_key, wrong_value
 from distill.config.overrides import problems_of
+from distill.config.registry import import_plugins
 from distill.config.schema import RunConfig
 from distill.config.sentences import sentence, unresolved
 from distill.config.userfiles import Files
@@ -132,7 +133,9 @@ def _load(cfg: DictConfig) -> tuple[list[str], RunConfig | None]:
     plain = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(plain, dict)
     plain.pop("hydra", None)
-    problems = list(_foreign_keys(plain))
+    plugins = plain.get("plugins")
+    problems = import_plugins(plugins) if isinstance(plugins, list) else []
+    problems += _foreign_keys(plain)
     if problems:
         return problems, None
     try:

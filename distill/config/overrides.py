@@ -20,7 +20,7 @@ from hydra.core.override_parser.types import Override
 
 from distill.config.arguments import TYPOGRAPHIC
 from distill.config.keys import kind_of, shown, unknown_key, wrong_value
-from distill.config.schema import Job
+from distill.config.registry import JOBS
 from distill.config.sentences import sentence
 from distill.config.spelling import as_list, parses, right, typographic
 from distill.config.userfiles import Files
@@ -218,7 +218,7 @@ def _unparsed(text: str, files: Files, error: Exception) -> str:
 
 def _completed(text: str, files: Files) -> str:
     """What someone may have meant who left out `KEY=`."""
-    if text in Job.__members__:
+    if text in JOBS.names:
         return f"job={text}"
     for group in ("experiment", "cache", "data"):
         if text in files.choices(group):

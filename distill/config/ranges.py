@@ -111,12 +111,12 @@ def _value(key: str, value: Any, hint: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for each in value:
             yield from _value(key, each, typing.get_args(hint)[0])
-    elif isinstance(value, str):
-        yield from _text(key, value)
     elif typing.get_origin(hint) is Annotated:
         problem = typing.get_args(hint)[1].problem(key, value)
         if problem:
             yield problem
+    elif isinstance(value, str):
+        yield from _text(key, value)
 
 
 def _text(key: str, value: str) -> Iterator[str]:

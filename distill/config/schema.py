@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
+from typing import Annotated, Any
 
 from distill.config.model import MISSING
 from distill.config.model import BaseSizes as BaseSizes
@@ -38,15 +39,12 @@ from distill.config.ranges import (
     TopK,
     Words,
 )
+from distill.config.registry import CODECS, DISPATCHERS, JOBS, LOSSES, PRECISIONS
 
-
-class Job(StrEnum):
-    teacher = "teacher"
-    student = "student"
-    codistill = "codistill"
-    backfill = "backfill"
-    evaluate = "evaluate"
-    export = "export"
+JobName = Annotated[str, JOBS]
+LossName = Annotated[str, LOSSES]
+DispatcherName = Annotated[str, DISPATCHERS]
+PrecisionName = Annotated[str, PRECISIONS]
 
 
 class Role(StrEnum):
@@ -92,13 +90,6 @@ class FileFormat(Enum):
     arrow = "arrow"
 
 
-class CodecName(Enum):
-    systematic = "systematic"
-    threshold = "threshold"
-    multinomial = "multinomial"
-    topk = "topk"
-
-
 class OnFull(Enum):
     block = "block"
     skip = "skip"
@@ -116,7 +107,7 @@ class Source(Enum):
     needle = "needle"
 
 
-class Precision(Enum):
+class WeightDtype(Enum):
     fp32 = "fp32"
     bf16 = "bf16"
 
@@ -242,6 +233,8 @@ class WeightingConfig:
     """wsd only: share of the steps spent falling."""
     lag: LagFactor = field(default_factory=LagFactor)
     entropy: EntropyFactor = field(default_factory=EntropyFactor)
+    plugins: dict[str, Any] = field(default_factory=dict)
+    """Further factors by the name that a module of `plugins` registered, each with a mapping of its own options."""
 
 
 @dataclass
@@ -287,6 +280,8 @@ class StudentConfig:
     init_from: str | None = None
     cached: bool = True
     """False: hard labels alone; no cache is opened."""
+    loss: LossName = "mixed"
+    """Row function of the head."""
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
 
@@ -398,13 +393,15 @@ class DataConfig:
 
 @dataclass
 class CodecConfig:
-    name: CodecName = CodecName.systematic
+    name: Annotated[str, CODECS] = "systematic"
     draws: Draws = 20
     """systematic, multinomial: draws per token."""
     tau: Tau = 0.05
     """threshold: probabilities from tau up are kept, smaller ones sampled with weight tau."""
     k: TopK = 12
     """topk: entries per token."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Codecs of plugins: what they are made of."""
 
 
 @dataclass
@@ -436,6 +433,8 @@ class CacheConfig:
 class EngineConfig:
     zero: Natural = 0
     """ZeRO stage."""
+    dispatcher: DispatcherName = "local"
+    """Takes rows of a MoE layer to their experts and back."""
     threads: Threads = 0
     """CPU threads per process; 0: OMP_NUM_THREADS if it is set, else cores / ranks on the node."""
     backend: str | None = None
@@ -525,7 +524,7 @@ class ExportConfig:
     """Folder that the Hugging Face checkpoint is written to; it must not exist, or be empty."""
     role: Role = Role.student
     """Which model of a run that trained two."""
-    dtype: Precision = Precision.fp32
+    dtype: WeightDtype = WeightDtype.fp32
     """Of the weights in the files."""
     drop_router_bias: bool = False
     """Leave out a router bias that is not zero: the format has none. What it costs on held-out text is measured."""
@@ -535,7 +534,7 @@ class ExportConfig:
 
 @dataclass
 class RunConfig:
-    job: Job = MISSING
+    job: JobName = MISSING
     seed: Seed = 0
     """Of initial weights, sampling of targets, and (unless data.seed is set apart) nothing else."""
     resume: bool = False
@@ -552,5 +551,8 @@ class RunConfig:
     export: ExportConfig = field(default_factory=ExportConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
-    precision: Precision = Precision.fp32
+    precision: PrecisionName = "fp32"
+    plugins: list[str] = field(default_factory=list)
+    """Modules that are imported first, from the Python path or the working folder: they register jobs, losses,
+    factors, codecs, dispatchers and precisions (distill/config/registry.py)."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

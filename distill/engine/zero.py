@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.config.errors import CheckpointError
-from distill.config.schema import EngineConfig, OptimConfig, Precision
+from distill.config.schema import EngineConfig, OptimConfig
 from distill.engine import optim
 from distill.engine.dist import Dist
 from distill.model import Transformer
@@ -35,7 +35,7 @@ class Engine:
         model: Transformer,
         optim_config: OptimConfig,
         config: EngineConfig,
-        precision: Precision,
+        precision: str,
         dist: Dist,
         tensors: dict[str, Tensor] | None = None,
     ):
@@ -61,7 +61,7 @@ class Engine:
                 "gradient_clipping": optim_config.clip if config.zero else 0.0,
                 "zero_optimization": {"stage": config.zero},
                 "zero_allow_untested_optimizer": True,
-                "bf16": {"enabled": precision is Precision.bf16},
+                "bf16": {"enabled": precision == "bf16"},
                 "steps_per_print": None,
             },
         )

@@ -1,4 +1,4 @@
-"""Sight by early fusion: tiles through a vision tower, an adapter and a projector, into rows of the embedding.
+"""Vision by early fusion: tiles through a vision tower, an adapter and a projector, into rows of the embedding.
 
 N tiles of G x G patches; Q = G * G + 1 rows of the tower, patch after patch, row-major, the class token last; P tokens
 per tile after the pixel shuffle; O channels out of the adapter. All products are plain `F.linear`: the functions handed
@@ -34,8 +34,8 @@ class Affine(Linear):
         return F.linear(x, self.weight, self.bias)
 
 
-class Attention(nn.Module):
-    """Every row of a tile sees every other; q and k are rotated by their patch's column and row."""
+class VisionAttention(nn.Module):
+    """Every row of a tile attends to every other; q and k are rotated by their patch's column and row."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -53,7 +53,7 @@ class Attention(nn.Module):
         return self.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
+class VisionMLP(nn.Module):
     """fc2(gelu(fc1 x)), both with bias."""
 
     def __init__(self, config: VisionConfig):
@@ -65,15 +65,15 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class Block(nn.Module):
+class VisionBlock(nn.Module):
     """Pre-norm attention, then a pre-norm feed-forward."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.input_layernorm = nn.LayerNorm(config.hidden_size, config.norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = VisionAttention(config)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, config.norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = VisionMLP(config)
 
     def forward(self, hidden_NQD: Tensor, rotation: Rotation) -> Tensor:
         hidden_NQD = hidden_NQD + self.self_attn(self.input_layernorm(hidden_NQD), rotation)
@@ -92,12 +92,12 @@ class PatchEmbedding(nn.Module):
         return self.linear(pixels(patches(tiles_NCHW, self.patch_size), self.linear.weight.dtype))
 
 
-class Encoder(nn.Module):
+class VisionEncoder(nn.Module):
     """The tower's blocks."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(VisionBlock(config) for _ in range(config.layers))
 
     def forward(self, hidden_NQD: Tensor, rotation: Rotation, activation_checkpointing: bool) -> Tensor:
         for block in self.layers:
@@ -146,7 +146,7 @@ class VisionModel(nn.Module):
         self.positional_embedding_vlm = nn.Parameter(torch.empty(grid * grid + 1, size))
         self.patch_embedding = PatchEmbedding(config)
         self.layernorm_pre = nn.LayerNorm(size, config.norm_eps)
-        self.model = Encoder(config)
+        self.model = VisionEncoder(config)
         self.layernorm_post = nn.LayerNorm(size, config.norm_eps)
         self.vision_adapter = Adapter(config)
         self._rotation = grid_rotation(grid, size // config.heads, config.rope_theta)
@@ -251,12 +251,12 @@ def check_images(images: Images, config: VisionConfig | None, ids_BS: Tensor) ->
         raise DataError("images: " + "; ".join(problems))
 
 
-class Unseen(torch.autograd.Function):
-    """Its first argument, unchanged; the others get a zero gradient.
+class ZeroGradients(torch.autograd.Function):
+    """Returns its first argument; the others get a zero gradient.
 
-    For a batch without images: every rank must come with a gradient for every parameter. The zeros are an expanded
-    scalar, so a gradient that is there already is added to without another tensor of its size. They come in another
-    order than the tower's own: fit for ZeRO 0 and 1, which reduce in the order of parameters, not of gradients.
+    For a batch without images: every rank needs a gradient for every parameter. The zeros are an expanded
+    scalar, so a gradient that is there already is added to without another tensor of its size. Their order is not
+    that of the tower's own gradients: fit for ZeRO 0 and 1, which reduce in the order of parameters.
     """
 
     @staticmethod

@@ -27,7 +27,7 @@ from distill.data.join import Batch, Joiner, Prefetch, check_cache
 from distill.data.packed import PackedCorpus
 from distill.run import build
 from distill.run.frozen import Teacher, load_teacher
-from distill.run.run import Run
+from distill.run.run import Run, as_job
 from distill.run.units import Held, Plan, Unit, make_plan
 from teacher.capture import Capture
 from teacher.labelling import label, label_loss
@@ -70,6 +70,7 @@ class Rate(NamedTuple):
     bytes_per_token: float
 
 
+@as_job
 def backfill(run: Run) -> None:
     b, dist = run.config.backfill, run.dist
     teacher = load_teacher(run)
@@ -235,7 +236,7 @@ def _check(run: Run, teacher: Teacher, loss: float, captures: list[Capture]) -> 
         sample = next((found[0] for found in run.dist.gather(broken) if found), None)
         raise DivergenceError(
             f"teacher {teacher.name}: its log-probabilities of sample {sample} are not finite in precision="
-            f"{run.config.precision.value}; what it had labelled before is finite and stays"
+            f"{run.config.precision}; what it had labelled before is finite and stays"
         )
 
 

@@ -10,16 +10,17 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from distill.config.schema import ArmConfig, CodistillConfig, Job, ReplayConfig, RunConfig
+from distill.config.schema import ArmConfig, CodistillConfig, ReplayConfig, RunConfig
 from distill.run import build, student
 from distill.run.overhead import capture_overhead
-from distill.run.run import Run
+from distill.run.run import Run, as_job
 from distill.run.trainer import Trainer
 from distill.tracking import table
 from student.distilling import StudentStep
 
 
-def train(run: Run) -> None:
+@as_job
+def codistill(run: Run) -> None:
     config = run.config
     teacher, capture = build.teacher(run)
     assert capture is not None
@@ -110,7 +111,7 @@ def arm_config(run: Run, arm: ArmConfig) -> RunConfig:
     )
     return dataclasses.replace(
         config,
-        job=Job.student,
+        job="student",
         student=own,
         codistill=CodistillConfig(),
         cache=dataclasses.replace(config.cache, dir=build.cache_root(run)),

@@ -16,9 +16,10 @@ from typing import Any, cast
 import torch
 from omegaconf import OmegaConf
 
+from distill.config import owner
 from distill.config.errors import ConfigError
 from distill.config.files import write_text
-from distill.config.schema import DataConfig, ModelConfig, Precision, RunConfig, VisionConfig
+from distill.config.schema import DataConfig, ModelConfig, RunConfig, VisionConfig, WeightDtype
 from distill.data import tokenizer as tokenizers
 from distill.data.prepare import Prepared, prepare, reopen
 from distill.data.tokenizer import TOKENIZER, Tokenizer
@@ -59,6 +60,8 @@ def export(config: RunConfig, folder: Path, dist: Dist) -> None:
             f"export.drop_router_bias is false; {source} was balanced with a router bias, which the format cannot "
             "hold: with true it is left out, and what that costs on held-out text is measured"
         )
+    if dist.is_main:
+        owner.own_name(Path(e.dir), "export.dir", "job=export")
     tokenizer = home.tokenizer()
     data = Prepared(tokenizer, {}, {})
     if biased:
@@ -71,7 +74,7 @@ def export(config: RunConfig, folder: Path, dist: Dist) -> None:
         also = partial(_write_tokenizer, tokenizer, model.config, home.images)
     if known is not None and not biased:  # else it routes otherwise, as another teacher
         also = partial(_written_by, also, *known)
-    dtype = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}[e.dtype]
+    dtype = {WeightDtype.fp32: torch.float32, WeightDtype.bf16: torch.bfloat16}[e.dtype]
     report = hf.save(
         model,
         e.dir,

@@ -11,7 +11,6 @@ from omegaconf import OmegaConf
 
 from distill.cache import CacheHeader
 from distill.config.errors import CacheError, ConfigError
-from distill.config.schema import Precision
 from distill.data import tokenizer as tokenizers
 from distill.data.tokenizer import TOKENIZER
 from distill.engine import checkpoint
@@ -52,7 +51,7 @@ def load_teacher(run: Run) -> Teacher:
     source = config.teacher.from_ or config.teacher.init_from or config.init_from
     assert source is not None
     folder = Path(source.removeprefix("hf:"))
-    dtype = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}[config.precision]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
     trained: Checkpoint | None = None
     model: Frozen
     if source.startswith("hf:"):

@@ -28,7 +28,7 @@ import xxhash
 from torch import nn
 
 from distill.config.errors import CheckpointError
-from distill.config.schema import OptimConfig, Precision, TrainConfig
+from distill.config.schema import OptimConfig, TrainConfig
 from distill.data.packed import PackedCorpus
 from distill.data.stream import Stream
 from distill.engine.checkpoint import Checkpoint
@@ -62,7 +62,7 @@ def lineage(
     optim: OptimConfig,
     train: TrainConfig,
     steps: int,
-    precision: Precision,
+    precision: str,
     stream: Stream,
     corpora: dict[str, PackedCorpus],
 ) -> Lineage:

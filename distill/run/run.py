@@ -7,10 +7,11 @@ Everything of a run lies in its folder: `config.yaml`, `data/`, `metrics.jsonl`,
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +25,9 @@ from distill.config.checks import vision_problems
 from distill.config.errors import ConfigError, DataError, DivergenceError
 from distill.config.files import write_text
 from distill.config.load import to_dict
-from distill.config.schema import DataConfig, Job, ModelConfig, RunConfig, TrainConfig, VisionConfig
+from distill.config.model import moe_layers, rope_layers
+from distill.config.registry import JOBS
+from distill.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig, VisionConfig
 from distill.data.join import Batch, Joiner
 from distill.data.prepare import Prepared, prepare
 from distill.data.tokenizer import TOKENIZER, Tokenizer
@@ -35,7 +38,6 @@ from distill.engine.zero import Engine, load_weights
 from distill.model import Transformer, hf
 from distill.model.balance import degenerate_routers
 from distill.model.freeze import freeze
-from distill.model.layer_kinds import moe_layers, rope_layers
 from distill.run import folder as run_folder
 from distill.run import identity
 from distill.run.folder import shown
@@ -83,7 +85,7 @@ class Run:
         if data is not None:
             self._check_data(data)
             self.data = data
-        elif config.job is not Job.backfill:
+        elif config.job != "backfill":
             self.prepare(min(getattr(config, role).model.vocab_size for role in self.roles))
         if dist.is_main:
             checkpoint.clear_half_written(self.checkpoints)
@@ -96,7 +98,7 @@ class Run:
             resume_steps={role: s["step"] for role, s in state["roles"].items()} if config.resume else None,
         )
         self.resources.push(self.tracker)
-        trains = config.job in (Job.teacher, Job.student, Job.codistill)
+        trains = bool(JOBS[config.job].trains)
         if goes_on and self.restored is None and trains and dist.is_main:
             self.tracker.message(f"{self.checkpoints} has no checkpoint: the run starts from its beginning")
 
@@ -127,7 +129,7 @@ class Run:
             self.dist.barrier()
         assert prepared is not None
         self._check_data(prepared)
-        if self.config.job is not Job.evaluate:
+        if self.config.job != "evaluate":
             for role in self.roles:
                 check_vision(f"{role}.model.vision", getattr(self.config, role).model.vision, data, prepared.tokenizer)
         if self.dist.is_main:  # whoever exports a model of this run needs no data
@@ -152,7 +154,7 @@ class Run:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        job = self.config.job.value
+        job = self.config.job
         others = {"codistill": ("teacher", "student"), "evaluate": ("student",), "backfill": ()}
         return others.get(job, (job,))
 
@@ -331,6 +333,22 @@ class Run:
         self.dist.barrier()
 
 
+def as_job(body: Callable[[Run], None]) -> Callable[[RunConfig, Path, Dist], None]:
+    """The function of a job (`distill.config.registry`) that takes place in one run folder."""
+
+    @functools.wraps(body)
+    def job(config: RunConfig, folder: Path, dist: Dist) -> None:
+        run = Run(config, folder, dist)
+        if run.finished:
+            if dist.is_main:
+                print(f"{folder}: finished; nothing to resume")
+            return
+        with run:
+            body(run)
+
+    return job
+
+
 def check_vision(key: str, vision: VisionConfig | None, data: DataConfig, tokenizer: Tokenizer) -> None:
     """Refuses a model that cannot take the images of a run, or has another token for them than the tokenizer."""
     if data.has_images and (problems := list(vision_problems(key, vision, data.images, tokenizer.image_ids().patch))):
@@ -357,7 +375,7 @@ def load_model(folder: Path, role: str, want: ModelConfig | None, found: Checkpo
         tensors = found.tensors(name, ("param/", "buffer/"))
         if not with_vision:
             config.vision = None
-            tensors = {key: t for key, t in tensors.items() if not key.removeprefix("param/").startswith(hf.SIGHT)}
+            tensors = {key: t for key, t in tensors.items() if not key.removeprefix("param/").startswith(hf.VISION)}
         model = Transformer(config)
         load_weights(model, tensors)
     if want is not None:

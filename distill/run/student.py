@@ -13,12 +13,17 @@ from distill.config import stop
 from distill.config.errors import CacheError, ConfigError
 from distill.config.paths import is_url
 from distill.run import build, length
-from distill.run.run import Run, check_vision, load_model
+from distill.run.run import Run, as_job, check_vision, load_model
 from distill.run.trainer import Trainer
 from student.distilling import StudentStep
 
 POLL_SECONDS, POLL_FAR_SECONDS = 0.2, 2.0
 """Between two looks for news; each look at an object store is a few requests, which are paid for."""
+
+
+@as_job
+def student(run: Run) -> None:
+    train(run)
 
 
 def train(run: Run) -> None:
@@ -129,6 +134,7 @@ def _await_targets(run: Run, trainer: Trainer, readers: list[CacheReader], goal:
         time.sleep(_poll_seconds(run))
 
 
+@as_job
 def evaluate(run: Run) -> None:
     """job=evaluate: loss, perplexity, calibration, accuracy, agreement; loss by position, needles in haystacks."""
     config = run.config

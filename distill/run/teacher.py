@@ -6,10 +6,11 @@ from typing import Any
 
 from distill.run import build, length
 from distill.run.overhead import capture_overhead
-from distill.run.run import Run
+from distill.run.run import Run, as_job
 
 
-def train(run: Run) -> None:
+@as_job
+def teacher(run: Run) -> None:
     trainer, capture = build.teacher(run)
     run.restore({"teacher": trainer})
     every = run.config.teacher.train.checkpoint_every or trainer.steps

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from distill.config import json_text
+from distill.config.terminal import Progress
 
 HERE = Path(__file__).parent
 
@@ -35,7 +36,7 @@ def main() -> int:
     for name in options.names:
         began = time.monotonic()
         figures, problems = importlib.import_module(f"tests.crash.{name}").run(
-            kills=options.kills, flips=options.flips, seed=options.seed, progress=Progress()
+            kills=options.kills, flips=options.flips, seed=options.seed, progress=Progress("{:.1f}".format)
         )
         figures["seconds"] = round(time.monotonic() - began, 1)
         command = f"make crash ONLY={name} KILLS={options.kills} FLIPS={options.flips} SEED={options.seed}"
@@ -49,26 +50,6 @@ def main() -> int:
             print(f"  ! {problem}")
         failed = failed or bool(problems)
     return int(failed)
-
-
-class Progress:
-    """One line that says how far it is, how fast, and for how long still; silent unless told to print."""
-
-    def __init__(self, quiet: bool = False):
-        self._quiet, self._what, self._began, self._told = quiet, "", 0.0, 0.0
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if what != self._what:
-            self._what, self._began, self._told = what, now, 0.0
-        if self._quiet or (now - self._told < 1 and done < total):
-            return
-        self._told = now
-        rate = done / max(now - self._began, 1e-9)
-        left = (total - done) / rate if done else float("inf")
-        end = "\n" if done >= total or not sys.stdout.isatty() else ""
-        lead = "\r" if sys.stdout.isatty() else ""
-        print(f"{lead}{what}: {done} of {total}, {rate:.1f} a second, {left:.0f} s left   ", end=end, flush=True)
 
 
 if __name__ == "__main__":

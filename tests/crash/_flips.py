@@ -16,7 +16,8 @@ from distill.cache.ledger import Retired
 from distill.cache.open_store import open_store
 from distill.cache.shard import Shard
 from distill.config.errors import CacheError
-from distill.config.schema import CodecConfig, CodecName
+from distill.config.registry import CODECS
+from distill.config.schema import CodecConfig
 from tests.crash import _checker as checker
 from tests.workers.cache_writers import V, digests, header, put
 
@@ -40,8 +41,8 @@ def run(flips: int, seed: int, progress: Any) -> tuple[dict[str, Any], list[str]
     rng, counts, problems = random.Random(seed), Counter[str](), list[str]()
     with tempfile.TemporaryDirectory(prefix="crash-") as scratch:
         caches = []
-        for codec in CodecName:
-            folder = Path(scratch) / codec.value
+        for codec in CODECS.names:
+            folder = Path(scratch) / codec
             make(folder, codec)
             caches.append((folder, _Reading(folder), places(folder)))
         for number in range(flips):
@@ -57,14 +58,14 @@ def run(flips: int, seed: int, progress: Any) -> tuple[dict[str, Any], list[str]
             if verdict:
                 counts[verdict.split(":")[0]] += 1
                 problems.append(f"{verdict} ({place.path.relative_to(scratch)}, byte {at}, bit {bit})")
-            progress("flips", number + 1, flips)
+            progress.update("flips", number + 1, flips, amount=1)
         for _, reading, _ in caches:
             reading.check()  # all that was flipped was flipped back
     keys = ("flips", *KINDS, "unnoticed", "not named", "crashed")
     return {key: counts[key] for key in keys}, problems
 
 
-def make(folder: Path, name: CodecName) -> None:
+def make(folder: Path, name: str) -> None:
     """Two ledgers of lines and one of objects; records that newer ones replace; a `retire` and a `finish` row."""
     codec = CodecConfig(name)
     head = header(codec, samples=SAMPLES)

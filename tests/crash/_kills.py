@@ -62,7 +62,7 @@ def run(kills: int, seed: int, progress: Any) -> tuple[dict[str, Any], list[str]
             this = _Run(Path(scratch) / str(number), rng, counts, problems)
             while not this.done and counts["kills"] < kills:
                 this.launch(aim)
-                progress("kills", counts["kills"], kills)
+                progress.update("kills", counts["kills"], kills, amount=1)
             if not this.done:
                 this.launch(None)
             this.finish()

@@ -15,21 +15,20 @@ from safetensors.torch import save_file
 from distill.cache import CacheReader
 from distill.config.errors import ConfigError, DivergenceError
 from distill.config.load import resolve
+from distill.config.registry import JOBS
 from distill.config.schema import EngineConfig
 from distill.engine import checkpoint
 from distill.engine import dist as engine_dist
 from distill.engine.zero import Engine
 from distill.model import hf
-from distill.run import backfill, codistill, export, student, teacher
-from distill.run.run import Run, load_model
+from distill.run import codistill
+from distill.run.run import load_model
 from distill.tracking import report
 from tests.cli import TINY, command, environment, rows, write_corpus
 from tests.workers.diverge import plant
 
 EVERY = [f"{role}.train.{key}" for role in ("teacher", "student") 
          for key in ("checkpoint_every=4", "log_every=4", "eval_every=0")]  # fmt: skip
-JOBS = {"teacher": teacher.train, "student": student.train, "codistill": codistill.train, "evaluate": student.evaluate,
-        "backfill": backfill.backfill}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +50,7 @@ def data(tmp_path_factory):
 def start(ranks, data):
     def start(folder, *arguments):
         config = resolve([*data, *arguments])
-        if config.job == "export":
-            return export.export(config, folder, ranks)
-        with Run(config, folder, ranks) as run:
-            return JOBS[config.job.value](run)
+        JOBS[config.job].run(config, folder, ranks)
 
     return start
 
@@ -63,7 +59,7 @@ def start(ranks, data):
 def taught(ranks, data, tmp_path_factory):
     """A healthy teacher with its cache."""
     folder = tmp_path_factory.mktemp("taught") / "run"
-    teacher.train(Run(resolve([*data, "job=teacher", "teacher.train.steps=8"]), folder, ranks))
+    JOBS["teacher"].run(resolve([*data, "job=teacher", "teacher.train.steps=8"]), folder, ranks)
     return folder
 
 

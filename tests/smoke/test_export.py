@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 
 from distill.config.errors import ConfigError
 from distill.config.load import CONF, load
-from distill.config.schema import ModelConfig, Precision, Role, TokenizerConfig, VisionConfig
+from distill.config.schema import ModelConfig, Role, TokenizerConfig, VisionConfig, WeightDtype
 from distill.data import tokenizer as tokenizers
 from distill.engine.dist import Dist
 from distill.model import Transformer, hf
@@ -127,7 +127,7 @@ def test_transformers_loads_tokenizes_and_generates(made, tmp_path, capsys):
 
 
 def test_either_model_of_a_run_and_a_checkpoint_alone(made, tmp_path):
-    exported(made / "run", tmp_path / "teacher", role=Role.teacher, drop_router_bias=True, dtype=Precision.bf16)
+    exported(made / "run", tmp_path / "teacher", role=Role.teacher, drop_router_bias=True, dtype=WeightDtype.bf16)
     teacher = load_model(made / "run", "teacher", None)
     found = hf.load(tmp_path / "teacher")
     assert all(torch.equal(a.bfloat16().float(), b) for a, b in zip(teacher.parameters(), found.parameters()))

@@ -9,7 +9,6 @@ from omegaconf import OmegaConf
 from distill.config.schema import (
     ArmConfig,
     Freeze,
-    Job,
     ModelConfig,
     RunConfig,
     StudentConfig,
@@ -59,6 +58,6 @@ def test_a_frozen_text_model_keeps_every_bit_and_a_run_resumes(tmp_path):
 def test_an_arm_freezes_what_its_student_does(tmp_path):
     vision = VisionConfig()
     part = StudentConfig(train=TrainConfig(freeze=Freeze.vision), model=ModelConfig(vision=vision))
-    here = SimpleNamespace(config=RunConfig(job=Job.codistill, student=part), folder=tmp_path)
+    here = SimpleNamespace(config=RunConfig(job="codistill", student=part), folder=tmp_path)
     arm = arm_config(here, ArmConfig(cached=False)).student
     assert arm.train.freeze is Freeze.vision and arm.model.vision is vision

@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_dir
 
 from distill.config.errors import ConfigError
 from distill.config.load import CONF, load, precheck, spelt, to_dict
-from distill.config.schema import Freeze, Job
+from distill.config.schema import Freeze
 from tests.cli import PATIENCE, environment
 
 
@@ -114,7 +114,7 @@ def test_all_faults_of_a_command_line_come_at_once_each_with_key_value_and_what_
     )
     text = "\n".join(found)
     for part in (
-        "job is techer; Invalid value 'techer', expected one of [teacher, student, codistill, backfill,",
+        "job is techer; allowed: teacher, student, codistill, backfill, evaluate, export",
         "student.optim.lrr is no key; allowed there: lr",
         "foo is no key; allowed: backfill,",
         "loss is no key",
@@ -122,7 +122,7 @@ def test_all_faults_of_a_command_line_come_at_once_each_with_key_value_and_what_
         "experiment is nope; allowed: demo, digits, needle, smoke",
         "student.optim.lr is abc; Value 'abc' of type 'str' could not be converted to Float",
         "teacher.train.batch is 7.5; Value '7.5' of type 'float' could not be converted to Integer",
-        "cache.codec.name is zip; Invalid value 'zip', expected one of [systematic, threshold, multinomial, topk]",
+        "cache.codec.name is zip; allowed: systematic, threshold, multinomial, topk",
         "'bad==' is not an override",
         "data.corpora.main.sorce is no key; allowed there: source",
         "student.model.rope_scaling.factr is no key; allowed there: factor",
@@ -249,7 +249,7 @@ def test_a_misspelt_vision_and_keys_of_what_is_null_are_named():
 @pytest.mark.parametrize("job", ["teacher", "codistill"])
 def test_every_experiment_loads_and_prints(experiment, job):
     run = loaded(f"job={job}", f"experiment={experiment}", "seed=7")
-    assert run.job is Job[job] and run.data.seed == 7
+    assert run.job == job and run.data.seed == 7
     assert to_dict(run)["job"] == job
 
 

@@ -18,7 +18,6 @@ from distill.config.schema import (
     OptimConfig,
     OptimizerName,
     Parametrization,
-    Precision,
     WeightDecay,
 )
 from distill.engine import checkpoint
@@ -96,7 +95,7 @@ def optim_lr(engine, step):
 def build(dist, zero, name, tensors=None, activation_checkpointing=False):
     net = model(name)
     net.activation_checkpointing = activation_checkpointing
-    engine = Engine(net, optim(name), EngineConfig(zero=zero), Precision.fp32, dist, tensors)
+    engine = Engine(net, optim(name), EngineConfig(zero=zero), "fp32", dist, tensors)
     engine.base_lr = optim(name).lr
     return engine
 

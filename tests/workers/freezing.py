@@ -15,7 +15,6 @@ from distill.config.schema import (
     Freeze,
     ModelConfig,
     OptimConfig,
-    Precision,
     VisionConfig,
     WeightDecay,
 )
@@ -90,7 +89,7 @@ def main():
     dist = engine_dist.start(EngineConfig(threads=1))
     found = {}
     for name, zero, what in SETTINGS:
-        precision = Precision[name.rsplit("/", 1)[1]]
+        precision = name.rsplit("/", 1)[1]
         engine = Engine(model(what), OPTIM, EngineConfig(zero=zero), precision, dist)
         train(engine, dist, 0, 2)
         checkpoint.save(out / f"ck-{dist.world}", 2, {"m": engine}, {}, dist, 1)

@@ -18,7 +18,7 @@ from distill.config.paths import home
 from distill.config.schema import ModelConfig
 from distill.model.finite import is_finite
 from distill.model.hf.file_headers import INDEX, SINGLE
-from distill.model.hf.parameter_names import SIGHT, TEXT, hf_name
+from distill.model.hf.parameter_names import TEXT, VISION, hf_name
 from distill.model.hf.text_config import config_to_json, token_ids
 from distill.model.tensors import save_tensors
 from distill.model.transformer import Transformer
@@ -137,7 +137,7 @@ def _write(model: Transformer, folder: Path, dtype: torch.dtype, max_shard_bytes
 
 def _key(name: str, config: ModelConfig) -> str:
     key = hf_name(name)
-    return key if config.vision is None or key.startswith(SIGHT) else TEXT + key
+    return key if config.vision is None or key.startswith(VISION) else TEXT + key
 
 
 def _dump(data: dict[str, Any], path: Path) -> None:

@@ -1,0 +1,153 @@
+"""Named parts that a configuration chooses between, in one registry a kind; each part is registered once.
+
+An entry of ours is a place, `module:name`, so that names are known before torch is loaded. The key `plugins` names
+modules of a user, which are imported first and add entries of their own:
+
+    from distill.config.registry import FACTORS
+    FACTORS.add("toy", ToyFactor)
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from distill.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Parts of one kind by name. As metadata of a schema field, the list of its allowed values."""
+
+    def __init__(self, kind: str, entries: dict[str, T | str]):
+        self.kind = kind
+        self._entries = dict(entries)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    def add(self, name: str, entry: T | str) -> None:
+        """Registers a part, or the place of one, `module:name`; ConfigError: the name is taken by another part."""
+        if self._entries.setdefault(name, entry) != entry:
+            raise ConfigError(f"{self.kind} {name} is registered twice; choose another name")
+
+    def __getitem__(self, name: str) -> T:
+        """The part of a name that `problem` accepts."""
+        entry = self._entries[name]
+        return _load(entry) if isinstance(entry, str) else entry
+
+    def problem(self, key: str, value: str) -> str | None:
+        """A sentence about a value that is no name of a part."""
+        return None if value in self._entries else f"{key} is {value}; allowed: {', '.join(self._entries)}"
+
+
+def _load(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def import_plugins(modules: Sequence[str]) -> list[str]:
+    """Imports modules, found as Python finds them or in the working folder; a sentence for each that cannot be."""
+    if modules and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    problems = []
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ConfigError as error:
+            problems += [f"plugins has {module}; {line}" for line in str(error).splitlines()]
+        except Exception as error:  # whatever a module of a user does
+            problems.append(f"plugins has {module}; it cannot be imported: {type(error).__name__}: {error}")
+    return problems
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row of the table of jobs."""
+
+    function: str | Callable[..., None]
+    """Runs the job, given (RunConfig, run folder, Dist); an entry is a place, `module:name`."""
+    trains: tuple[str, ...] = ()
+    """Roles that it trains; their models are built as the configuration says."""
+    rules: str | Callable[..., Iterator[str]] | None = None
+    """Yields a sentence for each rule that a RunConfig of this job breaks, before anything heavy starts."""
+
+    remains: str = "there is no checkpoint; {again} starts afresh"
+    """Of a run that was stopped before its first checkpoint; `again` is the command that resumes it."""
+
+    def run(self, *arguments: Any) -> None:
+        function = _load(self.function) if isinstance(self.function, str) else self.function
+        function(*arguments)
+
+    def problems(self, config: Any) -> Iterator[str]:
+        rules = _load(self.rules) if isinstance(self.rules, str) else self.rules
+        yield from rules(config) if rules else ()
+
+
+_RULES = "distill.config.checks"
+
+JOBS: Registry[Job] = Registry(
+    "job",
+    {
+        "teacher": Job("distill.run.teacher:teacher", ("teacher",)),
+        "student": Job("distill.run.student:student", ("student",), f"{_RULES}:student_rules"),
+        "codistill": Job("distill.run.codistill:codistill", ("teacher", "student"), f"{_RULES}:codistill_rules"),
+        "backfill": Job(
+            "distill.run.backfill:backfill",
+            (),
+            f"{_RULES}:backfill_rules",
+            "what was labelled is published; {again} does what is left",
+        ),
+        "evaluate": Job("distill.run.student:evaluate", (), f"{_RULES}:evaluate_rules"),
+        "export": Job("distill.run.export:export", (), f"{_RULES}:export_rules"),
+    },
+)
+
+
+@dataclass(frozen=True)
+class CodecEntry:
+    """A row of the table of codecs: what a reader of cache.json needs, without torch."""
+
+    codec: str | Callable[..., Any]
+    """The codec's class, made from (CodecConfig, size of the vocabulary); an entry is a place, `module:name`."""
+    parameters: tuple[str, ...] = ("options",)
+    """Fields of `CodecConfig` that the codec reads; cache.json holds them."""
+    rules: str | Callable[..., Iterator[str]] | None = None
+    """Yields a sentence for each rule that a CodecConfig breaks, given the size of the vocabulary."""
+
+    def make(self, config: Any, vocab_size: int) -> Any:
+        codec = _load(self.codec) if isinstance(self.codec, str) else self.codec
+        return codec(config, vocab_size)
+
+    def problems(self, config: Any, vocab_size: int) -> Iterator[str]:
+        rules = _load(self.rules) if isinstance(self.rules, str) else self.rules
+        yield from rules(config, vocab_size) if rules else ()
+
+
+CODECS: Registry[CodecEntry] = Registry(
+    "codec",
+    {
+        "systematic": CodecEntry("distill.cache.codecs.drawn:Systematic", ("draws",)),
+        "threshold": CodecEntry("distill.cache.codecs.threshold:Threshold", ("tau",)),
+        "multinomial": CodecEntry("distill.cache.codecs.drawn:Multinomial", ("draws",)),
+        "topk": CodecEntry("distill.cache.codecs.topk:TopK", ("k",), f"{_RULES}:topk_rules"),
+    },
+)
+LOSSES: Registry[Any] = Registry("loss", {"mixed": "losses.mixed:Mixed"})
+"""Row functions of the student's head."""
+FACTORS: Registry[Any] = Registry("factor", {"lag": "losses.factors:Lag", "entropy": "losses.factors:Entropy"})
+"""Factors of alpha."""
+DISPATCHERS: Registry[Any] = Registry("dispatcher", {"local": "distill.model.dispatch:LocalDispatcher"})
+"""Ways of the MoE layer's rows to the experts and back."""
+PRECISIONS: Registry[Any] = Registry(
+    "precision", {"fp32": "distill.model.precision:FP32", "bf16": "distill.model.precision:BF16"}
+)
