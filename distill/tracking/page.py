@@ -73,6 +73,18 @@ for (const plot of document.querySelectorAll('.plot')) {
 """
 
 
+def entry_list(texts: dict[str, str]) -> str:
+    """Labels with their values side by side; "" where there are none."""
+    pairs = "".join(f"<div><dt>{escape(label)}</dt><dd>{escape(text)}</dd></div>" for label, text in texts.items())
+    return f"<dl>{pairs}</dl>\n" if pairs else ""
+
+
+def share_bar(share: float, color: str) -> str:
+    """A bar as long as a share of 1; nothing on narrow windows."""
+    width = 100 * min(max(share, 0.0), 1.0)
+    return f'<span class="share"><i style="width:{width:.1f}%;background:{color}"></i></span>'
+
+
 def page(title: str, body: str) -> str:
     """A whole HTML document; `body` is HTML, with or without charts, `title` is text."""
     scripts = ""

@@ -11,7 +11,7 @@ import numpy as np
 
 from distill.config.files import write_text
 from distill.tracking import charts, length, table
-from distill.tracking.page import page
+from distill.tracking.page import entry_list, page, share_bar
 from distill.tracking.runs import Arm, RunData, load
 from distill.tracking.table import NATS
 
@@ -93,12 +93,11 @@ def _result(data: RunData) -> str:
     if not summary:
         text = "This run has not finished." if data.arms else "This run has not measured anything."
         return f'<p class="verdict">{text}</p>\n'
-    sentence, entries = table.verdict(summary), table.entries(summary)
-    cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in entries.items())
+    sentence = table.verdict(summary)
     return (
         (f'<p class="verdict">{escape(sentence)}</p>\n' if sentence else "")
         + _table(table.outcomes(summary), {arm.label: arm.style for arm in data.arms})
-        + (f"<dl>{cells}</dl>\n" if cells else "")
+        + entry_list(table.entries(summary))
     )
 
 
@@ -112,8 +111,7 @@ def _table(rows: Sequence[table.Outcome], styles: dict[str, int]) -> str:
         color = charts.COLORS[styles.get(row.arm, 0) % len(charts.COLORS)]
         cells = list(row.cells)
         if row.gap_closed is not None and row.gap_closed > 0:
-            width = 100 * min(row.gap_closed, 1.0)
-            cells[2] += f'<span class="share"><i style="width:{width:.1f}%;background:{color}"></i></span>'
+            cells[2] += share_bar(row.gap_closed, color)
         swatch, lead = f'<i class="swatch" style="background:{color}"></i>', " class=lead" * (row.arm == "distilled")
         values = "".join(f"<td>{cells[i]}</td>" for i in shown)
         lines.append(f"<tr{lead}><td>{swatch}{escape(row.arm)}</td>{values}</tr>")
