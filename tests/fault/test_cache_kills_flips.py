@@ -1,4 +1,4 @@
-"""The short form of `make crash ONLY=cache`."""
+"""The short form of `make crash`."""
 
 import random
 import time

@@ -22,7 +22,7 @@ from distill.cache.open_store import open_store
 from distill.config.errors import CacheError
 from distill.config.registry import CODECS
 from distill.config.schema import CodecConfig
-from tests.hostile import Parts
+from tests.hostile import CacheParts
 from tests.workers.cache_writers import V, header, put
 
 FAST = settings(max_examples=150, suppress_health_check=list(HealthCheck))
@@ -56,7 +56,7 @@ def caches(tmp_path_factory):
             for first in (0, 2, 4, 6):
                 put(writer, [first, first + 1], config)
             writer.finish()
-        found[codec] = Parts.of(folder)
+        found[codec] = CacheParts.of(folder)
     return found
 
 
