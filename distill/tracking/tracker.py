@@ -1,4 +1,4 @@
-"""One place that a job tells what it measured: `metrics.jsonl`, `histograms.jsonl`, wandb and the console."""
+"""Writes what a job measures to `metrics.jsonl`, `histograms.jsonl` and wandb, and shows it on the console."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Tracker:
 
     enabled: true on rank 0 only; elsewhere every method does nothing and no file is opened.
     run_config: the resolved configuration, plain values (wandb keeps it).
-    resume_steps: null starts new files. Otherwise the step of each job in the checkpoint that the run goes on
-    from: later rows are dropped, so are torn lines and rows of jobs that are not named (they start again), and
-    the run ends with each row exactly once.
+    resume_steps: None starts new files. Otherwise the step of each job in the checkpoint from which the run is
+    resumed: later rows are dropped, so are torn lines and rows of jobs without a step (they start again), and the run
+    ends with each row exactly once.
     Raises UserError where wandb cannot start.
     """
 
@@ -41,7 +41,7 @@ class Tracker:
         self._enabled = enabled
         self._console = Console(config.console if enabled else ConsoleMode.off)
         self._wandb: WandbSink | None = None
-        self._told: set[tuple[str, str]] = set()
+        self._warned: set[tuple[str, str]] = set()
         if not enabled:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -69,8 +69,8 @@ class Tracker:
             return
         assert not metrics.keys() & {"job", "step"}, "job and step are not metrics"
         row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        for name in (name for name, value in row.items() if value is None and (job, name) not in self._told):
-            self._told.add((job, name))
+        for name in (name for name, value in row.items() if value is None and (job, name) not in self._warned):
+            self._warned.add((job, name))
             self._console.warn(f"{job} step {step}: {name} is {metrics[name]}; recorded as null")
         self._metrics.write({"job": job, "step": step, **row})
         kept = dict(histograms or {}) if self._since.get(job, math.inf) >= self._config.histogram_every else {}
