@@ -10,10 +10,10 @@ from pathlib import Path
 
 from distill.config.model import model_rules, vision_rules
 from distill.config.ranges import out_of_range
-from distill.config.registry import FACTORS, JOBS
+from distill.config.registry import CODECS, FACTORS, JOBS
 from distill.config.schema import (
     IMAGE_TOKENS,
-    CodecName,
+    CodecConfig,
     CorpusConfig,
     Freeze,
     ImageConfig,
@@ -142,6 +142,14 @@ def export_rules(run: RunConfig) -> Iterator[str]:
 
 def _is_empty(folder: Path) -> bool:
     return next(folder.iterdir(), None) is None
+
+
+# ---------------------------------------------------------------- of one codec each
+
+
+def topk_rules(codec: CodecConfig, vocab_size: int) -> Iterator[str]:
+    if codec.k > vocab_size:
+        yield f"k is {codec.k}; at most the size of the teacher's vocabulary, {vocab_size}"
 
 
 # ---------------------------------------------------------------- of one part each
@@ -286,8 +294,9 @@ def _needle_test(run: RunConfig) -> Iterator[str]:
 
 def _cache(run: RunConfig) -> Iterator[str]:
     c = run.cache
-    if c.codec.name is CodecName.topk and c.codec.k > run.teacher.model.vocab_size:
-        yield f"cache.codec.k is {c.codec.k}; at most teacher.model.vocab_size, {run.teacher.model.vocab_size}"
+    if c.codec.name in CODECS.names:
+        for problem in CODECS[c.codec.name].problems(c.codec, run.teacher.model.vocab_size):
+            yield f"cache.codec.{problem}"
     for name in c.dirs:
         if name not in run.data.corpora:
             yield f"cache.dirs has {name}; allowed: {', '.join(run.data.corpora)}, the names of data.corpora"

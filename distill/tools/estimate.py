@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from distill.cache.header import PARAMETERS, CacheHeader
+from distill.cache.header import CacheHeader
 from distill.cache.shard import WIDTHS
 from distill.cache.store import Store
 from distill.cache.view import published
@@ -24,7 +24,8 @@ from distill.config import json_text
 from distill.config.errors import CacheError, ConfigError
 from distill.config.paths import home
 from distill.config.ranges import out_of_range
-from distill.config.schema import CodecConfig, CodecName
+from distill.config.registry import CODECS
+from distill.config.schema import CodecConfig
 from distill.config.units import file_size, grouped
 from distill.tools.common import caches
 
@@ -130,11 +131,14 @@ def from_table(codec: CodecConfig, vocab_size: int, entropy: float) -> BytesPerT
     the last two go on beyond what was measured.
     """
     table = json.loads(TABLE.read_text())
-    parameters = np.log(table["parameters"][codec.name.value])
-    parameter = math.log(getattr(codec, PARAMETERS[codec.name]))
+    if codec.name not in table["parameters"]:
+        raise ConfigError(f"codec is {codec.name}, which was not measured; name a cache of this codec by --like")
+    parameters = np.log(table["parameters"][codec.name])
+    (name,) = CODECS[codec.name].parameters
+    parameter = math.log(getattr(codec, name))
     sizes = []
     for each in table["vocabularies"]:
-        by_parameter = [np.interp(entropy, each["entropy"], row) for row in each[codec.name.value]]
+        by_parameter = [np.interp(entropy, each["entropy"], row) for row in each[codec.name]]
         sizes.append(math.exp(_line(parameter, parameters, np.log(by_parameter))))
     vocabularies = np.log([each["vocab_size"] for each in table["vocabularies"]])
     likely = _line(math.log(vocab_size), vocabularies, np.array(sizes))
@@ -161,7 +165,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--corpus-tokens", type=_count, help="tokens of the corpus, if more (the same)")
     add("--sample-tokens", type=_count, help="tokens of a sample (1024)")
     add("--vocab-size", type=_count, help="ids of the teacher's head (202048)")
-    add("--codec", choices=[each.value for each in CodecName], help="(systematic)")
+    add("--codec", choices=CODECS.names, help="(systematic)")
     add("--draws", type=int, help="of codecs systematic and multinomial (20)")
     add("--tau", type=float, help="of codec threshold (0.05)")
     add("--k", type=int, help="of codec topk (12)")
@@ -246,7 +250,7 @@ def _with_options(shapes: _Shapes, args: argparse.Namespace) -> _Shapes:
 
     codec = dataclasses.replace(shapes.codec, **given("draws", "tau", "k"))
     if args.codec:
-        codec = dataclasses.replace(codec, name=CodecName(args.codec))
+        codec = dataclasses.replace(codec, name=args.codec)
     if problems := list(out_of_range(codec, "--")):
         raise ConfigError(*problems)
     options = given("sample_tokens", "vocab_size", "shard_samples", "tokens")

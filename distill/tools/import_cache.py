@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from distill.config.errors import ConfigError, DataError
 from distill.config.paths import home
-from distill.config.schema import CodecConfig, CodecName, TokenizerConfig
+from distill.config.registry import CODECS
+from distill.config.schema import CodecConfig, TokenizerConfig
 from distill.config.terminal import Progress
 from distill.config.units import short
 
@@ -87,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lse-column", metavar="NAME", help="parquet: log-sum-exps, where the values are logits")
     add("--logits", action="store_true", default=None, help="parquet: the top-k are logits without log-sum-exp")
     add("--shifted", action="store_true", default=None, help="parquet: row j is about token j, not about the next one")
-    add("--codec", choices=[c.value for c in CodecName], default=codec.name.value, help="of dense rows (%(default)s)")
+    add("--codec", choices=CODECS.names, default=codec.name, help="of dense rows (%(default)s)")
     add("--draws", type=int, default=codec.draws, help="of codecs systematic and multinomial (%(default)s)")
     add("--tau", type=float, default=codec.tau, help="of codec threshold (%(default)s)")
 
@@ -159,9 +160,9 @@ def _header(args: argparse.Namespace, info: SourceInfo, tokenizer: Tokenizer, co
     from distill.data.stream import Stream
 
     if info.k is None:
-        codec = CodecConfig(CodecName(args.codec), draws=args.draws, tau=args.tau, k=args.k or CodecConfig().k)
+        codec = CodecConfig(args.codec, draws=args.draws, tau=args.tau, k=args.k or CodecConfig().k)
     else:
-        codec = CodecConfig(CodecName.topk, k=info.k)
+        codec = CodecConfig("topk", k=info.k)
     # A student takes the order of its samples from the cache: any order serves here, so it is one epoch of the corpus.
     name = Path(args.corpus).name.rpartition("-")[0] or Path(args.corpus).name
     stream = Stream({name: len(corpus)}, {name: 1.0}, args.seed).describe()

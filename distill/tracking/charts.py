@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from html import escape
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ SPIKE = {"spikethickness": 1, "spikecolor": "#808086", "spikedash": "solid"}
 """The line at the pointer."""
 COLUMNS = 100
 """Most columns of a heat map."""
-POINTS = 2000
+POINTS = 1200
 """Most points of the curves of a chart together; of one curve 600."""
 VALUE = ",.4~r"
 """Numbers under the pointer: four digits and no exponent."""
@@ -100,14 +99,13 @@ def heat_map(frame: Frame, label: str, x: np.ndarray, end: float, counts: np.nda
     """
     groups = np.array_split(np.arange(len(x)), min(len(x), COLUMNS))
     shares = np.stack([counts[group].sum(0) / counts[group].sum() for group in groups], axis=1)
-    edges = np.linspace(0, 1, counts.shape[1] + 1)
-    bins = [f"{low:.2f} to {high:.2f}" for low, high in pairwise(edges)]
+    bins = counts.shape[1]
+    cell = f"%{{y:.3~f}} ± {0.5 / bins:.3g}<br>%{{customdata:.1f}} % of the tokens"
     figure = go.Figure()
     figure.add_heatmap(
-        x=_floats([*(x[group[0]] for group in groups), end]), y=edges, z=_floats(np.sqrt(shares)), zmin=0,
-        customdata=_floats(100 * shares), text=[[name] * len(groups) for name in bins], name="",
-        colorscale=HEAT, showscale=False,
-        hovertemplate=f"%{{text}}<br>%{{customdata:.1f}} % of the tokens<br>%{{x:{VALUE}}} {escape(frame.x_unit)}",
+        x=_floats([*(x[group[0]] for group in groups), end]), y=np.linspace(0, 1, bins + 1), z=_floats(np.sqrt(shares)),
+        zmin=0, colorscale=HEAT, showscale=False, customdata=_floats(100 * shares), name="",
+        hovertemplate=f"{cell}<br>%{{x:{VALUE}}} {escape(frame.x_unit)}",
     )  # fmt: skip
     if mean is not None:
         figure.add_traces(list(_traces(replace(mean, label="mean", style=0), False, 600)))

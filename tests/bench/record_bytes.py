@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distill.cache import Atoms, make_codec, record
-from distill.config.schema import CodecConfig, CodecName
+from distill.config.schema import CodecConfig
 from tests.bench._yardstick import VOCAB, rows
 
 COMMAND = "make bench ONLY=record_bytes"
@@ -26,10 +26,10 @@ VOCABULARIES = (1024, 32_768, VOCAB)
 ENTROPIES = (0.1, 0.6, 1.9, 3.2, 5.0, 8.0)
 """Nats; those that a vocabulary cannot have are left out, and 90 % of its most is added."""
 PARAMETERS = {
-    CodecName.systematic: ("draws", (5, 10, 20, 50, 200)),
-    CodecName.threshold: ("tau", (0.004, 0.02, 0.05, 0.12, 0.3)),
-    CodecName.multinomial: ("draws", (5, 10, 20, 50, 200)),
-    CodecName.topk: ("k", (1, 4, 12, 50, 200)),
+    "systematic": ("draws", (5, 10, 20, 50, 200)),
+    "threshold": ("tau", (0.004, 0.02, 0.05, 0.12, 0.3)),
+    "multinomial": ("draws", (5, 10, 20, 50, 200)),
+    "topk": ("k", (1, 4, 12, 50, 200)),
 }
 EXPONENTS = (1.1, 4.0)
 """Of the yardstick's rows, before they are scaled."""
@@ -41,13 +41,13 @@ def run() -> dict[str, float]:
         most = 0.9 * math.log(vocab)
         entropies = [*(entropy for entropy in ENTROPIES if entropy < most), most]
         columns = [measure(vocab, entropy) for entropy in entropies]
-        sizes = {name.value: [[column[name, value] for column in columns] for value in values]
+        sizes = {name: [[column[name, value] for column in columns] for value in values]
                  for name, (_, values) in PARAMETERS.items()}  # fmt: skip
         vocabularies.append({"vocab_size": vocab, "entropy": [round(each, 3) for each in entropies]} | sizes)
         for (name, value), entropy in itertools.product(columns[0], entropies):
             column = columns[entropies.index(entropy)]
-            figures[f"V {vocab}, {name.value} {value}, {entropy:.1f} nats"] = column[name, value]
-    parameters = {name.value: values for name, (_, values) in PARAMETERS.items()}
+            figures[f"V {vocab}, {name} {value}, {entropy:.1f} nats"] = column[name, value]
+    parameters = {name: values for name, (_, values) in PARAMETERS.items()}
     lines = [json.dumps(each).replace('], "', '],\n   "') for each in vocabularies]
     TABLE.write_text(
         f'{{"command": {json.dumps(COMMAND)},\n "parameters": {json.dumps(parameters)},\n "vocabularies": [\n  '
@@ -57,13 +57,13 @@ def run() -> dict[str, float]:
     return figures
 
 
-def measure(vocab: int, entropy: float) -> dict[tuple[CodecName, float], float]:
+def measure(vocab: int, entropy: float) -> dict[tuple[str, float], float]:
     """Bytes per token of every codec at rows of this mean entropy."""
     settings = [(name, value) for name, (_, values) in PARAMETERS.items() for value in values]
     codecs = {
         (name, value): make_codec(CodecConfig(name, **{PARAMETERS[name][0]: value}), vocab) for name, value in settings
     }
-    parts: dict[tuple[CodecName, float], list[Atoms]] = {key: [] for key in settings}
+    parts: dict[tuple[str, float], list[Atoms]] = {key: [] for key in settings}
     label_T, entropy_T = np.empty(TOKENS, np.float32), np.empty(TOKENS, np.float32)
     g, first = torch.Generator().manual_seed(1), 0
     for p_TV in rows(TOKENS, 0, exponents=scaled(vocab, entropy), vocab=vocab):

@@ -261,7 +261,7 @@ def test_heat_map_cells(tmp_path):
     np.testing.assert_allclose(values(cells["z"]) ** 2, shares, atol=1e-6)
     np.testing.assert_allclose(values(cells["x"]), 512 * np.array([1, 11, 21, 31, 41, 50]))
     np.testing.assert_allclose(values(cells["y"])[5:8], [0.25, 0.3, 0.35])
-    assert cells["text"][5][0] == "0.25 to 0.30" and list(chart.curves) == ["mean"]
+    assert "± 0.025<br>" in cells["hovertemplate"] and list(chart.curves) == ["mean"]
 
 
 def test_a_heat_map_of_one_value_is_not_drawn(tmp_path):
