@@ -139,7 +139,7 @@ def remove_leftovers(store: Store, known: set[str]) -> None:
 
 
 class RowName(NamedTuple):
-    """What the name of a shard's file says of its row."""
+    """The parts of the name of a shard's file."""
 
     writer: str
     seq: int
