@@ -69,6 +69,16 @@ class SplitSummary:
     """None: the corpus has no images."""
 
 
+class DocumentTokens(NamedTuple):
+    """One document of n tokens, bos and eos included."""
+
+    ids: NDArray[np.int32]
+    loss: NDArray[np.bool_]
+    """Which of them carry loss."""
+    tiles_NCHW: Tiles | None = None
+    """Of its images, in order."""
+
+
 class _Tokens(NamedTuple):
     """n tokens of the split that are in no written sample yet."""
 
@@ -88,6 +98,9 @@ class SplitWriter:
             the room that is left is filled with this id, which carries no loss. None: documents follow each other, cut
             anywhere.
         tile_format: of a corpus with images, whose tiles go to `split`.tiles.arrow.
+
+    Attributes:
+        tokens: of the documents that were added.
     """
 
     def __init__(
@@ -96,9 +109,8 @@ class SplitWriter:
         split: str,
         sample_tokens: int,
         vocab_size: int,
-        *,
-        filler_id: int | None = None,
-        tile_format: TileFormat | None = None,
+        filler_id: int | None,
+        tile_format: TileFormat | None,
     ):
         self._folder, self._split, self._length = folder, split, sample_tokens
         self._filler_id, self._format = filler_id, tile_format
@@ -116,10 +128,10 @@ class SplitWriter:
         self._tokens_waiting = 0
         self._counts_V = np.zeros(vocab_size, np.int64)
         self._digest = xxhash.xxh3_128()
-        self._samples = self._documents = self._ordinal = 0
+        self.tokens = self._samples = self._documents = self._ordinal = 0
 
-    def add(self, ids: NDArray[np.int32], loss: NDArray[np.bool_], tiles_NCHW: Tiles | None = None) -> None:
-        """One document: its ids [n], bos and eos included, which of them carry loss [n], and its images' tiles."""
+    def add(self, document: DocumentTokens) -> None:
+        ids, loss, tiles_NCHW = document
         place = self._tokens_waiting % self._length
         # The last of the S + 1 tokens of a sample is a label alone.
         if self._filler_id is not None and place and place + len(ids) > self._length + 1 >= len(ids):
@@ -129,6 +141,7 @@ class SplitWriter:
         mask[:1] = 0  # the token before it belongs to another document
         self._append(ids, mask)
         self._documents += 1
+        self.tokens += len(ids)
         if self._tiles is not None and tiles_NCHW is not None:
             self._tiles.add(tiles_NCHW)
         if self._tokens_waiting > self._rows * self._length:

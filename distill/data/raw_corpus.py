@@ -148,22 +148,18 @@ class RawCorpus:
 
     def _rows(self, file: CorpusFile, scratch: Path, progress: Callable[[float], None]) -> Iterator[Document]:
         c = self.config
-        keys = {key: column for key in ("text_key", "mask_key", "image_key") if (column := getattr(c, key)) is not None}
-        names = [f"{self.key}.{key}" for key in keys]
-        for number, row in rows(file.path, list(keys.values()), names, scratch, file.kind, progress):
-            values = dict(zip(keys, row))
-
-            def where(key: str, number: int = number) -> str:
-                return f"{file.path}, row {number}: column {keys[key]!r}"
-
-            text = _text(values["text_key"], where("text_key"))
+        keys = {"text_key": c.text_key, "mask_key": c.mask_key, "image_key": c.image_key}
+        columns = {column: f"{self.key}.{key}" for key, column in keys.items() if column is not None}
+        for number, row in rows(file.path, file.kind, columns, scratch, progress):
+            where = {column: f"{file.path}, row {number}: column {column!r}" for column in columns}
+            text = _text(row.get(c.text_key), where[c.text_key])
             ranges: Ranges | None = None
             images: tuple[ImageFile, ...] = ()
             if c.mask_key is not None:
-                ranges = _ranges(values["mask_key"], len(text), where("mask_key"))
+                ranges = _ranges(row.get(c.mask_key), len(text), where[c.mask_key])
             if c.image_key is not None:
-                images = _images(values["image_key"], file.path.parent, where("image_key"))
-                _check_markers(text, len(images), where("text_key"))
+                images = _images(row.get(c.image_key), file.path.parent, where[c.image_key])
+                _check_markers(text, len(images), where[c.text_key])
             identity = b"".join(image.data for image in images) or text
             yield Document(text, ranges, self._held_out(file, identity), images)
 

@@ -42,8 +42,8 @@ def test_rows_of_a_file_with_any_name(tmp_path, kind):
                     pq.write_table(pa.table({"text": [f"number {number}"]}), file)
             else:
                 path.write_bytes(gzip.compress(line) if kind == "jsonl.gz" else line)
-            found = rows(path, ["text"], ["key"], tmp_path, kind_of(path), lambda share: None)
-            assert list(found) == [(1, [f"number {number}"])], path
+            found = rows(path, kind_of(path), {"text": "key"}, tmp_path, lambda share: None)
+            assert list(found) == [(1, {"text": f"number {number}"})], path
 
 
 @pytest.mark.parametrize("name", NAMES)

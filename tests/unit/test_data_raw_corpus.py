@@ -210,7 +210,7 @@ def test_files_that_may_not_be_read(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    monkeypatch.setattr("distill.data.tables._batches", refuse)
+    monkeypatch.setattr("distill.data.tables._json", refuse)
     for name in ("a.txt", "a.jsonl"):
         (tmp_path / name).write_text('{"text": "a"}\n')
         with pytest.raises(DataError, match=rf"{name}: cannot be read: Permission denied"):
