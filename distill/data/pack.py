@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from distill.config import stop, units
 from distill.config.errors import DataError
-from distill.config.files import sync
+from distill.config.files import write_text
 from distill.config.schema import ImageConfig, Source
 from distill.config.terminal import Progress
 from distill.data import image_tiles
@@ -171,11 +171,9 @@ class _LeftOut:
             )
         if empty and self._corpus.config.source is Source.files:
             print(f"packing {name}: {empty} documents have no text", file=sys.stderr)
-        path = folder / "left_out.json"
         counts = {
             "empty_documents": empty,
             "unencodable_characters": self._characters,
             "documents_with_unencodable_characters": self._touched,
         }
-        path.write_text(json.dumps(counts, indent=1))
-        sync(path)
+        write_text(folder / "left_out.json", json.dumps(counts, indent=1))

@@ -21,7 +21,7 @@ from distill.config.errors import DataError
 from distill.config.schema import IMAGE_TOKENS, CorpusConfig, FileFormat, Source
 from distill.data import digits, needle
 from distill.data.corpus_files import CorpusFile, find_files, is_held_out
-from distill.data.formats import ALLOWED, READ_ERRORS, compression_of, kind_of, opened, reason
+from distill.data.formats import ALLOWED, READ_ERRORS, compression_of, kind_of, opened, problem
 from distill.data.gaps import Ranges
 from distill.data.tables import rows
 
@@ -183,7 +183,7 @@ def _read_text(file: CorpusFile, source_code: bool) -> str:
     except (UnicodeDecodeError, SyntaxError) as error:
         raise DataError(f"{path}: not text in UTF-8: {error}; allowed: {ALLOWED}") from error
     except READ_ERRORS as error:
-        raise DataError(f"{path}: cannot be read: {reason(error)}") from error
+        raise DataError(f"{path}: cannot be read: {problem(error)}") from error
     if "\0" in text:
         raise DataError(f"{path}: not text: it holds NUL; allowed: {ALLOWED}")
     return text
