@@ -12,7 +12,7 @@ from distill.config.schema import ModelConfig
 from distill.model.kv import KV, Slots
 from distill.model.linear import Linear, LinearFn
 from distill.model.norm import rms_norm
-from distill.model.rope import rotate
+from distill.model.rope import Rotation, rotate
 from distill.model.segments import Block, SegmentPlan
 
 
@@ -20,8 +20,8 @@ class AttentionPlan(NamedTuple):
     """What all attention layers of one kind share in a forward pass."""
 
     segments: SegmentPlan
-    rotation: tuple[Tensor, Tensor] | None
-    """cos and sin, fp32 [P, 1, C]; None: layers of this kind have no rotary positions."""
+    rotation: Rotation | None
+    """[P, 1, C]; None: layers of this kind have no rotary positions."""
     temperature_P11: Tensor | None
     """fp32 factor of the queries; None where it is 1 everywhere."""
     slots: Slots | None = None

@@ -25,7 +25,7 @@ from distill.model.parts import PLAIN, Parts
 from distill.model.rope import RopeTable
 from distill.model.router import Router
 from distill.model.segments import Segments
-from distill.model.vision import Projector, VisionModel, ZeroGradients, check_images, place
+from distill.model.vision import VisionModel, ZeroGradients, check_images, place, projector
 
 HeadFn = Callable[[Tensor, Tensor], Any]
 """(normed hidden [T, D], unembedding weight [V, D]) -> anything."""
@@ -122,7 +122,7 @@ class Transformer(Generation, nn.Module):
         self.vision_model: VisionModel | None = None
         if config.vision is not None:
             self.vision_model = VisionModel(config.vision, config.init_std)
-            self.multi_modal_projector = Projector(config.vision, config.hidden_size, config.init_std)
+            self.multi_modal_projector = projector(config.vision, config.hidden_size, config.init_std)
 
     @property
     def routers(self) -> list[Router]:

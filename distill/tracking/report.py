@@ -121,14 +121,14 @@ def _table(rows: Sequence[table.Outcome], styles: dict[str, int]) -> str:
 
 def _curves(data: RunData) -> str:
     # One unit for every chart: tokens where all arms have logged theirs, else steps.
-    arms, tokens = data.arms, bool(data.arms) and all(arm.has_tokens for arm in data.arms)
+    unit = "tokens" if data.arms and all(arm.has_tokens for arm in data.arms) else "steps"
     html = ""
     for title, panels in _sections(data).items():
         drawn = ""
         for panel in panels:
-            drawn += _panel(panel, arms, tokens)
+            drawn += _panel(panel, data.arms, unit)
             if panel.metric == "alpha":
-                drawn += "".join(_heat_maps(arms, tokens))
+                drawn += "".join(_heat_map(arm, name, unit) for arm in data.arms for name in sorted(arm.histograms))
         html += _section(title, drawn)
     return html
 
@@ -164,49 +164,41 @@ def _heldout_note(data: RunData) -> str:
     return f"Dots: {' or '.join(map(str, along))} held-out samples.{diamond}"
 
 
-def _panel(panel: Panel, arms: list[Arm], tokens: bool) -> str:
+def _panel(panel: Panel, arms: list[Arm], unit: str) -> str:
     curves = [
-        _curve(arm, panel.metric, tokens)
+        _curve(arm, panel.metric, unit)
         for arm in arms
         if panel.metric in arm.metrics
         and not np.allclose(arm.metrics[panel.metric].values, panel.off, rtol=1e-6, atol=0.0)
     ]
     if not any(len(curve.x) > 1 for curve in curves):
         return ""
-    frame = charts.Frame(panel.title, panel.unit, _x_unit(tokens), panel.note, panel.wide)
+    frame = charts.Frame(panel.title, panel.unit, unit, panel.note, panel.wide)
     return charts.line_chart(frame, curves, smoothed=panel.smoothed, zero=panel.zero)
 
 
-def _heat_maps(arms: list[Arm], tokens: bool) -> list[str]:
-    html = []
-    for arm in arms:
-        for name, by_step in sorted(arm.histograms.items()):
-            steps = np.array(sorted(step for step in by_step if step > 0), dtype=float)
-            if len(steps) < 2 or len({len(counts) for counts in by_step.values()}) > 1:
-                continue
-            counts = np.stack([by_step[int(step)] for step in steps])
-            if (counts > 0).any(0).sum() < 2:
-                continue  # one value all along: a curve shows it
-            mean = _curve(arm, name, tokens) if name in arm.metrics else None
-            frame = charts.Frame(f"{name.capitalize()} over time", f"{name}, all tokens", _x_unit(tokens))
-            x = np.append(steps, arm.last_step)
-            x = arm.tokens(x) if tokens else x
-            html.append(charts.heat_map(frame, arm.label, x[:-1], x[-1], counts, mean))
-    return html
+def _heat_map(arm: Arm, name: str, unit: str) -> str:
+    """Of a metric whose values are not the same all along; "" for others, which a curve shows."""
+    by_step = {step: counts for step, counts in sorted(arm.histograms[name].items()) if step > 0}
+    if len(by_step) < 2 or len({len(counts) for counts in by_step.values()}) > 1:
+        return ""
+    counts = np.stack(list(by_step.values()))
+    if (counts > 0).any(0).sum() < 2:
+        return ""
+    x = arm.places(np.array([*by_step, arm.last_step], dtype=float), unit)
+    mean = _curve(arm, name, unit) if name in arm.metrics else None
+    frame = charts.Frame(f"{name.capitalize()} over time", f"{name}, all tokens", unit)
+    return charts.heat_map(frame, arm.label, x[:-1], x[-1], counts, mean)
 
 
-def _curve(arm: Arm, metric: str, tokens: bool) -> charts.Curve:
+def _curve(arm: Arm, metric: str, unit: str) -> charts.Curve:
     steps, values = arm.metrics[metric]
     final = arm.finals.get(metric)
     if final is not None:
         along = steps < arm.last_step
         steps, values = np.append(steps[along], arm.last_step), np.append(values[along], final)
-    x = arm.tokens(steps) if tokens else steps
-    return charts.Curve(arm.label, arm.style, x, values, apart=final is not None)
-
-
-def _x_unit(tokens: bool) -> str:
-    return "tokens" if tokens else "steps"
+    apart = final is not None and len(steps) > 1
+    return charts.Curve(arm.label, arm.style, arm.places(steps, unit), values, apart)
 
 
 def _configs(configs: dict[str, str]) -> str:

@@ -46,8 +46,10 @@ class Arm:
     def last_step(self) -> float:
         return max(float(series.steps[-1]) for series in self.metrics.values())
 
-    def tokens(self, steps: np.ndarray) -> np.ndarray:
-        """Tokens trained on at steps [N]; on a straight line between logged rows."""
+    def places(self, steps: np.ndarray, unit: str) -> np.ndarray:
+        """Steps [N] on an axis of `steps`, or of the `tokens` trained on: on a straight line between logged rows."""
+        if unit == "steps":
+            return steps
         logged = self.metrics["tokens"]
         return np.interp(steps, np.concatenate([[0], logged.steps]), np.concatenate([[0], logged.values]))
 

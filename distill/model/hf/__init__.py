@@ -12,11 +12,11 @@ from distill.model.finite import is_finite
 from distill.model.hf.parameter_names import VISION
 from distill.model.hf.read_checkpoint import Reader
 from distill.model.hf.text_config import config_from_json, config_to_json
-from distill.model.hf.write_checkpoint import SaveReport, save
+from distill.model.hf.write_checkpoint import SaveReport, drops_router_bias, save
 from distill.model.parts import PLAIN, Parts
 from distill.model.transformer import Transformer
 
-__all__ = ["VISION", "Reader", "SaveReport", "config_from_json", "config_to_json", "load", "save"]
+__all__ = ["VISION", "Reader", "SaveReport", "config_from_json", "config_to_json", "drops_router_bias", "load", "save"]
 
 
 def load(
@@ -24,8 +24,8 @@ def load(
 ) -> Transformer:
     """The model of a folder, on the CPU, router bias zero.
 
-    Reads one file or shards with an index, text alone or with vision, experts fused or one by one, in FP8 with scales
-    or not. Every header is checked before any weight is read, and each tensor is copied straight to its place.
+    Reads one file or shards with an index, text alone or with vision, experts fused or one by one, with or without FP8
+    and its scales. Every header is checked before any weight is read, and each tensor is copied straight to its place.
 
     Args:
         dtype: of the parameters; None: torch's default.
