@@ -16,7 +16,7 @@ from distill.config.files import write_text
 from distill.config.schema import ImageConfig, Source
 from distill.config.terminal import Progress
 from distill.data import image_tiles
-from distill.data.gaps import Encoded, Ranges
+from distill.data.gaps import EncodedText, Ranges
 from distill.data.packed import DocumentTokens, SplitWriter
 from distill.data.raw_corpus import Document, RawCorpus
 from distill.data.tile_store import TileFormat
@@ -90,7 +90,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _framed(document: Document, text: Encoded, tokenizer: Tokenizer) -> DocumentTokens:
+def _framed(document: Document, text: EncodedText, tokenizer: Tokenizer) -> DocumentTokens:
     """With bos, which carries no loss, and eos, which does where the last token does.
 
     The end of an answer is thus learned, and that of a prompt is not.
