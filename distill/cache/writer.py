@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distill.cache import record
 from distill.cache.codecs import make_codec
-from distill.cache.format import SHARDS, TEMPORARY, check_writer, writer_lock
+from distill.cache.format import SHARDS, TEMPORARY, check_writer, row_of, writer_lock
 from distill.cache.header import CacheHeader
 from distill.cache.ledger import LedgerWriter, Origin
 from distill.cache.open_store import open_store
@@ -106,27 +106,21 @@ class CacheWriter:
         self._thread.start()
 
     def _remove_leftovers(self) -> None:
-        """What a kill left: temporary files, and the one shard whose row was never written.
+        """Removes what a kill left: temporary files, and the one shard whose row was never written.
 
         Raises:
             CacheError: there are shards beyond it, so the ledger has lost rows.
         """
         known = {row.shard for row in self._ledger.rows}
-        left, next_seq = [], self._ledger.seq
-        for name in self._store.names(SHARDS):
-            number, _, rest = name.removeprefix(f"{self.writer}-").partition("-")
-            if not (name.startswith(f"{self.writer}-") and number.isdigit() and "-" not in rest):
-                continue
-            if name.endswith(TEMPORARY):
-                left.append(name)
-            elif name not in known:
-                left.append(name)
-                if int(number) > next_seq:
-                    path = self._store.path(f"{SHARDS}/{name}")
-                    raise CacheError(
-                        f"{path}: shard {int(number)} is there, but ledger {self.writer} has {next_seq} rows: it was "
-                        f"cut; get it back with codistill-cache repair {self._store.root}"
-                    )
+        rows = {name: row_of(name) for name in self._store.names(SHARDS) if name not in known}
+        left = {name: row.seq for name, row in rows.items() if row is not None and row.writer == self.writer}
+        for name, seq in left.items():
+            if seq > self._ledger.seq and not name.endswith(TEMPORARY):
+                path = self._store.path(f"{SHARDS}/{name}")
+                raise CacheError(
+                    f"{path}: shard {seq} is there, but ledger {self.writer} has {self._ledger.seq} rows: it was cut; "
+                    f"get it back with codistill-cache repair {self._store.root}"
+                )
         for name in left:
             self._store.remove(f"{SHARDS}/{name}")
 
