@@ -16,31 +16,16 @@ from distill.cache.open_store import open_store
 from distill.cache.seal import digest, seal, unseal
 from distill.cache.store import Store
 from distill.config.errors import CacheError
-from distill.config.schema import CodecConfig, CodecName
-
-PARAMETERS = {
-    CodecName.systematic: "draws",
-    CodecName.threshold: "tau",
-    CodecName.multinomial: "draws",
-    CodecName.topk: "k",
-}
-"""The one field of `CodecConfig` that each codec reads."""
-
+from distill.config.registry import CODECS
+from distill.config.schema import CodecConfig
 
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 
 
-def codec_name(config: CodecConfig) -> CodecName:
-    """The codec's name; CacheError when there is none such."""
-    name = config.name.value if isinstance(config.name, CodecName) else str(config.name)
-    if name not in CodecName.__members__:
-        raise CacheError(f"codec is {name!r}; allowed are {', '.join(CodecName.__members__)}")
-    return CodecName[name]
-
-
 def _codec_json(config: CodecConfig) -> dict[str, Any]:
-    name = codec_name(config)
-    return {"name": name.value, PARAMETERS[name]: getattr(config, PARAMETERS[name])}
+    if problem := CODECS.problem("codec.name", config.name):
+        raise CacheError(problem)
+    return {"name": config.name} | {name: getattr(config, name) for name in CODECS[config.name].parameters}
 
 
 @dataclass(frozen=True)
@@ -107,12 +92,10 @@ class CacheHeader:
                 raise CacheError(f"{path}: format version is {version!r:.80}; allowed is {FORMAT}")
             check_types(record, cls)
             codec = record.pop("codec")
-            if codec["name"] not in CodecName.__members__:
-                raise CacheError(
-                    f"{path}: codec is {codec['name']!r:.80}; allowed are {', '.join(CodecName.__members__)}"
-                )
+            if problem := CODECS.problem("codec.name", codec["name"]):
+                raise CacheError(f"{path}: {problem:.300}")
             check_types(codec, CodecConfig)
-            config = CodecConfig(**codec | {"name": CodecName[codec["name"]]})
+            config = CodecConfig(**codec)
             header = cls(**record, codec=config, folder=store.root)
             if not _DIGEST.fullmatch(header.ranks):
                 raise ValueError(f"ranks is {header.ranks!r:.80}, not a digest")

@@ -16,7 +16,6 @@ from typing import Any, cast
 import torch
 from omegaconf import OmegaConf
 
-from distill.config import owner
 from distill.config.errors import ConfigError
 from distill.config.files import write_text
 from distill.config.schema import DataConfig, ModelConfig, RunConfig, VisionConfig, WeightDtype
@@ -42,8 +41,9 @@ def export(config: RunConfig, folder: Path, dist: Dist) -> None:
     """Writes `export.dir`, and in the run folder what came of it.
 
     Raises:
-        ConfigError: no tokenizer is found, or the model's router bias is not zero and may not be dropped.
-        CheckpointError: the model cannot be read, or the format cannot hold it.
+        ConfigError: no tokenizer is found.
+        CheckpointError: the model cannot be read, the format cannot hold it, or its router bias is not zero and may
+            not be dropped.
     """
     e = config.export
     assert config.init_from is not None and e.dir is not None
@@ -54,14 +54,7 @@ def export(config: RunConfig, folder: Path, dist: Dist) -> None:
     found = None if (source / "config.json").exists() else checkpoint.find(source)
     model = load_model(source, e.role.value, None, found)
     known = None if found is None else identity.stored(found, role_in(found, e.role.value))
-    biased = any(bool(router.bias.any()) for router in model.routers)
-    if biased and not e.drop_router_bias:
-        raise ConfigError(
-            f"export.drop_router_bias is false; {source} was balanced with a router bias, which the format cannot "
-            "hold: with true it is left out, and what that costs on held-out text is measured"
-        )
-    if dist.is_main:
-        owner.own_name(Path(e.dir), "export.dir", "job=export")
+    biased = hf.drops_router_bias(model, e.drop_router_bias, "export.drop_router_bias")
     tokenizer = home.tokenizer()
     data = Prepared(tokenizer, {}, {})
     if biased:

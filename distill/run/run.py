@@ -25,6 +25,7 @@ from distill.config.checks import vision_problems
 from distill.config.errors import ConfigError, DataError, DivergenceError
 from distill.config.files import write_text
 from distill.config.load import to_dict
+from distill.config.model import moe_layers, rope_layers
 from distill.config.registry import JOBS
 from distill.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig, VisionConfig
 from distill.data.join import Batch, Joiner
@@ -37,7 +38,6 @@ from distill.engine.zero import Engine, load_weights
 from distill.model import Transformer, hf
 from distill.model.balance import degenerate_routers
 from distill.model.freeze import freeze
-from distill.model.layer_kinds import moe_layers, rope_layers
 from distill.run import folder as run_folder
 from distill.run import identity
 from distill.run.folder import shown
@@ -375,7 +375,7 @@ def load_model(folder: Path, role: str, want: ModelConfig | None, found: Checkpo
         tensors = found.tensors(name, ("param/", "buffer/"))
         if not with_vision:
             config.vision = None
-            tensors = {key: t for key, t in tensors.items() if not key.removeprefix("param/").startswith(hf.SIGHT)}
+            tensors = {key: t for key, t in tensors.items() if not key.removeprefix("param/").startswith(hf.VISION)}
         model = Transformer(config)
         load_weights(model, tensors)
     if want is not None:

@@ -9,7 +9,8 @@ import torch
 
 from distill.cache import CacheHeader, CacheReader, CacheWriter, make_codec
 from distill.config.errors import CacheError
-from distill.config.schema import CodecConfig, CodecName, EntropyFactor, TokenizerConfig, WeightingConfig
+from distill.config.registry import CODECS
+from distill.config.schema import CodecConfig, EntropyFactor, TokenizerConfig, WeightingConfig
 from distill.data.join import check_cache
 from distill.data.tokenizer import load, train
 from distill.tracking.meters import Meters
@@ -20,7 +21,7 @@ from tests.unit.test_student_step import ALONE, S, batch
 T, D, V, PADDED = 24, 6, 48, 64
 
 
-@pytest.mark.parametrize("name", list(CodecName))
+@pytest.mark.parametrize("name", CODECS.names)
 def test_rows_after_the_teachers_get_no_mass_and_lose_theirs(name):
     """Against a dense target in fp64: what the codec stored, zeros after it; differentiated by torch."""
     g = torch.Generator().manual_seed(3)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill.cache.store import reported
-from distill.tools.imports.encode import Piece
+from distill.tools.imports.encode import Span
 
 _TYPES = (np.int32, np.int32, np.int32, np.uint8, np.float32, np.float32, np.bool_)
 
@@ -19,7 +19,7 @@ class Whole(NamedTuple):
     """A sample, S positions."""
 
     sample_id: int
-    piece: Piece
+    piece: Span
 
 
 class _Waiting(NamedTuple):
@@ -62,7 +62,7 @@ class Assembler:
         self.repeated += known
         return known
 
-    def add(self, sample_id: int, position: int, piece: Piece, expected: int) -> Whole | None:
+    def add(self, sample_id: int, position: int, piece: Span, expected: int) -> Whole | None:
         """Takes a piece that begins at `position`; the sample, if this was the last of its `expected` pieces."""
         others = self._pieces.get(sample_id, [])
         if len(others) + 1 < expected:
@@ -82,7 +82,7 @@ class Assembler:
         for sample_id in sorted(self._pieces):
             yield self._whole(sample_id, [], self._pieces.pop(sample_id))
 
-    def _whole(self, sample_id: int, pieces: list[tuple[int, Piece]], waiting: list[_Waiting]) -> Whole:
+    def _whole(self, sample_id: int, pieces: list[tuple[int, Span]], waiting: list[_Waiting]) -> Whole:
         self._done.add(sample_id)
         parts, at = [], 0
         keeps_rest = False
@@ -91,20 +91,20 @@ class Assembler:
             at = position + len(piece.counts_T)
             keeps_rest = keeps_rest or len(piece.rest_T) > 0
         parts.append(_gap(self._length - at))
-        whole = Piece(*(np.concatenate(column) for column in zip(*parts)))
+        whole = Span(*(np.concatenate(column) for column in zip(*parts)))
         return Whole(sample_id, whole if keeps_rest else whole._replace(rest_T=np.zeros(0, np.uint8)))
 
-    def _read(self, waiting: _Waiting) -> Piece:
+    def _read(self, waiting: _Waiting) -> Span:
         self._file.seek(waiting.offset)
         columns: list[Any] = []
         for size, kind in zip(waiting.sizes, _TYPES):
             columns.append(np.frombuffer(self._file.read(size * np.dtype(kind).itemsize), kind))
-        return Piece(*columns)
+        return Span(*columns)
 
 
-def _gap(count: int) -> Piece:
+def _gap(count: int) -> Span:
     assert count >= 0, "pieces overlap"
     none: NDArray[np.int32] = np.zeros(0, np.int32)
     zeros: list[Any] = [np.zeros(count, kind) for kind in (np.int32, np.uint8, np.float32, np.float32, np.bool_)]
     counts, rest, label, entropy, has = zeros
-    return Piece(counts, none, none, rest, label, entropy, has)
+    return Span(counts, none, none, rest, label, entropy, has)

@@ -14,7 +14,7 @@ from distill.cache.codecs.topk import TopK
 from distill.cache.format import LABEL_TOP
 from distill.cache.targets import Atoms
 from distill.config.errors import CacheError
-from distill.tools.imports.sequences import Sequence
+from distill.tools.imports.sequences import ForeignSequence
 
 _TOO_MUCH = 1.05
 """Mean sum of a sequence's kept probabilities that cannot be one of probabilities: rounding and fitting give single
@@ -37,7 +37,7 @@ class Tally:
     largest_sum: float = 0.0
 
 
-class Piece(NamedTuple):
+class Span(NamedTuple):
     """Consecutive positions of a sample; columns are those of `Atoms` and what `CacheWriter.put` takes besides."""
 
     counts_T: NDArray[np.int32]
@@ -50,7 +50,7 @@ class Piece(NamedTuple):
     """The source has a distribution."""
 
 
-class Encoder:
+class SpanEncoder:
     """Encodes with one codec: `topk` for entries, any codec for whole distributions.
 
     Of entries the label's log-probability is exact where the label is among them, or the source says it apart;
@@ -64,13 +64,13 @@ class Encoder:
 
     def piece(
         self,
-        sequence: Sequence,
+        sequence: ForeignSequence,
         first: int,
         labels_T: NDArray[np.int64],
         valid_T: NDArray[np.bool_],
         sample_id: int,
         position: int,
-    ) -> Piece:
+    ) -> Span:
         """Positions `first` and on of a sequence, one for each label, which stand at `position` and on of a sample.
 
         valid_T: labels that count.
@@ -86,7 +86,7 @@ class Encoder:
             raise CacheError(f"{sequence.where}: a distribution is not finite")
         return found
 
-    def _sparse(self, sequence: Sequence, first: int, labels_T: Any, valid_T: Any) -> Piece:
+    def _sparse(self, sequence: ForeignSequence, first: int, labels_T: Any, valid_T: Any) -> Span:
         assert isinstance(self._codec, TopK) and sequence.entries is not None
         e, tokens = sequence.entries, len(labels_T)
         before = np.concatenate([[0], np.cumsum(e.counts_P)])
@@ -124,8 +124,8 @@ class Encoder:
         return _piece(atoms, label_T, np.maximum(entropy_T, 0.0), has_T)
 
     def _whole(
-        self, sequence: Sequence, first: int, labels_T: Any, valid_T: Any, sample_id: int, position: int
-    ) -> Piece:
+        self, sequence: ForeignSequence, first: int, labels_T: Any, valid_T: Any, sample_id: int, position: int
+    ) -> Span:
         assert sequence.dense_PV is not None
         values_TV = sequence.dense_PV[first : first + len(labels_T)]
         width = values_TV.shape[1]
@@ -152,7 +152,7 @@ class Encoder:
         self.tally.labels_kept += int((has_T & kept_T).sum())
         self.tally.labels_bound += int((has_T & bound_T).sum())
 
-    def _check_sums(self, sequence: Sequence, sum_T: Any) -> None:
+    def _check_sums(self, sequence: ForeignSequence, sum_T: Any) -> None:
         if not len(sum_T):
             return
         if sum_T.mean() > _TOO_MUCH:
@@ -164,6 +164,6 @@ class Encoder:
         self.tally.largest_sum = max(self.tally.largest_sum, float(sum_T.max()))
 
 
-def _piece(atoms: Atoms, label_T: Any, entropy_T: Any, has_T: Any) -> Piece:
+def _piece(atoms: Atoms, label_T: Any, entropy_T: Any, has_T: Any) -> Span:
     counts_T, ids_N, codes_N, rest_T = (column.numpy() for column in atoms)
-    return Piece(counts_T, ids_N, codes_N, rest_T, label_T.astype(np.float32), entropy_T.astype(np.float32), has_T)
+    return Span(counts_T, ids_N, codes_N, rest_T, label_T.astype(np.float32), entropy_T.astype(np.float32), has_T)

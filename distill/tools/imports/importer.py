@@ -14,11 +14,11 @@ from distill.cache.targets import Atoms
 from distill.cache.writer import CacheWriter
 from distill.config.errors import CacheError
 from distill.tools.imports.assemble import Assembler, Whole
-from distill.tools.imports.encode import Encoder, Tally
-from distill.tools.imports.sequences import Sequence
+from distill.tools.imports.encode import SpanEncoder, Tally
+from distill.tools.imports.sequences import ForeignSequence
 
 
-class Run(NamedTuple):
+class Placement(NamedTuple):
     """Positions of a sequence that are positions of the corpus."""
 
     start: int
@@ -52,12 +52,12 @@ class Corpus(Protocol):
     def take(self, sample_ids: NDArray[np.int64]) -> Samples: ...
 
 
-Match = Callable[[Sequence], list[Run] | None]
+Match = Callable[[ForeignSequence], list[Placement] | None]
 """Where a sequence stands in the corpus; no place: it does not; None: it is left out on purpose."""
 
 
 @dataclass
-class Report:
+class ImportReport:
     """What an import did."""
 
     sequences: int = 0
@@ -96,17 +96,17 @@ class Report:
 
 
 def write(
-    sequences: Iterable[Sequence],
+    sequences: Iterable[ForeignSequence],
     match: Match,
     corpus: Corpus,
     writer: CacheWriter,
-    encoder: Encoder,
+    encoder: SpanEncoder,
     *,
     teacher: str,
     step: int,
     tokens_seen: int,
     allow_unmatched: bool,
-) -> Report:
+) -> ImportReport:
     """Writes all sequences that `match` finds in the corpus, and closes the writer's stream.
 
     A sample that is in the cache with this step is passed over, so an import that was cut short goes on when repeated.
@@ -114,7 +114,7 @@ def write(
     Raises:
         CacheError: a sequence that is not in the corpus, unless allowed; a damaged file; what the writer refuses.
     """
-    report = Report(tally=encoder.tally)
+    report = ImportReport(tally=encoder.tally)
 
     def put(whole: Whole) -> None:
         p, samples = whole.piece, corpus.take(np.array([whole.sample_id]))
@@ -155,7 +155,7 @@ def write(
     return report
 
 
-def _unmatched(report: Report, sequence: Sequence, allowed: bool) -> None:
+def _unmatched(report: ImportReport, sequence: ForeignSequence, allowed: bool) -> None:
     start = "" if sequence.tokens is None else f" ({len(sequence.tokens)} tokens: {_some(sequence.tokens)})"
     report.unmatched += 1
     report.first_unmatched = report.first_unmatched or f"{sequence.where}{start}"
@@ -174,7 +174,9 @@ def _some(tokens: Any) -> str:
     return " ".join(map(str, tokens[:8])) + (" ..." if len(tokens) > 8 else "")
 
 
-def _pieces(sequence: Sequence, run: Run, corpus: Corpus, encoder: Encoder, assembler: Assembler) -> Iterable[Whole]:
+def _pieces(
+    sequence: ForeignSequence, run: Placement, corpus: Corpus, encoder: SpanEncoder, assembler: Assembler
+) -> Iterable[Whole]:
     """Hands a run to the assembler, sample by sample; yields those that are complete by it."""
     length = corpus.sample_tokens
     start, first, left = run.start, run.first, min(run.positions, len(corpus) * length - run.start)

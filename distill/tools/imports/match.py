@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from distill.config.errors import DataError
 from distill.data.packed import PackedCorpus
-from distill.tools.imports.importer import Run
-from distill.tools.imports.sequences import Sequence
+from distill.tools.imports.importer import Placement
+from distill.tools.imports.sequences import ForeignSequence
 
 Tokens = NDArray[Any]
 
@@ -48,22 +48,22 @@ class ByTokens:
                         documents.add(content[:size], start + offset, has_bos)
         self._samples, self._documents = samples.close(), documents.close()
 
-    def __call__(self, sequence: Sequence) -> list[Run]:
+    def __call__(self, sequence: ForeignSequence) -> list[Placement]:
         tokens = sequence.tokens
         assert tokens is not None, "a format without tokens is matched by order"
         runs = []
         if len(tokens) in (self._length, self._length + 1):
             count = min(sequence.positions, self._length)
-            runs = [Run(start, 0, count, True) for start, _ in self._samples.find(tokens)]
+            runs = [Placement(start, 0, count, True) for start, _ in self._samples.find(tokens)]
         return runs or self._as_documents(tokens, sequence.positions)
 
-    def _as_documents(self, tokens: Tokens, positions: int) -> list[Run]:
+    def _as_documents(self, tokens: Tokens, positions: int) -> list[Placement]:
         content, offset = self._content(tokens)
         runs = []
         for start, has_bos in self._documents.find(content) if len(content) else ():
             first = max(0, offset - has_bos)
             count = min(positions, offset + len(content)) - first
-            runs.append(Run(start + first - offset, first, count, False))
+            runs.append(Placement(start + first - offset, first, count, False))
         return runs
 
     def _content(self, tokens: Tokens) -> tuple[Tokens, int]:
@@ -86,7 +86,7 @@ class ByOrder:
             raise DataError(f"{where}: entry {bad} is {order[bad]}; sample ids are 0 to {len(corpus) - 1}, or -1")
         self._order, self._where, self._length, self._next = order, where, corpus.sample_tokens, 0
 
-    def __call__(self, sequence: Sequence) -> list[Run] | None:
+    def __call__(self, sequence: ForeignSequence) -> list[Placement] | None:
         if self._next == len(self._order):
             count = len(self._order)
             raise DataError(f"{self._where}: has {count} sample ids, but {sequence.where} is one sequence more")
@@ -99,7 +99,7 @@ class ByOrder:
                 f"{sequence.where}: {sequence.positions} positions; samples of the corpus have {self._length} "
                 "(data.sample_tokens)"
             )
-        return [Run(sample_id * self._length, 0, self._length, True)]
+        return [Placement(sample_id * self._length, 0, self._length, True)]
 
 
 def load_order(path: Path) -> NDArray[np.int64]:

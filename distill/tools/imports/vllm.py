@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from distill.config.errors import CacheError
 from distill.tools.imports import parquet_rows as tables
-from distill.tools.imports.sequences import Facts, Sequence, entries, largest
+from distill.tools.imports.sequences import ForeignSequence, SourceInfo, entries, largest
 
 TOKENS, LOGPROBS = "prompt_token_ids", "prompt_logprobs"
 _SERVERS_MINUS_INFINITY = -9999.0
@@ -36,7 +36,7 @@ class Vllm:
     def __init__(self, paths: list[str | Path], *, k: int | None = None):
         self._files = [file for path in paths for file in _files(Path(path))]
         self._k = k or self._asked()
-        self.facts = Facts(
+        self.info = SourceInfo(
             format="vllm",
             bias=f"top-{self._k} of log-probabilities over the whole vocabulary; the mass of the rest is known, its "
             "ids are not, so the tail is not taught; the prompt's own token beyond the top is not among them",
@@ -53,11 +53,11 @@ class Vllm:
             return max((r for r in range(1, most + 1) if all(r in each for each in ranks)), default=most)
         raise CacheError(f"{self._files[0]}: no request has entries in {LOGPROBS}")
 
-    def __iter__(self) -> Iterator[Sequence]:
+    def __iter__(self) -> Iterator[ForeignSequence]:
         for where, request in self._requests():
             yield self._sequence(where, request)
 
-    def _sequence(self, where: str, request: dict[str, Any]) -> Sequence:
+    def _sequence(self, where: str, request: dict[str, Any]) -> ForeignSequence:
         try:
             tokens = np.array(request[TOKENS], np.int64)
         except (TypeError, ValueError, OverflowError):
@@ -79,7 +79,9 @@ class Vllm:
         ids = np.array([pair[0] for pair in every], np.int64)
         logprobs = np.array([pair[1] for pair in every], np.float64)
         logprobs[logprobs <= _SERVERS_MINUS_INFINITY] = -np.inf
-        return Sequence(where, tokens, largest(entries(counts, ids, logprobs, where), self._k), label_logprobs_P=labels)
+        return ForeignSequence(
+            where, tokens, largest(entries(counts, ids, logprobs, where), self._k), label_logprobs_P=labels
+        )
 
     def _requests(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for file in self._files:
