@@ -45,7 +45,7 @@ FILES = {
     "no package line": ("seed: 1\n", "below `experiment.`, where there are no keys; its first line must"),
     "a late package line": ("seed: 1\n" + LINE, "there are no keys; its first line must be `# @package _global_`"),
     "a wrong package": ("# @package global\nseed: 1\n", "below `global.`, where there are no keys; its first line"),
-    "a long package line": ("# @package _global_ for all\nseed: 1\n", "Too many components in '# @pa"),
+    "a long package line": ("# @package _global_ for all\nseed: 1\n", "Too many components in '@pac"),
     "empty": ("", " is empty; a configuration is lines of `key: value`"),
     "comments alone": (LINE, " is empty; a configuration is lines of `key: value`"),
     "a list": (LINE + "- seed: 1\n", " is [{'seed': 1}]; a configuration is lines of `key: value`"),
