@@ -157,7 +157,7 @@ def _library(record: dict[str, Any], name: str) -> Any:
         raise DataError(f"{name}: not a tokenizer.json: {error}") from error
 
 
-def load(config: TokenizerConfig, file: str | Path | None = None) -> Tokenizer:
+def load_tokenizer(config: TokenizerConfig, file: str | Path | None = None) -> Tokenizer:
     """The tokenizer of `file`, or else of `config.file`.
 
     Raises:
@@ -177,7 +177,7 @@ def load(config: TokenizerConfig, file: str | Path | None = None) -> Tokenizer:
     return Tokenizer(record, config.bos, config.eos, str(path))
 
 
-def train(config: TokenizerConfig, texts: Iterable[str], images: bool = False) -> Tokenizer:
+def train_tokenizer(config: TokenizerConfig, texts: Iterable[str], images: bool = False) -> Tokenizer:
     """A byte-level BPE over `texts`, never above `config.vocab_size` ids; equal texts give equal bytes.
 
     bos and eos are its first ids, then IMAGE_TOKENS if it is for `images`, then the 256 bytes, then merges: every

@@ -12,7 +12,7 @@ from distill.config.errors import CacheError
 from distill.config.registry import CODECS
 from distill.config.schema import CodecConfig, EntropyFactor, TokenizerConfig, WeightingConfig
 from distill.data.join import check_cache
-from distill.data.tokenizer import load, train
+from distill.data.tokenizer import load_tokenizer, train_tokenizer
 from distill.tracking.meters import Meters
 from losses import mixed_loss
 from student.distilling import StudentStep
@@ -84,7 +84,7 @@ class StubCorpus:
 
 @pytest.fixture(scope="module")
 def own():
-    return train(TokenizerConfig(vocab_size=280), ["the cat sat on the mat"] * 9)
+    return train_tokenizer(TokenizerConfig(vocab_size=280), ["the cat sat on the mat"] * 9)
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def changed(own, tmp_path, change):
     record = json.loads((tmp_path / "changed.json").read_text())
     change(record)
     (tmp_path / "changed.json").write_text(json.dumps(record))
-    return load(TokenizerConfig(), tmp_path / "changed.json")
+    return load_tokenizer(TokenizerConfig(), tmp_path / "changed.json")
 
 
 def added(record):
