@@ -251,7 +251,7 @@ def _with_options(shapes: _Shapes, args: argparse.Namespace) -> _Shapes:
     codec = dataclasses.replace(shapes.codec, **given("draws", "tau", "k"))
     if args.codec:
         codec = dataclasses.replace(codec, name=args.codec)
-    if problems := list(out_of_range(codec, "--")):
+    if problems := [f"--{problem}" for problem in out_of_range(codec)]:
         raise ConfigError(*problems)
     options = given("sample_tokens", "vocab_size", "shard_samples", "tokens")
     return dataclasses.replace(shapes, codec=codec, **options)
