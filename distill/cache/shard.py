@@ -1,4 +1,4 @@
-"""One shard: to the bytes of its file, and read back. The format is that of docs/format.md. No torch."""
+"""Shards, written and read in the format of docs/format.md. No torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from distill.cache.ahead import NEAR
-from distill.cache.format import INDEX, RECORDS, SHARDS
+from distill.cache.fields import checked
+from distill.cache.format import INDEX, RECORDS, SHARDS, row_of, shard_name
 from distill.cache.ledger import Origin, ShardRow
 from distill.cache.seal import digest
 from distill.cache.store import Store
@@ -31,26 +32,26 @@ WIDTHS = {name: np.dtype(_TYPES[dtype]).itemsize for name, dtype in _COLUMNS.ite
 
 
 class Columns(NamedTuple):
-    """What a shard says of its n samples beside their records; all of length n."""
+    """The index of a shard's n samples, without what locates and verifies their records; all of length n."""
 
     sample_ids: NDArray[np.int64]
     digests: NDArray[np.uint64]
-    """Of the tokens that the teacher saw."""
+    """Digests of the tokens that the teacher predicted from."""
     steps: NDArray[np.int64]
-    """The teacher's."""
+    """The teacher's steps."""
     atoms: NDArray[np.int64]
     origins: NDArray[np.int64]
     """Index into the row's origins."""
 
     def take(self, places: Array) -> Columns:
-        """Of the samples at these places."""
+        """The columns of the samples at these places."""
         return Columns(
             self.sample_ids[places], self.digests[places], self.steps[places], self.atoms[places], self.origins[places]
         )
 
 
-def build(columns: Columns, records: Array, ends: Array, metadata: dict[str, str]) -> tuple[bytes, int]:
-    """The file of n samples, whose records lie in `records` one after the other, and its `index_bytes`.
+def build(columns: Columns, records: Array, ends: Array, metadata: dict[str, str]) -> bytes:
+    """The file of n samples, whose records lie in `records` one after the other up to `ends`.
 
     Raises:
         CacheError: more than the format holds in one shard.
@@ -69,17 +70,13 @@ def build(columns: Columns, records: Array, ends: Array, metadata: dict[str, str
             columns.sample_ids.tolist(), columns.digests.tolist(), starts.tolist(), ends.tolist(), strict=True
         )
     ]
-    found = columns._asdict() | {"checks": np.array(checks, np.uint64), "ends": ends}
-    arrays = {name: np.ascontiguousarray(found[name], _TYPES[dtype]) for name, dtype in _COLUMNS.items()}
-    data = _in_order(safetensors.numpy.save(arrays | {RECORDS: records}, metadata=metadata))
-    # The library sorts by the width of a number, so that the index comes first: the ledger's digest relies on it.
-    index_bytes = len(data) - len(records)
-    assert parse(data[:index_bytes], len(data))[RECORDS] == (index_bytes, len(data))
-    return data, index_bytes
+    index = columns._asdict() | {"checks": np.array(checks, np.uint64), "ends": ends}
+    arrays = {name: np.ascontiguousarray(index[name], _TYPES[dtype]) for name, dtype in _COLUMNS.items()}
+    return _in_order(safetensors.numpy.save(arrays | {RECORDS: records}, metadata=metadata))
 
 
 def _in_order(data: bytes) -> bytes:
-    """The file with its metadata in order of names: the library's order is random, and equal work is equal bytes."""
+    """The file with its metadata in order of names: the library's order is random, and equal work makes equal bytes."""
     front = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:front])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -88,8 +85,48 @@ def _in_order(data: bytes) -> bytes:
     return b"".join([data[:8], text.ljust(front - 8), memoryview(data)[front:]])
 
 
+def row_of_file(data: bytes, name: str, source: str | None = None) -> ShardRow:
+    """The ledger row of a shard's file.
+
+    name: of the file. source: what wrote it; None: as the origin of its records has it.
+
+    Raises:
+        CacheError: what is wrong with the file.
+    """
+    try:
+        written = row_of(name)
+        if written is None or shard_name(*written, digest(data)) != name:
+            raise ValueError("its digest is not that of its name")
+        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        origins = tuple(checked(Origin, origin) for origin in json.loads(metadata["origins"]))
+        spans = parse(data, len(data))
+        index_bytes, end = spans[RECORDS]
+        if end != len(data):  # the library sorts columns by the width of their numbers, so that the records come last
+            raise ValueError("its records are not at its end")
+        ids, atoms = (_column(data, spans, each) for each in ("sample_ids", "atoms"))
+        return ShardRow(
+            writer=written.writer,
+            seq=written.seq,
+            cache=metadata["cache"],
+            shard=name,
+            source=source or origins[0].source,
+            samples=len(ids),
+            first_sample=int(ids.min()),
+            last_sample=int(ids.max()),
+            tokens=sum(origin.tokens for origin in origins),
+            atoms=int(atoms.sum()),
+            bytes=len(data),
+            file_digest=digest(data),
+            index_bytes=index_bytes,
+            index_digest=digest(memoryview(data)[:index_bytes]),
+            origins=origins,
+        )
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise CacheError(str(error)) from error
+
+
 def check(sample_id: int, token_digest: int, record: memoryview | bytes) -> int:
-    """xxh3-64 that binds a record to its sample and to the tokens that the teacher saw."""
+    """xxh3-64 that binds a record to its sample and to the sample's tokens."""
     state = xxhash.xxh3_64(record)
     state.update(sample_id.to_bytes(8, "little") + token_digest.to_bytes(8, "little"))
     return state.intdigest()
@@ -101,12 +138,12 @@ class Shard:
     def __init__(self, store: Store, row: ShardRow, *, whole: bool = True, sound: bool = True):
         """Raises CacheError when the file is missing, of another size, or its index is damaged.
 
-        whole: it must be of the size in the ledger. sound: so must be the index's digest; without it only what a record
-        that verifies binds can be trusted, its id and token digest.
+        whole: check the size of the file. sound: check the digest of the index; without it only the ids and token
+        digests of records that verify can be trusted.
         """
         self.row, self._store, self._name = row, store, f"{SHARDS}/{row.shard}"
         self.path = store.path(self._name)
-        # In a slow store that is one request more; the records' own digests find what is missing.
+        # One request more in a slow store, where the digests of the records find what is missing.
         if whole and not store.slow:
             with self._there():
                 size = store.size(self._name)
@@ -116,11 +153,11 @@ class Shard:
             raise CacheError(f"{self.name} is damaged: an index of {row.index_bytes} bytes in a file of {row.bytes}")
         with self._there():
             data = store.read_at(self._name, 0, row.index_bytes)
-        if sound and (found := digest(data)) != row.index_digest:
-            raise CacheError(f"{self.name} is damaged: index digest {found}, {row.index_digest} in the ledger")
+        if sound and (actual := digest(data)) != row.index_digest:
+            raise CacheError(f"{self.name} is damaged: index digest {actual}, {row.index_digest} in the ledger")
         try:
             spans = parse(data, row.bytes)
-            arrays = {name: np.frombuffer(data[slice(*spans[name])], _TYPES[_COLUMNS[name]]) for name in INDEX}
+            arrays = {name: _column(data, spans, name) for name in INDEX}
             ends = arrays["ends"].astype(np.int64)
             self.bounds = row.index_bytes + np.concatenate([[0], ends])
             wrong = (
@@ -142,7 +179,7 @@ class Shard:
         )
 
     def _fits(self, arrays: dict[str, Array]) -> bool:
-        """The columns say what the row says."""
+        """Whether the columns agree with the ledger's row."""
         row, ids = self.row, arrays["sample_ids"]
         return bool(
             (arrays["origins"] < len(row.origins)).all()
@@ -170,14 +207,14 @@ class Shard:
         return [self.verified(first + i, data[bounds[i] : bounds[i + 1]]) for i in range(end - first)]
 
     def read(self, first: int, end: int) -> bytes:
-        """Their bytes, not verified."""
+        """The bytes of samples number `first` to `end` - 1, not verified."""
         start, stop = int(self.bounds[first]), int(self.bounds[end])
         with self._there():
             return self._store.read_at(self._name, start, stop - start)
 
     def records(self, indexes: Sequence[int] | Array) -> list[bytes]:
-        """Those of some samples, verified; neighbors come in one read. CacheError as `span`."""
-        found: dict[int, bytes] = {}
+        """The records of some samples, verified; neighbors are read at once. CacheError as `span`."""
+        records: dict[int, bytes] = {}
         wanted = np.unique(indexes)
         gaps = self.bounds[wanted[1:]] - self.bounds[wanted[:-1] + 1]
         for run in np.split(wanted, np.flatnonzero(gaps > (NEAR if self._store.slow else 0)) + 1):
@@ -186,12 +223,12 @@ class Shard:
                 data = self._store.read_ahead(self._name, first, int(self.bounds[run[-1] + 1]) - first)
             for index in run.tolist():
                 start, end = (self.bounds[index : index + 2] - first).tolist()
-                found[index] = self.verified(index, data[start:end])
-        return [found[index] for index in indexes]
+                records[index] = self.verified(index, data[start:end])
+        return [records[index] for index in indexes]
 
     @contextlib.contextmanager
     def _there(self) -> Iterator[None]:
-        """A file that is gone was either lost, or retired and then purged behind a reader's back."""
+        """Adds the likely cause to the error for a missing file: it was lost, or retired and then purged."""
         try:
             yield
         except CacheError as error:
@@ -203,6 +240,7 @@ class Shard:
             raise
 
     def verified(self, index: int, data: bytes) -> bytes:
+        """The record of one sample; CacheError when its bytes do not have their digest."""
         sample, token_digest = int(self.columns.sample_ids[index]), int(self.columns.digests[index])
         if check(sample, token_digest, data) != self._checks[index]:
             raise CacheError(f"{self.path} is damaged: sample {sample} does not verify")
@@ -222,3 +260,7 @@ def parse(data: bytes, size: int) -> dict[str, tuple[int, int]]:
             raise ValueError(f"column {name} is not what it should be")
         spans[name] = (front + start, front + end)
     return spans
+
+
+def _column(data: bytes, spans: dict[str, tuple[int, int]], name: str) -> Array:
+    return np.frombuffer(data[slice(*spans[name])], _TYPES[_COLUMNS[name]])

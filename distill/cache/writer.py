@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distill.cache import record
 from distill.cache.codecs import make_codec
-from distill.cache.format import SHARDS, TEMPORARY, check_writer, writer_lock
+from distill.cache.format import SHARDS, TEMPORARY, check_writer, row_of, writer_lock
 from distill.cache.header import CacheHeader
 from distill.cache.ledger import LedgerWriter, Origin
 from distill.cache.open_store import open_store
@@ -29,20 +29,20 @@ from distill.config.schema import OnFull
 
 
 class WriterStats(NamedTuple):
-    """What one writer has done since it was opened."""
+    """Counts of one writer since it was opened."""
 
     samples: int
-    """Published."""
+    """Samples published."""
     tokens: int
-    """Published that have a target."""
+    """Tokens published that have a target."""
     bytes: int
-    """Published."""
+    """Bytes published."""
     skipped: int
     """Samples left out because the queue was full."""
 
 
 class _Request(NamedTuple):
-    """Of the caller to the thread."""
+    """A request of the caller's to the thread."""
 
     kind: str
     """flush, finish, hand over or stop."""
@@ -68,7 +68,7 @@ class CacheWriter:
     ):
         """Opens the cache, or creates it, and resumes this writer's ledger.
 
-        folder: a path, or a URL of a file system that fsspec knows.
+        folder: a path, or a URL of a file system of fsspec.
         writer: name of the ledger and prefix of the shards; one live process only.
         counts_V: corpus frequency of every id, for the rank table; None takes the table that is there, or none.
         shard_samples: publish as soon as so many samples wait. queue: micro-batches that may wait for the thread.
@@ -106,27 +106,21 @@ class CacheWriter:
         self._thread.start()
 
     def _remove_leftovers(self) -> None:
-        """What a kill left: temporary files, and the one shard whose row was never written.
+        """Removes what a kill left: temporary files, and the one shard whose row was never written.
 
         Raises:
             CacheError: there are shards beyond it, so the ledger has lost rows.
         """
         known = {row.shard for row in self._ledger.rows}
-        left, next_seq = [], self._ledger.seq
-        for name in self._store.names(SHARDS):
-            number, _, rest = name.removeprefix(f"{self.writer}-").partition("-")
-            if not (name.startswith(f"{self.writer}-") and number.isdigit() and "-" not in rest):
-                continue
-            if name.endswith(TEMPORARY):
-                left.append(name)
-            elif name not in known:
-                left.append(name)
-                if int(number) > next_seq:
-                    path = self._store.path(f"{SHARDS}/{name}")
-                    raise CacheError(
-                        f"{path}: shard {int(number)} is there, but ledger {self.writer} has {next_seq} rows: it was "
-                        f"cut; get it back with codistill-cache repair {self._store.root}"
-                    )
+        rows = {name: row_of(name) for name in self._store.names(SHARDS) if name not in known}
+        left = {name: row.seq for name, row in rows.items() if row is not None and row.writer == self.writer}
+        for name, seq in left.items():
+            if seq > self._ledger.seq and not name.endswith(TEMPORARY):
+                path = self._store.path(f"{SHARDS}/{name}")
+                raise CacheError(
+                    f"{path}: shard {seq} is there, but ledger {self.writer} has {self._ledger.seq} rows: it was cut; "
+                    f"get it back with codistill-cache repair {self._store.root}"
+                )
         for name in left:
             self._store.remove(f"{SHARDS}/{name}")
 
@@ -147,7 +141,7 @@ class CacheWriter:
         tokens_seen: int,
         teacher: str,
     ) -> bool:
-        """Hands over one micro-batch of T = B * S tokens; False if it was skipped because the queue is full.
+        """Accepts one micro-batch of T = B * S tokens for the thread; False: skipped, because the queue is full.
 
         digests_B: uint64 of each sample's tokens. label_logprob_T, entropy_T: float nats of the teacher. valid_T:
         bool, tokens that have a label; others are stored as having no target. step: the teacher's, before its update.
@@ -193,7 +187,7 @@ class CacheWriter:
         tokens_seen: int,
         teacher: str,
     ) -> bool:
-        """`put` of what the codec makes of a teacher's logits, taken at temperature 1 on the device that they are on.
+        """`put` of atoms that the codec takes from a teacher's logits at temperature 1, on the logits' device.
 
         logits_TV: any float type, row t predicts labels_T[t]; T = B * S tokens, V = the header's vocab_size. labels_T:
         int64, any id of the vocabulary where not valid. valid_T: bool.
@@ -202,7 +196,7 @@ class CacheWriter:
         assert logits_TV.shape == (tokens, vocab), f"logits are {tuple(logits_TV.shape)}, expected {(tokens, vocab)}"
         device = logits_TV.device
         lse_T = logits_TV.float().logsumexp(-1)
-        found = self._codec.select(
+        selection = self._codec.select(
             logits_TV,
             lse_T,
             seed=self.header.seed,
@@ -213,9 +207,9 @@ class CacheWriter:
         return self.put(
             sample_ids_B,
             digests_B,
-            found.atoms,
+            selection.atoms,
             label_logprob_T,
-            found.entropy_T,
+            selection.entropy_T,
             valid_T,
             step=step,
             tokens_seen=tokens_seen,
@@ -276,8 +270,10 @@ class CacheWriter:
             raise CacheError(f"cache {self.folder}: the teacher's log-probabilities of sample {sample} are not finite")
 
     def _undone(self, batch: Pending) -> Pending:
-        """Without the samples whose targets of this step, or of a later one, had been published before this writer's
-        first `put`: a run that goes on from a checkpoint does some steps again."""
+        """Drops samples whose targets of this step, or of a later one, had been published before the first `put`.
+
+        A run that goes on from a checkpoint does some steps again.
+        """
         if self._done is None:
             self._done = newest_since(self._store, self.header, batch.step)
         return batch.select(self._done.steps(batch.sample_ids_B) < batch.step, self.header.sample_tokens)
@@ -370,7 +366,7 @@ class CacheWriter:
 
 
 def _own(values: Tensor | Array, dtype: Any) -> Array:
-    """A copy that the caller cannot change any more."""
+    """A copy, so that the caller may change the original."""
     if isinstance(values, Tensor):
         values = (values.float() if values.is_floating_point() else values).cpu().numpy()  # numpy has no bfloat16
     return np.array(values, dtype)

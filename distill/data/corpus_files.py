@@ -112,7 +112,7 @@ def _match(key: str, patterns: list[str], given: FileFormat | None, problems: li
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         problems.append(
             DataError(
-                f"{key} has {', '.join(unknown[:3])}{more}, whose suffix does not say what is in it; allowed: "
+                f"{key} has {', '.join(unknown[:3])}{more}, whose suffix names no format; allowed: "
                 f"{ALLOWED}; rename, narrow the pattern, or set {key.rpartition('.')[0]}.format (text, json, parquet, "
                 "arrow)"
             )

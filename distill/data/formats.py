@@ -92,7 +92,7 @@ def opened(file: IO[bytes], compression: str | None) -> IO[bytes]:
     return file
 
 
-def reason(error: Exception) -> str:
+def problem(error: Exception) -> str:
     """One line on what is wrong with a file."""
     text = (files.reason(error) or type(error).__name__).splitlines()[0]
     if "too much memory" in text:

@@ -19,7 +19,7 @@ Ranges = list[tuple[int, int]]
 """[start, end) characters of a text."""
 
 
-class Encoded(NamedTuple):
+class EncodedText(NamedTuple):
     ids: list[int]
     ranges: Ranges | None
     """The characters of each token; None: not asked for."""
@@ -65,13 +65,13 @@ class Gaps:
             raise DataError(f"{name}: has no unknown token, and cannot be given one: {error}") from error
         return cls(twin, {twin.token_to_id(token): token_id for token, token_id in added.items()}, passes_over)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
+    def encode_batch(self, texts: Sequence[str]) -> list[EncodedText]:
         """Ids and characters of all tokens but the unknown one."""
         encoded = []
         for e in self._twin.encode_batch(list(texts), add_special_tokens=False):
             tokens = [(i, pair) for i, pair in zip(e.ids, e.offsets) if i != self._unknown]
             ids = [self._original_ids.get(i, i) for i, _ in tokens]
-            encoded.append(Encoded(ids, [pair for _, pair in tokens]))
+            encoded.append(EncodedText(ids, [pair for _, pair in tokens]))
         return encoded
 
     def find(self, texts: Sequence[str]) -> list[Ranges]:

@@ -19,7 +19,7 @@ from typing import Any
 import xxhash
 
 from distill.config.errors import DataError
-from distill.config.files import sync
+from distill.config.files import sync, write_text
 from distill.config.paths import home
 from distill.config.schema import CorpusConfig, DataConfig
 from distill.data.tokenizer import Tokenizer
@@ -70,8 +70,7 @@ def make(folder: Path, name: str, parts: list[object], fill: Callable[[Path, Pat
         new.mkdir()
         scratch.mkdir()
         fill(new, scratch)
-        (new / ABOUT).write_text(json.dumps(about, indent=1, default=str) + "\n", encoding="utf-8")
-        sync(new / ABOUT)
+        write_text(new / ABOUT, json.dumps(about, indent=1, default=str) + "\n")
         sync(new)
         try:
             new.rename(place)

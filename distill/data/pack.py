@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from distill.config import stop, units
 from distill.config.errors import DataError
-from distill.config.files import sync
+from distill.config.files import write_text
 from distill.config.schema import ImageConfig, Source
 from distill.config.terminal import Progress
 from distill.data import image_tiles
-from distill.data.gaps import Encoded, Ranges
+from distill.data.gaps import EncodedText, Ranges
 from distill.data.packed import DocumentTokens, SplitWriter
 from distill.data.raw_corpus import Document, RawCorpus
 from distill.data.tile_store import TileFormat
@@ -90,7 +90,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _framed(document: Document, text: Encoded, tokenizer: Tokenizer) -> DocumentTokens:
+def _framed(document: Document, text: EncodedText, tokenizer: Tokenizer) -> DocumentTokens:
     """With bos, which carries no loss, and eos, which does where the last token does.
 
     The end of an answer is thus learned, and that of a prompt is not.
@@ -171,11 +171,9 @@ class _LeftOut:
             )
         if empty and self._corpus.config.source is Source.files:
             print(f"packing {name}: {empty} documents have no text", file=sys.stderr)
-        path = folder / "left_out.json"
         counts = {
             "empty_documents": empty,
             "unencodable_characters": self._characters,
             "documents_with_unencodable_characters": self._touched,
         }
-        path.write_text(json.dumps(counts, indent=1))
-        sync(path)
+        write_text(folder / "left_out.json", json.dumps(counts, indent=1))

@@ -11,12 +11,15 @@ per sample:
     digest     uint64        xxh3-64 of the little-endian bytes of ids, documents and mask, in this order; sealed with
                              the tiles (see `tile_store`) where there are image tokens among the first S ids
     images     int64         only in corpora with images: image tokens of the split that come before the sample
+
+Beside it `split`.json counts samples and packed documents (those in the dropped tail included) and has the digest of
+the split, xxh3-128 of the samples' digests in order; `split`.counts.npy has the counts of ids.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +30,7 @@ from numpy.typing import NDArray
 
 from distill.cache import token_digests
 from distill.config.errors import DataError
-from distill.config.files import sync
+from distill.config.files import sync, write_text
 from distill.data.row_file import Columns, RowFile, RowWriter
 from distill.data.tile_store import SampleImages, TileFile, TileFormat, Tiles, TileWriter
 
@@ -53,20 +56,6 @@ class PackedSamples(NamedTuple):
 def digests(columns: Columns) -> NDArray[np.uint64]:
     """The digest [n] of each row of `ids`, `documents` and `mask`, each [n, S+1]."""
     return token_digests(*(np.asarray(columns[name], dtype) for name, dtype in COLUMNS.items()))
-
-
-@dataclass(frozen=True)
-class SplitSummary:
-    """What is known of a finished split without reading its rows: `split`.json."""
-
-    sample_tokens: int
-    samples: int
-    documents: int
-    """Documents that were packed, those in the dropped tail included."""
-    digest: str
-    """xxh3-128 (hex) of the samples' digests in order."""
-    tiles: TileFormat | None = None
-    """None: the corpus has no images."""
 
 
 class DocumentTokens(NamedTuple):
@@ -131,6 +120,7 @@ class SplitWriter:
         self.tokens = self._samples = self._documents = self._ordinal = 0
 
     def add(self, document: DocumentTokens) -> None:
+        """Appends a document to the split, and writes the samples that are complete."""
         ids, loss, tiles_NCHW = document
         place = self._tokens_waiting % self._length
         # The last of the S + 1 tokens of a sample is a label alone.
@@ -158,13 +148,18 @@ class SplitWriter:
         self._writer.close()
         if self._tiles is not None:
             self._tiles.close()
-        summary = SplitSummary(self._length, self._samples, self._documents, self._digest.hexdigest(), self._format)
-        record = {name: value for name, value in asdict(summary).items() if value is not None}
-        counts_path, summary_path = (self._folder / f"{self._split}.{end}" for end in ("counts.npy", "json"))
+        record = {
+            "sample_tokens": self._length,
+            "samples": self._samples,
+            "documents": self._documents,
+            "digest": self._digest.hexdigest(),
+        }
+        if self._format is not None:
+            record["tiles"] = asdict(self._format)
+        counts_path = self._folder / f"{self._split}.counts.npy"
         np.save(counts_path, self._counts_V, allow_pickle=False)
-        summary_path.write_text(json.dumps(record, indent=1, allow_nan=False))
         sync(counts_path)
-        sync(summary_path)
+        write_text(self._folder / f"{self._split}.json", json.dumps(record, indent=1, allow_nan=False))
 
     def _write(self, samples: int) -> None:
         """Writes so many samples, batch by batch."""
@@ -205,14 +200,15 @@ class PackedCorpus:
         self.name, self._path = name, folder / f"{split}.arrow"
         try:
             record = json.loads((folder / f"{split}.json").read_bytes())
-            tile_format = TileFormat(**record.pop("tiles")) if "tiles" in record else None
-            summary = SplitSummary(**record)
+            tile_format = TileFormat(**record["tiles"]) if "tiles" in record else None
+            self._samples: int = record["samples"]
+            self.sample_tokens: int = record["sample_tokens"]
+            self.digest: str = record["digest"]
             self._stored_counts_V = np.load(folder / f"{split}.counts.npy", allow_pickle=False)
             self._rows = RowFile(self._path)
             self._tiles = None if tile_format is None else TileFile(folder / f"{split}.tiles.arrow", tile_format)
-        except (OSError, EOFError, ValueError, TypeError, pa.ArrowException) as error:
+        except (OSError, EOFError, ValueError, TypeError, LookupError, pa.ArrowException) as error:
             raise DataError(f"{self._path}: not a packed corpus: {error}; remove {folder} to pack it anew") from error
-        self._samples, self.sample_tokens, self.digest = summary.samples, summary.sample_tokens, summary.digest
 
     def __len__(self) -> int:
         return self._samples

@@ -10,7 +10,6 @@ import contextlib
 import tokenize
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +20,7 @@ from distill.config.errors import DataError
 from distill.config.schema import IMAGE_TOKENS, CorpusConfig, FileFormat, Source
 from distill.data import digits, needle
 from distill.data.corpus_files import CorpusFile, find_files, is_held_out
-from distill.data.formats import ALLOWED, READ_ERRORS, compression_of, kind_of, opened, reason
+from distill.data.formats import ALLOWED, READ_ERRORS, compression_of, kind_of, opened, problem
 from distill.data.gaps import Ranges
 from distill.data.tables import rows
 
@@ -92,19 +91,24 @@ class RawCorpus:
         Raises:
             DataError: a file or a document that cannot be read as configured; names file, key and value.
         """
-        self.empty = 0
+        self.empty, self.share = 0, None
         if self.config.source is Source.digits:
             yield from self._digits()
         if self.config.source is Source.needle:
             yield from self._needle()
         # The limit holds for `files` and `held_out_files` each; the standard library's files are limited already.
         left = dict.fromkeys((True, False, None), self.config.max_documents)
-        ends = list(accumulate(file.path.stat().st_size if file.path.exists() else 0 for file in self._files))
-        for file, start, end in zip(self._files, [0, *ends], ends):
+        sizes = (file.path.stat().st_size if file.path.exists() else 0 for file in self._files)
+        starts = list(accumulate(sizes, initial=0))
+        for file, start, end in zip(self._files, starts, starts[1:]):
             limit = left[file.held_out]
             if limit == 0:
                 continue
-            progress = partial(self._set_share, start, end, ends[-1])
+
+            def progress(share: float, start: int = start, end: int = end) -> None:
+                if starts[-1] and self.config.max_documents is None:
+                    self.share = (start + share * (end - start)) / starts[-1]
+
             progress(0.0)
             for count, document in enumerate(self._file(file, scratch, progress), 1):
                 if document.text:
@@ -115,11 +119,6 @@ class RawCorpus:
                     left[file.held_out] = limit - count
                     if count == limit:
                         break
-
-    def _set_share(self, start: int, end: int, total: int, share: float) -> None:
-        """Of the corpus's bytes, after this share of the file that has those from start to end."""
-        known = total > 0 and self.config.max_documents is None
-        self.share = (start + share * (end - start)) / total if known else None
 
     def _digits(self) -> Iterator[Document]:
         for number, digit in enumerate(digits.read(self.config.max_documents), 1):
@@ -183,7 +182,7 @@ def _read_text(file: CorpusFile, source_code: bool) -> str:
     except (UnicodeDecodeError, SyntaxError) as error:
         raise DataError(f"{path}: not text in UTF-8: {error}; allowed: {ALLOWED}") from error
     except READ_ERRORS as error:
-        raise DataError(f"{path}: cannot be read: {reason(error)}") from error
+        raise DataError(f"{path}: cannot be read: {problem(error)}") from error
     if "\0" in text:
         raise DataError(f"{path}: not text: it holds NUL; allowed: {ALLOWED}")
     return text

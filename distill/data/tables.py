@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from distill.config.errors import DataError
 from distill.config.schema import FileFormat
-from distill.data.formats import READ_ERRORS, Kind, compression_of, opened, reason
+from distill.data.formats import READ_ERRORS, Kind, compression_of, opened, problem
 from distill.data.json_rows import JsonRows
 
 ROWS = 256
@@ -59,13 +59,13 @@ def rows(
         for first, part in enumerate(parts):
             for column, key in columns.items() if first == 0 else ():
                 if part.names.count(column) != 1:
-                    problem = "more than one column" if column in part.names else "no column"
+                    count = "more than one" if column in part.names else "no"
                     names = ", ".join(map(repr, part.names))
-                    raise DataError(f"{path}: has {problem} {column!r} ({key}); it has {names}")
+                    raise DataError(f"{path}: has {count} column {column!r} ({key}); it has {names}")
             progress(part.share)
             yield from part.rows
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {reason(error)}") from error
+        raise DataError(f"{path}: cannot be read: {problem(error)}") from error
 
 
 def _json(path: Path, kind: Kind) -> Iterator[_Part]:
@@ -77,7 +77,7 @@ def _json(path: Path, kind: Kind) -> Iterator[_Part]:
             try:
                 batch = list(islice(objects, ROWS))
             except (*READ_ERRORS, ValueError, RecursionError) as error:
-                raise DataError(f"{path}: cannot be read as json: row {reader.row}: {reason(error)}") from error
+                raise DataError(f"{path}: cannot be read as json: row {reader.row}: {problem(error)}") from error
             if not batch:
                 return
             yield _Part(list(dict.fromkeys(name for _, row in batch for name in row)), batch, packed.tell() / size)
@@ -103,7 +103,7 @@ def _tables(path: Path, kind: Kind, columns: list[str], scratch: Path) -> Iterat
                     number += len(values)
         except READ_ERRORS as error:
             after = f" after row {number}" if number else ""
-            raise DataError(f"{path}: cannot be read as {kind.format.value}{after}: {reason(error)}") from error
+            raise DataError(f"{path}: cannot be read as {kind.format.value}{after}: {problem(error)}") from error
 
 
 def _parquet(path: Path, columns: list[str]) -> Iterator[tuple[list[str], pa.RecordBatch, float]]:

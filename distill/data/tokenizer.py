@@ -13,7 +13,7 @@ from distill.config.errors import ConfigError, DataError
 from distill.config.files import LFS_CURE, is_lfs_pointer, write_text
 from distill.config.paths import home
 from distill.config.schema import IMAGE_TOKENS, TokenizerConfig
-from distill.data.gaps import Encoded, Gaps, Ranges
+from distill.data.gaps import EncodedText, Gaps, Ranges
 
 TOKENIZER = "tokenizer.json"
 """The name of the file in a run folder, above a cache and in a Hugging Face folder."""
@@ -94,7 +94,7 @@ class Tokenizer:
             raise DataError(f"{self.name}: has no {', '.join(missing)}; a corpus with images needs them")
         return ImageIds(*(self._library.token_to_id(token) for token in IMAGE_TOKENS))
 
-    def encode_batch(self, texts: Sequence[str], offsets: bool = True) -> list[Encoded]:
+    def encode_batch(self, texts: Sequence[str], offsets: bool = True) -> list[EncodedText]:
         """Ids of each text and, with `offsets`, which doubles the time, the characters of each token.
 
         Text without a token is left out where there is no unknown token (see `unencodable`).
@@ -102,12 +102,12 @@ class Tokenizer:
         try:
             if self._gaps is not None and not self._gaps.library_passes_over:
                 encoded = self._gaps.encode_batch(texts)
-                return encoded if offsets else [Encoded(e.ids, None) for e in encoded]
+                return encoded if offsets else [EncodedText(e.ids, None) for e in encoded]
             if offsets:
                 encoded = self._library.encode_batch(list(texts), add_special_tokens=False)
-                return [Encoded(e.ids, e.offsets) for e in encoded]
+                return [EncodedText(e.ids, e.offsets) for e in encoded]
             encoded = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
-            return [Encoded(e.ids, None) for e in encoded]
+            return [EncodedText(e.ids, None) for e in encoded]
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"{self.name}: cannot encode a text: {error}") from error
 
@@ -157,7 +157,7 @@ def _library(record: dict[str, Any], name: str) -> Any:
         raise DataError(f"{name}: not a tokenizer.json: {error}") from error
 
 
-def load(config: TokenizerConfig, file: str | Path | None = None) -> Tokenizer:
+def load_tokenizer(config: TokenizerConfig, file: str | Path | None = None) -> Tokenizer:
     """The tokenizer of `file`, or else of `config.file`.
 
     Raises:
@@ -177,7 +177,7 @@ def load(config: TokenizerConfig, file: str | Path | None = None) -> Tokenizer:
     return Tokenizer(record, config.bos, config.eos, str(path))
 
 
-def train(config: TokenizerConfig, texts: Iterable[str], images: bool = False) -> Tokenizer:
+def train_tokenizer(config: TokenizerConfig, texts: Iterable[str], images: bool = False) -> Tokenizer:
     """A byte-level BPE over `texts`, never above `config.vocab_size` ids; equal texts give equal bytes.
 
     bos and eos are its first ids, then IMAGE_TOKENS if it is for `images`, then the 256 bytes, then merges: every

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 from distill import __version__
 from distill.config import stop
 from distill.config.errors import ConfigError, UserError
-from distill.config.files import NO_ROOM
+from distill.config.files import has_remedy
 from distill.config.streams import silence
 
 
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         silence(sys.stdout)
         return 128 + signal.SIGPIPE
     except OSError as error:
-        if not (error.filename or error.errno in NO_ROOM):
+        if not has_remedy(error):
             raise
         lines = [str(error)]
     except KeyboardInterrupt:

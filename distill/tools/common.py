@@ -7,9 +7,8 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from distill.cache.format import HEADER, LEDGER, SHARDS, TEMPORARY, TOOLS_LOCK, writer_lock
+from distill.cache.format import HEADER, LEDGER, SHARDS, TOOLS_LOCK, row_of, writer_lock
 from distill.cache.header import CacheHeader
 from distill.cache.ledger import ShardRow
 from distill.cache.open_store import open_store
@@ -136,18 +135,3 @@ def remove_leftovers(store: Store, known: set[str]) -> None:
         row = row_of(name)
         if row is not None and row.writer in TOOLS and name not in known:
             store.remove(f"{SHARDS}/{name}")
-
-
-class RowName(NamedTuple):
-    """What the name of a shard's file says of its row."""
-
-    writer: str
-    seq: int
-
-
-def row_of(shard: str) -> RowName | None:
-    """Ledger and row number in a shard's file name, published or temporary; None: it is not a shard's name."""
-    parts = shard.removesuffix(TEMPORARY).removesuffix(".safetensors").rsplit("-", 2)
-    if len(parts) != 3 or not parts[1].isdigit() or ".safetensors" not in shard:
-        return None
-    return RowName(parts[0], int(parts[1]))

@@ -9,14 +9,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from distill.cache.format import LEDGER, SHARDS, TEMPORARY, row_object
+from distill.cache.format import LEDGER, SHARDS, TEMPORARY, row_object, row_of
 from distill.cache.header import CacheHeader
 from distill.cache.ledger import LedgerReader, Retired, ShardRow
 from distill.cache.seal import seal
 from distill.cache.store import Store
 from distill.cache.view import Published, settle
 from distill.config.errors import CacheError
-from distill.tools.common import TOOLS, row_of
+from distill.tools.common import TOOLS
 from distill.tools.shard_scan import row_from_file
 
 _ROW = re.compile(rb'\{"kind": .*?"digest": "[0-9a-f]{16}"\}', re.DOTALL)

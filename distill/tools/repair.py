@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from distill.cache.format import LEDGER, QUARANTINE, SHARDS, TEMPORARY, writer_lock
+from distill.cache.format import LEDGER, QUARANTINE, SHARDS, TEMPORARY, row_of, writer_lock
 from distill.cache.header import CacheHeader
 from distill.cache.ledger import Retired, ShardRow, ledgers, outside
 from distill.cache.ranks import load_ranks
@@ -22,7 +22,7 @@ from distill.cache.shard import Array
 from distill.cache.store import Store
 from distill.config.errors import CacheError
 from distill.config.terminal import advancing
-from distill.tools.common import add_folder, alone, caches, is_live, newest_records, row_of
+from distill.tools.common import add_folder, alone, caches, is_live, newest_records
 from distill.tools.decoding import RecordDecoder
 from distill.tools.ledger_scan import LedgerScan, lost_shards, mended, rows_of, scan_ledger
 from distill.tools.repack import Packer, portion

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
 
 from distill.cache.format import SHARDS
 from distill.cache.header import CacheHeader
-from distill.cache.ledger import Origin, ShardRow
-from distill.cache.seal import digest
-from distill.cache.shard import Array, Shard, parse
+from distill.cache.ledger import ShardRow
+from distill.cache.shard import Array, Shard, row_of_file
 from distill.cache.store import Store
 from distill.config.errors import CacheError
 
@@ -170,41 +168,9 @@ def blocks(bounds: Array) -> list[tuple[int, int]]:
 def row_from_file(store: Store, name: str, identity: str, source: str | None) -> ShardRow:
     """The ledger row of a shard, made again from the file alone.
 
-    source: who wrote it; None: as its records' origin has it. Raises CacheError: what is wrong with the file.
+    source: what wrote it; None: as its records' origin has it. Raises CacheError: what is wrong with the file.
     """
-    try:
-        return _row_of(store.read(f"{SHARDS}/{name}"), name, identity, source)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise CacheError(str(error)) from error
-
-
-def _row_of(data: bytes, name: str, identity: str, source: str | None) -> ShardRow:
-    writer, seq, stated = name.removesuffix(".safetensors").rsplit("-", 2)
-    if digest(data) != stated:
-        raise ValueError("its digest is not that of its name")
-    front = 8 + int.from_bytes(data[:8], "little")
-    metadata: dict[str, Any] = json.loads(data[8:front])["__metadata__"]
-    if metadata["cache"] != identity:
-        raise ValueError("it belongs to another cache")
-    origins = tuple(Origin(**origin) for origin in json.loads(metadata["origins"]))
-    spans = parse(data, len(data))
-    index_bytes = spans["records"][0]
-    ids = np.frombuffer(data[slice(*spans["sample_ids"])], np.int64)
-    atoms = np.frombuffer(data[slice(*spans["atoms"])], np.uint32)
-    return ShardRow(
-        writer=writer,
-        seq=int(seq),
-        cache=identity,
-        shard=name,
-        source=source or origins[0].source,
-        samples=len(ids),
-        first_sample=int(ids.min()),
-        last_sample=int(ids.max()),
-        tokens=sum(origin.tokens for origin in origins),
-        atoms=int(atoms.sum()),
-        bytes=len(data),
-        file_digest=stated,
-        index_bytes=index_bytes,
-        index_digest=digest(memoryview(data)[:index_bytes]),
-        origins=origins,
-    )
+    row = row_of_file(store.read(f"{SHARDS}/{name}"), name, source)
+    if row.cache != identity:
+        raise CacheError("it belongs to another cache")
+    return row

@@ -6,7 +6,7 @@ import argparse
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from distill.cache.format import SHARDS, TEMPORARY
+from distill.cache.format import SHARDS, TEMPORARY, row_of
 from distill.cache.header import CacheHeader
 from distill.cache.ledger import ShardRow, ledgers
 from distill.cache.ranks import load_ranks
@@ -15,7 +15,7 @@ from distill.config import json_text
 from distill.config.errors import CacheError
 from distill.config.terminal import advancing
 from distill.config.units import file_size, grouped
-from distill.tools.common import add_folder, add_json, caches, check_at_least_one, is_live, row_of
+from distill.tools.common import add_folder, add_json, caches, check_at_least_one, is_live
 from distill.tools.decoding import RecordDecoder
 from distill.tools.ledger_scan import LedgerScan, rows_of, scan_ledger
 from distill.tools.shard_scan import examine

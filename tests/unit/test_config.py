@@ -6,8 +6,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from distill.config.errors import ConfigError
-from distill.config.load import CONF, load, precheck, spelt, to_dict
+from distill.config.load import CONF, load, precheck, to_dict
 from distill.config.schema import Freeze
+from distill.config.spelling import spelt
 from tests.cli import PATIENCE, environment
 
 

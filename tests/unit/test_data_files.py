@@ -93,7 +93,7 @@ def test_text_in_any_case_with_any_compression(tmp_path):
 def test_a_name_that_does_not_say_what_is_in_it_is_refused_until_somebody_does(tmp_path, name):
     path = write(tmp_path / name, LINES)
     with pytest.raises(
-        DataError, match=rf"files has .*{name}, whose suffix does not say .*\.parquet.*format \(text, js"
+        DataError, match=rf"files has .*{name}, whose suffix names no format.*\.parquet.*format \(text, js"
     ):
         RawCorpus("main", CorpusConfig(Source.files, [str(path)]))
     if "gz" not in name:
@@ -165,7 +165,7 @@ def test_everything_that_is_wrong_with_names_comes_at_once(tmp_path):
     assert [line.split(";")[0] for line in str(caught.value).splitlines()] == [
         f"data.corpora.main.held_out_files has {str(tmp_path)!r}",
         f"data.corpora.main.files has {str(tmp_path / 'no*')!r}",
-        f"data.corpora.main.files has {tmp_path}/a.bak, whose suffix does not say what is in it",
+        f"data.corpora.main.files has {tmp_path}/a.bak, whose suffix names no format",
         f"data.corpora.other.files has {str(tmp_path / 'b.jsonl')!r}",
     ]
 

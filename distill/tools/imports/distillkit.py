@@ -165,7 +165,7 @@ class DistillKit:
             wanted = dict(COLUMNS)
             if "attention_mask" in names:
                 wanted["attention_mask"] = "list of integers"
-            tables.demand(file, list(wanted), wanted)
+            tables.demand(file, wanted)
         c = self._config
         lossy = f"; of them the first {c.exact_k} exact ({c.exact_dtype}), the others fitted" if c.exact_k < c.k else ""
         self.info = SourceInfo(
@@ -182,7 +182,7 @@ class DistillKit:
             for row in tables.rows(file, names):
                 yield from self._sequences(row)
 
-    def _sequences(self, row: tables.Row) -> Iterator[ForeignSequence]:
+    def _sequences(self, row: tables.ParquetRow) -> Iterator[ForeignSequence]:
         tokens = tables.flat(row.columns["input_ids"]).astype(np.int64)
         values, ids = row.columns["compressed_logprobs"], row.columns["bytepacked_indices"]
         positions = len(values)
@@ -209,7 +209,7 @@ class DistillKit:
             yield ForeignSequence(where, tokens[start:stop], largest(found, self._k))
 
     @staticmethod
-    def _texts(row: tables.Row, tokens: int) -> list[tuple[int, int]]:
+    def _texts(row: tables.ParquetRow, tokens: int) -> list[tuple[int, int]]:
         """Where the texts of a row start and stop; padding (0) is none of them."""
         if "attention_mask" not in row.columns:
             return [(0, tokens)] if tokens else []
@@ -219,7 +219,7 @@ class DistillKit:
         borders = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), tokens]
         return [(a, b) for a, b in pairwise(borders) if a < b and mask[a]]
 
-    def _bytes(self, row: tables.Row, name: str, width: int) -> NDArray[np.uint8]:
+    def _bytes(self, row: tables.ParquetRow, name: str, width: int) -> NDArray[np.uint8]:
         sizes = tables.lengths(row.columns[name])
         if (wrong := np.flatnonzero(sizes != width)).size:
             raise CacheError(

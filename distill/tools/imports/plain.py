@@ -61,7 +61,7 @@ class PlainParquet:
         if lse and not dense:
             self._types[lse] = "list of floating-point numbers"
         for file in self._files:
-            tables.demand(file, list(self._types), self._types)
+            tables.demand(file, self._types)
         if dense:
             self.info = SourceInfo("parquet", "none: whole distributions, put through the cache's codec", None)
             return
@@ -91,7 +91,7 @@ class PlainParquet:
                     )
                 yield self._sparse(row, tokens) if self._dense is None else self._whole(row, tokens)
 
-    def _whole(self, row: tables.Row, tokens: np.ndarray) -> ForeignSequence:
+    def _whole(self, row: tables.ParquetRow, tokens: np.ndarray) -> ForeignSequence:
         assert self._dense is not None
         column = row.columns[self._dense]
         widths = tables.lengths(column)
@@ -105,7 +105,7 @@ class PlainParquet:
             raise CacheError(f"{row.where}, position {bad[0]}: values of {self._dense} are not finite")
         return ForeignSequence(row.where, tokens, dense_PV=values_PV)
 
-    def _sparse(self, row: tables.Row, tokens: np.ndarray) -> ForeignSequence:
+    def _sparse(self, row: tables.ParquetRow, tokens: np.ndarray) -> ForeignSequence:
         counts = tables.lengths(row.columns[self._ids])
         if not np.array_equal(counts, tables.lengths(row.columns[self._values])):
             raise CacheError(f"{row.where}: {self._ids} and {self._values} differ in length")
