@@ -72,9 +72,9 @@ def config_from_json(data: dict[str, Any], file: str = "config.json", vision: bo
         _common(top)
         config = _text(_part(top, "text_config"))
         if vision:
-            seen = vision_config.from_fields(_part(top, "vision_config"))
-            seen = dataclasses.replace(seen, image_token_id=top.number("image_token_index"))
-            config = dataclasses.replace(config, vision=seen)
+            tower = vision_config.from_fields(_part(top, "vision_config"))
+            tower = dataclasses.replace(tower, image_token_id=top.number("image_token_index"))
+            config = dataclasses.replace(config, vision=tower)
         top.rest(_INERT_ABOVE | _IMAGE_TOKENS.keys() | {"vision_config", "image_token_index"})
     if problems:
         raise CheckpointError("\n".join(problems))
@@ -92,12 +92,12 @@ def _part(top: Fields, key: str) -> Fields:
     value = top.get(key)
     if not isinstance(value, dict):
         top.fault(key, "is missing" if value is None else f"is {value!r}; it must be an object")
-        return Fields({}, f"{top.where}{key}.", [])  # that it is not there is all that need be said
+        return Fields({}, f"{top.where}{key}.", [])  # faults of what is missing are not noted
     return Fields(value, f"{top.where}{key}.", top.problems)
 
 
 def _common(fields: Fields) -> None:
-    """What may stand beside or inside text_config."""
+    """Keys that files have beside text_config or inside it."""
     fields.only("tie_word_embeddings", False)
     quantization = fields.get("quantization_config")
     if not quantization:
@@ -159,7 +159,7 @@ def _warn_about_old_scout(config: ModelConfig, file: str) -> None:
     scout = (config.hidden_size, config.layers, config.experts) == (5120, 48, 16)
     if scout and scaling is not None and (scaling.factor, scaling.high_freq_factor) == (8.0, 4.0):
         warnings.warn(
-            f"{file}: RoPE scaling 8 / 4 is what Scout was first shipped with by mistake; the corrected files say "
+            f"{file}: RoPE scaling 8 / 4 is what Scout was first shipped with by mistake; the corrected files have "
             "16 / 1. The file is followed.",
             stacklevel=3,
         )
