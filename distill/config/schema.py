@@ -33,6 +33,7 @@ from distill.config.ranges import (
     Seed,
     Share,
     Size,
+    Stage,
     Tau,
     Tflops,
     Threads,
@@ -432,7 +433,7 @@ class CacheConfig:
 
 @dataclass
 class EngineConfig:
-    zero: Natural = 0
+    zero: Stage = 0
     """ZeRO stage."""
     dispatcher: DispatcherName = "local"
     """Takes rows of a MoE layer to their experts and back."""

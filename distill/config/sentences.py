@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from enum import Enum
 from typing import Any
 
 from hydra.errors import MissingConfigException
@@ -18,6 +19,8 @@ def shown(value: Any) -> str:
         return ", ".join(f"{name} {shown(each)}" for name, each in value.items())
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, Enum):
+        return str(value.value)
     return "empty" if value in ({}, [], "") else str(value)
 
 
