@@ -125,7 +125,9 @@ def _text(text: Fields) -> ModelConfig:
         kv_heads=text.number("num_key_value_heads", null=True) or sizes["heads"],
         head_dim=text.number("head_dim", null=True) or sizes["hidden_size"] // max(sizes["heads"], 1),
         moe_step=text.number("interleave_moe_layer_step", 1),
+        moe_layers=text.integers("moe_layers"),
         nope_step=text.number("no_rope_layer_interval", 4),
+        rope_layers=[bool(rotates) for rotates in text.integers("no_rope_layers") or []] or None,
         # Absent, it is what both transformers and the released files have; only a written null is "no chunks".
         chunk_size=text.number("attention_chunk_size", 8192, null=True),
         qk_norm=text.truth("use_qk_norm", True),
@@ -140,16 +142,18 @@ def _text(text: Fields) -> ModelConfig:
         eos_ids=[token for token in eos or [] if token is not None],
         pad_id=text.number("pad_token_id", None),
     )
-    moe, rotates = text.integers("moe_layers"), [bool(r) for r in text.integers("no_rope_layers") or []]
-    config = dataclasses.replace(  # a list that repeats what the steps give is left out
-        config,
-        moe_layers=None if moe == moe_layers(config) else moe,
-        rope_layers=None if rotates == rope_layers(config) else rotates or None,
-    )
     text.check(config, model_rules, _KEYS)
-    kinds = ["chunked_attention" if rotates else "full_attention" for rotates in rope_layers(config)]
-    if text.get("layer_types") not in (None, kinds) and text.sound:
-        text.fault("layer_types", "disagrees with no_rope_layers; only chunked RoPE and full NoPE layers exist")
+    types = text.get("layer_types")
+    if text.sound:
+        kinds = ["chunked_attention" if rotates else "full_attention" for rotates in rope_layers(config)]
+        if types not in (None, kinds):
+            text.fault("layer_types", "disagrees with no_rope_layers; only chunked RoPE and full NoPE layers exist")
+        derived = dataclasses.replace(config, moe_layers=None, rope_layers=None)
+        config = dataclasses.replace(  # a list that repeats what the steps give is left out
+            config,
+            moe_layers=None if moe_layers(config) == moe_layers(derived) else config.moe_layers,
+            rope_layers=None if rope_layers(config) == rope_layers(derived) else config.rope_layers,
+        )
     text.rest(_INERT)
     return config
 
