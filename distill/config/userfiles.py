@@ -1,7 +1,7 @@
 """The YAML files that a user adds with `--config-dir` or `hydra.searchpath`, read strictly.
 
-Hydra reads every file through `Source`, which records those that are not the project's own. A fault has its file, line
-and column. A file that no configuration chooses is never read: other YAML may lie beside those that are.
+Hydra reads every file through `RecordingSource`, which records those that are not the project's own. A fault has its
+file, line and column. A file that no configuration chooses is never read: other YAML may lie beside those that are.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ read: dict[Path, UserFile] = {}
 """The user's files that Hydra has loaded."""
 
 
-class Source(file_config_source.FileConfigSource):
+class RecordingSource(file_config_source.FileConfigSource):
     """Hydra's source of files; a file of the user with a problem is empty to Hydra, which would stop at the first."""
 
     def load_config(self, config_path: str) -> ConfigResult:
@@ -66,7 +66,7 @@ class Source(file_config_source.FileConfigSource):
 
 
 Plugins.instance()  # registers Hydra's
-SourcesRegistry.instance().types["file"] = Source
+SourcesRegistry.instance().types["file"] = RecordingSource
 
 
 def folders(repository: IConfigRepository) -> list[Path]:
