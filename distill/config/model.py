@@ -7,7 +7,7 @@ from dataclasses import field
 from enum import Enum
 from typing import Any
 
-from distill.config.frozen import frozen
+from distill.config.immutable import frozen
 from distill.config.ranges import Count, Every, Id, Ids, Layers, Natural, NotNegative, Positive, Size
 
 MISSING: Any = "???"

@@ -12,7 +12,7 @@ from dataclasses import field
 from enum import Enum, StrEnum
 from typing import Annotated, Any
 
-from distill.config.frozen import frozen
+from distill.config.immutable import frozen
 from distill.config.model import MISSING
 from distill.config.model import BaseSizes as BaseSizes
 from distill.config.model import ModelConfig as ModelConfig
