@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
 def frozen(kind: type[T]) -> type[T]:
-    """A frozen dataclass into which OmegaConf merges values; where it sees that one is frozen, it refuses to."""
+    """A frozen dataclass into which OmegaConf merges values, which it does not where the class is marked as frozen."""
     made = dataclass(frozen=True)(kind)
     made.__dataclass_params__.frozen = False  # type: ignore[attr-defined]
     return made

@@ -202,7 +202,7 @@ class TrainConfig:
 
 @frozen
 class LagFactor:
-    """alpha falls with how much worse the teacher was on a shard than the best the student has met."""
+    """alpha falls with how much worse the teacher of a shard was than the best teacher that the student has read."""
 
     enabled: bool = False
     power: Positive = 0.5
@@ -243,7 +243,7 @@ class WeightingConfig:
 @frozen
 class ReplayConfig:
     order: ReplayOrder = ReplayOrder.late_first
-    """Order over the teacher's stream: as the teacher met it (same), backwards, or its second half first; own: not the
+    """Order over the teacher's stream: the teacher's (same), backwards, or its second half first; own: not the
     teacher's stream but the run's own, from its corpora, their weights and data.seed."""
 
 
@@ -314,7 +314,7 @@ class TokenizerConfig:
 class NeedleConfig:
     """Made-up documents that teach retrieval: filler with facts in it, then questions (source=needle).
 
-    Lengths count words, numbers, marks and line ends: tokens, to a tokenizer that knows each of them.
+    Lengths count words, numbers, marks and line ends, which are tokens of a tokenizer that has one for each.
     """
 
     shortest: Words = 32
@@ -334,7 +334,7 @@ class CorpusConfig:
     held_out_files: list[PathText] = field(default_factory=list)
     """The same for the held-out split; empty: `held_out` splits `files` by document."""
     format: FileFormat | None = None
-    """What all files hold; null: what the suffix of each says."""
+    """Of all files; null: by the suffix of each."""
     text_key: str = "text"
     """Column that holds a document's text."""
     mask_key: str | None = None
@@ -387,7 +387,7 @@ class DataConfig:
     seed: Seed = 0
     """Of the order of samples."""
     dir: PathText | None = None
-    """Where packed corpora are kept and found again; null: `data/` in the run folder."""
+    """Folder in which packed corpora are kept for later runs; null: `data/` in the run folder."""
 
     @property
     def has_images(self) -> bool:
@@ -410,7 +410,7 @@ class CodecConfig:
 @frozen
 class CacheConfig:
     dir: PathText | None = None
-    """Folder of the cache, or URL of one that fsspec knows (s3://bucket/folder); null: `cache/` in the run folder. A
+    """Folder of the cache, or URL of one that fsspec supports (s3://bucket/folder); null: `cache/` in the run folder. A
     mixture keeps one folder per corpus in it."""
     dirs: dict[str, PathText] = field(default_factory=dict)
     """Folder, or URL, of the cache of a corpus, by the corpus' name, where it is not the one that `dir` gives."""
@@ -473,7 +473,7 @@ class BackfillConfig:
     """A frozen teacher labels, forward only, what the caches of the run's corpora lack or hold too stale."""
 
     corpora: list[str] = field(default_factory=list)
-    """Corpora to look at; empty: all of data.corpora."""
+    """Corpora to label; empty: all of data.corpora."""
     min_lag: Positive | None = None
     """Nats by which a record's teacher was worse than the best of its cache from which on it counts as stale, and is
     replaced if this teacher is better; null: only gaps are filled."""
@@ -493,12 +493,12 @@ class BackfillConfig:
 
 @frozen
 class NeedleTestConfig:
-    """Needle in a haystack: is a fact found again, by the length of the text and where in it the fact lies?"""
+    """Needle in a haystack: share of facts that a model retrieves, by length of the text and place of the fact."""
 
     lengths: list[Count] = field(default_factory=list)
     """Tokens of the whole text, question and answer included; empty: no such test."""
     depths: list[Share] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
-    """Share of the haystack that lies before the fact."""
+    """Share of the haystack that is before the fact."""
     trials: Count = 20
     """Texts for each length and depth."""
     facts: Facts = 1

@@ -288,7 +288,7 @@ def test_needles_that_cannot_be_made_or_tried_are_named_together():
         )
     )
     for part in (
-        "data.corpora.main.max_documents is null; source=needle makes as many documents as it says",
+        "data.corpora.main.max_documents is null; source=needle makes so many documents",
         "data.corpora.main.needle.shortest is 11; at least 12",
         "data.corpora.main.needle.longest is 10; at least 12",
         "data.corpora.main.needle.facts is 53; allowed: 1 to 50",
