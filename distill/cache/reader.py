@@ -68,7 +68,7 @@ class CacheReader:
         """Raises CacheError: no cache, an unknown format or codec, a damaged header, rank table, ledger or index."""
         self.folder = folder
         self._store = open_store(folder)
-        self.header = CacheHeader.read(self._store)
+        self.header = CacheHeader.load(self._store)
         self.codec = make_codec(self.header.codec, self.header.vocab_size)
         self._ids_by_rank = load_ranks(self._store, self.header).astype(np.int32)
         self._ledgers: dict[str, LedgerReader] = {}
@@ -137,13 +137,6 @@ class CacheReader:
         """For each sample id, the teacher's step when it made the targets, -1 where there are none; CacheError for an
         id that the corpus does not have."""
         return self._view.newest.steps(self._checked(sample_ids))
-
-    def losses(self, sample_ids: Array) -> NDArray[np.float64]:
-        """For each sample id, the teacher's mean label loss on the sample's shard when captured, nats; nan: none."""
-        numbers, origins = self.origins(sample_ids)
-        losses = np.array([np.nan if o.loss is None else o.loss for o in origins] + [np.nan])
-        by_sample: NDArray[np.float64] = losses[numbers]  # -1, no record, is the last
-        return by_sample
 
     def origins(self, sample_ids: Array) -> tuple[NDArray[np.int64], list[Origin]]:
         """For each sample id, which of the returned origins its newest record has; -1: there is no record."""

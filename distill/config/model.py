@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import Enum
 from typing import Any
 
+from distill.config.immutable import frozen
 from distill.config.ranges import Count, Every, Id, Ids, Layers, Natural, NotNegative, Positive, Size
 
 MISSING: Any = "???"
@@ -18,7 +19,7 @@ class Parametrization(Enum):
     transfer = "transfer"
 
 
-@dataclass
+@frozen
 class RopeScaling:
     """llama3 frequency scaling; low == high is a hard step without a smooth band."""
 
@@ -28,7 +29,7 @@ class RopeScaling:
     original_positions: Count = 8192
 
 
-@dataclass
+@frozen
 class VisionConfig:
     """The vision tower, its adapter and the projector into the text model; defaults are the released values.
 
@@ -60,7 +61,7 @@ class VisionConfig:
         return (self.tile_size // self.patch_size // self.shuffle) ** 2
 
 
-@dataclass
+@frozen
 class BaseSizes:
     """Sizes of the model for which learning rate and `init_std` were chosen (parametrization=transfer)."""
 
@@ -70,7 +71,7 @@ class BaseSizes:
     dense_hidden: Size = 256
 
 
-@dataclass
+@frozen
 class ModelConfig:
     """One Transformer of the Llama 4 family: teacher and student differ only in these numbers.
 
@@ -154,7 +155,8 @@ def model_rules(m: ModelConfig, where: str, name: Callable[[str], str] = str) ->
         yield f"{where}{name('heads')} is {m.heads}; it must be a multiple of {name('kv_heads')}, {m.kv_heads}"
     if m.head_dim % 2:
         yield f"{where}{name('head_dim')} is {m.head_dim}; RoPE rotates pairs, so it must be even"
-    if moe_layers(m) and not 1 <= m.active_experts <= m.experts:
+    has_experts = 0 < m.moe_step <= m.layers if m.moe_layers is None else bool(m.moe_layers)
+    if has_experts and not 1 <= m.active_experts <= m.experts:
         yield f"{where}{name('active_experts')} is {m.active_experts}; allowed: 1 to {name('experts')}, {m.experts}"
     for layer in m.moe_layers or []:
         if not 0 <= layer < m.layers:

@@ -1,4 +1,4 @@
-"""What each number of the schema may be: ranges that stand in its types, and one check over all of them.
+"""What each number and text of the schema may be: ranges as metadata of its types, and one check over all of them.
 
 A field of a plain `int` or `float` has no range; a test refuses such fields. Rules between fields are in `checks`.
 """
@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-_TOLD = 4096
-"""The end of a range is told with its beginning up to here; a larger one only keeps nonsense out."""
+_NAMED = 4096
+"""The end of a range is named with its beginning up to here; a larger one only keeps nonsense out."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Range:
         high = value >= self.most if self.below else value > self.most
         if not (low or high):
             return None
-        if self.most <= _TOLD or self.below:
+        if self.most <= _NAMED or self.below:
             open_ends = f"{'(' if self.above else '['}{self.least:g}, {self.most:g}{')' if self.below else ']'}"
             return f"{key} is {value}; allowed: " + (
                 open_ends if self.above or self.below else f"{self.least} to {self.most}"
@@ -52,7 +52,7 @@ MOST_IDS = 2**24
 Natural = Annotated[int, Range(0, LARGE)]
 Count = Annotated[int, Range(1, LARGE)]
 Many = Annotated[int, Range(1, 10**15)]
-"""Samples, documents: what a corpus has most of."""
+"""Samples or documents of a corpus."""
 Size = Annotated[int, Range(1, 2**20)]
 """A dimension of a tensor."""
 Layers = Annotated[int, Range(1, 10_000)]
@@ -66,8 +66,10 @@ TopK = Annotated[int, Range(1, 255)]
 Tau = Annotated[float, Range(0.004, 1, below=True)]
 Facts = Annotated[int, Range(1, 50)]
 """Each has a name of its own, and there are so many."""
-Words = Annotated[int, Range(1, 10**6)]
+Words = Annotated[int, Range(12, 10**6)]
+"""Of a document with a fact, and a question that the fact answers."""
 Tiles = Annotated[int, Range(1, 1024)]
+Stage = Annotated[int, Range(0, 1)]
 Threads = Annotated[int, Range(0, 4096)]
 Seed = Annotated[int, Range(0, 2**63 - 1)]
 Share = Annotated[float, Range(0, 1)]
@@ -119,8 +121,8 @@ def out_of_range(value: Any, hint: Any = None, key: str = "") -> Iterator[str]:
 @functools.cache
 def hints(kind: type) -> dict[str, Any]:
     """Name and type of a dataclass' fields, ranges included; `X | None` counts as X."""
-    found = typing.get_type_hints(kind, include_extras=True)
-    return {field.name: _some(found[field.name]) for field in dataclasses.fields(kind)}
+    every = typing.get_type_hints(kind, include_extras=True)
+    return {field.name: _some(every[field.name]) for field in dataclasses.fields(kind)}
 
 
 def bare(hint: Any) -> Any:

@@ -1,7 +1,7 @@
 """The YAML files that a user adds with `--config-dir` or `hydra.searchpath`, read strictly.
 
-Hydra reads every file through `Source`, which records those that are not the project's own. A fault has its file, line
-and column. A file that no configuration chooses is never read: other YAML may lie beside those that are.
+Hydra reads every file through `RecordingSource`, which records those that are not the project's own. A fault has its
+file, line and column. A file that no configuration chooses is never read: other YAML may lie beside those that are.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ class UserFile:
     text: str = ""
     problems: list[str] = field(default_factory=list)
     values: dict[str, tuple[Any, str]] = field(default_factory=dict)
-    """By key within the file: value, and where it stands, `FILE, line L, column C`."""
+    """By key within the file: value and place, `FILE, line L, column C`."""
     defaults: list[tuple[set[str], str]] = field(default_factory=list)
-    """Words of each entry of its list `defaults`, and where it stands."""
+    """Words and place of each entry of its list `defaults`."""
 
 
 read: dict[Path, UserFile] = {}
 """The user's files that Hydra has loaded."""
 
 
-class Source(file_config_source.FileConfigSource):
+class RecordingSource(file_config_source.FileConfigSource):
     """Hydra's source of files; a file of the user with a problem is empty to Hydra, which would stop at the first."""
 
     def load_config(self, config_path: str) -> ConfigResult:
@@ -66,7 +66,7 @@ class Source(file_config_source.FileConfigSource):
 
 
 Plugins.instance()  # registers Hydra's
-SourcesRegistry.instance().types["file"] = Source
+SourcesRegistry.instance().types["file"] = RecordingSource
 
 
 def folders(repository: IConfigRepository) -> list[Path]:
@@ -89,8 +89,8 @@ def check(entries: Iterable[ResultDefault], where: list[Path], problems: list[st
         for path in (folder / name for folder in where if (folder / name).is_file()):
             if (CONF / name).is_file() and (CONF / name).read_bytes() != path.read_bytes():
                 problems.append(
-                    f"{path} has the name of one of the project's own files, which would win; rename it, and choose it "
-                    "by that name"
+                    f"{path} has the name of one of the project's own files, which Hydra would load; rename it, and "
+                    "choose it by that name"
                 )
             file, package = read.get(path, UserFile(path)), entry.package or ""
             problems += file.problems
@@ -119,7 +119,7 @@ def defaults_problem(error: Exception) -> str:
 
 
 def hint(group: str, name: str, where: list[Path]) -> str:
-    """How a file is chosen that may be meant by a name that its group lacks; empty: there is no such file."""
+    """How to choose a file that has the name, or nearly, but that its group lacks; empty: there is none."""
     stem = Path(name).stem
     for folder in where:
         for path in (

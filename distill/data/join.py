@@ -17,11 +17,8 @@ from distill.config.errors import CacheError
 from distill.config.paths import is_url
 from distill.config.schema import OnMissing, TokenizerConfig
 from distill.data.packed import PackedCorpus, PackedSamples
-from distill.data.prefetch import Prefetch
 from distill.data.tokenizer import TOKENIZER, Tokenizer, load_tokenizer
 from distill.model.images import Images
-
-__all__ = ["Batch", "Joiner", "Prefetch", "check_cache"]
 
 
 @dataclass(frozen=True)

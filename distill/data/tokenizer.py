@@ -47,7 +47,7 @@ class Tokenizer:
     """
 
     def __init__(self, record: dict[str, Any], bos: str | None, eos: str | None, name: str):
-        self.name = name
+        self.name, self._record = name, record
         self._json = json.dumps(record, sort_keys=True, separators=(",", ":"))
         # A post-processor would trim offsets and may add tokens of its own.
         plain = {**record, "post_processor": None, "padding": None, "truncation": None}
@@ -129,19 +129,18 @@ class Tokenizer:
 
     def agrees(self, other: Tokenizer) -> bool:
         """Whether both give every text the same ids, as far as their files say: padding and templates aside."""
-        deciding = ("model", "added_tokens", "normalizer", "pre_tokenizer")
-        mine, theirs = json.loads(self._json), json.loads(other._json)
-        return all(mine.get(part) == theirs.get(part) for part in deciding)
+        return self._same(other, "model", "added_tokens", "normalizer", "pre_tokenizer")
 
     def extends(self, other: Tokenizer) -> bool:
         """Whether every id of the other means the same here; this one may have more."""
-        mine, theirs = json.loads(self._json), json.loads(other._json)
-        same = all(mine.get(part) == theirs.get(part) for part in ("normalizer", "pre_tokenizer", "decoder"))
-        for record in (mine["model"], theirs["model"]):
-            for part in ("vocab", "merges"):  # more merges change which ids a text has, which digests of samples show
-                record.pop(part, None)
+        # More merges change the ids of a text; the digests of samples show that.
+        models = ({k: v for k, v in t._record["model"].items() if k not in ("vocab", "merges")} for t in (self, other))
         ids, more = (t._library.get_vocab(with_added_tokens=True) for t in (other, self))
-        return bool(same and mine["model"] == theirs["model"] and ids.items() <= more.items())
+        same = self._same(other, "normalizer", "pre_tokenizer", "decoder") and next(models) == next(models)
+        return bool(same and ids.items() <= more.items())
+
+    def _same(self, other: Tokenizer, *parts: str) -> bool:
+        return all(self._record.get(part) == other._record.get(part) for part in parts)
 
     def save(self, path: str | Path) -> None:
         """Writes a `tokenizer.json` as a whole; equal tokenizers have equal bytes."""

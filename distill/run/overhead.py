@@ -7,7 +7,7 @@ import statistics
 import time
 
 from distill.config import stop
-from distill.data.join import Prefetch
+from distill.data.prefetch import Prefetch
 from distill.run import build
 from distill.run.run import Run
 from distill.run.trainer import Trainer

@@ -374,7 +374,7 @@ def load_model(folder: Path, role: str, want: ModelConfig | None, found: Checkpo
         config = cast(ModelConfig, OmegaConf.to_object(stored))
         tensors = found.tensors(name, ("param/", "buffer/"))
         if not with_vision:
-            config.vision = None
+            config = dataclasses.replace(config, vision=None)
             tensors = {key: t for key, t in tensors.items() if not key.removeprefix("param/").startswith(hf.VISION)}
         model = Transformer(config)
         load_weights(model, tensors)

@@ -23,7 +23,8 @@ from torch import Tensor
 from distill.config.errors import DivergenceError
 from distill.config.schema import Freeze, OptimConfig, TrainConfig
 from distill.config.stop import Stopped
-from distill.data.join import Batch, Joiner, Prefetch
+from distill.data.join import Batch, Joiner
+from distill.data.prefetch import Prefetch
 from distill.data.stream import Stream
 from distill.engine.dist import Dist
 from distill.engine.halt import Halt

@@ -113,7 +113,7 @@ def from_cache(store: Store) -> Measured:
     Raises:
         CacheError: no cache, one without records, or damage.
     """
-    header = CacheHeader.read(store)
+    header = CacheHeader.load(store)
     rows = [row for row in published(store, header).rows if row.tokens]
     if not rows:
         raise CacheError(f"{store.root}: holds no records yet; nothing can be estimated from it")
