@@ -52,8 +52,8 @@ def find(
     return Found(*dist.sum(counts).cpu())
 
 
-def figures(found: Found, config: NeedleTestConfig, chunk_size: int | None, trained_tokens: int) -> dict[str, Any]:
-    """Entries of a summary: shares within the trained length and by length, and the grid that the report draws."""
+def entries(found: Found, config: NeedleTestConfig, chunk_size: int | None, trained_tokens: int) -> dict[str, Any]:
+    """Summary entries: shares within the trained length and by length, and the grid that the report draws."""
     within_N = torch.tensor([length <= trained_tokens for length in config.lengths])
     shares = {
         "needle_accuracy": _share(found.hits_ND[within_N], found.trials_ND[within_N]),

@@ -28,8 +28,10 @@ from distill.engine.dist import Dist
 from distill.model import hf
 from distill.run import folder as run_folder
 from distill.run import identity
+from distill.run.evaluation import evaluate_whole
 from distill.run.identity import Lineage
-from distill.run.run import Run, load_model, role_in
+from distill.run.models import load_model, role_in
+from distill.run.run import Run
 
 _COPIED = (
     TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
@@ -51,9 +53,9 @@ def export(config: RunConfig, folder: Path, dist: Dist) -> None:
         raise ConfigError(f"job=export is started on {dist.world} ranks; one process writes the whole model")
     source = Path(config.init_from)
     home = _Home.of(source, config.data)
-    found = None if (source / "config.json").exists() else checkpoint.find(source)
-    model = load_model(source, e.role.value, None, found)
-    known = None if found is None else identity.stored(found, role_in(found, e.role.value))
+    opened = None if (source / "config.json").exists() else checkpoint.find(source)
+    model = load_model(source, e.role.value, None, opened)
+    known = None if opened is None else identity.stored(opened, role_in(opened, e.role.value))
     biased = any(bool(router.bias.any()) for router in model.routers)
     if biased and not e.drop_router_bias:
         raise ConfigError(
@@ -67,7 +69,9 @@ def export(config: RunConfig, folder: Path, dist: Dist) -> None:
     if biased:
         data = home.held_out(tokenizer, folder / "data", model.config.vocab_size)
     tracking = dataclasses.replace(config.tracking, report=False)  # there is no curve to draw
-    run = Run(dataclasses.replace(config, data=home.data, tracking=tracking), folder, dist, data)
+    run = Run(dataclasses.replace(config, data=home.data, tracking=tracking), folder, dist)
+    run.use(data)
+    run.start()
     also = partial(_copy, source)
     if not home.is_hf:
         model.config = _with_ids_of(tokenizer, model.config)
@@ -80,15 +84,15 @@ def export(config: RunConfig, folder: Path, dist: Dist) -> None:
         e.dir,
         dtype=dtype,
         drop_router_bias=biased,
-        heldout_loss=(lambda m: run.evaluate(m).loss) if biased else None,
+        heldout_loss=(lambda m: evaluate_whole(run, m).loss) if biased else None,
         max_shard_bytes=int(e.max_shard_gb * 1e9),
         also=also,
     )
     files = sorted(path.name for path in Path(e.dir).glob("*.safetensors"))
     parameters = sum(p.numel() for p in model.parameters())
     run.tracker.message(f"exported {parameters:,} parameters in {e.dtype.value} to {e.dir} ({len(files)} files)")
-    summary = {"job": "export", "dir": str(e.dir), "parameters": parameters, "dtype": e.dtype.value, "files": files}
-    run.finish({**summary, **report._asdict(), "seconds": run.seconds})
+    entries = {"dir": str(e.dir), "parameters": parameters, "dtype": e.dtype.value, "files": files}
+    run.finish({**entries, **report._asdict()})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,8 @@ from distill.engine.checkpoint import Checkpoint
 from distill.run import identity
 from distill.run.folder import recorded
 from distill.run.identity import Lineage
-from distill.run.run import Run, check_vision, load_model, role_in
+from distill.run.models import check_vision, load_model, role_in
+from distill.run.run import Run
 from teacher.labelling import Frozen, Own
 
 

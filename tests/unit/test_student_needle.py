@@ -42,20 +42,20 @@ def test_who_reads_everything_finds_everything(prepared):  # noqa: F811
     assert found.trials_ND.tolist() == [[7.0] * 3] * 2 and torch.equal(found.hits_ND, found.trials_ND)
     # Texts of 40 tokens are one chunk; of 150, the first line and the middle are in another chunk than the end.
     assert found.across_ND.tolist() == [[0, 0, 0], [7, 7, 0]] and torch.equal(found.hits_across_ND, found.across_ND)
-    assert needle.figures(found, config, 64, 150)["needle_accuracy_across_chunks"] == 1.0
-    assert "needle_accuracy_across_chunks" not in needle.figures(found, config, 64, 40)
+    assert needle.entries(found, config, 64, 150)["needle_accuracy_across_chunks"] == 1.0
+    assert "needle_accuracy_across_chunks" not in needle.entries(found, config, 64, 40)
 
 
 def test_who_sees_no_further_than_a_chunk_finds_nothing_across(prepared):  # noqa: F811
     config = NeedleTestConfig([40, 150], [0.0, 1.0], trials=5)
     found = needle.find(Reader(prepared.tokenizer, 30, 64), prepared.tokenizer, config, 16, 0, OneRank())
     assert found.hits_ND.tolist() == [[0, 5], [0, 5]] and found.hits_across_ND.sum() == 0
-    figures = needle.figures(found, config, 64, 100)
-    assert figures["needle_accuracy"] == 0.5  # within 100 tokens
-    grid = figures["needle"]
+    entries = needle.entries(found, config, 64, 100)
+    assert entries["needle_accuracy"] == 0.5  # within 100 tokens
+    grid = entries["needle"]
     assert grid["accuracy"] == [[0.0, 1.0], [0.0, 1.0]] and grid["accuracy_by_length"] == [0.5, 0.5]
     assert (grid["lengths"], grid["depths"], grid["trained_tokens"]) == ([40, 150], [0.0, 1.0], 100)
-    beyond = needle.figures(found, config, None, 10)
+    beyond = needle.entries(found, config, None, 10)
     assert beyond.keys() == {"needle"}
 
 
