@@ -9,5 +9,5 @@ setup(
         *(f"distill.conf.{group}" for group in find_namespace_packages("conf")),
     ],
     package_dir={"distill.conf": "conf"},
-    package_data={"": ["*.yaml"]},
+    package_data={"": ["*.yaml", "*.json", "*.css"]},
 )

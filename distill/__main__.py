@@ -23,7 +23,7 @@ from distill import __version__
 from distill.config import owner
 from distill.config import streams as console
 from distill.config.errors import ConfigError, DivergenceError, UserError
-from distill.config.files import NO_ROOM
+from distill.config.files import has_remedy
 from distill.config.load import CONF, load, precheck
 from distill.config.registry import JOBS, Job
 from distill.config.schema import RunConfig
@@ -135,8 +135,8 @@ def _main() -> int:
 
 
 def _told(error: UserError | OSError) -> int:
-    if isinstance(error, OSError) and not (error.filename or error.errno in NO_ROOM):
-        raise error  # nothing that a person could mend: the traceback is for us
+    if isinstance(error, OSError) and not has_remedy(error):
+        raise error
     if isinstance(error, DivergenceError) and int(os.environ.get("RANK", "0")) > 0:
         return error.exit_code  # raised on all ranks alike, and told by the main one
     text = str(error)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from distill.model.segments import document_starts
+
 STARTS = [0, *sorted({round(2 ** (step / 4)) for step in range(4 * 26)})]
 """First position of each bin: four for each doubling; powers of two begin one, as they begin a chunk."""
 
@@ -27,9 +29,7 @@ def positions(documents_BS: Tensor) -> Tensor:
         documents_BS: ordinal of each token's document, non-decreasing along a row.
     """
     at_S = torch.arange(documents_BS.shape[1], device=documents_BS.device)
-    first_BS = torch.ones_like(documents_BS, dtype=torch.bool)
-    first_BS[:, 1:] = documents_BS.diff(dim=1) != 0
-    return at_S - torch.where(first_BS, at_S, 0).cummax(1).values
+    return at_S - torch.where(document_starts(documents_BS), at_S, 0).cummax(1).values
 
 
 def add(sums_2N: Tensor, loss_T: Tensor, valid_T: Tensor, documents_BS: Tensor) -> None:

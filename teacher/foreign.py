@@ -1,7 +1,7 @@
-"""Any causal language model of `transformers` as a frozen teacher; the only file that knows that library.
+"""Any causal language model of `transformers` as a frozen teacher; the only file that imports that library.
 
-Packed documents must not see each other and each counts its positions from 0. Rather than ask hundreds of
-architectures for that, every document is a row of its own, padded on the right, where a causal model cannot look.
+Packed documents must not attend to each other, and each counts its positions from 0. Since that has no common interface
+in hundreds of architectures, every document is a row of its own, padded on the right, which no causal model looks at.
 
 Where logits are nothing but a product of the last hidden states with the unembedding, which is tried on planted states
 (teacher/probe.py) and on the first batch, the head runs in chunks like that of our own models. Elsewhere (biases,
@@ -10,7 +10,6 @@ capped or scaled logits) the model's own logits are taken, some whole documents 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -25,26 +24,31 @@ from distill.config.errors import ConfigError, DivergenceError
 from distill.config.files import LFS_CURE, is_lfs_pointer
 from distill.data.join import Batch
 from distill.model.finite import is_finite
+from distill.model.segments import document_starts
 from losses.mixed import Select
 from teacher.labelling import Labelled, label_rows
-from teacher.probe import Head, probe
+from teacher.probe import HeadForm, number, probe, run
 
 
 class _Document(NamedTuple):
-    """A run of tokens of one document in the flattened batch."""
+    """The tokens of a document in one row of the batch, by their place in the flattened batch."""
 
     start: int
     length: int
+
+    @property
+    def tokens(self) -> slice:
+        return slice(self.start, self.start + self.length)
 
 
 class Foreign:
     """A causal language model of `transformers`; see `teacher.labelling.Frozen`.
 
     Args:
-        name: what messages call it.
+        name: of the teacher in messages.
 
     Attributes:
-        max_positions: longest document that it takes; None: its configuration does not say.
+        max_positions: longest document that it takes; None: its configuration has no limit.
     """
 
     def __init__(self, model: Any, name: str = "the teacher"):
@@ -52,12 +56,11 @@ class Foreign:
         self._name = name
         config = model.config.get_text_config()
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
-        self._masked = "attention_mask" in inspect.signature(model.forward).parameters
         self._plain_head: bool | None = None
         """The logits are hidden states times the unembedding; None: not tried yet."""
 
     @cached_property
-    def _head(self) -> Head:
+    def _head(self) -> HeadForm:
         return probe(self.model, self._name)
 
     @property
@@ -73,9 +76,11 @@ class Foreign:
         """An estimate: 2 for each weight that a token meets in a matrix product, and attention over half a sample."""
         assert not tiles, "no images"
         config = self.model.config.get_text_config()
-        active, experts = _number(config, "num_experts_per_tok"), None
-        for name in ("num_local_experts", "num_experts", "n_routed_experts"):
-            experts = experts or _number(config, name)
+
+        def size(*names: str) -> float:
+            return next((found for name in names if (found := number(getattr(config, name, None)))), 0.0)
+
+        active, experts = size("num_experts_per_tok"), size("num_local_experts", "num_experts", "n_routed_experts")
         share = active / experts if active and experts else 1.0
         tables = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
         head = self.model.get_output_embeddings()
@@ -86,8 +91,8 @@ class Foreign:
             for name, p in self.model.named_parameters()
             if p.ndim > 1 and id(p) not in tables
         )
-        heads, layers = (_number(config, name) or 0 for name in ("num_attention_heads", "num_hidden_layers"))
-        width = _number(config, "head_dim") or ((_number(config, "hidden_size") or 0) / max(heads, 1))
+        heads, layers = size("num_attention_heads"), size("num_hidden_layers")
+        width = size("head_dim") or size("hidden_size") / max(heads, 1)
         return 2.0 * products + 4.0 * layers * heads * width * (sample_tokens + 1) / 2
 
     def label(self, batch: Batch, select: Select | None, head_chunk: int) -> Labelled:
@@ -120,10 +125,10 @@ class Foreign:
         hidden = getattr(out, "last_hidden_state", None)
         if self.model.base_model is self.model or hidden is None or hidden.shape[-1] != head.weight.shape[-1]:
             return False
-        found, logits = F.linear(hidden, head.weight), self._rows(self.model, ids_T, group).logits
-        if found.shape != logits.shape:
+        product, logits = F.linear(hidden, head.weight), self._rows(self.model, ids_T, group).logits
+        if product.shape != logits.shape:
             return False
-        return bool((found.float() - logits.float()).abs().max() <= 1e-5 * logits.float().abs().max())
+        return bool((product.float() - logits.float()).abs().max() <= 1e-5 * logits.float().abs().max())
 
     def _hidden(self, ids_T: Tensor, documents: list[_Document], room: int) -> Tensor:
         """The last hidden states of all tokens [T, D]; at most `room` places, padding included, run at a time."""
@@ -133,26 +138,22 @@ class Foreign:
             if hidden_TD is None:
                 hidden_TD = rows_NLD.new_empty(len(ids_T), rows_NLD.shape[-1])
             for row_LD, d in zip(rows_NLD, group):
-                hidden_TD[d.start : d.start + d.length] = row_LD[: d.length]
+                hidden_TD[d.tokens] = row_LD[: d.length]
         assert hidden_TD is not None
         return hidden_TD
 
     def _rows(self, module: Any, ids_T: Tensor, group: list[_Document]) -> Any:
-        """What the module makes of documents, a row each, padded on the right to the longest."""
-        longest = max(d.length for d in group)
-        ids_NL = ids_T.new_zeros(len(group), longest)
+        """The module's output for documents, a row each, padded on the right to the longest."""
+        ids_NL = ids_T.new_zeros(len(group), max(d.length for d in group))
+        mask_NL = torch.zeros_like(ids_NL)
         for row, d in enumerate(group):
-            ids_NL[row, : d.length] = ids_T[d.start : d.start + d.length]
-        if not self._masked:
-            # Without a mask nothing says what is padding; to a causal model on the right it makes no difference.
-            return module(input_ids=ids_NL, use_cache=False)
-        length_N1 = torch.tensor([[d.length] for d in group], device=ids_T.device)
-        mask_NL = torch.arange(longest, device=ids_T.device) < length_N1
-        return module(input_ids=ids_NL, attention_mask=mask_NL.long(), use_cache=False)
+            ids_NL[row, : d.length] = ids_T[d.tokens]
+            mask_NL[row, : d.length] = 1
+        return run(module, ids_NL, mask_NL)
 
 
 def load(folder: Path, dtype: torch.dtype) -> Foreign:
-    """The model of a folder, on the CPU. Nothing is fetched, no code of the folder runs, and no pickle is read.
+    """The model of a folder, on the CPU. Nothing is downloaded, no code of the folder runs, and no pickle is read.
 
     Raises:
         ConfigError: `transformers` is missing, the folder holds no such model, or lacks some of its weights.
@@ -168,7 +169,7 @@ def load(folder: Path, dtype: torch.dtype) -> Foreign:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        found: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             use_safetensors=True,
@@ -179,8 +180,8 @@ def load(folder: Path, dtype: torch.dtype) -> Foreign:
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConfigError(f"{key}; transformers cannot load it: {first}") from error
-    model, info = found
-    # transformers draws what a file lacks at random, and only warns.
+    model, info = loaded
+    # transformers draws weights that a file lacks at random, and only warns.
     if lacking := sorted(info["missing_keys"]):
         raise ConfigError(f"{key}; its files lack {len(lacking)} tensors of the model: {', '.join(lacking[:4])}")
     for name, tensor in model.state_dict().items():
@@ -200,10 +201,8 @@ def _stored(folder: Path, name: str) -> str:
 
 
 def _documents(documents_BS: Tensor) -> list[_Document]:
-    """The runs of equal ordinals of every row, in the order of the flattened tokens."""
-    begins_BS = torch.ones_like(documents_BS, dtype=torch.bool)
-    begins_BS[:, 1:] = documents_BS.diff(dim=1) != 0
-    starts = torch.nonzero(begins_BS.flatten()).flatten().tolist()
+    """The documents of every row, in the order of the flattened tokens."""
+    starts = document_starts(documents_BS).flatten().nonzero().flatten().tolist()
     ends = [*starts[1:], documents_BS.numel()]
     return [_Document(start, end - start) for start, end in zip(starts, ends)]
 
@@ -220,8 +219,3 @@ def _groups(documents: list[_Document], room: int, in_order: bool) -> Iterator[l
         longest = max(longest, document.length)
     if group:
         yield group
-
-
-def _number(config: Any, name: str) -> float | None:
-    value = getattr(config, name, None)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

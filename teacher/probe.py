@@ -1,15 +1,16 @@
-"""What a model of `transformers` makes of its last hidden states, tried on states that are planted.
+"""How a model of `transformers` makes logits of its last hidden states, tried on states that are planted.
 
-Caps, scales and biases of logits go by a dozen names, and none need show on a batch of small logits. So the model runs
-once with hidden states of ours in place of its own: zeros, and one direction scaled so that logits come out small and
-huge. A bias shows at zero, a scale where they are small, a cap where they are huge, whatever their names. And what a
-configuration names but the model does not do is found: such a teacher's targets would be those of another model.
+Caps, scales and biases of logits have a dozen names, and small logits need not show them. So the model runs once with
+planted hidden states in place of its own: zeros, and one direction scaled so that logits are small and huge. A bias
+shows at zero, a scale where logits are small, a cap where they are huge, whatever their names. A cap or scale that a
+configuration names and the model does not apply is an error: the teacher's targets would be those of another model.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -36,48 +37,39 @@ WITHIN = (
 """Names for caps and factors before the last hidden states, which only a class that has them applies."""
 
 
-class Head(NamedTuple):
+class HeadForm(NamedTuple):
+    """How a model makes logits of its last hidden states."""
+
     plain: bool
-    """Logits are the product of hidden states and unembedding, and nothing else."""
+    """By the product with the unembedding, and nothing else."""
     width: int
     """V of the logits, which may be less than the unembedding's rows."""
 
 
 @torch.no_grad()
-def probe(model: Any, name: str) -> Head:
+def probe(model: Any, name: str) -> HeadForm:
     """Runs the model, wherever it is, on a few tokens.
 
     Args:
-        name: what messages call it.
+        name: of the teacher in messages.
 
     Raises:
         ConfigError: a line for every cap or scale of the configuration that the model does not apply.
     """
-    configs = {id(config): config for config in (model.config, model.config.get_text_config())}
-    named = {key: value for config in configs.values() for key, value in _named(config)}
-    sizes = [1.0, *(float(value) for key, value in named.items() if key in CAPS and _is_number(value))]
-    found = _planted(model, 0.01 * min(sizes), 1e4 * max(sizes))
-    refused = [key for key in named if key in WITHIN and not _applies(model, configs.values(), key)]
+    configs = {id(config): config for config in (model.config, model.config.get_text_config())}.values()
+    named = {key: value for config in configs for key, value in _named(config)}
+    sizes = [1.0, *(size for key in named if key in CAPS and (size := number(named[key])) is not None)]
+    logits_PV, product_PV = _planted(model, 0.01 * min(sizes), 1e4 * max(sizes))
+    refused = [key for key in named if key in WITHIN and not _applies(model, configs, key)]
     plain = False
-    if found.product_PV is None:  # nothing was tried: what a class has is trusted
-        refused += [key for key in named if key not in WITHIN and not _has(configs.values(), key)]
+    if product_PV is None:  # nothing was tried: what a class has is trusted
+        refused += [key for key in named if key not in WITHIN and not _has(configs, key)]
     else:
-        zero_V, small_V, huge_V = found.logits_PV.double()
-        product_PV = found.product_PV.double()
-        plain = product_PV.shape == found.logits_PV.shape and all(
+        plain = product_PV.shape == logits_PV.shape and all(
             bool(b_V.isfinite().all()) and bool((a_V - b_V).abs().max() <= 1e-5 * b_V.abs().max())
-            for a_V, b_V in zip(product_PV, (zero_V, small_V, huge_V))
+            for a_V, b_V in zip(product_PV.double(), logits_PV.double())
         )
-        # Padded rows that a model leaves out, or sets to minus infinity, say nothing.
-        x_V, y_V = product_PV[1, : found.width], small_V - zero_V
-        known_V = y_V.isfinite()
-        ratio = float((x_V * y_V)[known_V].sum() / (x_V * x_V)[known_V].sum().clamp(min=1e-300))
-        scales = [key for key in named if key in SCALES]
-        if not _is_product(ratio, [named[key] for key in scales]):
-            refused += scales
-        largest = float(huge_V[huge_V.isfinite()].abs().max())
-        caps = {key: value for key, value in named.items() if key in CAPS}
-        refused += [key for key, value in caps.items() if not (_is_number(value) and largest <= 1.01 * value)]
+        refused += _not_applied(named, logits_PV.double(), product_PV.double())
     if refused:
         kind, known = model.config.model_type, type(model).__name__
         raise ConfigError(
@@ -88,20 +80,30 @@ def probe(model: Any, name: str) -> Head:
                 for key in refused
             )
         )
-    return Head(plain, found.width)
+    return HeadForm(plain, logits_PV.shape[-1])
 
 
-class _Found(NamedTuple):
+def _not_applied(named: dict[str, Any], logits_PV: Tensor, product_PV: Tensor) -> list[str]:
+    """The caps and scales of logits that the logits of planted states do not show."""
+    zero_V, small_V, huge_V = logits_PV
+    # Padded rows, which some models leave out and others set to minus infinity, are not compared.
+    x_V, y_V = product_PV[1, : logits_PV.shape[-1]], small_V - zero_V
+    known_V = y_V.isfinite()
+    ratio = float((x_V * y_V)[known_V].sum() / (x_V * x_V)[known_V].sum().clamp(min=1e-300))
+    scales = [key for key in named if key in SCALES]
+    refused = [] if _is_product(ratio, [number(named[key]) for key in scales]) else scales
+    largest = float(huge_V[huge_V.isfinite()].abs().max())
+    caps = {key: number(value) for key, value in named.items() if key in CAPS}
+    return refused + [key for key, cap in caps.items() if cap is None or largest > 1.01 * cap]
+
+
+class Planted(NamedTuple):
     logits_PV: Tensor
     product_PV: Tensor | None
-    """Of the planted states and the unembedding; None: they could not be planted."""
-
-    @property
-    def width(self) -> int:
-        return self.logits_PV.shape[-1]
+    """Of the planted states and the unembedding; None: no states could be planted."""
 
 
-def _planted(model: Any, small: float, huge: float) -> _Found:
+def _planted(model: Any, small: float, huge: float) -> Planted:
     """Logits for hidden states whose products are zeros, up to `small`, and up to `huge` in size."""
     head = model.get_output_embeddings()
     products: list[Tensor] = []
@@ -124,16 +126,20 @@ def _planted(model: Any, small: float, huge: float) -> _Found:
 
     base = model.base_model
     hook = base.register_forward_hook(plant) if head is not None and base is not model else None
-    device = next(model.parameters()).device
-    inputs = {"input_ids": torch.zeros(1, 3, dtype=torch.long, device=device)}
-    if "attention_mask" in inspect.signature(model.forward).parameters:
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    ids_1P = torch.zeros(1, 3, dtype=torch.long, device=next(model.parameters()).device)
     try:
-        logits_PV = model(**inputs, use_cache=False).logits[0]
+        logits_PV = run(model, ids_1P, torch.ones_like(ids_1P)).logits[0]
     finally:
         if hook is not None:
             hook.remove()
-    return _Found(logits_PV, products[0] if products else None)
+    return Planted(logits_PV, products[0] if products else None)
+
+
+def run(module: Any, ids_NL: Tensor, mask_NL: Tensor) -> Any:
+    """The output of a model, or its base, for rows padded on the right, where a causal model without a mask needs
+    none."""
+    takes_mask = "attention_mask" in inspect.signature(module.forward).parameters
+    return module(input_ids=ids_NL, use_cache=False, **({"attention_mask": mask_NL} if takes_mask else {}))
 
 
 def _named(config: Any) -> Iterator[tuple[str, Any]]:
@@ -144,24 +150,27 @@ def _named(config: Any) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def number(value: Any) -> float | None:
+    """The value as a float; None: it is no number."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _has(configs: Any, key: str) -> bool:
+def _has(configs: Iterable[Any], key: str) -> bool:
     """The field belongs to the class of the configuration, not only to the file."""
     return any(hasattr(type(config), key) for config in configs)
 
 
-def _applies(model: Any, configs: Any, key: str) -> bool:
-    """The field belongs to the class; and a part of the model that keeps it does not only keep it (as Gemma 3 does with
-    the cap of its attention)."""
+def _applies(model: Any, configs: Iterable[Any], key: str) -> bool:
+    """The field belongs to the class, and each kind of module that stores it uses it in a method but `__init__`.
+
+    Gemma 3 stores the cap of its attention and never uses it.
+    """
     keepers = {type(module) for module in model.modules() if key in vars(module)}
     return _has(configs, key) and all(any(key in names for names in _used_by(kind)) for kind in keepers)
 
 
 def _used_by(kind: type) -> Iterator[tuple[str, ...]]:
-    """The names that each method of a module's class uses, but the one that sets it up."""
+    """The names that each method of a module's class uses, `__init__` excepted."""
     for parent in kind.__mro__:
         for name, method in vars(parent).items():
             code = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
@@ -169,14 +178,10 @@ def _used_by(kind: type) -> Iterator[tuple[str, ...]]:
                 yield code.co_names
 
 
-def _is_product(ratio: float, scales: list[Any]) -> bool:
-    """Whether a factor on logits is what these make together, each multiplied by or divided by."""
-    if not all(_is_number(value) and value != 0 for value in scales):
+def _is_product(ratio: float, scales: list[float | None]) -> bool:
+    """Whether a factor on logits is the product of scales, each multiplied by or divided by; without scales: always."""
+    if not all(scales):
         return False
-    for signs in product((1, -1), repeat=len(scales)):
-        wanted = 1.0
-        for value, sign in zip(scales, signs):
-            wanted *= float(value) ** sign
-        if abs(ratio - wanted) <= 0.02 * abs(wanted):
-            return True
-    return not scales
+    signs = product((1, -1), repeat=len(scales))
+    products = [math.prod(scale**sign for scale, sign in zip(scales, each) if scale) for each in signs]
+    return not scales or any(abs(ratio - one) <= 0.02 * abs(one) for one in products)

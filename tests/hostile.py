@@ -17,7 +17,7 @@ from tests.format_reader import sealed
 
 
 @dataclass(repr=False)
-class Parts:
+class CacheParts:
     """A cache of one ledger, in pieces to be changed before `write` puts digests on them."""
 
     header: Any
@@ -29,7 +29,7 @@ class Parts:
     """Leave the digests and sizes in rows as they are."""
 
     @classmethod
-    def of(cls, folder: Path) -> Parts:
+    def of(cls, folder: Path) -> CacheParts:
         header = sealed((folder / "cache.json").read_bytes())
         (ranks,) = folder.glob("ranks*.safetensors")
         (ledger,) = (folder / "ledger").glob("*.jsonl")
@@ -44,7 +44,7 @@ class Parts:
             del record["digest"]
         return cls(header, ranks.read_bytes(), rows, shards)
 
-    def copy(self) -> Parts:
+    def copy(self) -> CacheParts:
         return copy.deepcopy(self)
 
     def write(self, folder: Path, checks: bool = True) -> None:

@@ -1,8 +1,9 @@
-"""Names and numbers of the format on disk, which docs/format.md describes."""
+"""Names and numbers of the format on disk (docs/format.md)."""
 
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 from distill.config.errors import CacheError
 
@@ -29,7 +30,23 @@ def ranks_name(digest: str) -> str:
 
 
 def shard_name(writer: str, seq: int, digest: str) -> str:
+    """File of the shard of a ledger's row; the digest is that of the file."""
     return f"{writer}-{seq:06d}-{digest}.safetensors"
+
+
+class RowName(NamedTuple):
+    """The ledger's row that the name of a shard's file belongs to."""
+
+    writer: str
+    seq: int
+
+
+def row_of(shard: str) -> RowName | None:
+    """Inverse of `shard_name`, also for a temporary file; None: it is not a shard's name."""
+    parts = shard.removesuffix(TEMPORARY).removesuffix(".safetensors").rsplit("-", 2)
+    if len(parts) != 3 or not parts[1].isdigit() or ".safetensors" not in shard:
+        return None
+    return RowName(parts[0], int(parts[1]))
 
 
 def writer_lock(writer: str) -> str:
@@ -38,10 +55,11 @@ def writer_lock(writer: str) -> str:
 
 
 def row_object(writer: str, seq: int) -> str:
+    """Object of a ledger's row, where files cannot grow."""
     return f"{LEDGER}/{writer}/{seq:09d}.json"
 
 
 def check_writer(writer: str) -> None:
-    """CacheError when a writer's name cannot be a file's."""
+    """CacheError when a writer's name is not fit for file names."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", writer):
         raise CacheError(f"writer is {writer!r}; allowed are letters, digits and _ - (not first)")

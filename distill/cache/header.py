@@ -1,4 +1,4 @@
-"""cache.json: what a cache is about. Starts without torch."""
+"""cache.json: the identity of a cache. No torch."""
 
 from __future__ import annotations
 
@@ -10,42 +10,27 @@ from pathlib import Path
 from typing import Any
 
 from distill.cache import differ
-from distill.cache.fields import check_types
+from distill.cache.fields import checked
 from distill.cache.format import FORMAT, HEADER, MAX_SAMPLE_TOKENS, MAX_VOCAB
 from distill.cache.open_store import open_store
 from distill.cache.seal import digest, seal, unseal
 from distill.cache.store import Store
 from distill.config.errors import CacheError
-from distill.config.schema import CodecConfig, CodecName
-
-PARAMETERS = {
-    CodecName.systematic: "draws",
-    CodecName.threshold: "tau",
-    CodecName.multinomial: "draws",
-    CodecName.topk: "k",
-}
-"""The one field of `CodecConfig` that each codec reads."""
-
+from distill.config.registry import CODECS
+from distill.config.schema import CodecConfig
 
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 
 
-def codec_name(config: CodecConfig) -> CodecName:
-    """The codec's name; CacheError when there is none such."""
-    name = config.name.value if isinstance(config.name, CodecName) else str(config.name)
-    if name not in CodecName.__members__:
-        raise CacheError(f"codec is {name!r}; allowed are {', '.join(CodecName.__members__)}")
-    return CodecName[name]
-
-
 def _codec_json(config: CodecConfig) -> dict[str, Any]:
-    name = codec_name(config)
-    return {"name": name.value, PARAMETERS[name]: getattr(config, PARAMETERS[name])}
+    if problem := CODECS.problem("codec.name", config.name):
+        raise CacheError(problem)
+    return {"name": config.name} | {name: getattr(config, name) for name in CODECS[config.name].parameters}
 
 
 @dataclass(frozen=True)
 class CacheHeader:
-    """The identity of a cache. Two headers are the same cache when `check` finds no difference."""
+    """The identity of a cache. Two headers mean the same cache when `check` finds no difference."""
 
     vocab_size: int
     """V of the teacher's head; at most 2**24."""
@@ -59,26 +44,26 @@ class CacheHeader:
     """Samples of the corpus; ids are 0 to samples - 1."""
     codec: CodecConfig
     seed: int
-    """Of the codec's randomness."""
+    """Seed of the codec's randomness."""
     stream: dict[str, Any] = field(default_factory=dict)
-    """The teacher's planned stream of samples, as the caller describes it; any JSON."""
+    """The teacher's planned stream of samples, in JSON of the caller's."""
     ranks: str = ""
-    """Digest of the rank table; filled in by whoever creates the cache."""
+    """Digest of the rank table; `publish.create` fills it in."""
     folder: str = field(default="", compare=False)
-    """Where it was read from, for messages; not stored."""
+    """Path or URL that the header was read from, for messages; not stored."""
 
     @property
     def identity(self) -> str:
-        """Digest that every row of the cache's ledgers names."""
+        """Digest of cache.json, which every row of the cache's ledgers has."""
         return digest(self.dump())
 
     def json(self) -> dict[str, Any]:
-        """What is stored, in the order of the file."""
+        """The fields of cache.json, in the order of the file."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "folder"}
         return {"format": FORMAT} | fields | {"codec": _codec_json(self.codec)}
 
     def dump(self) -> bytes:
-        """The bytes of cache.json; CacheError when they do not fit the format."""
+        """The bytes of cache.json; CacheError for a field that the format cannot hold."""
         if not 2 <= self.vocab_size <= MAX_VOCAB:
             raise CacheError(f"vocab_size is {self.vocab_size}; a cache holds vocabularies of 2 to {MAX_VOCAB} ids")
         for name, most in (("sample_tokens", MAX_SAMPLE_TOKENS), ("samples", 2**48 - 1)):
@@ -96,7 +81,7 @@ class CacheHeader:
         """Reads and verifies cache.json.
 
         Raises:
-            CacheError: no such cache, a damaged file, an unknown format version or codec.
+            CacheError: no such cache, a damaged file, another format version, or a codec that is not registered.
         """
         path = store.path(HEADER)
         try:
@@ -105,24 +90,19 @@ class CacheHeader:
             version = record.pop("format", None)
             if version != FORMAT:
                 raise CacheError(f"{path}: format version is {version!r:.80}; allowed is {FORMAT}")
-            check_types(record, cls)
-            codec = record.pop("codec")
-            if codec["name"] not in CodecName.__members__:
-                raise CacheError(
-                    f"{path}: codec is {codec['name']!r:.80}; allowed are {', '.join(CodecName.__members__)}"
-                )
-            check_types(codec, CodecConfig)
-            config = CodecConfig(**codec | {"name": CodecName[codec["name"]]})
-            header = cls(**record, codec=config, folder=store.root)
+            codec = record["codec"]
+            if problem := CODECS.problem("codec.name", codec["name"]):
+                raise CacheError(f"{path}: {problem:.300}")
+            header = checked(cls, record | {"codec": checked(CodecConfig, codec)})
             if not _DIGEST.fullmatch(header.ranks):
                 raise ValueError(f"ranks is {header.ranks!r:.80}, not a digest")
             try:
                 same = header.dump() == data
             except CacheError as error:
                 raise CacheError(f"{path}: {error}") from None
-            if not same:  # rows name the digest of these bytes: see `identity`
+            if not same:  # rows have the digest of these bytes: see `identity`
                 raise ValueError("it is not laid out as writers of this version do")
-            return header
+            return dataclasses.replace(header, folder=store.root)
         except CacheError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 raise CacheError(f"{store.root}: no cache here ({HEADER} is missing)") from None
@@ -131,7 +111,7 @@ class CacheHeader:
             raise CacheError(f"{path} is damaged: {error!s:.300}") from error
 
     def check(self, **expected: Any) -> None:
-        """Compares fields with what a run needs.
+        """Compares fields with those that a run needs.
 
         Raises:
             CacheError: a line for every field that differs, with both values.
@@ -139,7 +119,7 @@ class CacheHeader:
         here = json.loads(json.dumps(self.json()))
         if "codec" in expected:
             expected["codec"] = _codec_json(expected["codec"])
-        expected = json.loads(json.dumps(expected))  # a tuple of the caller's is a list here
+        expected = json.loads(json.dumps(expected))  # tuples become lists
         assert expected.keys() <= here.keys(), f"no such fields: {expected.keys() - here.keys()}"
         wrong = list(differ.lines({name: here[name] for name in expected}, expected))
         if wrong:
@@ -147,5 +127,5 @@ class CacheHeader:
 
 
 def is_created(folder: str | Path) -> bool:
-    """Someone has made a cache in this folder, or URL; CacheError when it cannot be looked at."""
+    """Whether there is a cache in this folder, or URL; CacheError when it cannot be read."""
     return open_store(folder).exists(HEADER)

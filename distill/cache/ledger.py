@@ -1,8 +1,8 @@
-"""The append-only record of published shards, one ledger per writer. Starts without torch.
+"""The append-only list of published shards, one ledger per writer. No torch.
 
 A row is one line of sealed JSON: of `ledger/<writer>.jsonl` where files can grow, else an object of its own,
 `ledger/<writer>/<seq>.json`. A ledger may begin as a file and go on as objects. A line without its newline is a row
-that is being written, or was when its writer died: readers do not use it, and say so.
+that is being written, or was when its writer died; readers pass over it with a warning.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.cache.fields import check_types
+from distill.cache.fields import checked
 from distill.cache.format import LEDGER, row_object
 from distill.cache.open_store import open_store
 from distill.cache.seal import seal, unseal
@@ -31,7 +31,7 @@ _WHOLE_ROW = re.compile(rb'"digest": "[0-9a-f]{16}"\}.', re.DOTALL)
 
 @dataclass(frozen=True)
 class Origin:
-    """Where records come from: one state of one teacher."""
+    """The teacher that made some records of a shard, and the steps at which it did."""
 
     teacher: str
     """Identity of the teacher."""
@@ -43,13 +43,13 @@ class Origin:
     tokens: int
     """Tokens that have a target."""
     tokens_seen: int
-    """By the teacher, before the last of these samples."""
+    """Tokens that the teacher had trained on before the last of these samples."""
     loss: float | None
     """Teacher's mean label loss over its shard, nats; null without tokens."""
     seen_before: bool
     """The teacher had trained on these samples."""
     flops_per_token: float
-    """Of a forward pass of the teacher; 0: not known."""
+    """FLOPs of the teacher's forward pass; 0: not known."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,14 @@ class ShardRow:
     seq: int
     """Number of the row in its ledger, from 0."""
     cache: str
-    """Digest of the header of the cache that it belongs to."""
+    """Digest of the cache's header."""
     shard: str
     """File name in `shards/`."""
     source: str
-    """Who wrote it: capture, backfill, import, compact, merge or repair."""
+    """What wrote the shard: capture, backfill, import, compact, merge or repair."""
     samples: int
     first_sample: int
-    """Smallest id; which ids there are is in the shard."""
+    """Smallest id; the shard lists all of them."""
     last_sample: int
     tokens: int
     """Tokens that have a target."""
@@ -87,10 +87,7 @@ class ShardRow:
     @classmethod
     def of(cls, record: dict[str, Any]) -> ShardRow:
         """From JSON; raises TypeError, KeyError or ValueError when it is not a row."""
-        check_types(record, cls)
-        for origin in record["origins"]:
-            check_types(origin, Origin)
-        row = cls(**record | {"origins": tuple(Origin(**origin) for origin in record["origins"])})
+        row = checked(cls, record | {"origins": tuple(checked(Origin, origin) for origin in record["origins"])})
         counts = (row.seq, row.samples, row.first_sample, row.tokens, row.atoms, row.bytes, row.index_bytes)
         if min(counts) < 0 or not _FILE_NAME.fullmatch(row.shard):
             raise ValueError("a number or a name that cannot be")
@@ -99,18 +96,12 @@ class ShardRow:
 
 @dataclass(frozen=True)
 class Retired:
-    """Rows whose records all lie in shards of a compaction."""
+    """A range of a ledger's rows whose records all lie in other shards now."""
 
     ledger: str
     first: int
     last: int
     """Inclusive."""
-
-    @classmethod
-    def of(cls, record: dict[str, Any]) -> Retired:
-        """From JSON; raises as `ShardRow.of`."""
-        check_types(record, cls)
-        return cls(**record)
 
 
 def outside(rows: list[ShardRow], retired: Iterable[Retired]) -> list[ShardRow]:
@@ -118,7 +109,7 @@ def outside(rows: list[ShardRow], retired: Iterable[Retired]) -> list[ShardRow]:
     ranges: dict[str, list[tuple[int, int]]] = {}
     for each in sorted(retired, key=lambda each: (each.ledger, each.first)):
         there = ranges.setdefault(each.ledger, [])
-        # Only what reaches further than all before it: then the last that begins at or before a row decides.
+        # Only ranges that reach further than all before them: then the last that begins at or before a row decides.
         if not there or each.last > there[-1][1]:
             there.append((each.first, each.last))
     kept = []
@@ -146,36 +137,37 @@ class LedgerReader:
         self.finished = False
         """The last row read says that the writer's stream is complete."""
         self.torn = 0
-        """Bytes of a row at the end that is not complete."""
+        """Bytes of a row at the file's end that is not complete."""
         self.torn_object = ""
-        """The object that is such a row: of a file system where an upload is seen while it lasts."""
+        """The object that is not a complete row, of a store where an upload is visible while it lasts."""
         self._objects = 0
         """Rows read that are objects."""
         self.captures = True
-        """No row says that this is another than a teacher in training."""
+        """Every row read comes from a teacher in training."""
         self.last_step = -1
-        """Of all rows read."""
+        """The greatest of all rows read."""
 
     def poll(self, limit: int | None = None) -> list[ShardRow | Retired]:
         """New complete rows, in order; stops after row number `limit` - 1.
 
         Raises:
             CacheError: a row that does not verify, is out of sequence, or was cut off after it had been read. Nothing
-                counts as read then: rows in front of it come again with the next call.
+                counts as read then: the next call returns the rows in front of it again.
         """
         before = dict(self.__dict__)
-        found: list[ShardRow | Retired] = []
+        entries: list[ShardRow | Retired] = []
         try:
             for line, where in self._lines(limit):
-                found += self.parse(line, where)
+                entries += self.parse(line, where)
                 if limit is not None and self.seq >= limit:
                     break
         except BaseException:
             self.__dict__.update(before)
             raise
-        return found
+        return entries
 
     def _lines(self, limit: int | None) -> Iterator[tuple[bytes, str]]:
+        """New lines, and where each lies."""
         if not self._objects:  # the file ends where they begin
             yield from self._file_lines(f"{LEDGER}/{self.writer}.jsonl")
         if limit is not None and self.seq >= limit:
@@ -198,7 +190,7 @@ class LedgerReader:
             self._objects += 1
 
     def _is_there(self, name: str) -> bool:
-        """By reading it: for who follows a ledger that is one request, however many rows there are."""
+        """By reading the object, which is one request however many rows there are."""
         try:
             self.store.read_many([name])
         except CacheError as error:
@@ -220,7 +212,7 @@ class LedgerReader:
         data = self.store.read_at(name, self.offset, size - self.offset)
         *lines, torn = data.split(b"\n")
         for line in lines:
-            self.offset += len(line) + 1  # before the row is used: whoever asked for it may not come back
+            self.offset += len(line) + 1  # before the row is used: the caller may not ask for the next one
             yield line + b"\n", f"{where} line {self.seq + 1}"
         if self.is_whole(torn):
             raise CacheError(f"{where} line {self.seq + 1} is damaged: no newline where the row ends")
@@ -230,11 +222,11 @@ class LedgerReader:
 
     @staticmethod
     def is_whole(tail: bytes) -> bool:
-        """Bytes without a newline hold more than a row that was not finished: the newline is damaged."""
+        """Bytes without a newline hold a whole row, so the newline is damaged."""
         return _WHOLE_ROW.search(tail) is not None
 
     def parse(self, line: bytes, where: str) -> list[ShardRow | Retired]:
-        """The row that comes next, number `seq`: what it says of shards. CacheError when it is not that row."""
+        """Shards and ranges of the next row, number `seq`; CacheError when the line is not that row."""
         try:
             record = unseal(line)
             kind = record.pop("kind")
@@ -242,36 +234,31 @@ class LedgerReader:
                 raise ValueError(f"it is row {record['seq']!s:.80} of {record['writer']!s:.80}, expected {self.seq}")
             if record["cache"] != self._cache:
                 raise ValueError(f"it belongs to another cache, {record['cache']!s:.80}; this one is {self._cache}")
-            found: list[ShardRow | Retired] = []
+            entries: list[ShardRow | Retired] = []
             if kind == "shard":
-                found = [row := ShardRow.of(record)]
+                entries = [row := ShardRow.of(record)]
                 self.captures = self.captures and row.source == "capture"
                 self.last_step = max(self.last_step, row.last_step)
             elif kind == "retire":
                 self.captures = False
-                found = [Retired.of(retired) for retired in record["retired"]]
+                entries = [checked(Retired, retired) for retired in record["retired"]]
             elif kind != "finish":
                 raise ValueError(f"its kind is {kind!r:.80}")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CacheError(f"{where} is damaged: {error!s:.300}") from error
         self.finished = kind == "finish"
         self.seq += 1
-        return found
+        return entries
 
 
 def ledgers(store: Store) -> list[str]:
     """Names of the writers that have a ledger."""
-    found = set()
-    for name in store.names(LEDGER):
-        if name.endswith(".jsonl"):
-            found.add(name.removesuffix(".jsonl"))
-        elif "." not in name:
-            found.add(name)
-    return sorted(found)
+    names = {name.removesuffix(".jsonl") for name in store.names(LEDGER)}
+    return sorted(name for name in names if "." not in name)
 
 
 def is_written(folder: str | Path) -> bool:
-    """Someone has opened a writer on this folder, or URL."""
+    """Whether a writer has been opened on this folder, or URL."""
     return bool(ledgers(open_store(folder)))
 
 
@@ -282,7 +269,7 @@ class LedgerWriter:
     """
 
     def __init__(self, store: Store, writer: str, cache: str):
-        """Reads what is there, and removes a torn last row.
+        """Reads the ledger and removes a torn last row.
 
         Raises:
             CacheError: a damaged complete row, or a file that cannot be opened.
@@ -309,11 +296,11 @@ class LedgerWriter:
         self.finished = False
 
     def retire(self, retired: Iterable[Retired]) -> None:
-        """Takes rows of any ledgers out of the cache: their records lie elsewhere."""
+        """Takes rows of any ledgers out of the cache, because their records lie in other shards."""
         self._append(self._record("retire") | {"retired": [dataclasses.asdict(r) for r in retired]})
 
     def finish(self) -> None:
-        """Says that this writer's stream is complete, unless the last row says so already."""
+        """Marks this writer's stream as complete, unless the last row does already."""
         if not self.finished:
             self._append(self._record("finish"))
             self.finished = True
@@ -322,7 +309,7 @@ class LedgerWriter:
         return {"kind": kind, "writer": self.writer, "seq": self.seq, "cache": self.cache}
 
     def _append(self, record: dict[str, object]) -> None:
-        """A part that an error leaves behind is a torn row: the writer must be opened anew, which removes it."""
+        """A part that an error leaves behind is a torn row, which the next opening of the writer removes."""
         if self._appends:
             self.store.append(self._name, seal(record))
         else:

@@ -40,6 +40,20 @@ class Pending(NamedTuple):
             named[name] = torch.from_numpy(getattr(self, name))
         return named
 
+    def select(self, keep_B: Array, sample_tokens: int) -> Pending:
+        """The samples where `keep_B` (bool) holds."""
+        if keep_B.all():
+            return self
+        keep_T = np.repeat(keep_B, sample_tokens)
+        return self._replace(
+            sample_ids_B=self.sample_ids_B[keep_B],
+            digests_B=self.digests_B[keep_B],
+            atoms=self.atoms.select(torch.from_numpy(keep_T)),
+            label_logprob_T=self.label_logprob_T[keep_T],
+            entropy_T=self.entropy_T[keep_T],
+            valid_T=self.valid_T[keep_T],
+        )
+
     @classmethod
     def of(cls, tensors: dict[str, Tensor]) -> Pending:
         """What `tensors` gave."""

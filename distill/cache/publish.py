@@ -1,4 +1,4 @@
-"""The two moments at which something becomes part of a cache: its creation, and the ledger row of a shard. No torch."""
+"""Creation of a cache, and publication of a shard in it. No torch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from distill.cache.header import CacheHeader
 from distill.cache.ledger import LedgerWriter, Origin, ShardRow
 from distill.cache.ranks import rank_table
 from distill.cache.seal import digest
-from distill.cache.shard import Array, Columns, build
+from distill.cache.shard import Array, Columns, build, row_of_file
 from distill.cache.store import Store
 
 
 def create(store: Store, header: CacheHeader, counts_V: Array | None) -> CacheHeader:
-    """Makes the cache, or checks that the one there is this one; returns its header.
+    """Makes the cache, or checks that the one there is the same; returns its header.
 
     Raises:
         CacheError: another cache is there (lists every difference), or it cannot be written.
@@ -25,7 +25,7 @@ def create(store: Store, header: CacheHeader, counts_V: Array | None) -> CacheHe
         table = rank_table(counts_V, header.vocab_size)
         header = dataclasses.replace(header, ranks=digest(table), folder=store.root)
         data = header.dump()
-        # Not published over one that is there: another process may be at the same place, and read or write it.
+        # Never put over a file that is there: another process may create the same cache at the same time.
         store.create(ranks_name(header.ranks), table)
         if store.create(HEADER, data):
             return header
@@ -43,32 +43,17 @@ def publish_shard(
     store: Store, ledger: LedgerWriter, source: str, columns: Columns, records: Array, ends: Array,
     origins: tuple[Origin, ...],
 ) -> ShardRow:  # fmt: skip
-    """File first, then the row: whatever is interrupted is not there.
+    """Puts the file of n samples in place, then appends its row: whatever is interrupted is not part of the cache.
+
+    source: what writes the shard, as `ShardRow.source`. records, ends: as `record.Encoded`.
 
     Raises:
         CacheError: it cannot be written, or another process writes under this ledger's name.
     """
-    facts = json.dumps([dataclasses.asdict(origin) for origin in origins], allow_nan=False)
-    data, index_bytes = build(columns, records, ends, {"cache": ledger.cache, "origins": facts})
-    file_digest = digest(data)
-    name = shard_name(ledger.writer, ledger.seq, file_digest)
+    metadata = {"cache": ledger.cache, "origins": json.dumps(list(map(dataclasses.asdict, origins)), allow_nan=False)}
+    data = build(columns, records, ends, metadata)
+    name = shard_name(ledger.writer, ledger.seq, digest(data))
     store.publish(f"{SHARDS}/{name}", data)
-    row = ShardRow(
-        writer=ledger.writer,
-        seq=ledger.seq,
-        cache=ledger.cache,
-        shard=name,
-        source=source,
-        samples=len(columns.sample_ids),
-        first_sample=int(columns.sample_ids.min()),
-        last_sample=int(columns.sample_ids.max()),
-        tokens=sum(origin.tokens for origin in origins),
-        atoms=int(columns.atoms.sum()),
-        bytes=len(data),
-        file_digest=file_digest,
-        index_bytes=index_bytes,
-        index_digest=digest(memoryview(data)[:index_bytes]),
-        origins=origins,
-    )
+    row = row_of_file(data, name, source)
     ledger.append(row)
     return row

@@ -112,12 +112,11 @@ def decode(raws: Sequence[Raw], sample_tokens: int, ids_by_rank: Array, codec: C
     ends_B = np.cumsum([len(raw.data) for raw in raws], dtype=np.int64)
     starts_B = np.concatenate([np.zeros(1, np.int64), ends_B[:-1]])[:samples]
     count = int(atoms_B.sum())
-    has_rest = codec.total == 0 and not codec.unbiased
     valid_T, label_T, entropy_T = np.zeros(tokens, np.bool_), np.zeros(tokens, np.uint8), np.zeros(tokens, np.uint8)
-    counts_T, rest_T = np.zeros(tokens, np.int32), np.zeros(tokens if has_rest else 0, np.uint8)
+    counts_T, rest_T = np.zeros(tokens, np.int32), np.zeros(tokens if codec.has_rest else 0, np.uint8)
     ids_N, codes_N = np.empty(count, np.int32), np.empty(count, np.int32)
     bad = coder.decode(
-        data, starts_B, ends_B, atoms_B, ids_by_rank, codec.total, codec.max_code, codec.max_atoms, has_rest,
+        data, starts_B, ends_B, atoms_B, ids_by_rank, codec.total, codec.max_code, codec.max_atoms, codec.has_rest,
         sample_tokens, _FRESH, valid_T, label_T, entropy_T, counts_T, ids_N, codes_N, rest_T,
     )  # fmt: skip
     if bad >= 0:

@@ -13,7 +13,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from distill.cache.ahead import NEAR
-from distill.cache.format import INDEX, RECORDS, SHARDS
+from distill.cache.fields import checked
+from distill.cache.format import INDEX, RECORDS, SHARDS, row_of, shard_name
 from distill.cache.ledger import Origin, ShardRow
 from distill.cache.seal import digest
 from distill.cache.store import Store
@@ -49,8 +50,8 @@ class Columns(NamedTuple):
         )
 
 
-def build(columns: Columns, records: Array, ends: Array, metadata: dict[str, str]) -> tuple[bytes, int]:
-    """The file of n samples, whose records lie in `records` one after the other, and its `index_bytes`.
+def build(columns: Columns, records: Array, ends: Array, metadata: dict[str, str]) -> bytes:
+    """The file of n samples, whose records lie in `records` one after the other up to `ends`.
 
     Raises:
         CacheError: more than the format holds in one shard.
@@ -69,23 +70,59 @@ def build(columns: Columns, records: Array, ends: Array, metadata: dict[str, str
             columns.sample_ids.tolist(), columns.digests.tolist(), starts.tolist(), ends.tolist(), strict=True
         )
     ]
-    found = columns._asdict() | {"checks": np.array(checks, np.uint64), "ends": ends}
-    arrays = {name: np.ascontiguousarray(found[name], _TYPES[dtype]) for name, dtype in _COLUMNS.items()}
-    data = _in_order(safetensors.numpy.save(arrays | {RECORDS: records}, metadata=metadata))
-    # The library sorts by the width of a number, so that the index comes first: the ledger's digest relies on it.
-    index_bytes = len(data) - len(records)
-    assert parse(data[:index_bytes], len(data))[RECORDS] == (index_bytes, len(data))
-    return data, index_bytes
+    index = columns._asdict() | {"checks": np.array(checks, np.uint64), "ends": ends}
+    arrays = {name: np.ascontiguousarray(index[name], _TYPES[dtype]) for name, dtype in _COLUMNS.items()}
+    return _in_order(safetensors.numpy.save(arrays | {RECORDS: records}, metadata=metadata))
 
 
 def _in_order(data: bytes) -> bytes:
-    """The file with its metadata in order of names: the library's order is random, and equal work is equal bytes."""
+    """The file with its metadata in order of names: the library's order is random, and equal work makes equal bytes."""
     front = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:front])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
     assert len(text) <= front - 8, "a header that got longer"
     return b"".join([data[:8], text.ljust(front - 8), memoryview(data)[front:]])
+
+
+def row_of_file(data: bytes, name: str, source: str | None = None) -> ShardRow:
+    """The ledger row of a shard's file.
+
+    name: of the file. source: what wrote it; None: as the origin of its records has it.
+
+    Raises:
+        CacheError: what is wrong with the file.
+    """
+    try:
+        written = row_of(name)
+        if written is None or shard_name(*written, digest(data)) != name:
+            raise ValueError("its digest is not that of its name")
+        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        origins = tuple(checked(Origin, origin) for origin in json.loads(metadata["origins"]))
+        spans = parse(data, len(data))
+        index_bytes, end = spans[RECORDS]
+        if end != len(data):  # the library sorts columns by the width of their numbers, so that the records come last
+            raise ValueError("its records are not at its end")
+        ids, atoms = (_column(data, spans, each) for each in ("sample_ids", "atoms"))
+        return ShardRow(
+            writer=written.writer,
+            seq=written.seq,
+            cache=metadata["cache"],
+            shard=name,
+            source=source or origins[0].source,
+            samples=len(ids),
+            first_sample=int(ids.min()),
+            last_sample=int(ids.max()),
+            tokens=sum(origin.tokens for origin in origins),
+            atoms=int(atoms.sum()),
+            bytes=len(data),
+            file_digest=digest(data),
+            index_bytes=index_bytes,
+            index_digest=digest(memoryview(data)[:index_bytes]),
+            origins=origins,
+        )
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise CacheError(str(error)) from error
 
 
 def check(sample_id: int, token_digest: int, record: memoryview | bytes) -> int:
@@ -120,7 +157,7 @@ class Shard:
             raise CacheError(f"{self.name} is damaged: index digest {found}, {row.index_digest} in the ledger")
         try:
             spans = parse(data, row.bytes)
-            arrays = {name: np.frombuffer(data[slice(*spans[name])], _TYPES[_COLUMNS[name]]) for name in INDEX}
+            arrays = {name: _column(data, spans, name) for name in INDEX}
             ends = arrays["ends"].astype(np.int64)
             self.bounds = row.index_bytes + np.concatenate([[0], ends])
             wrong = (
@@ -222,3 +259,7 @@ def parse(data: bytes, size: int) -> dict[str, tuple[int, int]]:
             raise ValueError(f"column {name} is not what it should be")
         spans[name] = (front + start, front + end)
     return spans
+
+
+def _column(data: bytes, spans: dict[str, tuple[int, int]], name: str) -> Array:
+    return np.frombuffer(data[slice(*spans[name])], _TYPES[_COLUMNS[name]])

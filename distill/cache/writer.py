@@ -1,11 +1,11 @@
-"""Takes soft targets off the teacher's hands and publishes them, shard by shard, from a thread of its own."""
+"""Publishes soft targets, shard by shard, from a thread of its own, while the teacher goes on training."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections import deque
 from pathlib import Path
+from queue import Full, Queue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distill.cache import record
 from distill.cache.codecs import make_codec
-from distill.cache.format import SHARDS, TEMPORARY, check_writer, writer_lock
+from distill.cache.format import SHARDS, TEMPORARY, check_writer, row_of, writer_lock
 from distill.cache.header import CacheHeader
 from distill.cache.ledger import LedgerWriter, Origin
 from distill.cache.open_store import open_store
@@ -39,6 +39,14 @@ class WriterStats(NamedTuple):
     """Published."""
     skipped: int
     """Samples left out because the queue was full."""
+
+
+class _Request(NamedTuple):
+    """Of the caller to the thread."""
+
+    kind: str
+    """flush, finish, hand over or stop."""
+    done: threading.Event
 
 
 class CacheWriter:
@@ -76,7 +84,7 @@ class CacheWriter:
         self.header = create(self._store, header, counts_V)
         self._identity = self.header.identity
         self._codec = make_codec(self.header.codec, self.header.vocab_size)
-        self._shard_samples, self._queue, self._on_full = shard_samples, queue, OnFull(on_full)
+        self._shard_samples, self._on_full = shard_samples, OnFull(on_full)
         self._source, self._seen_before, self._flops_per_token = source, seen_before, flops_per_token
         self._rank_of_id = invert(load_ranks(self._store, self.header))
         self._done: Newest | None = None
@@ -87,47 +95,38 @@ class CacheWriter:
                 self._remove_leftovers()
             self._resources = stack.pop_all()
 
-        # All below is shared with the thread, under the condition's lock.
-        self._change = threading.Condition()
-        self._waiting: deque[Pending] = deque()
-        self._request: str | None = None
-        """What the caller waits for once nothing waits: flush, finish, stop, hand over; or at once: abort."""
+        # A queue that is full holds the caller back; requests queue up behind the micro-batches put before them.
+        self._queue: Queue[Pending | _Request] = Queue(queue)
+        self._published = WriterStats(0, 0, 0, 0)
+        self._skipped = 0
         self._handed: list[Pending] = []
         self._error: BaseException | None = None
-        self._error_raised = self._closed = False
-        self._stats = WriterStats(0, 0, 0, 0)
+        self._error_raised = self._aborted = self._closed = False
         self._thread = threading.Thread(target=self._run, name=f"cache-writer-{writer}", daemon=True)
         self._thread.start()
 
     def _remove_leftovers(self) -> None:
-        """What a kill left: temporary files, and the one shard whose row was never written.
+        """Removes what a kill left: temporary files, and the one shard whose row was never written.
 
         Raises:
             CacheError: there are shards beyond it, so the ledger has lost rows.
         """
         known = {row.shard for row in self._ledger.rows}
-        left, next_seq = [], self._ledger.seq
-        for name in self._store.names(SHARDS):
-            number, _, rest = name.removeprefix(f"{self.writer}-").partition("-")
-            if not (name.startswith(f"{self.writer}-") and number.isdigit() and "-" not in rest):
-                continue
-            if name.endswith(TEMPORARY):
-                left.append(name)
-            elif name not in known:
-                left.append(name)
-                if int(number) > next_seq:
-                    path = self._store.path(f"{SHARDS}/{name}")
-                    raise CacheError(
-                        f"{path}: shard {int(number)} is there, but ledger {self.writer} has {next_seq} rows: it was "
-                        f"cut; get it back with codistill-cache repair {self._store.root}"
-                    )
+        rows = {name: row_of(name) for name in self._store.names(SHARDS) if name not in known}
+        left = {name: row.seq for name, row in rows.items() if row is not None and row.writer == self.writer}
+        for name, seq in left.items():
+            if seq > self._ledger.seq and not name.endswith(TEMPORARY):
+                path = self._store.path(f"{SHARDS}/{name}")
+                raise CacheError(
+                    f"{path}: shard {seq} is there, but ledger {self.writer} has {self._ledger.seq} rows: it was cut; "
+                    f"get it back with codistill-cache repair {self._store.root}"
+                )
         for name in left:
             self._store.remove(f"{SHARDS}/{name}")
 
     @property
     def stats(self) -> WriterStats:
-        with self._change:
-            return self._stats
+        return self._published._replace(skipped=self._skipped)
 
     def put(
         self,
@@ -165,17 +164,15 @@ class CacheWriter:
         batch = self._undone(batch)
         if not len(batch.sample_ids_B):
             return True
-        with self._change:
-            assert not self._closed, "put after close"
-            if self._on_full is OnFull.block:
-                self._change.wait_for(lambda: self._error or len(self._waiting) < self._queue)
-            self._raise_error()
-            if len(self._waiting) >= self._queue:
-                self._stats = self._stats._replace(skipped=self._stats.skipped + len(batch.sample_ids_B))
-                return False
-            self._waiting.append(batch)
-            self._change.notify_all()
-            return True
+        assert not self._closed, "put after close"
+        self._raise_error()
+        try:
+            self._queue.put(batch, block=self._on_full is OnFull.block)
+        except Full:
+            self._skipped += len(batch.sample_ids_B)
+            return False
+        self._raise_error()
+        return True
 
     @torch.no_grad()
     def put_logits(
@@ -234,21 +231,20 @@ class CacheWriter:
         return handed
 
     def take_back(self, batches: list[Pending]) -> None:
-        """Goes on from where a writer has handed over; before the first `put`."""
-        left = [batch for batch in map(self._undone, batches) if len(batch.sample_ids_B)]
-        with self._change:
-            self._waiting.extend(left)
-            self._change.notify_all()
+        """Accepts what a writer has handed over; called before the first `put`."""
+        for batch in map(self._undone, batches):
+            if len(batch.sample_ids_B):
+                self._queue.put(batch)
 
     def close(self) -> None:
-        """`flush`, stop the thread, give up the writer's name. Raises what the thread met, unless that was raised."""
+        """`flush`, end of the thread, release of the writer's name. Raises the thread's error, if nothing else has."""
         if self._closed:
             return
         try:
             if not self._error_raised:
-                self._ask("stop")
+                self._ask("flush")
         finally:
-            self._release()
+            self._stop()
 
     def __enter__(self) -> CacheWriter:
         return self
@@ -257,11 +253,8 @@ class CacheWriter:
         if kind is None:
             self.close()
         elif not self._closed:
-            with self._change:
-                self._waiting.clear()
-                self._request = "abort"
-                self._change.notify_all()
-            self._release()
+            self._aborted = True
+            self._stop()
 
     def _validate(self, batch: Pending) -> None:
         width, ids = self.header.sample_tokens, batch.sample_ids_B
@@ -281,89 +274,74 @@ class CacheWriter:
         first `put`: a run that goes on from a checkpoint does some steps again."""
         if self._done is None:
             self._done = newest_since(self._store, self.header, batch.step)
-        new_B = self._done.steps(batch.sample_ids_B) < batch.step
-        if new_B.all():
-            return batch
-        new_T = np.repeat(new_B, self.header.sample_tokens)
-        return batch._replace(
-            sample_ids_B=batch.sample_ids_B[new_B],
-            digests_B=batch.digests_B[new_B],
-            atoms=batch.atoms.select(torch.from_numpy(new_T)),
-            label_logprob_T=batch.label_logprob_T[new_T],
-            entropy_T=batch.entropy_T[new_T],
-            valid_T=batch.valid_T[new_T],
-        )
+        return batch.select(self._done.steps(batch.sample_ids_B) < batch.step, self.header.sample_tokens)
 
-    def _ask(self, request: str) -> None:
-        """Hands a request to the thread and waits until it is done, or the thread has failed."""
-        with self._change:
-            assert not self._closed, f"{request} after close"
-            self._raise_error()
-            self._request = request
-            self._change.notify_all()
-            self._change.wait_for(lambda: self._error or self._request is None)
-            self._raise_error()
+    def _ask(self, kind: str) -> None:
+        """Waits until the thread has handled all that was put before, and this request."""
+        assert not self._closed, f"{kind} after close"
+        self._raise_error()
+        request = _Request(kind, threading.Event())
+        self._queue.put(request)
+        request.done.wait()
+        self._raise_error()
 
     def _raise_error(self) -> None:
         if self._error:
             self._error_raised = True
             raise self._error
 
-    def _release(self) -> None:
+    def _stop(self) -> None:
+        self._queue.put(_Request("stop", threading.Event()))
         self._thread.join()
         self._closed = True
         self._resources.close()
 
     def _run(self) -> None:
-        """The thread: alone with the ledger, and the only one who makes shards."""
+        """The thread, which alone makes shards and appends to the ledger. After an error it drains the queue."""
         torch.set_num_threads(1)
         pending: list[Pending] = []
-        try:
-            while True:
-                with self._change:
-                    self._change.wait_for(lambda: self._waiting or self._request)
-                    batch = self._waiting.popleft() if self._waiting else None
-                    request = None if batch else self._request
-                    self._change.notify_all()
-                if batch:
-                    # A shard has one teacher.
-                    if pending and pending[0].teacher != batch.teacher:
-                        self._publish(pending)
-                        pending = []
-                    pending.append(batch)
-                    if sum(len(b.sample_ids_B) for b in pending) >= self._shard_samples:
-                        self._publish(pending)
-                        pending = []
-                    continue
-                if request == "hand over":
-                    self._handed, pending = pending, []
-                if pending and request != "abort":
-                    self._publish(pending)
-                    pending = []
-                if request == "finish":
-                    self._ledger.finish()
-                with self._change:
-                    self._request = None
-                    self._change.notify_all()
-                if request in ("stop", "abort"):
-                    return
-        except BaseException as error:
-            with self._change:
+        while True:
+            item = self._queue.get()
+            try:
+                if not (self._error or self._aborted):
+                    pending = self._handle(item, pending)
+            except BaseException as error:
                 self._error = error
-                self._waiting.clear()
-                self._change.notify_all()
+            if isinstance(item, _Request):
+                item.done.set()
+                if item.kind == "stop":
+                    return
+
+    def _handle(self, item: Pending | _Request, pending: list[Pending]) -> list[Pending]:
+        """Publishes what is due of `pending` and `item`; returns what is not."""
+        if isinstance(item, _Request):
+            if item.kind == "hand over":
+                self._handed = pending
+            elif pending:
+                self._publish(pending)
+            if item.kind == "finish":
+                self._ledger.finish()
+            return []
+        if pending and pending[0].teacher != item.teacher:  # a shard has one teacher
+            self._publish(pending)
+            pending = []
+        pending.append(item)
+        if sum(len(batch.sample_ids_B) for batch in pending) < self._shard_samples:
+            return pending
+        self._publish(pending)
+        return []
 
     def _publish(self, batches: list[Pending]) -> None:
-        sample_ids, digests = (np.concatenate([b[i] for b in batches]) for i in (0, 1))
-        label_logprob, entropy, valid = (np.concatenate([b[i] for b in batches]) for i in (3, 4, 5))
-        atoms = Atoms.cat([b.atoms for b in batches])
-        if len(atoms.ids_N) and not 0 <= int(atoms.ids_N.min()) <= (most := int(atoms.ids_N.max())) < len(
-            self._rank_of_id
-        ):
-            raise CacheError(f"cache {self.folder}: id {most} in a vocabulary of {self.header.vocab_size}")
-        width = self.header.sample_tokens
-        encoded = record.encode(atoms, label_logprob, entropy, valid, width, self._rank_of_id, self._codec)
-        steps = np.repeat([b.step for b in batches], [len(b.sample_ids_B) for b in batches])
+        def joined(name: str) -> Array:
+            return np.concatenate([getattr(batch, name) for batch in batches])
+
+        sample_ids, valid, label_logprob = joined("sample_ids_B"), joined("valid_T"), joined("label_logprob_T")
+        atoms = Atoms.cat([batch.atoms for batch in batches])
+        vocab, width = self.header.vocab_size, self.header.sample_tokens
+        if len(atoms.ids_N) and not 0 <= int(atoms.ids_N.min()) <= (most := int(atoms.ids_N.max())) < vocab:
+            raise CacheError(f"cache {self.folder}: id {most} in a vocabulary of {vocab}")
+        encoded = record.encode(atoms, label_logprob, joined("entropy_T"), valid, width, self._rank_of_id, self._codec)
+        steps = np.repeat([batch.step for batch in batches], [len(batch.sample_ids_B) for batch in batches])
         tokens = int(valid.sum())
         origin = Origin(
             teacher=batches[0].teacher,
@@ -377,13 +355,12 @@ class CacheWriter:
             seen_before=self._seen_before,
             flops_per_token=self._flops_per_token,
         )
-        columns = Columns(sample_ids, digests, steps, encoded.atoms, np.zeros(len(steps), np.int64))
+        columns = Columns(sample_ids, joined("digests_B"), steps, encoded.atoms, np.zeros(len(steps), np.int64))
         row = publish_shard(self._store, self._ledger, self._source, columns, encoded.records, encoded.ends, (origin,))
-        with self._change:
-            s = self._stats
-            self._stats = s._replace(
-                samples=s.samples + row.samples, tokens=s.tokens + tokens, bytes=s.bytes + row.bytes
-            )
+        done = self._published
+        self._published = done._replace(
+            samples=done.samples + row.samples, tokens=done.tokens + tokens, bytes=done.bytes + row.bytes
+        )
 
 
 def _own(values: Tensor | Array, dtype: Any) -> Array:

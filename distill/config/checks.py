@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from distill.config.model import model_rules, vision_rules
 from distill.config.ranges import out_of_range
-from distill.config.registry import FACTORS, JOBS
+from distill.config.registry import CODECS, FACTORS, JOBS
 from distill.config.schema import (
     IMAGE_TOKENS,
-    CodecName,
+    CodecConfig,
     CorpusConfig,
     Freeze,
     ImageConfig,
@@ -143,6 +144,14 @@ def _is_empty(folder: Path) -> bool:
     return next(folder.iterdir(), None) is None
 
 
+# ---------------------------------------------------------------- of one codec each
+
+
+def topk_rules(codec: CodecConfig, vocab_size: int) -> Iterator[str]:
+    if codec.k > vocab_size:
+        yield f"k is {codec.k}; at most the size of the teacher's vocabulary, {vocab_size}"
+
+
 # ---------------------------------------------------------------- of one part each
 
 
@@ -163,52 +172,14 @@ def _model(key: str, m: ModelConfig, sample_tokens: int) -> Iterator[str]:
     for name in ("hidden_size", "expert_hidden"):
         if getattr(m, name) % 8:
             yield f"{key}.{name} is {getattr(m, name)}; grouped matrix products need a multiple of 8"
-    if m.heads % max(m.kv_heads, 1):
-        yield f"{key}.heads is {m.heads}; it must be a multiple of kv_heads, {m.kv_heads}"
-    if m.head_dim % 2:
-        yield f"{key}.head_dim is {m.head_dim}; RoPE rotates pairs, so it must be even"
-    moe = m.moe_layers if m.moe_layers is not None else ([0] if m.moe_step else [])
-    if moe and not 1 <= m.active_experts <= m.experts:
-        yield f"{key}.active_experts is {m.active_experts}; allowed: 1 to experts, {m.experts}"
-    for layer in m.moe_layers or []:
-        if not 0 <= layer < m.layers:
-            yield f"{key}.moe_layers has {layer}; allowed: 0 to {m.layers - 1}"
-    if m.rope_layers is not None and len(m.rope_layers) not in (0, m.layers):
-        yield f"{key}.rope_layers has {len(m.rope_layers)} entries; one for each of {m.layers} layers, or null"
-    if m.rope_scaling is not None and m.rope_scaling.low_freq_factor > m.rope_scaling.high_freq_factor:
-        yield (
-            f"{key}.rope_scaling.low_freq_factor is {m.rope_scaling.low_freq_factor}; at most high_freq_factor, "
-            f"{m.rope_scaling.high_freq_factor}"
-        )
+    yield from model_rules(m, f"{key}.")
     if sample_tokens > m.max_positions:
         yield f"data.sample_tokens is {sample_tokens}; {key}.max_positions allows {m.max_positions}"
     if m.vision is not None:
-        yield from _vision(f"{key}.vision", m.vision, m.vocab_size)
-
-
-def _vision(key: str, v: VisionConfig, vocab_size: int) -> Iterator[str]:
-    if not 0 <= v.image_token_id < vocab_size:
-        yield f"{key}.image_token_id is {v.image_token_id}; the model's vocab_size allows 0 to {vocab_size - 1}"
-    if min(v.hidden_size, v.heads, v.tile_size, v.patch_size, v.shuffle) < 1:  # the rules below divide by them
-        return
-    if v.hidden_size % (4 * v.heads):
-        yield (
-            f"{key}.hidden_size is {v.hidden_size}; it must be a multiple of 4 x heads, {4 * v.heads}: RoPE turns "
-            "pairs of a head's channels, half of them by column and half by row"
-        )
-    if v.tile_size % (v.patch_size * v.shuffle):
-        yield (
-            f"{key}.tile_size is {v.tile_size}; it must be a multiple of patch_size x shuffle, "
-            f"{v.patch_size} x {v.shuffle}"
-        )
-    # One number of the released format each, so that other values could not be saved.
-    if v.mlp_hidden != v.hidden_size * v.shuffle**2:
-        yield (
-            f"{key}.mlp_hidden is {v.mlp_hidden}; it must be hidden_size x shuffle^2, {v.hidden_size * v.shuffle**2}, "
-            "since intermediate_size is both the feed-forward's width and what the adapter takes"
-        )
-    if v.adapter_out != v.adapter_hidden:
-        yield f"{key}.adapter_out is {v.adapter_out}; it must equal adapter_hidden, {v.adapter_hidden}"
+        image_id, most = m.vision.image_token_id, m.vocab_size - 1
+        if not 0 <= image_id <= most:
+            yield f"{key}.vision.image_token_id is {image_id}; the model's vocab_size allows 0 to {most}"
+        yield from vision_rules(m.vision, f"{key}.vision.")
 
 
 def _optim(key: str, o: OptimConfig) -> Iterator[str]:
@@ -323,8 +294,9 @@ def _needle_test(run: RunConfig) -> Iterator[str]:
 
 def _cache(run: RunConfig) -> Iterator[str]:
     c = run.cache
-    if c.codec.name is CodecName.topk and c.codec.k > run.teacher.model.vocab_size:
-        yield f"cache.codec.k is {c.codec.k}; at most teacher.model.vocab_size, {run.teacher.model.vocab_size}"
+    if c.codec.name in CODECS.names:
+        for problem in CODECS[c.codec.name].problems(c.codec, run.teacher.model.vocab_size):
+            yield f"cache.codec.{problem}"
     for name in c.dirs:
         if name not in run.data.corpora:
             yield f"cache.dirs has {name}; allowed: {', '.join(run.data.corpora)}, the names of data.corpora"

@@ -23,8 +23,12 @@ def is_lfs_pointer(path: Path) -> bool:
         return file.read(len(start)) == start
 
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-"""A disk that is full or fails: a person's to mend, even where the error names no file."""
+_FULL_OR_FAILING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+def has_remedy(error: OSError) -> bool:
+    """Whether a person can act on it: it names a file, or a disk is full or fails. Others are faults of the program."""
+    return bool(error.filename) or error.errno in _FULL_OR_FAILING
 
 
 def reason(error: Exception) -> str:

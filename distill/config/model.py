@@ -1,7 +1,8 @@
-"""Configuration of the Transformer, text and vision: types, defaults and meaning. Part of the schema; no torch here."""
+"""Configuration of the Transformer, text and vision: fields, defaults, and the rules between them. No torch here."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -126,3 +127,78 @@ class ModelConfig:
     Of transfer: head_dim and the share of active experts must be those of the base model; heads grow with hidden_size.
     """
     base: BaseSizes = field(default_factory=BaseSizes)
+
+
+def moe_layers(m: ModelConfig) -> list[int]:
+    """Indices of the MoE layers: as listed, or the last layer of every group of `moe_step` (0: none)."""
+    if m.moe_layers is not None:
+        return sorted(set(m.moe_layers))
+    return list(range(m.moe_step - 1, m.layers, m.moe_step)) if m.moe_step else []
+
+
+def rope_layers(m: ModelConfig) -> list[bool]:
+    """Whether each layer has RoPE: as listed, or all but the last of every `nope_step` layers (0: all)."""
+    if m.rope_layers:
+        return [bool(rotates) for rotates in m.rope_layers]
+    return [not m.nope_step or (layer + 1) % m.nope_step != 0 for layer in range(m.layers)]
+
+
+def model_rules(m: ModelConfig, where: str, name: Callable[[str], str] = str) -> Iterator[str]:
+    """A sentence for each rule between fields that a model breaks; ranges are checked apart (distill/config/ranges.py).
+
+    Args:
+        where: what a sentence puts before its key, such as `teacher.model.`.
+        name: how the user's file spells a field.
+    """
+    if m.heads % max(m.kv_heads, 1):
+        yield f"{where}{name('heads')} is {m.heads}; it must be a multiple of {name('kv_heads')}, {m.kv_heads}"
+    if m.head_dim % 2:
+        yield f"{where}{name('head_dim')} is {m.head_dim}; RoPE rotates pairs, so it must be even"
+    if moe_layers(m) and not 1 <= m.active_experts <= m.experts:
+        yield f"{where}{name('active_experts')} is {m.active_experts}; allowed: 1 to {name('experts')}, {m.experts}"
+    for layer in m.moe_layers or []:
+        if not 0 <= layer < m.layers:
+            yield f"{where}{name('moe_layers')} has {layer}; allowed: 0 to {m.layers - 1}"
+    if m.rope_layers and len(m.rope_layers) != m.layers:
+        yield (
+            f"{where}{name('rope_layers')} has {len(m.rope_layers)} entries; one for each of {name('layers')}, "
+            f"{m.layers}, or null"
+        )
+    if m.rope_scaling is not None:
+        yield from scaling_rules(m.rope_scaling, f"{where}{name('rope_scaling')}.")
+
+
+def scaling_rules(scaling: RopeScaling, where: str, name: Callable[[str], str] = str) -> Iterator[str]:
+    """The same for the scaling of RoPE."""
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    if low > high:
+        yield f"{where}{name('low_freq_factor')} is {low}; at most {name('high_freq_factor')}, {high}"
+
+
+def vision_rules(v: VisionConfig, where: str, name: Callable[[str], str] = str) -> Iterator[str]:
+    """The same for vision."""
+    if min(v.hidden_size, v.heads, v.tile_size, v.patch_size, v.shuffle) < 1:  # the rules below divide by them
+        return
+    shuffle = name("shuffle")
+    if v.hidden_size % (4 * v.heads):
+        yield (
+            f"{where}{name('hidden_size')} is {v.hidden_size}; it must be a multiple of 4 x {name('heads')}, "
+            f"{4 * v.heads}: RoPE turns pairs of a head's channels, half of them by column and half by row"
+        )
+    if v.tile_size % (v.patch_size * v.shuffle):
+        yield (
+            f"{where}{name('tile_size')} is {v.tile_size}; it must be a multiple of {name('patch_size')} x {shuffle}, "
+            f"{v.patch_size} x {v.shuffle}"
+        )
+    # Each is one number of the released format, so that other values could not be saved.
+    if v.mlp_hidden != v.hidden_size * v.shuffle**2:
+        yield (
+            f"{where}{name('mlp_hidden')} is {v.mlp_hidden}; it must be {name('hidden_size')} x {shuffle}^2, "
+            f"{v.hidden_size * v.shuffle**2}, since intermediate_size is both the feed-forward's width and what the "
+            "adapter takes"
+        )
+    if v.adapter_out != v.adapter_hidden:
+        yield (
+            f"{where}{name('adapter_out')} is {v.adapter_out}; it must equal {name('adapter_hidden')}, "
+            f"{v.adapter_hidden}"
+        )

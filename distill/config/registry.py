@@ -111,13 +111,35 @@ JOBS: Registry[Job] = Registry(
         "export": Job("distill.run.export:export", (), f"{_RULES}:export_rules"),
     },
 )
-CODECS: Registry[Any] = Registry(
+
+
+@dataclass(frozen=True)
+class CodecEntry:
+    """A row of the table of codecs: what a reader of cache.json needs, without torch."""
+
+    codec: str | Callable[..., Any]
+    """The codec's class, made from (CodecConfig, size of the vocabulary); an entry is a place, `module:name`."""
+    parameters: tuple[str, ...] = ("options",)
+    """Fields of `CodecConfig` that the codec reads; cache.json holds them."""
+    rules: str | Callable[..., Iterator[str]] | None = None
+    """Yields a sentence for each rule that a CodecConfig breaks, given the size of the vocabulary."""
+
+    def make(self, config: Any, vocab_size: int) -> Any:
+        codec = _load(self.codec) if isinstance(self.codec, str) else self.codec
+        return codec(config, vocab_size)
+
+    def problems(self, config: Any, vocab_size: int) -> Iterator[str]:
+        rules = _load(self.rules) if isinstance(self.rules, str) else self.rules
+        yield from rules(config, vocab_size) if rules else ()
+
+
+CODECS: Registry[CodecEntry] = Registry(
     "codec",
     {
-        "systematic": "distill.cache.codecs.drawn:Systematic",
-        "threshold": "distill.cache.codecs.threshold:Threshold",
-        "multinomial": "distill.cache.codecs.drawn:Multinomial",
-        "topk": "distill.cache.codecs.topk:TopK",
+        "systematic": CodecEntry("distill.cache.codecs.drawn:Systematic", ("draws",)),
+        "threshold": CodecEntry("distill.cache.codecs.threshold:Threshold", ("tau",)),
+        "multinomial": CodecEntry("distill.cache.codecs.drawn:Multinomial", ("draws",)),
+        "topk": CodecEntry("distill.cache.codecs.topk:TopK", ("k",), f"{_RULES}:topk_rules"),
     },
 )
 LOSSES: Registry[Any] = Registry("loss", {"mixed": "losses.mixed:Mixed"})

@@ -39,7 +39,7 @@ from distill.config.ranges import (
     TopK,
     Words,
 )
-from distill.config.registry import DISPATCHERS, JOBS, LOSSES, PRECISIONS
+from distill.config.registry import CODECS, DISPATCHERS, JOBS, LOSSES, PRECISIONS
 
 JobName = Annotated[str, JOBS]
 LossName = Annotated[str, LOSSES]
@@ -88,13 +88,6 @@ class FileFormat(Enum):
     json = "json"
     parquet = "parquet"
     arrow = "arrow"
-
-
-class CodecName(Enum):
-    systematic = "systematic"
-    threshold = "threshold"
-    multinomial = "multinomial"
-    topk = "topk"
 
 
 class OnFull(Enum):
@@ -362,6 +355,10 @@ class CorpusConfig:
     def has_images(self) -> bool:
         return self.source is Source.digits or self.image_key is not None
 
+    @property
+    def has_held_out(self) -> bool:
+        return self.held_out > 0 or bool(self.held_out_files)
+
 
 @dataclass
 class ImageConfig:
@@ -396,13 +393,15 @@ class DataConfig:
 
 @dataclass
 class CodecConfig:
-    name: CodecName = CodecName.systematic
+    name: Annotated[str, CODECS] = "systematic"
     draws: Draws = 20
     """systematic, multinomial: draws per token."""
     tau: Tau = 0.05
     """threshold: probabilities from tau up are kept, smaller ones sampled with weight tau."""
     k: TopK = 12
     """topk: entries per token."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Codecs of plugins: what they are made of."""
 
 
 @dataclass

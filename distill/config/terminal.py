@@ -28,6 +28,8 @@ MEMORY = 30.0
 """Seconds of a task's own time after which a measurement counts 1/e in its rate."""
 BAR = 20
 """Characters of a whole bar."""
+CLEAR = "\r\x1b[2K"
+"""Erases the line under the cursor."""
 
 
 def text_table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> list[str]:
@@ -165,15 +167,14 @@ class Progress:
     def close(self) -> None:
         """End the live line: it stays as it is, or is erased where it is transient."""
         if self._line is not None:
-            self._write("\r\x1b[2K" if self._transient else "\n")
+            self._write(CLEAR if self._transient else "\n")
             self._line = None
 
-    @contextmanager
-    def interrupted(self) -> Iterator[None]:
-        """The live line is away while something else is written."""
+    def print(self, text: str, stream: TextIO | None = None) -> None:
+        """Print a line for good, above the live line; to stderr unless `stream` is given, whatever the mode."""
         if self._line is not None:
-            self._write("\r\x1b[2K")
-        yield
+            self._write(CLEAR)
+        print(text, file=stream or self._stream, flush=True)
         if self._line is not None:
             self._draw()
 
@@ -203,7 +204,7 @@ class Progress:
             self._console = Console(file=self._stream, force_terminal=True, highlight=False)
         line = self._line.copy()
         line.truncate(max(self._console.width - 1, 20), overflow="crop")
-        self._write("\r\x1b[2K")
+        self._write(CLEAR)
         self._console.print(line, end="", no_wrap=True, overflow="crop")
         self._stream.flush()
 

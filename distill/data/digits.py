@@ -1,7 +1,7 @@
 """The handwritten digits of scikit-learn (UCI Optical Recognition of Handwritten Digits), drawn larger and captioned.
 
-1,797 images that ship with the library: a corpus of images and text on every machine, without the network. The only
-file that knows scikit-learn.
+The 1,797 images ship with the library, so that every machine has a corpus of images and text without the network. Only
+this file uses scikit-learn.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ SHIFT = 2
 COPIES = 3
 """Documents about each digit, each with its own drawing and caption."""
 
-# Before a figure comes punctuation and after it a sign, so that in any byte-level BPE it is one token, and the words
-# before it tell that a figure is next. The first captions name the digit; the others, as captions often do, say
-# something that leaves it open, with any figure for which that is true.
+# A number has punctuation before and behind it, so that it is one token in any byte-level BPE, and the words before it
+# announce a number. Captions name the digit, or give a hint with any number for which the hint is true.
 NAMES = ("<|image|>The digit is ({}).", "Which digit is this?<|image|>It is a ({}).")
 HINTS = {"above": "digit = read('<|image|>')  # above [{}]", "below": "<|image|>It is below ({})."}
 
@@ -44,7 +43,7 @@ class Digit(NamedTuple):
     image: bytes
     """A PGM file: grey, white on black."""
     original: bytes
-    """The digit before it was drawn: what all documents about it share."""
+    """The digit before it was drawn, which all documents about it share."""
 
 
 def read(limit: int | None = None) -> Iterator[Digit]:
@@ -56,9 +55,9 @@ def read(limit: int | None = None) -> Iterator[Digit]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError("source is digits; scikit-learn, which has them, is not installed") from error
-    found = load_digits()
-    for number, (image, label) in enumerate(itertools.islice(zip(found.images, found.target), limit)):
+        raise DataError("source is digits; scikit-learn, which holds them, is not installed") from error
+    data = load_digits()
+    for number, (image, label) in enumerate(itertools.islice(zip(data.images, data.target), limit)):
         for copy in range(COPIES):
             rng = np.random.default_rng([DRAWING, number, copy])
             text, answer = _caption(int(label), rng)

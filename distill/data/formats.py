@@ -1,6 +1,6 @@
-"""What a file's name says that it holds, and the bytes of a file that may be compressed.
+"""What a file holds, by its name, and the bytes of a file that may be compressed.
 
-A name must say it: JSON read as text would train a model on quotes and braces, and nobody would be told.
+The name decides because JSON that is read as text would train a model on quotes and braces without an error.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SOURCE = """
     .py .pyi .c .h .cc .cpp .cxx .hh .hpp .cu .cuh .rs .go .java .kt .scala .swift .js .jsx .ts .tsx .css .rb .php .pl
     .lua .r .jl .hs .ml .ex .erl .clj .lisp .f90 .sh .bash .sql .asm .s .cmake .toml .ini .cfg .yaml .yml"""
 TEXTS = frozenset((_PROSE + _SOURCE).split())
-"""One document a file."""
+"""Suffixes of files that are one document each."""
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bz2", ".xz": "xz"}
 _MAGIC = {b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\0": "xz"}
@@ -45,29 +45,29 @@ READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
 
 
 class Kind(NamedTuple):
-    """How a file is read."""
+    """How a file is read; its `repr` is part of the identity of a corpus."""
 
     format: FileFormat
     compression: str | None
-    """By its name: one of the values of COMPRESSED."""
+    """One of the values of COMPRESSED."""
 
 
 def kind_of(name: Path, given: FileFormat | None = None) -> Kind | None:
-    """What a name says, in any case; None: nothing. `given` is a format that counts whatever the name says of it."""
+    """The kind of a file by its suffixes in any case, or None; `given` is its format whatever the suffixes are."""
     suffixes = [suffix.lower() for suffix in name.suffixes]
     compression = COMPRESSED.get(suffixes[-1]) if suffixes else None
     if compression is not None:
         suffixes.pop()
     suffix = suffixes[-1] if suffixes else ""
-    found = given or TABLES.get(suffix) or (FileFormat.text if suffix in TEXTS else None)
-    return None if found is None else Kind(found, compression)
+    format = given or TABLES.get(suffix) or (FileFormat.text if suffix in TEXTS else None)
+    return None if format is None else Kind(format, compression)
 
 
 def compression_of(path: Path, kind: Kind) -> str | None:
-    """One of the values of COMPRESSED; where the name says nothing, first bytes that no other file has.
+    """The compression that the name gives or, where it gives none, that of the file's first bytes.
 
     Raises:
-        DataError: the file stands for another one.
+        DataError: the file is a pointer of Git LFS.
         OSError: it cannot be read.
     """
     if is_lfs_pointer(path):
@@ -76,11 +76,11 @@ def compression_of(path: Path, kind: Kind) -> str | None:
         return kind.compression
     with path.open("rb") as file:
         start = file.read(6)
-    return next((found for magic, found in _MAGIC.items() if start.startswith(magic)), None)
+    return next((compression for magic, compression in _MAGIC.items() if start.startswith(magic)), None)
 
 
 def opened(file: IO[bytes], compression: str | None) -> IO[bytes]:
-    """A file's bytes as they were before compression, as a stream; errors in it are READ_ERRORS."""
+    """A file's decompressed bytes, as a stream; errors in it are READ_ERRORS."""
     if compression == "gzip":
         return cast(IO[bytes], gzip.open(file))
     if compression == "bz2":
@@ -92,8 +92,8 @@ def opened(file: IO[bytes], compression: str | None) -> IO[bytes]:
     return file
 
 
-def reason(error: Exception) -> str:
-    """One line on what went wrong with a file."""
+def problem(error: Exception) -> str:
+    """One line on what is wrong with a file."""
     text = (files.reason(error) or type(error).__name__).splitlines()[0]
     if "too much memory" in text:
         text += "; it was written with --long above 27: decompress it (zstd -d --long=31) or compress it anew"

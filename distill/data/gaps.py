@@ -1,14 +1,14 @@
-"""What a tokenizer without an unknown token has no token for.
+"""Text for which a tokenizer without an unknown token has no token.
 
 On such text the library raises an error (word-level, WordPiece, unigram) or passes over it in silence (BPE). A twin of
-the tokenizer, which has an unknown token, shows where it is.
+the tokenizer that has an unknown token shows where it is.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from distill.config.errors import DataError
 
@@ -19,15 +19,21 @@ Ranges = list[tuple[int, int]]
 """[start, end) characters of a text."""
 
 
+class EncodedText(NamedTuple):
+    ids: list[int]
+    ranges: Ranges | None
+    """The characters of each token; None: not asked for."""
+
+
 class Gaps:
     """The twin of a tokenizer.
 
     Attributes:
-        library_passes_over: whether the library encodes the rest of a text with gaps, which must then be what counts.
+        library_passes_over: whether the library itself encodes the rest of a text with gaps; its ids then count.
     """
 
-    def __init__(self, twin: Any, renamed: dict[Any, int], library_passes_over: bool):
-        self._twin, self._renamed, self.library_passes_over = twin, renamed, library_passes_over
+    def __init__(self, twin: Any, original_ids: dict[int | None, int], library_passes_over: bool):
+        self._twin, self._original_ids, self.library_passes_over = twin, original_ids, library_passes_over
         self._unknown = twin.token_to_id(_UNKNOWN)
 
     @classmethod
@@ -48,8 +54,8 @@ class Gaps:
         else:
             if model.get("unk_token") in vocab or _has_all_bytes(record):
                 return None
-            known = vocab | added  # the library would number added tokens by the size of the vocabulary
-            filled = {**model, "vocab": {**known, _UNKNOWN: max(known.values(), default=-1) + 1}, "unk_token": _UNKNOWN}
+            ids = vocab | added  # the library would number added tokens by the size of the vocabulary
+            filled = {**model, "vocab": {**ids, _UNKNOWN: max(ids.values(), default=-1) + 1}, "unk_token": _UNKNOWN}
         passes_over = "merges" in model and model.get("unk_token") is None
         from tokenizers import Tokenizer as Library
 
@@ -57,16 +63,16 @@ class Gaps:
             twin = Library.from_str(json.dumps({**record, "model": filled}))
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"{name}: has no unknown token, and cannot be given one: {error}") from error
-        renamed = {twin.token_to_id(token): token_id for token, token_id in added.items()}
-        return cls(twin, renamed, passes_over)
+        return cls(twin, {twin.token_to_id(token): token_id for token, token_id in added.items()}, passes_over)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[tuple[list[int], Ranges]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[EncodedText]:
         """Ids and characters of all tokens but the unknown one."""
-        found = []
+        encoded = []
         for e in self._twin.encode_batch(list(texts), add_special_tokens=False):
-            known = [(self._renamed.get(i, i), pair) for i, pair in zip(e.ids, e.offsets) if i != self._unknown]
-            found.append(([i for i, _ in known], [pair for _, pair in known]))
-        return found
+            tokens = [(i, pair) for i, pair in zip(e.ids, e.offsets) if i != self._unknown]
+            ids = [self._original_ids.get(i, i) for i, _ in tokens]
+            encoded.append(EncodedText(ids, [pair for _, pair in tokens]))
+        return encoded
 
     def find(self, texts: Sequence[str]) -> list[Ranges]:
         """The characters of the unknown token."""

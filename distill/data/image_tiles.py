@@ -1,7 +1,7 @@
-"""An image file's bytes -> RGB tiles, and the tokens that stand for them; the only file that knows pillow.
+"""Bytes of an image file -> RGB tiles -> token ids; the only file that uses pillow.
 
-As the released Llama 4 models take images: transparency over white, the camera's orientation applied, the first
-frame of an animation; then the canvas of tiles that keeps most of the image, and where that has several tiles one
+Images become tiles as for the released Llama 4 models: transparency over white, the camera's orientation applied, the
+first frame of an animation; then the canvas of tiles that keeps most of the image, and where that has several tiles one
 more with the whole image squashed into it.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""What is decoded. Not all that pillow knows: some of its readers start other programs."""
+"""The formats that are decoded; pillow has more, but some of its readers start other programs."""
 
 MAX_PIXELS = 1 << 26
 """A file that unpacks to more is refused before it does."""
@@ -42,7 +42,7 @@ def decode(data: bytes, where: str) -> NDArray[np.uint8]:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # all that matters is an error here
+            warnings.simplefilter("ignore")  # what matters is an error here
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise DataError(f"{where}: {image.width} x {image.height} pixels; allowed: {MAX_PIXELS} in all")
@@ -69,6 +69,15 @@ def _rgb(image: Image, where: str) -> Image:
     return image.convert("RGB")
 
 
+class ImageTiles(NamedTuple):
+    """An image cut into tiles, and the rows and columns that they form."""
+
+    tiles_NCHW: NDArray[np.uint8]
+    """[N, 3, tile_size, tile_size], row by row; the whole image as one tile comes last if there are several."""
+    rows: int
+    columns: int
+
+
 def canvas(height: int, width: int, config: ImageConfig) -> tuple[int, int]:
     """Rows and columns of tiles for an image of this size.
 
@@ -85,12 +94,8 @@ def canvas(height: int, width: int, config: ImageConfig) -> tuple[int, int]:
     return min((sheet for sheet, scale in zip(sheets, scales) if scale == best), key=math.prod)
 
 
-def cut(image_HWC: NDArray[np.uint8], config: ImageConfig) -> tuple[NDArray[np.uint8], int, int]:
-    """Tiles uint8 [N, 3, tile_size, tile_size] of an image [height, width, 3], and the rows and columns they form.
-
-    Row by row; the whole image as one tile comes last if there are several. What the image leaves of its canvas,
-    right and below, is 0.
-    """
+def cut(image_HWC: NDArray[np.uint8], config: ImageConfig) -> ImageTiles:
+    """The tiles of an image [height, width, 3]; the part of the canvas that it leaves, right and below, is 0."""
     from PIL import Image
 
     side = config.tile_size
@@ -104,7 +109,7 @@ def cut(image_HWC: NDArray[np.uint8], config: ImageConfig) -> tuple[NDArray[np.u
     if len(tiles) > 1:
         whole = np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))
         tiles = np.concatenate([tiles, whole.transpose(2, 0, 1)[None]])
-    return np.ascontiguousarray(tiles), rows, columns
+    return ImageTiles(np.ascontiguousarray(tiles), rows, columns)
 
 
 def _fit(height: int, width: int, canvas_height: int, canvas_width: int, config: ImageConfig) -> tuple[int, int]:

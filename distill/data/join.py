@@ -1,9 +1,9 @@
-"""Tokens of a batch joined with their soft targets, by sample id and under the eyes of the digests."""
+"""Joins tokens with their soft targets, by sample id and with a check of the digests."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from distill.cache import CacheReader, ReadResult, SoftTargets
 from distill.config.errors import CacheError
 from distill.config.paths import is_url
 from distill.config.schema import OnMissing, TokenizerConfig
-from distill.data.packed import PackedCorpus, Samples
+from distill.data.packed import PackedCorpus, PackedSamples
 from distill.data.prefetch import Prefetch
 from distill.data.tokenizer import TOKENIZER, Tokenizer, load
 from distill.model.images import Images
@@ -38,7 +38,7 @@ class Batch:
     """int32: ordinal of the token's document within its sample."""
     sample_ids_B: NDArray[np.int64]
     corpus_B: NDArray[np.int64]
-    """Which corpus a sample is of, in the Joiner's order."""
+    """The corpus of each sample, by its number in the Joiner."""
     digests_B: NDArray[np.uint64]
     targets: SoftTargets | None
     """None: no cache is read."""
@@ -55,26 +55,24 @@ class Batch:
 
     def rows(self, start: int, stop: int) -> Batch:
         """The samples from `start` to before `stop`, as views."""
-        length = self.ids_BS.shape[1]
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        targets, images, tile_tokens = (parts.pop(name) for name in ("targets", "images", "tile_tokens"))
+        length, targets, images = self.ids_BS.shape[1], self.targets, self.images
         if targets is not None:
             targets = SoftTargets(*(column[start * length : stop * length] for column in targets))
         if images is not None:
-            images = _rows(images, start, stop, tile_tokens)
-        parts = {name: part[start:stop] for name, part in parts.items()}
-        return Batch(**parts, targets=targets, images=images, tile_tokens=tile_tokens)
+            images = _rows(images, start, stop, self.tile_tokens)
+        others = [f.name for f in fields(self) if f.name not in ("targets", "images", "tile_tokens")]
+        parts = {name: getattr(self, name)[start:stop] for name in others}
+        return replace(self, **parts, targets=targets, images=images)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same with its tensors on `device`, but for documents_BS: the model plans with it on the CPU."""
+        """The same with its tensors on `device`, but for documents_BS, with which the model plans on the CPU."""
 
         def moved(part: Any) -> Any:
             if isinstance(part, SoftTargets | Images):
                 return type(part)(*map(moved, part))
             return part.to(device, non_blocking=True) if isinstance(part, Tensor) else part
 
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{name: part if name == "documents_BS" else moved(part) for name, part in parts.items()})
+        return replace(self, **{f.name: moved(getattr(self, f.name)) for f in fields(self) if f.name != "documents_BS"})
 
 
 def check_cache(
@@ -82,10 +80,10 @@ def check_cache(
 ) -> None:
     """Refuses a cache of another tokenizer, vocabulary, packing length or corpus.
 
-    A student's vocabulary may be the teacher's with rows after it, padding or added tokens: ids mean the same, and soft
-    targets give the rows after it nothing. Its tokenizer may then be another, as far as the teacher's is at hand (above
-    the cache, where its run left it) and all its ids are the same there. Samples in which added tokens occur are of
-    another corpus, and never get targets of a teacher that had no such tokens.
+    A student's vocabulary may be the teacher's with rows after it, for padding or added tokens: ids mean the same, and
+    soft targets give the added rows nothing. Its tokenizer may then be another, if the teacher's is found (above the
+    cache, where a run leaves it) and its ids mean the same in the student's. Samples in which added tokens occur are of
+    another corpus; they never get targets of a teacher without these tokens.
 
     Args:
         vocab_size: of the model's head.
@@ -128,7 +126,7 @@ def _ways_out(reader: CacheReader, expected: dict[str, Any], extended: bool, stu
 
 
 def _is_extended(reader: CacheReader, tokenizer: Tokenizer) -> bool:
-    """The cache's tokenizer is found above it, and all its ids mean the same in the other."""
+    """Whether the cache's tokenizer is found above the cache and `tokenizer` only adds to it."""
     if is_url(reader.folder):
         return False
     for folder in list(Path(reader.folder).absolute().parents)[:2]:  # a mixture's cache lies one folder deeper
@@ -144,9 +142,9 @@ class Joiner:
     """Makes batches.
 
     Args:
-        corpora: in the order in which the stream numbers them.
+        corpora: in the order of their numbers in the stream.
         readers: the cache of each corpus; None: no soft targets.
-        on_missing: what a sample without targets means: `hard`, not covered; `fail`, an error.
+        on_missing: `hard`: samples without targets are not covered; `fail`: they are an error.
     """
 
     def __init__(self, corpora: list[PackedCorpus], readers: list[CacheReader] | None, on_missing: OnMissing):
@@ -156,29 +154,28 @@ class Joiner:
 
     @property
     def views(self) -> list[dict[str, int]]:
-        """What each cache's reader has taken in, in the order of corpora; empty without caches."""
+        """The view of each cache's reader, in the order of corpora; empty without caches."""
         return [reader.view for reader in self._readers or []]
 
     def batch(self, corpus_B: NDArray[np.int64], sample_ids_B: NDArray[np.int64]) -> Batch:
         """The samples of these ids, each of its corpus, in this order.
 
         Raises:
-            CacheError: tokens are not those that the teacher saw, or (on_missing=fail) a sample has no targets.
-            DataError: a damaged corpus.
+            CacheError: tokens are not those of the teacher, or (on_missing=fail) a sample has no targets.
+            DataError: a corpus is damaged.
         """
         corpus_B, sample_ids_B = np.asarray(corpus_B, np.int64), np.asarray(sample_ids_B, np.int64)
         assert corpus_B.shape == sample_ids_B.shape and corpus_B.ndim == 1 and len(corpus_B), "one id per sample"
-        # Samples are read corpus by corpus; `back` is where each came from in the batch.
-        groups = [np.flatnonzero(corpus_B == c) for c in range(len(self._corpora))]
-        parts = [(c, rows, sample_ids_B[rows]) for c, rows in enumerate(groups) if len(rows)]
-        back = np.argsort(np.concatenate([rows for _, rows, _ in parts]))
-        samples = [self._corpora[c].take(ids) for c, _, ids in parts]
-        ids, documents, mask, digests = (np.concatenate(column)[back] for column in list(zip(*samples))[:4])
+        # Samples are read corpus by corpus; sample b of the batch is number back_B[b] of those that are read.
+        ids_by_corpus = {int(c): sample_ids_B[corpus_B == c] for c in np.unique(corpus_B)}
+        back_B = np.argsort(np.argsort(corpus_B, kind="stable"))
+        samples = [self._corpora[c].take(ids) for c, ids in ids_by_corpus.items()]
+        ids, documents, mask, digests = (np.concatenate(column)[back_B] for column in list(zip(*samples))[:4])
         tokens = torch.from_numpy(ids.astype(np.int64))
-        targets, shard_loss_B, step_B = None, torch.full((len(back),), torch.nan), torch.full((len(back),), -1)
+        targets, shard_loss_B, step_B = None, torch.full((len(ids),), torch.nan), torch.full((len(ids),), -1)
         if self._readers is not None:
-            results = [self._read(c, wanted, part.digests) for (c, _, wanted), part in zip(parts, samples)]
-            targets, shard_loss_B, step_B = _in_order(results, torch.from_numpy(back), self._corpora[0].sample_tokens)
+            results = [self._read(c, ids_by_corpus[c], part.digests) for c, part in zip(ids_by_corpus, samples)]
+            targets, shard_loss_B, step_B = _in_order(results, torch.from_numpy(back_B), tokens.shape[1] - 1)
         return Batch(
             ids_BS=tokens[:, :-1],
             labels_BS=tokens[:, 1:],
@@ -191,7 +188,7 @@ class Joiner:
             shard_loss_B=shard_loss_B,
             step_B=step_B,
             covered_B=step_B >= 0,
-            images=_images(samples, back),
+            images=_images(samples, back_B),
             tile_tokens=max((part.images.tile_tokens for part in samples if part.images is not None), default=0),
         )
 
@@ -208,8 +205,8 @@ class Joiner:
         return result
 
 
-def _images(samples: list[Samples], back_B: NDArray[np.int64]) -> Images | None:
-    """The images of all corpora as those of one batch: row i is row `back_B[i]` of theirs, one after another."""
+def _images(samples: list[PackedSamples], back_B: NDArray[np.int64]) -> Images | None:
+    """The images of a batch whose row b is row `back_B[b]` of all these samples."""
     tiles: list[NDArray[np.uint8]] = []
     patches: list[NDArray[np.int64]] = []
     tile_tokens = 0
@@ -242,8 +239,8 @@ def _rows(images: Images, start: int, stop: int, tile_tokens: int) -> Images | N
 
 
 def _in_order(results: list[ReadResult], back_B: Tensor, length: int) -> ReadResult:
-    """The results of all corpora as one of the batch: row i is row `back_B[i]` of theirs, one after another."""
-    if len(results) == 1:  # one corpus is in the batch's order already
+    """The targets of a batch whose row b is row `back_B[b]` of all these results; `length`: of a sample."""
+    if len(results) == 1:  # the samples of one corpus are in the batch's order already
         return results[0]
     width = max(result.targets.ids_TK.shape[1] for result in results)
     back_T = (back_B[:, None] * length + torch.arange(length)).flatten()

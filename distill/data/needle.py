@@ -5,13 +5,14 @@
     The old fox paints the tall gate.
     Find Ada 47 Ada.
 
-As a corpus (source=needle) it teaches retrieval: facts anywhere, several questions at the end. As a test it is built to
-the token: facts at a depth of one's choice in a text of an exact length.
+As a corpus (source=needle) it teaches retrieval: facts anywhere, several questions at the end. As a test it has an
+exact number of tokens and its fact at a given depth.
 
-To answer takes two steps, as in induction heads (Olsson et al. 2022, arXiv:2209.11895): one layer notes at each number
-the name before it, a later one looks from the name in question for the number that noted it. Neither pays without the
-other, and a small model stays for thousands of steps at naming any of the numbers. So every line says its name again
-behind the number, and that carries loss as the answers do: it is learned within some hundred steps, and is step one.
+An answer takes two steps, as in induction heads (Olsson et al. 2022, arXiv:2209.11895): one layer stores at each number
+the name before it, and a later one attends from the name in question to the number that stored it. Neither step lowers
+the loss without the other, and a small model gives any of the numbers for thousands of steps. So every line repeats its
+name behind the number, and the repeated name carries loss as the answers do: this teaches the first step within some
+hundred steps.
 """
 
 from __future__ import annotations
@@ -23,9 +24,8 @@ from typing import NamedTuple
 
 from distill.config.errors import DataError
 from distill.config.schema import NeedleConfig
+from distill.data.gaps import Ranges
 from distill.data.tokenizer import Tokenizer
-
-Ranges = list[tuple[int, int]]
 
 FORMAT = 3
 """Raise it when equal configurations would give other text."""
@@ -47,7 +47,7 @@ NOUNS = _words(
 VERBS = _words("sees likes finds hides paints moves sells feeds keeps warms calls meets draws opens wakes follows")
 
 FILLER, FACT, QUESTION = 9, 6, 6
-"""Words, numbers, marks and line ends of one line of each kind."""
+"""Words, numbers, marks and line ends of one line."""
 
 
 def filler(random: Random) -> str:
@@ -68,11 +68,11 @@ def answer(number: int) -> str:
 
 
 def document(config: NeedleConfig, index: int) -> tuple[str, Ranges]:
-    """Training text number `index`, and the [start, end) characters that what is before them decides; always the same.
+    """Training text number `index`, and the characters that the text before them decides; always the same.
 
-    These are the answers, and the name where a line says it again. The logarithm of the length is drawn evenly from
-    what the configuration allows; then the lines of filler and the number of facts from what there is room for, facts
-    evenly, filler as the cube of what is drawn evenly: mostly little, since questions, which take the rest, teach more.
+    These are the answers, and the names that lines repeat. The logarithm of the length is drawn evenly from the allowed
+    range. Of the room in it, the share of filler is the cube of an even draw, thus mostly small, since questions teach
+    more; then the number of facts is drawn evenly, and questions take the rest.
     """
     random = Random(f"{config.seed}/{index}")
     room = int(exp(random.uniform(log(config.shortest), log(config.longest + 1))))
@@ -81,43 +81,43 @@ def document(config: NeedleConfig, index: int) -> tuple[str, Ranges]:
     facts = random.randint(1, min(config.facts, (room - QUESTION) // FACT))
     room -= facts * FACT
     numbers = dict(zip(random.sample(NAMES, facts), random.choices(NUMBERS, k=facts)))
-    told: list[str | None] = [None] * lines
+    names: list[str | None] = [None] * lines  # None: a line of filler
     for name in numbers:
-        told.insert(random.randint(0, len(told)), name)
+        names.insert(random.randint(0, len(names)), name)
     text, ranges = "", []
 
-    def mark(start: int, marked: str) -> None:
-        ranges.append((start, start + len(marked)))
-
-    for line in told:
+    for line in names:
         if line is None:
             text += filler(random)
         else:
             text += fact(line, numbers[line])
-            mark(len(text) - len(f" {line}.\n"), f" {line}")
+            end = len(text) - len(".\n")
+            ranges.append((end - len(f" {line}"), end))
     for name in random.choices(list(numbers), k=room // QUESTION):
         text += question(name)
-        mark(len(text), answer(numbers[name]) + f" {name}")
-        text += answer(numbers[name]) + f" {name}.\n"
+        decided = answer(numbers[name]) + f" {name}"
+        ranges.append((len(text), len(text) + len(decided)))
+        text += decided + ".\n"
     return text, ranges
 
 
-class Trial(NamedTuple):
-    """One test: what a model is given, and what it should say."""
+class NeedleTrial(NamedTuple):
+    """One test of retrieval."""
 
     prompt: list[int]
-    """Ids, bos included where the tokenizer has one."""
+    """Ids of the text and the question, bos included where the tokenizer has one."""
     answer: list[int]
+    """Ids that continue the prompt if the model has found the needle."""
     stated: int
     """Position of the last token of the line that states the answer."""
 
 
-def trial(tokenizer: Tokenizer, length: int, depth: float, facts: int, seed: tuple[int | float, ...]) -> Trial:
+def trial(tokenizer: Tokenizer, length: int, depth: float, facts: int, seed: tuple[int | float, ...]) -> NeedleTrial:
     """A haystack of exactly `length` tokens, question and answer included, with the needle at a share `depth` of it.
 
     Args:
         depth: 0: the first line, 1: the last before the question.
-        facts: in all; those that are not asked for lie anywhere.
+        facts: in all; those other than the needle lie anywhere.
 
     Raises:
         DataError: facts and question alone are more than `length` tokens.
@@ -129,9 +129,9 @@ def trial(tokenizer: Tokenizer, length: int, depth: float, facts: int, seed: tup
         return tokenizer.encode_batch([text], offsets=False)[0][0]
 
     needle, *others = [ids(fact(name, number)) for name, number in zip(names, numbers)]
-    asked, said = ids(question(names[0])), ids(answer(numbers[0]))
+    asked, answered = ids(question(names[0])), ids(answer(numbers[0]))
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    room = length - sum(map(len, (bos, needle, *others, asked, said)))
+    room = length - sum(map(len, (bos, needle, *others, asked, answered)))
     if room < 0:
         raise DataError(
             f"evaluate.needle.lengths has {length}; {facts} facts and a question alone are {length - room} tokens"
@@ -147,4 +147,4 @@ def trial(tokenizer: Tokenizer, length: int, depth: float, facts: int, seed: tup
     place = min(range(len(ends)), key=lambda line: abs(ends[line] - depth * ends[-1]))
     before = [*bos, *chain(*hay[:place])]
     prompt = [*before, *needle, *chain(*hay[place:]), *asked]
-    return Trial(prompt, said, len(before) + len(needle) - 1)
+    return NeedleTrial(prompt, answered, len(before) + len(needle) - 1)

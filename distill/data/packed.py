@@ -1,7 +1,7 @@
-"""Packed samples on disk: one Arrow file per split, memory-mapped, and written as a stream.
+"""Packed samples on disk: one Arrow file per split.
 
 A split is the concatenation of its documents' tokens. Sample i is the S+1 tokens from i*S on, so that every position of
-a sample has its label, and neighbours share one token. What is too short for a last sample is dropped. Columns, one row
+a sample has its label, and neighbors share one token. What is too short for a last sample is dropped. Columns, one row
 per sample:
 
     ids        int32  [S+1]  token ids
@@ -9,16 +9,17 @@ per sample:
     mask       uint8  [S+1]  1 where the token may be a label: it carries loss, and the token before it in the stream
                              belongs to the same document
     digest     uint64        xxh3-64 of the little-endian bytes of ids, documents and mask, in this order; sealed with
-                             the tiles (see `tiles`) where there are image tokens among the first S ids
+                             the tiles (see `tile_store`) where there are image tokens among the first S ids
     images     int64         only in corpora with images: image tokens of the split that come before the sample
 
-Rows come in record batches of equal length (the last may be shorter), so a sample's place is a division.
+Beside it `split`.json counts samples and packed documents (those in the dropped tail included) and has the digest of
+the split, xxh3-128 of the samples' digests in order; `split`.counts.npy has the counts of ids.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,16 +30,16 @@ from numpy.typing import NDArray
 
 from distill.cache import token_digests
 from distill.config.errors import DataError
-from distill.config.files import sync
-from distill.data import tile_store as tiles
+from distill.config.files import sync, write_text
+from distill.data.row_file import Columns, RowFile, RowWriter
 from distill.data.tile_store import SampleImages, TileFile, TileFormat, Tiles, TileWriter
 
 COLUMNS: dict[str, np.dtype[Any]] = {"ids": np.dtype("<i4"), "documents": np.dtype("<i4"), "mask": np.dtype("u1")}
 BATCH_TOKENS = 1 << 17
 
 
-class Samples(NamedTuple):
-    """n samples with the column names' meanings above."""
+class PackedSamples(NamedTuple):
+    """n samples; fields are the columns above."""
 
     ids: NDArray[np.int32]
     """[n, S+1]"""
@@ -49,26 +50,31 @@ class Samples(NamedTuple):
     digests: NDArray[np.uint64]
     """[n]"""
     images: SampleImages | None
-    """None: the corpus has none."""
+    """None: the corpus has no images."""
 
 
-def digests(columns: dict[str, NDArray[Any]]) -> NDArray[np.uint64]:
+def digests(columns: Columns) -> NDArray[np.uint64]:
     """The digest [n] of each row of `ids`, `documents` and `mask`, each [n, S+1]."""
     return token_digests(*(np.asarray(columns[name], dtype) for name, dtype in COLUMNS.items()))
 
 
-@dataclass(frozen=True)
-class Summary:
-    """What is known of a finished split without reading its rows."""
+class DocumentTokens(NamedTuple):
+    """One document of n tokens, bos and eos included."""
 
-    sample_tokens: int
-    samples: int
-    documents: int
-    """Documents that were packed, those in the dropped tail included."""
-    digest: str
-    """xxh3-128 (hex) of the samples' digests in order."""
-    tiles: TileFormat | None = None
-    """None: the corpus has no images."""
+    ids: NDArray[np.int32]
+    loss: NDArray[np.bool_]
+    """Which of them carry loss."""
+    tiles_NCHW: Tiles | None = None
+    """Of its images, in order."""
+
+
+class _Tokens(NamedTuple):
+    """n tokens of the split that are in no written sample yet."""
+
+    ids: NDArray[np.int32]
+    documents: NDArray[np.int64]
+    """Ordinal of the document in the split."""
+    mask: NDArray[np.uint8]
 
 
 class SplitWriter:
@@ -78,8 +84,12 @@ class SplitWriter:
         sample_tokens: S.
         vocab_size: ids are below it.
         filler_id: documents stay whole: one that would be cut by the end of a sample, and fits in one, begins the next;
-            what is left is filled with this id, which carries no loss. None: documents follow each other, cut anywhere.
+            the room that is left is filled with this id, which carries no loss. None: documents follow each other, cut
+            anywhere.
         tile_format: of a corpus with images, whose tiles go to `split`.tiles.arrow.
+
+    Attributes:
+        tokens: of the documents that were added.
     """
 
     def __init__(
@@ -88,101 +98,89 @@ class SplitWriter:
         split: str,
         sample_tokens: int,
         vocab_size: int,
-        *,
-        filler_id: int | None = None,
-        tile_format: TileFormat | None = None,
+        filler_id: int | None,
+        tile_format: TileFormat | None,
     ):
         self._folder, self._split, self._length = folder, split, sample_tokens
         self._filler_id, self._format = filler_id, tile_format
         self._rows = max(1, BATCH_TOKENS // (sample_tokens + 1))
-        lists = [
-            pa.field(name, pa.list_(pa.from_numpy_dtype(dtype), sample_tokens + 1)) for name, dtype in COLUMNS.items()
-        ]
-        images = [] if tile_format is None else [pa.field("images", pa.int64())]
-        self._schema = pa.schema([*lists, pa.field("digest", pa.uint64()), *images])
-        self._writer = pa.ipc.new_file(str(folder / f"{split}.arrow"), self._schema)
-        self._tiles = None if tile_format is None else TileWriter(folder / f"{split}.tiles.arrow", tile_format)
-        # Tokens that are not in a written sample: ids, ordinal of the document in the split, mask.
-        self._waiting: list[tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.uint8]]] = []
+        types: dict[str, pa.DataType] = {
+            name: pa.list_(pa.from_numpy_dtype(dtype), sample_tokens + 1) for name, dtype in COLUMNS.items()
+        }
+        types["digest"] = pa.uint64()
+        self._tiles = None
+        if tile_format is not None:
+            types["images"] = pa.int64()
+            self._tiles = TileWriter(folder / f"{split}.tiles.arrow", tile_format)
+        self._writer = RowWriter(folder / f"{split}.arrow", types)
+        self._waiting: list[_Tokens] = []
         self._tokens_waiting = 0
-        self._images = 0
-        """Image tokens before those that wait."""
         self._counts_V = np.zeros(vocab_size, np.int64)
         self._digest = xxhash.xxh3_128()
-        self._samples = self._documents = self._ordinal = 0
+        self.tokens = self._samples = self._documents = self._ordinal = 0
 
-    def add(self, ids: NDArray[np.int32], loss: NDArray[np.bool_], tiles_NCHW: Tiles | None = None) -> None:
-        """One document: its ids [n], bos and eos included, which of them carry loss [n], and its images' tiles."""
+    def add(self, document: DocumentTokens) -> None:
+        ids, loss, tiles_NCHW = document
         place = self._tokens_waiting % self._length
         # The last of the S + 1 tokens of a sample is a label alone.
         if self._filler_id is not None and place and place + len(ids) > self._length + 1 >= len(ids):
             filler = np.full(self._length - place, self._filler_id, np.int32)
             self._append(filler, np.zeros(len(filler), np.uint8))
         mask = loss.astype(np.uint8)
-        mask[:1] = 0  # its predecessor belongs to another document
+        mask[:1] = 0  # the token before it belongs to another document
         self._append(ids, mask)
         self._documents += 1
+        self.tokens += len(ids)
         if self._tiles is not None and tiles_NCHW is not None:
             self._tiles.add(tiles_NCHW)
         if self._tokens_waiting > self._rows * self._length:
-            self._write(self._rows)
+            self._write((self._tokens_waiting - 1) // (self._rows * self._length) * self._rows)
 
     def _append(self, ids: NDArray[np.int32], mask: NDArray[np.uint8]) -> None:
-        self._waiting.append((ids, np.full(len(ids), self._ordinal, np.int64), mask))
+        self._waiting.append(_Tokens(ids, np.full(len(ids), self._ordinal, np.int64), mask))
         self._ordinal += 1
         self._tokens_waiting += len(ids)
 
-    def close(self) -> Summary:
+    def close(self) -> None:
         """Writes the rest; every file is on disk when this returns."""
-        self._write(self._rows)
         self._write(max(0, self._tokens_waiting - 1) // self._length)
         self._writer.close()
-        names = ["arrow", "counts.npy", "json"]
-        summary = Summary(self._length, self._samples, self._documents, self._digest.hexdigest(), self._format)
-        known = {name: value for name, value in asdict(summary).items() if value is not None}
         if self._tiles is not None:
             self._tiles.close()
-            names.append("tiles.arrow")
-        np.save(self._folder / f"{self._split}.counts.npy", self._counts_V, allow_pickle=False)
-        (self._folder / f"{self._split}.json").write_text(json.dumps(known, indent=1, allow_nan=False))
-        for name in names:
-            sync(self._folder / f"{self._split}.{name}")
-        return summary
+        record = {
+            "sample_tokens": self._length,
+            "samples": self._samples,
+            "documents": self._documents,
+            "digest": self._digest.hexdigest(),
+        }
+        if self._format is not None:
+            record["tiles"] = asdict(self._format)
+        counts_path = self._folder / f"{self._split}.counts.npy"
+        np.save(counts_path, self._counts_V, allow_pickle=False)
+        sync(counts_path)
+        write_text(self._folder / f"{self._split}.json", json.dumps(record, indent=1, allow_nan=False))
 
-    def _write(self, rows: int) -> None:
-        """Writes batches of `rows` samples while there are enough tokens."""
-        batches = max(0, self._tokens_waiting - 1) // (rows * self._length) if rows else 0
-        if not batches:
+    def _write(self, samples: int) -> None:
+        """Writes so many samples, batch by batch."""
+        if not samples:
             return
         ids, documents, mask = (np.concatenate(part) for part in zip(*self._waiting))
-        before = None  # image tokens before each place, and at the end
-        if self._format is not None:
-            before = self._images + np.concatenate([[0], np.cumsum(ids == self._format.token_id)])
-        window = np.arange(rows)[:, None] * self._length + np.arange(self._length + 1)
-        for first in range(0, batches * rows * self._length, rows * self._length):
-            at = window + first
-            within = documents[at]
-            columns = {"ids": ids[at], "documents": within - within[:, :1], "mask": mask[at]}
-            marks = digests(columns)
-            arrays = [
-                pa.FixedSizeListArray.from_arrays(pa.array(columns[name].astype(dtype).ravel()), self._length + 1)
-                for name, dtype in COLUMNS.items()
-            ]
-            extra = []
-            if self._tiles is not None and before is not None:
-                starts = before[at[:, 0]]
-                marks = self._tiles.seal(marks, starts, before[at[:, -1]] - starts)
-                extra = [pa.array(starts)]
-            self._writer.write_batch(pa.record_batch([*arrays, pa.array(marks), *extra], schema=self._schema))
+        for first in range(0, samples, self._rows):
+            starts = np.arange(first, min(first + self._rows, samples)) * self._length
+            places = starts[:, None] + np.arange(self._length + 1)
+            within = documents[places]
+            columns: Columns = {"ids": ids[places], "documents": within - within[:, :1], "mask": mask[places]}
+            columns = {name: columns[name].astype(dtype) for name, dtype in COLUMNS.items()}
+            columns["digest"] = digests(columns)
+            if self._tiles is not None:
+                columns["digest"], columns["images"] = self._tiles.seal(columns["digest"], columns["ids"][:, :-1])
+            self._writer.write(columns)
             self._counts_V += np.bincount(columns["ids"][:, 1:].ravel(), minlength=len(self._counts_V))
-            self._digest.update(marks.astype("<u8").tobytes())
-            self._samples += rows
-        done = batches * rows * self._length
-        self._waiting = [(ids[done:], documents[done:], mask[done:])]
+            self._digest.update(columns["digest"].astype("<u8").tobytes())
+        self._samples += samples
+        done = samples * self._length
+        self._waiting = [_Tokens(ids[done:], documents[done:], mask[done:])]
         self._tokens_waiting -= done
-        if self._tiles is not None and before is not None:
-            self._images = int(before[done])
-            self._tiles.forget(self._images)
 
 
 class PackedCorpus:
@@ -201,17 +199,15 @@ class PackedCorpus:
         self.name, self._path = name, folder / f"{split}.arrow"
         try:
             record = json.loads((folder / f"{split}.json").read_bytes())
-            self._tile_format = TileFormat(**found) if (found := record.pop("tiles", None)) else None
-            summary = Summary(**record)
+            tile_format = TileFormat(**record["tiles"]) if "tiles" in record else None
+            self._samples: int = record["samples"]
+            self.sample_tokens: int = record["sample_tokens"]
+            self.digest: str = record["digest"]
             self._stored_counts_V = np.load(folder / f"{split}.counts.npy", allow_pickle=False)
-            self._reader = pa.ipc.open_file(pa.memory_map(str(self._path)))
-            self._batches = self._reader.num_record_batches
-            self._rows = self._reader.get_batch(0).num_rows if self._batches else 1
-            if self._tile_format is not None:
-                self._tiles = TileFile(folder / f"{split}.tiles.arrow", self._tile_format)
-        except (OSError, EOFError, ValueError, TypeError, pa.ArrowException) as error:
+            self._rows = RowFile(self._path)
+            self._tiles = None if tile_format is None else TileFile(folder / f"{split}.tiles.arrow", tile_format)
+        except (OSError, EOFError, ValueError, TypeError, LookupError, pa.ArrowException) as error:
             raise DataError(f"{self._path}: not a packed corpus: {error}; remove {folder} to pack it anew") from error
-        self._samples, self.sample_tokens, self.digest = summary.samples, summary.sample_tokens, summary.digest
 
     def __len__(self) -> int:
         return self._samples
@@ -219,7 +215,7 @@ class PackedCorpus:
     @property
     def tiles_per_sample(self) -> float:
         """Tiles of images, mean over the samples; a tile that lies across two counts once."""
-        return 0.0 if self._tile_format is None else len(self._tiles) / max(self._samples, 1)
+        return 0.0 if self._tiles is None else len(self._tiles) / max(self._samples, 1)
 
     def counts_V(self, vocab_size: int) -> NDArray[np.int64]:
         """How often each id stands where a label may stand, masked or not; int64 [vocab_size]."""
@@ -227,7 +223,7 @@ class PackedCorpus:
         assert vocab_size >= len(stored), f"{vocab_size} ids wanted, the corpus has {len(stored)}"
         return np.pad(stored, (0, vocab_size - len(stored)))
 
-    def take(self, sample_ids: NDArray[np.int64]) -> Samples:
+    def take(self, sample_ids: NDArray[np.int64]) -> PackedSamples:
         """The samples of these ids, in their order; an id may come twice.
 
         Raises:
@@ -235,28 +231,15 @@ class PackedCorpus:
         """
         ids_B = np.asarray(sample_ids, np.int64)
         assert ids_B.ndim == 1 and (not len(ids_B) or 0 <= ids_B.min() <= ids_B.max() < len(self)), ids_B
-        columns = {name: np.empty((len(ids_B), self.sample_tokens + 1), dtype) for name, dtype in COLUMNS.items()}
-        stored = np.empty(len(ids_B), np.uint64)
-        starts_B, images = np.empty(len(ids_B), np.int64), None
-        batch_B, row_B = np.divmod(ids_B, self._rows)
+        images = None
         try:
-            for batch in np.unique(batch_B):
-                record = self._reader.get_batch(int(batch))
-                wanted = batch_B == batch
-                for name, column in columns.items():
-                    flat = record.column(name).flatten().to_numpy()
-                    column[wanted] = flat.reshape(record.num_rows, -1)[row_B[wanted]]
-                stored[wanted] = record.column("digest").to_numpy()[row_B[wanted]]
-                if self._tile_format is not None:
-                    starts_B[wanted] = record.column("images").to_numpy()[row_B[wanted]]
-            if self._tile_format is not None:
-                images = self._tiles.images(columns["ids"][:, :-1], starts_B)
+            columns = self._rows.take(ids_B)
+            digests_B = digests(columns)
+            if self._tiles is not None:
+                images = self._tiles.images(columns["ids"][:, :-1], columns["images"])
+                digests_B = self._tiles.seal(digests_B, columns["images"], images)
         except (OSError, ValueError, LookupError, pa.ArrowException) as error:
             raise DataError(f"{self._path}: is damaged: {error}; remove its folder to pack it anew") from error
-        found = digests(columns)
-        if self._tile_format is not None and images is not None:
-            marks = map(tiles.digest, images.tiles_NCHW)
-            found = tiles.sealed(found, starts_B % self._tile_format.tokens, images.counts_B, marks)
-        if (wrong := np.flatnonzero(found != stored)).size:
+        if (wrong := np.flatnonzero(digests_B != columns["digest"])).size:
             raise DataError(f"{self._path}: sample {ids_B[wrong[0]]} is damaged; remove its folder to pack it anew")
-        return Samples(columns["ids"], columns["documents"], columns["mask"].view(np.bool_), stored, images)
+        return PackedSamples(columns["ids"], columns["documents"], columns["mask"].view(np.bool_), digests_B, images)

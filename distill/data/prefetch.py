@@ -6,7 +6,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import Generic, TypeVar
 
 import torch
@@ -17,7 +16,7 @@ T = TypeVar("T")
 class Prefetch(Generic[T]):
     """Iterates over fn(start), ..., fn(stop - 1), computed in order by a thread that stays at most `depth` ahead.
 
-    An exception of `fn` is raised where its result was due. Leaving the `with` block stops the thread: it finishes at
+    An exception of `fn` is raised in place of its result. Leaving the `with` block stops the thread: it finishes at
     most the call that it is in.
     """
 
@@ -25,7 +24,7 @@ class Prefetch(Generic[T]):
         self._fn, self._range = fn, range(start, stop)
         self._ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
         self.waited = 0.0
-        """Seconds that the iterating thread has stood still for want of a result."""
+        """Seconds that the iterating thread has waited for results."""
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
         self._thread.start()
@@ -41,12 +40,9 @@ class Prefetch(Generic[T]):
 
     def close(self) -> None:
         self._stopped.set()
-        while True:  # frees the thread if it waits for a place
-            try:
-                self._ready.get_nowait()
-            except queue.Empty:
-                break
-        # A call may wait for another machine; that must not hold up the message of an error.
+        while not self._ready.empty():  # frees the thread if it waits for a place; nobody else takes results now
+            self._ready.get()
+        # A call may wait for another machine; the message of an error must not wait for it.
         self._thread.join(timeout=1.0)
 
     def _work(self) -> None:
@@ -55,17 +51,13 @@ class Prefetch(Generic[T]):
             if self._stopped.is_set():
                 return
             try:
-                item: tuple[T | None, BaseException | None] = (self._fn(index), None)
+                self._ready.put((self._fn(index), None))
             except BaseException as error:
-                item = (None, error)
-            self._ready.put(item)
-            if item[1] is not None:
+                self._ready.put((None, error))
                 return
 
     def __enter__(self) -> Prefetch[T]:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

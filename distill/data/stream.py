@@ -1,4 +1,4 @@
-"""The order in which training meets samples: pure functions of position, so that resuming is arithmetic.
+"""The order of samples in training: pure functions of position, so that resuming is arithmetic.
 
 Corpora are mixed by a fixed pattern of `PATTERN` positions, repeated, in which each has its exact quota, evenly
 spread. How many samples of a corpus lie before a position is therefore closed-form; it gives the epoch and the place in
@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 import xxhash
 from numpy.typing import NDArray
 
+from distill.cache.codecs.uniform import GOLDEN, mix
 from distill.config.errors import CacheError, ConfigError
 from distill.config.schema import ReplayOrder
 
@@ -26,6 +28,15 @@ PATTERN = 1 << 14
 ROUNDS = 8
 FORMAT = 1
 """Of a description: raise it when the same one would give another order."""
+
+
+class StreamSamples(NamedTuple):
+    """Samples of a stretch of the stream."""
+
+    corpus: Ints
+    """Their corpora, by number."""
+    sample_ids: Ints
+    """Their ids, each in its corpus."""
 
 
 class Stream:
@@ -44,7 +55,7 @@ class Stream:
         assert sizes and sizes.keys() == weights.keys() and min(sizes.values()) > 0, (sizes, weights)
         self.names, self.sizes, self.weights, self.seed = list(sizes), dict(sizes), dict(weights), seed
         self._sizes_C = np.array([sizes[name] for name in self.names])
-        # By name, so that a corpus is met in the same order whatever it is mixed with.
+        # By name, so that the order of a corpus does not depend on the rest of the mixture.
         self._keys_C = np.array(
             [xxhash.xxh3_64_intdigest(name.encode(), seed % 2**64) for name in self.names], np.uint64
         )
@@ -53,11 +64,11 @@ class Stream:
         corpus = np.repeat(np.arange(len(spread)), self._quota_C)
         order = np.lexsort((corpus, np.concatenate(spread)))
         self._corpus_P = corpus[order]
-        # The how-manieth of its corpus within the pattern.
+        # How many positions of its corpus come before it within the pattern.
         self._rank_P = np.concatenate([np.arange(quota) for quota in self._quota_C])[order]
 
-    def at(self, positions: Ints) -> tuple[Ints, Ints]:
-        """Corpus index and sample id at each position >= 0; int64, of the shape of `positions`."""
+    def at(self, positions: Ints) -> StreamSamples:
+        """The sample at each position >= 0; int64, of the shape of `positions`."""
         positions = np.asarray(positions, np.int64)
         assert not positions.size or positions.min() >= 0, positions
         turn, place = np.divmod(positions, PATTERN)
@@ -68,11 +79,11 @@ class Stream:
             mine = corpus == c
             key = _mix(epoch[mine].astype(np.uint64) ^ self._keys_C[c])
             sample_ids[mine] = _permute(index[mine].astype(np.uint64), key, int(size))
-        return corpus, sample_ids
+        return StreamSamples(corpus, sample_ids)
 
     @property
     def shares(self) -> dict[str, int]:
-        """Of `PATTERN` positions, how many each corpus has."""
+        """Positions of each corpus among `PATTERN`."""
         return {name: int(quota) for name, quota in zip(self.names, self._quota_C)}
 
     def describe(self) -> dict[str, Any]:
@@ -82,10 +93,10 @@ class Stream:
 
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> Stream:
-        """The stream that `describe` described; further keys are the caller's own.
+        """The stream of a description; keys other than those of `describe` are ignored.
 
         Raises:
-            CacheError: it is no description, or of another version.
+            CacheError: the description is unreadable or of another version.
         """
         if description.get("order") != FORMAT:
             raise CacheError(f"the recorded stream's order is {description.get('order')!r}; this program has {FORMAT}")
@@ -98,10 +109,10 @@ class Stream:
 
 
 def replay(order: ReplayOrder, planned: int) -> Callable[[Ints], Ints]:
-    """Maps a student's positions to those of a teacher that had `planned`; beyond them it starts over.
+    """Maps a student's positions to those of a teacher that had `planned`; beyond them they start over.
 
-    same: as the teacher met them; newest: backwards; late_first: from half-way on, then the first half; own: the stream
-    is the student's, and its positions are too.
+    same: the teacher's order; newest: backwards; late_first: from half-way on, then the first half; own: the stream is
+    the student's own, and so are its positions.
     """
     assert planned > 0, planned
     late = planned // 2
@@ -130,16 +141,13 @@ def _quotas(weights: list[float], names: list[str]) -> Ints:
 
 
 def _mix(words: Words) -> Words:
-    """SplitMix64's finaliser (Steele, Lea, Flood 2014): every bit of the input moves about half of the output's."""
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
+    return mix(torch.from_numpy(words.view(np.int64))).numpy().view(np.uint64)
 
 
 def _permute(index: Words, key: Words, size: int) -> Words:
     """The place of `index` [n] (below `size`) in the permutation of range(size) that `key` [n] names."""
     bits = max((size - 1).bit_length(), 2)
-    low = np.uint64(bits // 2)
+    low, golden = np.uint64(bits // 2), np.uint64(GOLDEN % 2**64)
     low_mask, high_mask = np.uint64((1 << bits // 2) - 1), np.uint64((1 << (bits - bits // 2)) - 1)
     index = index.copy()
     todo = np.arange(len(index))
@@ -147,9 +155,9 @@ def _permute(index: Words, key: Words, size: int) -> Words:
         left, right = index[todo] >> low, index[todo] & low_mask
         round_key = key[todo]
         for _ in range(ROUNDS // 2):
-            round_key = round_key + np.uint64(0x9E3779B97F4A7C15)
+            round_key = round_key + golden
             left ^= _mix(right ^ round_key) & high_mask
-            round_key = round_key + np.uint64(0x9E3779B97F4A7C15)
+            round_key = round_key + golden
             right ^= _mix(left ^ round_key) & low_mask
         index[todo] = left << low | right
         todo = todo[index[todo] >= size]

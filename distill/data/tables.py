@@ -8,35 +8,46 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distill.config.errors import DataError
 from distill.config.schema import FileFormat
-from distill.data.formats import READ_ERRORS, Kind, compression_of, opened, reason
+from distill.data.formats import READ_ERRORS, Kind, compression_of, opened, problem
 from distill.data.json_rows import JsonRows
 
 ROWS = 256
 """Held at a time."""
 
-Row = tuple[int, dict[str, Any]]
-"""Its number, and values by column."""
+Row = dict[str, Any]
+"""Values by column."""
+
+
+class _Part(NamedTuple):
+    """Some rows of a file, one after the other."""
+
+    names: list[str]
+    """Of all columns, also of those that the rows leave out."""
+    rows: list[tuple[int, Row]]
+    """With their numbers."""
+    share: float
+    """Share of the file that is read with them."""
 
 
 def rows(
-    path: Path, columns: list[str], keys: list[str], scratch: Path, kind: Kind, at: Callable[[float], None]
-) -> Iterator[tuple[int, list[Any]]]:
-    """The number and the values of `columns` of row after row, read as a stream.
+    path: Path, kind: Kind, columns: dict[str, str], scratch: Path, progress: Callable[[float], None]
+) -> Iterator[tuple[int, Row]]:
+    """Number and values of row after row, read as a stream.
 
     A row's number is what an editor shows: its line or, where rows are not lines, its place in the file; from 1. A
-    column that only some objects of a JSON file have is None in the others.
+    column that only some objects of a JSON file have is missing in the others.
 
     Args:
-        keys: the configuration's name for each column.
-        scratch: takes what a compressed Parquet or Arrow file holds while it is read.
-        at: is called with the share of the file that was read.
+        columns: those that the file must have, each with the configuration's key for it.
+        scratch: takes the decompressed bytes of a Parquet or Arrow file while it is read.
+        progress: is called with the share of the file that was read.
 
     Raises:
         DataError: the file cannot be read as `kind`, or lacks a column.
@@ -44,74 +55,68 @@ def rows(
     try:
         if path.stat().st_size == 0:
             return
-        checked = False
-        for names, batch in _batches(path, columns, kind, scratch, at):
-            for column, key in () if checked else zip(columns, keys):
-                if names.count(column) != 1:
-                    problem = "more than one column" if column in names else "no column"
-                    raise DataError(f"{path}: has {problem} {column!r} ({key}); it has {', '.join(map(repr, names))}")
-            checked = True
-            for number, row in batch:
-                yield number, [row.get(column) for column in columns]
+        parts = _json(path, kind) if kind.format is FileFormat.json else _tables(path, kind, list(columns), scratch)
+        for first, part in enumerate(parts):
+            for column, key in columns.items() if first == 0 else ():
+                if part.names.count(column) != 1:
+                    count = "more than one" if column in part.names else "no"
+                    names = ", ".join(map(repr, part.names))
+                    raise DataError(f"{path}: has {count} column {column!r} ({key}); it has {names}")
+            progress(part.share)
+            yield from part.rows
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {reason(error)}") from error
+        raise DataError(f"{path}: cannot be read: {problem(error)}") from error
 
 
-def _batches(
-    path: Path, columns: list[str], kind: Kind, scratch: Path, at: Callable[[float], None]
-) -> Iterator[tuple[list[str], list[Row]]]:
-    """Names of all columns, and some rows with at least those of `columns`."""
-    if kind.format is FileFormat.json:
-        yield from _json(path, kind, at)
-        return
-    compression, number = compression_of(path, kind), 0
-    with ExitStack() as stack:
-        try:
-            plain = path
-            if compression is not None:  # readers jump to and fro
-                copy = stack.enter_context(tempfile.NamedTemporaryFile(dir=scratch))
-                packed = stack.enter_context(path.open("rb"))
-                shutil.copyfileobj(stack.enter_context(opened(packed, compression)), copy)
-                copy.flush()
-                plain = Path(copy.name)
-            for names, batch, share in _tables(plain, columns, kind.format):
-                at(share)
-                yield names, list(enumerate(batch, number + 1))
-                number += len(batch)
-        except READ_ERRORS as error:
-            after = f" after row {number}" if number else ""
-            raise DataError(f"{path}: cannot be read as {kind.format.value}{after}: {reason(error)}") from error
-
-
-def _json(path: Path, kind: Kind, at: Callable[[float], None]) -> Iterator[tuple[list[str], list[Row]]]:
+def _json(path: Path, kind: Kind) -> Iterator[_Part]:
     size = path.stat().st_size
     with path.open("rb") as packed, opened(packed, compression_of(path, kind)) as file:
-        reader = JsonRows(getattr(file, "read1", file.read))  # what comes before a fault is read, too
+        reader = JsonRows(getattr(file, "read1", file.read))  # read1 also gives what comes before a damaged place
         objects = iter(reader)
         while True:
             try:
                 batch = list(islice(objects, ROWS))
             except (*READ_ERRORS, ValueError, RecursionError) as error:
-                raise DataError(f"{path}: cannot be read as json: row {reader.row}: {reason(error)}") from error
+                raise DataError(f"{path}: cannot be read as json: row {reader.row}: {problem(error)}") from error
             if not batch:
                 return
-            at(packed.tell() / size)
-            yield list(dict.fromkeys(name for _, row in batch for name in row)), batch
+            yield _Part(list(dict.fromkeys(name for _, row in batch for name in row)), batch, packed.tell() / size)
 
 
-def _tables(
-    path: Path, columns: list[str], format: FileFormat
-) -> Iterator[tuple[list[str], list[dict[str, Any]], float]]:
-    """Names of all columns, some rows, and the share of the file that was read with them."""
-    if format is FileFormat.parquet:
-        with closing(pq.ParquetFile(str(path))) as file:
-            names = file.schema_arrow.names
-            wanted = [name for name in columns if name in names]
-            done = 0
-            for batch in file.iter_batches(ROWS, columns=wanted):
-                done += batch.num_rows
-                yield names, _columns(batch, wanted), done / max(file.metadata.num_rows, 1)
-        return
+def _tables(path: Path, kind: Kind, columns: list[str], scratch: Path) -> Iterator[_Part]:
+    compression, number = compression_of(path, kind), 0
+    with ExitStack() as stack:
+        try:
+            plain = path
+            if compression is not None:  # the readers need random access
+                copy = stack.enter_context(tempfile.NamedTemporaryFile(dir=scratch))
+                packed = stack.enter_context(path.open("rb"))
+                shutil.copyfileobj(stack.enter_context(opened(packed, compression)), copy)
+                copy.flush()
+                plain = Path(copy.name)
+            batches = _parquet(plain, columns) if kind.format is FileFormat.parquet else _arrow(plain)
+            for names, batch, share in batches:
+                wanted = [name for name in columns if names.count(name) == 1]
+                for first in range(0, batch.num_rows, ROWS):
+                    values = batch.slice(first, ROWS).select(wanted).to_pylist()
+                    yield _Part(names, list(enumerate(values, number + 1)), share)
+                    number += len(values)
+        except READ_ERRORS as error:
+            after = f" after row {number}" if number else ""
+            raise DataError(f"{path}: cannot be read as {kind.format.value}{after}: {problem(error)}") from error
+
+
+def _parquet(path: Path, columns: list[str]) -> Iterator[tuple[list[str], pa.RecordBatch, float]]:
+    """Names of all columns, some rows, and the share of the file that is read with them."""
+    with closing(pq.ParquetFile(str(path))) as file:
+        names, done = file.schema_arrow.names, 0
+        for batch in file.iter_batches(ROWS, columns=[name for name in columns if name in names]):
+            done += batch.num_rows
+            yield names, batch, done / max(file.metadata.num_rows, 1)
+
+
+def _arrow(path: Path) -> Iterator[tuple[list[str], pa.RecordBatch, float]]:
+    """The same of an Arrow file or stream."""
     with pa.OSFile(str(path)) as file:
         start = file.read(6)
         file.seek(0)
@@ -119,15 +124,6 @@ def _tables(
             raise DataError(f"{path}: is Feather of version 1; write it anew (pyarrow.feather.write_feather)")
         whole = start == b"ARROW1"
         reader = pa.ipc.open_file(file) if whole else pa.ipc.open_stream(file)
-        names = reader.schema.names
-        wanted = [name for name in columns if names.count(name) == 1]
         batches = map(reader.get_batch, range(reader.num_record_batches)) if whole else reader
         for done, batch in enumerate(batches, 1):
-            share = done / reader.num_record_batches if whole else file.tell() / file.size()
-            for first in range(0, batch.num_rows, ROWS):
-                yield names, _columns(batch.slice(first, ROWS), wanted), share
-
-
-def _columns(batch: pa.RecordBatch, wanted: list[str]) -> list[dict[str, Any]]:
-    values = [batch.column(name).to_pylist() for name in wanted]
-    return [dict(zip(wanted, row)) for row in zip(*values)] if wanted else [{} for _ in range(batch.num_rows)]
+            yield reader.schema.names, batch, done / reader.num_record_batches if whole else file.tell() / file.size()

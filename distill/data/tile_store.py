@@ -1,16 +1,16 @@
-"""Tiles of a split's images on disk: an Arrow file beside the samples', memory-mapped, and written as a stream.
+"""Tiles of a split's images on disk: an Arrow file beside that of the samples.
 
-One row per tile, uint8 [3 * size * size], in the order of the stream, in record batches of equal length (the last may
-be shorter). Image tokens of the stream are numbered too: token n belongs to tile n // tokens. So a sample that knows
-how many image tokens come before it finds its tiles by division, also where it begins or ends within an image.
+One row per tile, uint8 [3 * size * size], in the order of the stream. Image tokens of the stream are numbered too:
+token n belongs to tile n // tokens. A sample's tiles follow by division from the count of image tokens before it, also
+where the sample begins or ends within an image.
 """
 
 from __future__ import annotations
 
-import itertools
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,10 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
+from distill.data.row_file import RowFile, RowWriter
+
 Ints = NDArray[np.int64]
+Digests = NDArray[np.uint64]
 Tiles = NDArray[np.uint8]
 """[N, 3, size, size]"""
 
@@ -36,6 +39,27 @@ class TileFormat:
     """Tokens of a tile."""
     token_id: int
 
+    def ranges(self, starts_B: Ints, counts_B: Ints) -> tuple[Ints, Ints]:
+        """The tiles, from first [n] to before stop [n], of `counts_B` image tokens from number `starts_B` on."""
+        first_B = starts_B // self.tokens
+        return first_B, np.where(counts_B > 0, (starts_B + counts_B - 1) // self.tokens + 1, first_B)
+
+    def seal(self, digests_B: Digests, starts_B: Ints, tile_digests: Iterable[Sequence[bytes]]) -> Digests:
+        """The digests of samples with these tiles each, from those of their columns.
+
+        Over the digest of the columns, the place of the first image token within its tile, and the digests of the
+        tiles, little-endian; a sample without tiles keeps the digest of its columns.
+
+        Args:
+            starts_B: image tokens before each sample.
+        """
+        sealed_B = digests_B.copy()
+        offsets_B = starts_B % self.tokens
+        for b, (columns, offset, tiles) in enumerate(zip(digests_B.tolist(), offsets_B.tolist(), tile_digests)):
+            if tiles:
+                sealed_B[b] = xxhash.xxh3_64_intdigest(struct.pack("<QI", columns, offset) + b"".join(tiles))
+        return sealed_B
+
 
 class SampleImages(NamedTuple):
     """The images of n samples."""
@@ -50,39 +74,40 @@ class SampleImages(NamedTuple):
 
 
 class TileWriter:
-    """Writes a file that is unfinished before `close`, and keeps the digests of tiles until they are forgotten."""
+    """Writes a file that is unfinished before `close`, and keeps the digests of tiles that samples may still need."""
 
     def __init__(self, path: Path, tile_format: TileFormat):
         width = 3 * tile_format.size**2
-        self._tokens = tile_format.tokens
-        self._rows = max(1, BATCH_BYTES // width)
-        self._schema = pa.schema([pa.field("tile", pa.list_(pa.uint8(), width))])
-        self._writer = pa.ipc.new_file(str(path), self._schema)
+        self._format, self._rows = tile_format, max(1, BATCH_BYTES // width)
+        self._writer = RowWriter(path, {"tile": pa.list_(pa.uint8(), width)})
         self._waiting: list[Tiles] = []
         self._tiles_waiting = self._count = 0
         self._digests: dict[int, bytes] = {}
         """By the tile's number."""
+        self._images = 0
+        """Image tokens of the samples that are sealed."""
 
     def add(self, tiles_NCHW: Tiles) -> None:
         self._waiting.append(tiles_NCHW)
         self._tiles_waiting += len(tiles_NCHW)
-        self._digests |= enumerate(map(digest, tiles_NCHW), self._count)
+        self._digests |= enumerate(map(_digest, tiles_NCHW), self._count)
         self._count += len(tiles_NCHW)
         while self._tiles_waiting >= self._rows:
             self._write(self._rows)
 
-    def seal(self, digests_B: NDArray[np.uint64], starts_B: Ints, counts_B: Ints) -> NDArray[np.uint64]:
-        """The digests of samples, of which each has `counts_B` image tokens from number `starts_B` on."""
-        first_B, stop_B = ranges(starts_B, counts_B, self._tokens)
-        marks = (self._digests[n] for first, stop in zip(first_B, stop_B) for n in range(first, stop))
-        return sealed(digests_B, starts_B % self._tokens, stop_B - first_B, marks)
-
-    def forget(self, images: int) -> None:
-        """Lets go of the digests of all tiles that end before image token number `images`."""
-        first = images // self._tokens
-        self._digests = {number: mark for number, mark in self._digests.items() if number >= first}
+    def seal(self, digests_B: Digests, ids_BS: NDArray[np.int32]) -> tuple[Digests, Ints]:
+        """The digests of the next samples, whose inputs are `ids_BS`, and the image tokens before each of them."""
+        counts_B = (ids_BS == self._format.token_id).sum(1)
+        starts_B = self._images + counts_B.cumsum() - counts_B
+        self._images += int(counts_B.sum())
+        firsts, stops = (part.tolist() for part in self._format.ranges(starts_B, counts_B))
+        tiles = [[self._digests[n] for n in range(first, stop)] for first, stop in zip(firsts, stops)]
+        for number in [number for number in self._digests if number < firsts[-1]]:
+            del self._digests[number]
+        return self._format.seal(digests_B, starts_B, tiles), starts_B
 
     def close(self) -> None:
+        """Every tile is on disk when this returns."""
         if self._tiles_waiting:
             self._write(self._tiles_waiting)
         self._writer.close()
@@ -90,68 +115,34 @@ class TileWriter:
     def _write(self, rows: int) -> None:
         tiles = np.concatenate(self._waiting)
         self._waiting, self._tiles_waiting = [tiles[rows:]], self._tiles_waiting - rows
-        array = pa.FixedSizeListArray.from_arrays(pa.array(tiles[:rows].ravel()), tiles[0].size)
-        self._writer.write_batch(pa.record_batch([array], schema=self._schema))
+        self._writer.write({"tile": tiles[:rows].reshape(rows, -1)})
 
 
 class TileFile:
-    """Reads what a TileWriter wrote; safe in several threads. What it raises is the caller's to name."""
+    """Reads what a TileWriter wrote; safe in several threads. Its errors are those of RowFile."""
 
     def __init__(self, path: Path, tile_format: TileFormat):
-        self._format = tile_format
-        self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        batches = self._reader.num_record_batches
-        self._rows = self._reader.get_batch(0).num_rows if batches else 1
-        self._count = (batches - 1) * self._rows + self._reader.get_batch(batches - 1).num_rows if batches else 0
+        self._format, self._rows = tile_format, RowFile(path)
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._rows)
 
     def images(self, ids_BS: NDArray[np.int32], starts_B: Ints) -> SampleImages:
         """The images of samples whose inputs are `ids_BS`, with `starts_B` image tokens before each."""
-        tokens = self._format.tokens
+        size, tokens = self._format.size, self._format.tokens
         here_BS = ids_BS == self._format.token_id
-        first_B, stop_B = ranges(starts_B, here_BS.sum(1), tokens)
+        first_B, stop_B = self._format.ranges(starts_B, here_BS.sum(1))
         numbers = [np.arange(first, stop) for first, stop in zip(first_B, stop_B)]
         order_BS = here_BS.cumsum(1) - 1 + (starts_B % tokens)[:, None]
-        tiles_NCHW = self._take(np.concatenate(numbers or [starts_B]))
+        tiles_N = self._rows.take(np.concatenate(numbers or [starts_B]))["tile"]
+        tiles_NCHW = tiles_N.reshape(-1, 3, size, size)
         return SampleImages(tiles_NCHW, stop_B - first_B, np.where(here_BS, order_BS, -1), tokens)
 
-    def _take(self, numbers_N: Ints) -> Tiles:
-        if len(numbers_N) and not 0 <= numbers_N.min() <= numbers_N.max() < self._count:
-            raise IndexError(f"tile {numbers_N.max()} of {self._count}")
-        tiles_NCHW = np.empty((len(numbers_N), 3, self._format.size, self._format.size), np.uint8)
-        batch_N, row_N = np.divmod(numbers_N, self._rows)
-        for batch in np.unique(batch_N):
-            column = self._reader.get_batch(int(batch)).column(0)
-            wanted = batch_N == batch
-            flat = column.flatten().to_numpy()
-            tiles_NCHW[wanted] = flat.reshape(len(column), *tiles_NCHW.shape[1:])[row_N[wanted]]
-        return tiles_NCHW
+    def seal(self, digests_B: Digests, starts_B: Ints, images: SampleImages) -> Digests:
+        """The digests of samples with these images, from those of their columns."""
+        tiles = map(_digest, images.tiles_NCHW)
+        return self._format.seal(digests_B, starts_B, (list(islice(tiles, count)) for count in images.counts_B))
 
 
-def ranges(starts_B: Ints, counts_B: Ints, tokens: int) -> tuple[Ints, Ints]:
-    """The tiles, from first [n] to before stop [n], of `counts_B` image tokens from number `starts_B` on."""
-    first_B = starts_B // tokens
-    return first_B, np.where(counts_B > 0, (starts_B + counts_B - 1) // tokens + 1, first_B)
-
-
-def digest(tile_CHW: Tiles) -> bytes:
+def _digest(tile_CHW: Tiles) -> bytes:
     return xxhash.xxh3_128_digest(tile_CHW.tobytes())
-
-
-def sealed(
-    digests_B: NDArray[np.uint64], offsets_B: Ints, counts_B: Ints, tile_digests: Iterable[bytes]
-) -> NDArray[np.uint64]:
-    """The digests of samples with `counts_B` tiles each, from those of their columns.
-
-    Over the column digest, the place of the first image token within its tile, and the tiles, little-endian; a sample
-    without tiles keeps the digest of its columns.
-    """
-    marks = iter(tile_digests)
-    found = digests_B.copy()
-    for b, (digest_, offset, count) in enumerate(zip(digests_B.tolist(), offsets_B.tolist(), counts_B.tolist())):
-        if count:
-            record = struct.pack("<QI", digest_, offset) + b"".join(itertools.islice(marks, count))
-            found[b] = xxhash.xxh3_64_intdigest(record)
-    return found

@@ -1,4 +1,4 @@
-"""Any `tokenizer.json`, or a byte-level BPE trained on the corpus; beside `gaps` the one file with `tokenizers`."""
+"""Any `tokenizer.json`, or a byte-level BPE trained on the corpus; only this file and `gaps` use `tokenizers`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from distill.config.errors import ConfigError, DataError
 from distill.config.files import LFS_CURE, is_lfs_pointer, write_text
 from distill.config.paths import home
 from distill.config.schema import IMAGE_TOKENS, TokenizerConfig
-from distill.data.gaps import Gaps
+from distill.data.gaps import EncodedText, Gaps, Ranges
 
 TOKENIZER = "tokenizer.json"
-"""What a run, a cache's teacher and a Hugging Face folder call the file."""
+"""The name of the file in a run folder, above a cache and in a Hugging Face folder."""
 BYTES = 256
 """Ids that a byte-level alphabet takes before the first merge."""
 
@@ -33,14 +33,14 @@ class ImageIds(NamedTuple):
 
 
 class Tokenizer:
-    """Text to ids, without padding, truncation or added tokens: bos and eos are put in by whoever packs.
+    """Text to ids, without padding, truncation or added tokens: packing adds bos and eos.
 
-    Special tokens that stand in the text as such become their own ids, as chat corpora need it.
+    Special tokens that a text holds as such become their own ids, which chat corpora need.
 
     Args:
         record: the parsed `tokenizer.json`.
-        bos, eos: tokens that open and close a document; None: none does.
-        name: what messages call it.
+        bos, eos: tokens that open and close a document, or None.
+        name: of the tokenizer in messages.
 
     Raises:
         DataError: the record is no tokenizer, or a token is not in it.
@@ -63,11 +63,14 @@ class Tokenizer:
             for role, token, token_id in (("bos", bos, self.bos_id), ("eos", eos, self.eos_id))
             if token is not None and token_id is None
         ]
-        if problems := lacking + self._shared():
+        if problems := lacking + self._shared_ids():
             raise DataError("\n".join(problems))
 
-    def _shared(self) -> list[str]:
-        """The library numbers added tokens by the size of the vocabulary: where that has holes, others have the ids."""
+    def _shared_ids(self) -> list[str]:
+        """Problems of ids that two tokens share.
+
+        The library numbers added tokens by the size of the vocabulary; where that has holes, others have these ids.
+        """
         own = self._library.get_vocab(with_added_tokens=False)
         by_id = {token_id: token for token, token_id in own.items()}
         return [
@@ -78,37 +81,37 @@ class Tokenizer:
         ]
 
     def _specials(self) -> str:
-        found = [repr(t.content) for _, t in sorted(self._library.get_added_tokens_decoder().items()) if t.special]
-        return f"; its special tokens: {', '.join(found[:8])}{', ...' if len(found) > 8 else ''}" if found else ""
+        names = [repr(t.content) for _, t in sorted(self._library.get_added_tokens_decoder().items()) if t.special]
+        return f"; its special tokens: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else ""
 
     def image_ids(self) -> ImageIds:
-        """The ids of the tokens that stand for images.
+        """The ids of the tokens of images.
 
         Raises:
             DataError: names those that the tokenizer lacks.
         """
-        found: list[Any] = [self._library.token_to_id(token) for token in IMAGE_TOKENS]
-        if missing := [token for token, token_id in zip(IMAGE_TOKENS, found) if token_id is None]:
+        if missing := [token for token in IMAGE_TOKENS if self.id(token) is None]:
             raise DataError(f"{self.name}: has no {', '.join(missing)}; a corpus with images needs them")
-        return ImageIds(*found)
+        return ImageIds(*(self._library.token_to_id(token) for token in IMAGE_TOKENS))
 
-    def encode_batch(
-        self, texts: Sequence[str], offsets: bool = True
-    ) -> list[tuple[list[int], list[tuple[int, int]] | None]]:
-        """Ids of each text and, if wanted (they double the time), the [start, end) characters of each token.
+    def encode_batch(self, texts: Sequence[str], offsets: bool = True) -> list[EncodedText]:
+        """Ids of each text and, with `offsets`, which doubles the time, the characters of each token.
 
-        What has no token, where there is no unknown one either, is left out: see `unencodable`.
+        Text without a token is left out where there is no unknown token (see `unencodable`).
         """
         try:
             if self._gaps is not None and not self._gaps.library_passes_over:
-                return [(ids, pairs if offsets else None) for ids, pairs in self._gaps.encode_batch(texts)]
+                encoded = self._gaps.encode_batch(texts)
+                return encoded if offsets else [EncodedText(e.ids, None) for e in encoded]
             if offsets:
-                return [(e.ids, e.offsets) for e in self._library.encode_batch(list(texts), add_special_tokens=False)]
-            return [(e.ids, None) for e in self._library.encode_batch_fast(list(texts), add_special_tokens=False)]
+                encoded = self._library.encode_batch(list(texts), add_special_tokens=False)
+                return [EncodedText(e.ids, e.offsets) for e in encoded]
+            encoded = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [EncodedText(e.ids, None) for e in encoded]
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"{self.name}: cannot encode a text: {error}") from error
 
-    def unencodable(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
+    def unencodable(self, texts: Sequence[str]) -> list[Ranges]:
         """The [start, end) characters of each text that its ids leave out."""
         return [[] for _ in texts] if self._gaps is None else self._gaps.find(texts)
 
@@ -121,7 +124,7 @@ class Tokenizer:
         return None if token is None else self._library.token_to_id(token)
 
     def token(self, token_id: int) -> str | None:
-        """What the tokenizer calls an id; None where it has no such id."""
+        """The token of an id; None where the tokenizer has no such id."""
         return self._library.id_to_token(token_id) if token_id >= 0 else None
 
     def agrees(self, other: Tokenizer) -> bool:
@@ -141,7 +144,7 @@ class Tokenizer:
         return bool(same and mine["model"] == theirs["model"] and ids.items() <= more.items())
 
     def save(self, path: str | Path) -> None:
-        """Writes a complete `tokenizer.json` at one stroke; equal tokenizers have equal bytes."""
+        """Writes a `tokenizer.json` as a whole; equal tokenizers have equal bytes."""
         write_text(Path(path), self._json)
 
 

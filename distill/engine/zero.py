@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.config.errors import CheckpointError
+from distill.config.registry import PRECISIONS
 from distill.config.schema import EngineConfig, OptimConfig
 from distill.engine import optim
 from distill.engine.dist import Dist
@@ -56,7 +57,7 @@ class Engine:
                 # One engine.step() is one update, whatever the number of backward passes before it.
                 "managed_gradient_accumulation": False,
                 "zero_allow_untested_optimizer": True,
-                "bf16": {"enabled": precision == "bf16"},
+                "bf16": {"enabled": PRECISIONS[precision].dtype is torch.bfloat16},
                 "steps_per_print": None,
                 **self.layout.config(),
             },

@@ -1,4 +1,4 @@
-"""Grouped-query attention over runs of tokens, with or without rotary positions."""
+"""Grouped-query attention over segments of tokens, with or without rotary positions."""
 
 from __future__ import annotations
 
@@ -12,23 +12,32 @@ from distill.config.schema import ModelConfig
 from distill.model.kv import KV, Slots
 from distill.model.linear import Linear, LinearFn
 from distill.model.norm import rms_norm
-from distill.model.rope import rotate
-from distill.model.segments import Plan
+from distill.model.rope import Rotation, rotate
+from distill.model.segments import Block, SegmentPlan
 
 
-class Layout(NamedTuple):
+class AttentionPlan(NamedTuple):
     """What all attention layers of one kind share in a forward pass."""
 
-    plan: Plan
-    rotation: tuple[Tensor, Tensor] | None
-    """cos and sin, fp32 [P, 1, C]; None: this kind has no rotary positions."""
+    segments: SegmentPlan
+    rotation: Rotation | None
+    """[P, 1, C]; None: layers of this kind have no rotary positions."""
     temperature_P11: Tensor | None
     """fp32 factor of the queries; None where it is 1 everywhere."""
     slots: Slots | None = None
     """Cached decoding: where keys and values go in each layer's cache."""
 
 
-def temperature(plan: Plan, floor_scale: float, attn_scale: float) -> Tensor | None:
+class Plans(NamedTuple):
+    """The two kinds of layers in one forward pass."""
+
+    rope: AttentionPlan
+    """Rotary positions, attention within chunks."""
+    nope: AttentionPlan
+    """No positions, attention within documents."""
+
+
+def temperature(plan: SegmentPlan, floor_scale: float, attn_scale: float) -> Tensor | None:
     """Query factor of layers without positions, 1 + attn_scale * ln(1 + floor((p + 1) / floor_scale)), [P, 1, 1]."""
     if plan.longest < floor_scale:
         return None
@@ -37,7 +46,7 @@ def temperature(plan: Plan, floor_scale: float, attn_scale: float) -> Tensor | N
 
 
 class Attention(nn.Module):
-    """Causal within each run; keys and values have fewer heads than queries, each shared by H / G of them."""
+    """Causal within each segment; keys and values have fewer heads than queries, each shared by H / G of them."""
 
     def __init__(self, config: ModelConfig, rope: bool, linear_fn: LinearFn):
         super().__init__()
@@ -49,9 +58,9 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.hidden_size, kv_width, linear_fn)
         self.o_proj = Linear(width, config.hidden_size, linear_fn)
 
-    def forward(self, hidden_TD: Tensor, layout: Layout, kv: KV | None = None) -> Tensor:
-        plan, rotation, temperature_P11, slots = layout
-        hidden_PD = hidden_TD if plan.gather_P is None else hidden_TD.index_select(0, plan.gather_P)
+    def forward(self, hidden_TD: Tensor, plan: AttentionPlan, kv: KV | None = None) -> Tensor:
+        segments, rotation, temperature_P11, slots = plan
+        hidden_PD = hidden_TD if segments.gather_P is None else hidden_TD.index_select(0, segments.gather_P)
         q_PHC = self.q_proj(hidden_PD).unflatten(-1, (-1, self.head_dim))
         k_PGC = self.k_proj(hidden_PD).unflatten(-1, (-1, self.head_dim))
         v_PGC = self.v_proj(hidden_PD).unflatten(-1, (-1, self.head_dim))
@@ -66,18 +75,18 @@ class Attention(nn.Module):
         if kv is not None and slots is not None and slots.visible_BnS is not None:
             mixed_PD = kv.attend(q_PHC, slots.visible_BnS)
         else:
-            mixed_PD = _attend(q_PHC, k_PGC, v_PGC, plan.blocks)
-        if plan.scatter_T is not None:
-            mixed_PD = mixed_PD.index_select(0, plan.scatter_T)
+            mixed_PD = _attend(q_PHC, k_PGC, v_PGC, segments.blocks)
+        if segments.scatter_T is not None:
+            mixed_PD = mixed_PD.index_select(0, segments.scatter_T)
         return self.o_proj(mixed_PD)
 
 
-def _attend(q_PHC: Tensor, k_PGC: Tensor, v_PGC: Tensor, blocks: tuple[tuple[int, int], ...]) -> Tensor:
+def _attend(q_PHC: Tensor, k_PGC: Tensor, v_PGC: Tensor, blocks: tuple[Block, ...]) -> Tensor:
     """One attention call per block; [P, H * C]."""
-    sizes = [runs * length for runs, length in blocks]
+    sizes = [block.segments * block.length for block in blocks]
     mixed = []
     for block, *qkv in zip(blocks, q_PHC.split(sizes), k_PGC.split(sizes), v_PGC.split(sizes)):
-        q, k, v = (x.unflatten(0, block).transpose(1, 2) for x in qkv)  # [runs, heads, length, C]
+        q, k, v = (x.unflatten(0, block).transpose(1, 2) for x in qkv)  # [segments, heads, length, C]
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         mixed.append(y.transpose(1, 2).flatten(2).flatten(0, 1))
     return mixed[0] if len(mixed) == 1 else torch.cat(mixed)

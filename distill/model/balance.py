@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from distill.model.layer_kinds import moe_layers
+from distill.config.model import moe_layers
 from distill.model.transformer import Transformer
 
 

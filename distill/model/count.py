@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from distill.config.model import moe_layers, rope_layers
 from distill.config.schema import ModelConfig, VisionConfig
-from distill.model.layer_kinds import moe_layers, rope_layers
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class Counts:
     """Numbers of parameters; the router bias is a buffer and not among them."""
 
     total: int
-    """Sight included."""
+    """Vision included."""
     active: int
     """Used by one token of text, the whole embedding table counted."""
     active_without_embedding: int
@@ -53,7 +53,7 @@ def flops_per_token(config: ModelConfig, sample_tokens: int, tiles: float = 0.0)
     """Floating-point operations of a forward pass, mean per token of a one-document sample; training takes 3 times it.
 
     A multiply-add is 2. Matrix products and attention over the visible positions are counted; norms, softmax and
-    activations are not. `tiles`: of pictures in a sample.
+    activations are not. `tiles`: of images in a sample.
     """
     norms = (2 * config.layers + 1) * config.hidden_size
     products = count_parameters(config).active_without_embedding - norms
@@ -63,14 +63,14 @@ def flops_per_token(config: ModelConfig, sample_tokens: int, tiles: float = 0.0)
     chunk_pairs = chunks * chunk * (chunk + 1) / 2 + rest * (rest + 1) / 2
     pairs = sum(chunk_pairs if rope else full_pairs for rope in rope_layers(config))
     # Scores and mixing: two multiply-adds per pair, head and channel.
-    sight = tiles * vision_flops_per_tile(config) / sample_tokens
-    return 2 * products + 4 * config.heads * config.head_dim * pairs / sample_tokens + sight
+    vision = tiles * vision_flops_per_tile(config) / sample_tokens
+    return 2 * products + 4 * config.heads * config.head_dim * pairs / sample_tokens + vision
 
 
 def vision_flops_per_tile(config: ModelConfig) -> float:
     """Floating-point operations of one tile's way to the text model, forward; counted as in `flops_per_token`.
 
-    A frozen tower costs little more than this, a trained one 3 times it. A model without sight costs nothing.
+    A frozen tower costs little more than this, a trained one 3 times it. A model without vision costs nothing.
     """
     v = config.vision
     if v is None:

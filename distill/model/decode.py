@@ -2,20 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.config.errors import ConfigError, DataError
+from distill.config.model import rope_layers
+from distill.config.schema import ModelConfig
+from distill.model.attention import AttentionPlan, Plans
 from distill.model.images import Images
 from distill.model.kv import KV, Slots
-from distill.model.segments import Plan, Segments
+from distill.model.segments import Block, SegmentPlan, Segments
 
-if TYPE_CHECKING:
-    from distill.model.transformer import Transformer
+
+class Decodable(Protocol):
+    """What cached decoding needs of a model; the Transformer has it."""
+
+    config: ModelConfig
+
+    def get_parameter(self, target: str) -> nn.Parameter: ...
+
+    def plans(self, segments: Segments) -> Plans: ...
+
+    def embedded(self, ids_BS: Tensor, images: Images | None = None) -> Tensor: ...
+
+    def run(
+        self, hidden_TD: Tensor, plans: Plans, head_fn: Callable[[Tensor, Tensor], Any], caches: Sequence[KV]
+    ) -> tuple[Any, Any]: ...
+
+
+class Generation:
+    """Gives a model its method `generate`."""
+
+    @torch.no_grad()
+    def generate(
+        self: Decodable,
+        prompts: Sequence[Tensor],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        eos_ids: Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+        images: Images | None = None,
+    ) -> list[Tensor]:
+        """Continues prompts of any lengths together; without gradient.
+
+        Args:
+            prompts: 1-D ids, one tensor each.
+            temperature: of the sampling; 0 takes the likeliest id.
+            top_p: sample among the fewest likeliest ids that have this much probability together.
+            eos_ids: ids that end a row; None: the configuration's.
+            generator: of the draws, on the model's device; None: torch's global one.
+            images: of all prompts; their `patch_BS` has one row, the prompts one after another.
+
+        Returns:
+            The new ids of each prompt, 1-D, at most `max_new_tokens`; the id that ended a row is its last.
+
+        Raises:
+            ConfigError: an argument out of its range.
+            DataError: an empty prompt, one that would grow beyond `max_positions`, or images that do not fit.
+        """
+        _check(self.config, prompts, max_new_tokens, temperature, top_p)
+        decoder = Decoder(self, len(prompts), max(map(len, prompts)) + max_new_tokens)
+        logits_BV = decoder.prefill(prompts, images)
+        ends = self.config.eos_ids if eos_ids is None else eos_ids
+        eos_N = torch.tensor(list(ends), dtype=torch.int64, device=logits_BV.device)
+        new: list[Tensor] = []
+        ended: list[Tensor] = []
+        while True:
+            ids_B = sample(logits_BV, temperature, top_p, generator)
+            new.append(ids_B)
+            ended.append(torch.isin(ids_B, eos_N) | (ended[-1] if ended else False))
+            if len(new) == max_new_tokens or bool(ended[-1].all()):
+                break
+            logits_BV = decoder.extend(ids_B[:, None])[:, -1]
+        # A row that has ended goes on beside the others; what comes after its end is cut off.
+        kept_B = (~torch.stack(ended)).sum(0) + 1
+        return [row_n[:kept] for row_n, kept in zip(torch.stack(new, 1), kept_B.tolist())]
 
 
 class Decoder:
@@ -30,13 +97,14 @@ class Decoder:
         lengths: tokens of each row so far.
     """
 
-    def __init__(self, model: Transformer, rows: int, positions: int):
-        config, weight = model.config, model.embed.weight
+    def __init__(self, model: Decodable, rows: int, positions: int):
+        config, weight = model.config, model.get_parameter("embed.weight")
         self.model, self.positions, self.lengths = model, positions, [0] * rows
+        self.device = weight.device
         self.chunk = min(config.chunk_size or positions, positions)
         self.caches = [
-            KV(rows, config.kv_heads, self.chunk if layer.rope else positions, config.head_dim, weight)
-            for layer in model.layers
+            KV(rows, config.kv_heads, self.chunk if rope else positions, config.head_dim, weight)
+            for rope in rope_layers(config)
         ]
 
     @torch.no_grad()
@@ -47,25 +115,30 @@ class Decoder:
             images: of all prompts; their `patch_BS` has one row, the prompts one after another.
         """
         assert not any(self.lengths) and len(prompts) == len(self.lengths), "one prompt for each empty row"
-        device = self.model.embed.weight.device
         self.lengths = [len(prompt) for prompt in prompts]
         assert min(self.lengths) > 0 and max(self.lengths) <= self.positions, (self.lengths, self.positions)
         length_B = torch.tensor(self.lengths)
         row_T = torch.arange(len(prompts)).repeat_interleave(length_B)
         position_T = torch.cat([torch.arange(length) for length in self.lengths])
         # The prompts are packed documents of one row: no padding, and attention as in training.
-        segments = Segments.build(row_T[None], self.model.config.chunk_size).to(device)
-        rope, nope = self.model.layouts(segments)
+        rope, nope = self.model.plans(Segments.build(row_T[None], self.model.config.chunk_size).to(self.device))
         tail_N = (position_T >= (length_B // self.chunk * self.chunk)[row_T]).nonzero().squeeze(1)
-        rope = rope._replace(slots=_prefilled(tail_N, row_T, position_T % self.chunk, rope.plan, device))
-        nope = nope._replace(slots=_prefilled(torch.arange(len(row_T)), row_T, position_T, nope.plan, device))
-        last_B = (length_B.cumsum(0) - 1).to(device)
-        ids_1T = torch.cat([prompt.to(device) for prompt in prompts])[None]
+        rope = rope._replace(slots=self._kept(tail_N, row_T, position_T % self.chunk, rope))
+        nope = nope._replace(slots=self._kept(torch.arange(len(row_T)), row_T, position_T, nope))
+        last_B = (length_B.cumsum(0) - 1).to(self.device)
+        ids_1T = torch.cat([prompt.to(self.device) for prompt in prompts])[None]
         hidden_TD = self.model.embedded(ids_1T, images)
         logits_BV, _ = self.model.run(
-            hidden_TD, (rope, nope), lambda h_TD, w_VD: F.linear(h_TD[last_B], w_VD), self.caches
+            hidden_TD, Plans(rope, nope), lambda h_TD, w_VD: F.linear(h_TD[last_B], w_VD), self.caches
         )
         return logits_BV
+
+    def _kept(self, token_N: Tensor, row_T: Tensor, slot_T: Tensor, plan: AttentionPlan) -> Slots:
+        """Slots of the tokens (indices, CPU) whose keys are kept."""
+        source_N, scatter_T = token_N.to(self.device), plan.segments.scatter_T
+        if scatter_T is not None:
+            source_N = scatter_T[source_N]
+        return Slots(row_T[token_N].to(self.device), slot_T[token_N].to(self.device), source_N, None)
 
     @torch.no_grad()
     def extend(self, ids_Bn: Tensor) -> Tensor:
@@ -81,63 +154,23 @@ class Decoder:
     def _step(self, ids_Bn: Tensor) -> Tensor:
         rows, new = ids_Bn.shape
         assert max(self.lengths) + new <= self.positions, (self.lengths, new, self.positions)
-        device = ids_Bn.device
-        offset_n = torch.arange(new, device=device)
-        row_P = torch.arange(rows, device=device).repeat_interleave(new)
+        offset_n = torch.arange(new, device=self.device)
+        row_P = torch.arange(rows, device=self.device).repeat_interleave(new)
 
-        def plan(starts: list[int]) -> tuple[Plan, Slots]:
-            position_Bn = torch.tensor(starts, device=device)[:, None] + offset_n
+        def plan(starts: list[int]) -> tuple[SegmentPlan, Slots]:
+            position_Bn = torch.tensor(starts, device=self.device)[:, None] + offset_n
             longest = max(starts) + new
-            visible_BnS = torch.arange(longest, device=device) <= position_Bn[..., None]
+            visible_BnS = torch.arange(longest, device=self.device) <= position_Bn[..., None]
             slots = Slots(row_P, position_Bn.flatten(), None, visible_BnS)
-            return Plan(position_Bn.flatten(), None, None, ((rows, new),), longest), slots
+            return SegmentPlan(position_Bn.flatten(), None, None, (Block(rows, new),), longest), slots
 
         full, everything = plan(self.lengths)
         chunked, chunk = plan([length % self.chunk for length in self.lengths])
-        rope, nope = self.model.layouts(Segments(full, chunked))
-        layouts = rope._replace(slots=chunk), nope._replace(slots=everything)
-        logits_PV, _ = self.model.run(self.model.embedded(ids_Bn), layouts, F.linear, self.caches)
+        rope, nope = self.model.plans(Segments(full, chunked))
+        plans = Plans(rope._replace(slots=chunk), nope._replace(slots=everything))
+        logits_PV, _ = self.model.run(self.model.embedded(ids_Bn), plans, F.linear, self.caches)
         self.lengths = [length + new for length in self.lengths]
         return logits_PV.unflatten(0, (rows, new))
-
-
-def _prefilled(token_N: Tensor, row_T: Tensor, slot_T: Tensor, plan: Plan, device: torch.device) -> Slots:
-    """Slots of the tokens (indices, CPU) whose keys are kept."""
-    source_N = token_N.to(device)
-    if plan.scatter_T is not None:
-        source_N = plan.scatter_T[source_N]
-    return Slots(row_T[token_N].to(device), slot_T[token_N].to(device), source_N, None)
-
-
-@torch.no_grad()
-def generate(
-    model: Transformer,
-    prompts: Sequence[Tensor],
-    max_new_tokens: int,
-    *,
-    temperature: float,
-    top_p: float,
-    eos_ids: Sequence[int],
-    generator: torch.Generator | None,
-    images: Images | None,
-) -> list[Tensor]:
-    """The new ids of each prompt; see `Transformer.generate`."""
-    _check(model, prompts, max_new_tokens, temperature, top_p)
-    decoder = Decoder(model, len(prompts), max(map(len, prompts)) + max_new_tokens)
-    logits_BV = decoder.prefill(prompts, images)
-    eos_N = torch.tensor(list(eos_ids), dtype=torch.int64, device=logits_BV.device)
-    new: list[Tensor] = []
-    ended: list[Tensor] = []
-    while True:
-        ids_B = sample(logits_BV, temperature, top_p, generator)
-        new.append(ids_B)
-        ended.append(torch.isin(ids_B, eos_N) | (ended[-1] if ended else False))
-        if len(new) == max_new_tokens or bool(ended[-1].all()):
-            break
-        logits_BV = decoder.extend(ids_B[:, None])[:, -1]
-    # A row that has ended goes on beside the others; what comes after its end is cut off.
-    kept_B = (~torch.stack(ended)).sum(0) + 1
-    return [row_n[:kept] for row_n, kept in zip(torch.stack(new, 1), kept_B.tolist())]
 
 
 def sample(logits_BV: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
@@ -154,7 +187,7 @@ def sample(logits_BV: Tensor, temperature: float, top_p: float, generator: torch
     return ids_BV.gather(-1, torch.multinomial(kept_BV, 1, generator=generator)).squeeze(-1)
 
 
-def _check(model: Transformer, prompts: Sequence[Tensor], new: int, temperature: float, top_p: float) -> None:
+def _check(config: ModelConfig, prompts: Sequence[Tensor], new: int, temperature: float, top_p: float) -> None:
     problems = []
     if new < 1:
         problems.append(f"max_new_tokens is {new}; at least 1")
@@ -166,13 +199,13 @@ def _check(model: Transformer, prompts: Sequence[Tensor], new: int, temperature:
         raise ConfigError(*problems)
     if not len(prompts):
         raise DataError("there is no prompt; at least one is needed")
-    most = model.config.max_positions
     for row, prompt in enumerate(prompts):
         if prompt.ndim != 1 or not len(prompt):
             raise DataError(
                 f"prompt {row} has shape {list(prompt.shape)}; one dimension and at least one id are needed"
             )
-        if len(prompt) + new > most:
+        if len(prompt) + new > config.max_positions:
             raise DataError(
-                f"prompt {row} has {len(prompt)} tokens and {new} are to follow; the model's max_positions is {most}"
+                f"prompt {row} has {len(prompt)} tokens and {new} are to follow; the model's max_positions is "
+                f"{config.max_positions}"
             )

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.config.schema import ModelConfig
-from distill.model.linear import GroupedFn, LinearFn, SwiGLU
+from distill.model.linear import GroupedFn, SwiGLU
+from distill.model.parts import Parts
 from distill.model.router import Router
 
 
 class Experts(nn.Module):
-    """All routed experts of a layer as two 3-D parameters, so that each gets a gradient even where it gets no token."""
+    """Routed experts of a layer as two 3-D parameters, so that each gets a gradient even where it gets no token."""
 
     def __init__(self, experts: int, size: int, hidden: int, grouped_fn: GroupedFn):
         super().__init__()
@@ -36,30 +37,27 @@ class Routed(NamedTuple):
     """Attached to the graph."""
     experts_TA: Tensor
     """int64, the selected experts."""
-    ends_E: Tensor
-    """int32, where each expert's rows end among all T * A."""
+    counts_E: Tensor
+    """int64, tokens given to each expert; they sum to T * A."""
 
 
 class MoE(nn.Module):
-    """shared(h) + sum over the selected experts of expert(weight * h): the weight scales the expert's *input*."""
+    """shared(h) + sum over the selected experts of expert(weight * h): the weight scales the expert's *input*.
 
-    def __init__(self, config: ModelConfig, linear_fn: LinearFn, grouped_fn: GroupedFn):
+    The layer holds the experts that its dispatcher holds.
+    """
+
+    def __init__(self, config: ModelConfig, parts: Parts):
         super().__init__()
         size, hidden = config.hidden_size, config.expert_hidden
+        self.dispatcher = parts.dispatcher
         self.router = Router(size, config.experts, config.active_experts)
-        self.experts = Experts(config.experts, size, hidden, grouped_fn)
-        self.shared_expert = SwiGLU(size, hidden, linear_fn)
+        self.experts = Experts(len(self.dispatcher.held(config.experts)), size, hidden, parts.grouped_fn)
+        self.shared_expert = SwiGLU(size, hidden, parts.linear_fn)
 
     def forward(self, hidden_TD: Tensor) -> tuple[Tensor, Routed]:
         """Output [T, D], and what the router did."""
         logits_TE, experts_TA, weight_TA = self.router(hidden_TD)
-        # Stable: tokens of an expert keep their order, so the bits depend on nothing but the input.
-        expert_R, source_R = experts_TA.flatten().sort(stable=True)
-        row_R = source_R.argsort()
-        every_E = torch.arange(logits_TE.shape[1], device=hidden_TD.device)
-        ends_E = torch.searchsorted(expert_R, every_E, right=True, out_int32=True)
-        scaled_RD = (hidden_TD.unsqueeze(1) * weight_TA.unsqueeze(-1)).flatten(0, 1)
-        y_RD = self.experts(scaled_RD.index_select(0, source_R), ends_E)
-        y_TAD = y_RD.index_select(0, row_R).unflatten(0, experts_TA.shape)
-        routed_TD = y_TAD.squeeze(1) if y_TAD.shape[1] == 1 else y_TAD.sum(1)
-        return self.shared_expert(hidden_TD) + routed_TD, Routed(logits_TE, experts_TA, ends_E)
+        there = self.dispatcher.dispatch(hidden_TD, experts_TA, weight_TA, logits_TE.shape[1])
+        routed_TD = self.dispatcher.combine(self.experts(there.x_RD, there.ends_E), there.state)
+        return self.shared_expert(hidden_TD) + routed_TD, Routed(logits_TE, experts_TA, there.counts_E)

@@ -1,4 +1,4 @@
-"""Which half of a model that sees stays as it is."""
+"""Takes one half of a model with vision out of training."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from distill.model.transformer import Transformer
 
 
 def freeze(model: Transformer, what: Freeze) -> None:
-    """Takes the parameters of one half out of training: `requires_grad` becomes False; the projector always trains.
+    """Sets `requires_grad` of one half's parameters to False; the projector always trains.
 
     Args:
-        what: `vision`, tower and adapter; `text`, embedding, layers, norm and head (and whoever trains the model leaves
-            its router bias alone); `none`.
+        what: `vision`, tower and adapter; `text`, embedding, layers, norm and head (the training loop leaves the router
+            bias as it is, too); `none`.
     """
     if what is Freeze.none:
         return
-    assert model.vision_model is not None, "only a model with sight has two halves"
+    assert model.vision_model is not None, "only a model with vision has two halves"
     text = [model.embed, model.layers, model.norm, model.head]
     for part in [model.vision_model] if what is Freeze.vision else text:
         part.requires_grad_(False)

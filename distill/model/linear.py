@@ -1,4 +1,4 @@
-"""The two matrix products that another precision may replace, and the modules that own 2-D weights."""
+"""The two kinds of matrix products that a precision may replace, and the modules that own 2-D weights."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 LinearFn = Callable[[Tensor, Tensor], Tensor]
 """(x [..., in], weight [out, in]) -> [..., out]."""
 GroupedFn = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x [R, in], weight [E, in, out], ends [E] int32, last = R) -> [R, out]; rows ends[e-1]:ends[e] meet weight[e]."""
+"""(x [R, in], weight [E, in, out], ends [E] int32, last = R) -> [R, out]; rows ends[e-1]:ends[e] times weight[e]."""
 
 
 def grouped_mm(x: Tensor, weight: Tensor, ends_E: Tensor) -> Tensor:
     """The plain `GroupedFn`: one product per expert in x's dtype; an expert without rows gets a zero gradient."""
     if x.shape[-1] * x.element_size() % 16 or weight.shape[-1] * x.element_size() % 16:
-        # The kernel refuses such rows; only toy models have them.
+        # The kernel takes no such rows; only toy models have them.
         counts = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
         return torch.cat([rows @ one for rows, one in zip(x.split(counts), weight.unbind())])
     return F.grouped_mm(x, weight, offs=ends_E)
@@ -26,7 +26,7 @@ def grouped_mm(x: Tensor, weight: Tensor, ends_E: Tensor) -> Tensor:
 class Linear(nn.Module):
     """x -> x weight^T through the function it was built with."""
 
-    def __init__(self, inputs: int, outputs: int, linear_fn: LinearFn):
+    def __init__(self, inputs: int, outputs: int, linear_fn: LinearFn = F.linear):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.linear_fn = linear_fn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,11 +11,19 @@ from torch import Tensor
 from distill.config.schema import ModelConfig, RopeScaling
 
 
+class Rotation(NamedTuple):
+    """Input of `rotate`, fp32 [T, 1, C] each."""
+
+    cos_T1C: Tensor
+    sin_T1C: Tensor
+    """Negative in the first channel of each pair."""
+
+
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
     """Angle per position of each channel pair, fp32 [C / 2].
 
     With scaling, wavelengths above original / low are stretched by `factor`, those below original / high stay,
-    and those between are interpolated (llama3 rule).
+    and those between are interpolated (the llama3 rule).
     """
     exponent_P = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
     plain_P = 1.0 / theta**exponent_P
@@ -32,21 +41,21 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Ten
 
 
 class RopeTable:
-    """Cosines and signed sines by position; grows to the longest segment that it has met."""
+    """Rotations by position, up to the longest segment so far."""
 
     def __init__(self, config: ModelConfig):
         self.frequencies = frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         self.cos_SC = self.sin_SC = torch.empty(0, config.head_dim, device="cpu")
 
-    def lookup(self, position_T: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-        """cos and sin, fp32 [T, 1, C], for `rotate`.
+    def lookup(self, position_T: Tensor, longest: int) -> Rotation:
+        """The rotation of each token.
 
         Args:
             position_T: int64, each below `longest`, on the device of the result.
         """
         if len(self.cos_SC) < longest or self.cos_SC.device != position_T.device:
             self._grow(1 << (longest - 1).bit_length(), position_T.device)
-        return self.cos_SC[position_T].unsqueeze(1), self.sin_SC[position_T].unsqueeze(1)
+        return Rotation(self.cos_SC[position_T].unsqueeze(1), self.sin_SC[position_T].unsqueeze(1))
 
     def _grow(self, positions: int, device: torch.device) -> None:
         angle_SP = torch.arange(positions, dtype=torch.float32, device="cpu")[:, None] * self.frequencies

@@ -11,20 +11,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from distill.config.errors import DataError
+from distill.config.model import moe_layers, rope_layers
 from distill.config.schema import ModelConfig
-from distill.model import decode
-from distill.model.attention import Attention, Layout, temperature
+from distill.model.attention import Attention, AttentionPlan, Plans, temperature
+from distill.model.decode import Generation
 from distill.model.experts import MoE, Routed
 from distill.model.images import Images
 from distill.model.kv import KV
-from distill.model.layer_kinds import moe_layers, rope_layers
-from distill.model.linear import GroupedFn, LinearFn, SwiGLU, grouped_mm
+from distill.model.linear import SwiGLU
 from distill.model.norm import RMSNorm
 from distill.model.parametrization import scales
+from distill.model.parts import PLAIN, Parts
 from distill.model.rope import RopeTable
 from distill.model.router import Router
 from distill.model.segments import Segments
-from distill.model.vision import Projector, Unseen, VisionModel, check_images, place
+from distill.model.vision import VisionModel, ZeroGradients, check_images, place, projector
 
 HeadFn = Callable[[Tensor, Tensor], Any]
 """(normed hidden [T, D], unembedding weight [V, D]) -> anything."""
@@ -44,19 +45,19 @@ class Routing(NamedTuple):
 class Layer(nn.Module):
     """Pre-norm attention, then a pre-norm feed-forward that is dense or MoE."""
 
-    def __init__(self, config: ModelConfig, moe: bool, rope: bool, linear_fn: LinearFn, grouped_fn: GroupedFn):
+    def __init__(self, config: ModelConfig, moe: bool, rope: bool, parts: Parts):
         super().__init__()
         self.rope = rope
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.self_attn = Attention(config, rope, linear_fn)
+        self.self_attn = Attention(config, rope, parts.linear_fn)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.feed_forward: MoE | SwiGLU = (
-            MoE(config, linear_fn, grouped_fn) if moe else SwiGLU(config.hidden_size, config.dense_hidden, linear_fn)
+            MoE(config, parts) if moe else SwiGLU(config.hidden_size, config.dense_hidden, parts.linear_fn)
         )
 
-    def forward(self, hidden_TD: Tensor, layout: Layout, kv: KV | None = None) -> tuple[Tensor, Routed | None]:
+    def forward(self, hidden_TD: Tensor, plan: AttentionPlan, kv: KV | None = None) -> tuple[Tensor, Routed | None]:
         """New hidden states, and what the router did where the layer is MoE."""
-        hidden_TD = hidden_TD + self.self_attn(self.input_layernorm(hidden_TD), layout, kv)
+        hidden_TD = hidden_TD + self.self_attn(self.input_layernorm(hidden_TD), plan, kv)
         normed_TD = self.post_attention_layernorm(hidden_TD)
         if isinstance(self.feed_forward, MoE):
             out_TD, routed = self.feed_forward(normed_TD)
@@ -89,32 +90,29 @@ class Head(nn.Module):
         return head_fn(hidden_TD, self.weight)
 
 
-class Transformer(nn.Module):
-    """Decoder of the Llama 4 family: MoE, layers with and without positions, chunked attention; sight if configured.
+class Transformer(Generation, nn.Module):
+    """Decoder of the Llama 4 family: MoE, layers with and without positions, chunked attention; vision if configured.
 
     Weights are drawn from torch's global generator (matrices normal with `init_std` times their factor in
-    `parametrization`, norms 1), the text model's first, so that sight does not change them; under a meta device nothing
-    is drawn. Names are those of the released checkpoints but for embed, layers, norm and head (see `hf`).
+    `parametrization`, norms 1), the text model's first, so that vision does not change them; under a meta device
+    nothing is drawn. Names are those of the released checkpoints but for embed, layers, norm and head (see `hf`).
 
     Args:
         config: a configuration that passed `distill.config`'s checks.
-        linear_fn: product of attention projections and feed-forwards; router, embedding and head never use it.
-        grouped_fn: product of the routed experts.
+        parts: matrix products and dispatcher; a run's are `Parts.of(precision, dispatcher)`.
 
     Attributes:
         activation_checkpointing: keep only each layer's input (the vision tower's too) for the backward pass and
             compute the rest again.
     """
 
-    def __init__(self, config: ModelConfig, linear_fn: LinearFn = F.linear, grouped_fn: GroupedFn = grouped_mm):
+    def __init__(self, config: ModelConfig, parts: Parts = PLAIN):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
         moe, rope = set(moe_layers(config)), rope_layers(config)
         self.embed = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            Layer(config, i in moe, rope[i], linear_fn, grouped_fn) for i in range(config.layers)
-        )
+        self.layers = nn.ModuleList(Layer(config, i in moe, rope[i], parts) for i in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = Head(config.vocab_size, config.hidden_size)
         self._table = RopeTable(config)
@@ -124,7 +122,7 @@ class Transformer(nn.Module):
         self.vision_model: VisionModel | None = None
         if config.vision is not None:
             self.vision_model = VisionModel(config.vision, config.init_std)
-            self.multi_modal_projector = Projector(config.vision, config.hidden_size, config.init_std)
+            self.multi_modal_projector = projector(config.vision, config.hidden_size, config.init_std)
 
     @property
     def routers(self) -> list[Router]:
@@ -155,32 +153,31 @@ class Transformer(nn.Module):
             DataError: a document is longer than the configuration's `max_positions`, or images do not fit the model or
                 the batch.
         """
-        layouts = self.layouts(self._segments(ids_BS, documents_BS))
-        return self.run(self.embedded(ids_BS, images), layouts, head_fn)
+        plans = self.plans(self._segments(ids_BS, documents_BS))
+        return self.run(self.embedded(ids_BS, images), plans, head_fn)
 
     def embedded(self, ids_BS: Tensor, images: Images | None = None) -> Tensor:
         """What the first layer takes, [B * S, D]; arguments as in `forward`."""
         if images is not None:
             check_images(images, self.config.vision, ids_BS)
         hidden_TD = self.embed(ids_BS.flatten())
-        return hidden_TD if self.vision_model is None else self._see(hidden_TD, images)
+        return hidden_TD if self.vision_model is None else self._with_images(hidden_TD, images)
 
     def run(
         self,
         hidden_TD: Tensor,
-        layouts: tuple[Layout, Layout],
+        plans: Plans,
         head_fn: HeadFn | None,
         caches: Sequence[KV | None] | None = None,
     ) -> tuple[Any, Routing]:
-        """`forward` from what `embedded` and `layouts` give; with caches of the layers to fill and to read."""
-        rope, nope = layouts
+        """`forward` from what `embedded` and `plans` return; with caches of the layers to fill and to read."""
         routed: list[Routed] = []
         for layer, kv in zip(self.layers, caches or [None] * len(self.layers)):
-            layout = rope if layer.rope else nope
+            plan = plans.rope if layer.rope else plans.nope
             if self.activation_checkpointing and torch.is_grad_enabled():
-                hidden_TD, done = checkpoint(layer, hidden_TD, layout, use_reentrant=False, preserve_rng_state=False)
+                hidden_TD, done = checkpoint(layer, hidden_TD, plan, use_reentrant=False, preserve_rng_state=False)
             else:
-                hidden_TD, done = layer(hidden_TD, layout, kv)
+                hidden_TD, done = layer(hidden_TD, plan, kv)
             if done is not None:
                 routed.append(done)
         hidden_TD = self.norm(hidden_TD)
@@ -194,47 +191,8 @@ class Transformer(nn.Module):
         logits_TV, _ = self(ids_BS, documents_BS, F.linear, images)
         return logits_TV.unflatten(0, ids_BS.shape)
 
-    def generate(
-        self,
-        prompts: Sequence[Tensor],
-        max_new_tokens: int,
-        *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        eos_ids: Sequence[int] | None = None,
-        generator: torch.Generator | None = None,
-        images: Images | None = None,
-    ) -> list[Tensor]:
-        """Continues prompts of any lengths together; without gradient.
-
-        Args:
-            prompts: 1-D ids, one tensor each.
-            temperature: of the sampling; 0 takes the likeliest id.
-            top_p: sample among the fewest likeliest ids that have this much probability together.
-            eos_ids: ids that end a row; None: the configuration's.
-            generator: of the draws, on the model's device; None: torch's global one.
-            images: of all prompts; their `patch_BS` has one row, the prompts one after another.
-
-        Returns:
-            The new ids of each prompt, 1-D, at most `max_new_tokens`; the id that ended a row is its last.
-
-        Raises:
-            ConfigError: an argument out of its range.
-            DataError: an empty prompt, one that would grow beyond `max_positions`, or images that do not fit.
-        """
-        return decode.generate(
-            self,
-            prompts,
-            max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            eos_ids=self.config.eos_ids if eos_ids is None else eos_ids,
-            generator=generator,
-            images=images,
-        )
-
-    def layouts(self, segments: Segments) -> tuple[Layout, Layout]:
-        """Layouts of the layers with and without rotary positions; plans on the model's device."""
+    def plans(self, segments: Segments) -> Plans:
+        """What attention needs of a batch, whose segments are on the model's device."""
         config, (full, chunked) = self.config, segments
         if full.longest > config.max_positions:
             raise DataError(
@@ -242,13 +200,14 @@ class Transformer(nn.Module):
             )
         rotation = self._table.lookup(chunked.position_P, chunked.longest)
         factor = temperature(full, config.floor_scale, config.attn_scale) if config.temperature_tuning else None
-        return Layout(chunked, rotation, None), Layout(full, None, factor)
+        return Plans(AttentionPlan(chunked, rotation, None), AttentionPlan(full, None, factor))
 
-    def _see(self, hidden_TD: Tensor, images: Images | None) -> Tensor:
-        """The embeddings with the images in them; every parameter of sight gets a gradient, with images or without."""
+    def _with_images(self, hidden_TD: Tensor, images: Images | None) -> Tensor:
+        """The embeddings with the images in them; every parameter of vision gets a gradient, even without images."""
         assert self.vision_model is not None
         if images is None or not len(images.tiles_NCHW):
-            return Unseen.apply(hidden_TD, *self.vision_model.parameters(), *self.multi_modal_projector.parameters())
+            parameters = *self.vision_model.parameters(), *self.multi_modal_projector.parameters()
+            return ZeroGradients.apply(hidden_TD, *parameters)
         features_NPO = self.vision_model(images.tiles_NCHW, self.activation_checkpointing)
         return place(hidden_TD, self.multi_modal_projector(features_NPO), images.patch_BS)
 
@@ -262,8 +221,7 @@ class Transformer(nn.Module):
         return documents_BS.to(ids_BS.device)
 
     def _routing(self, routed: list[Routed], device: torch.device) -> Routing:
-        ends_LE = torch.zeros(0, self.config.experts, dtype=torch.int64, device=device)
+        counts_LE = torch.zeros(0, self.config.experts, dtype=torch.int64, device=device)
         if routed:
-            ends_LE = torch.stack([layer.ends_E for layer in routed]).long()
-        counts_LE = ends_LE.diff(dim=1, prepend=ends_LE.new_zeros(len(routed), 1))
+            counts_LE = torch.stack([layer.counts_E for layer in routed])
         return Routing(counts_LE, tuple(r.logits_TE for r in routed), tuple(r.experts_TA for r in routed))

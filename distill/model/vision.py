@@ -1,4 +1,4 @@
-"""Sight by early fusion: tiles through a vision tower, an adapter and a projector, into rows of the embedding.
+"""Vision by early fusion: tiles through a vision tower, an adapter and a projector, into rows of the embedding.
 
 N tiles of G x G patches; Q = G * G + 1 rows of the tower, patch after patch, row-major, the class token last; P tokens
 per tile after the pixel shuffle; O channels out of the adapter. All products are plain `F.linear`: the functions handed
@@ -7,6 +7,7 @@ to the Transformer (FP8) are for the text model alone.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -18,24 +19,22 @@ from distill.config.errors import DataError
 from distill.config.schema import VisionConfig
 from distill.model.images import Images
 from distill.model.linear import Linear
-from distill.model.rope import cos_sin, frequencies, rotate
-
-Rotation = tuple[Tensor, Tensor]
+from distill.model.rope import Rotation, cos_sin, frequencies, rotate
 
 
 class Affine(Linear):
     """x -> x weight^T + bias."""
 
     def __init__(self, inputs: int, outputs: int):
-        super().__init__(inputs, outputs, F.linear)
+        super().__init__(inputs, outputs)
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
 
-class Attention(nn.Module):
-    """Every row of a tile sees every other; q and k are rotated by their patch's column and row."""
+class VisionAttention(nn.Module):
+    """Every row of a tile attends to every other; q and k are rotated by their patch's column and row."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -53,83 +52,35 @@ class Attention(nn.Module):
         return self.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
-    """fc2(gelu(fc1 x)), both with bias."""
+class VisionMLP(nn.Module):
+    """fc2(gelu(fc1 x)), both with bias in the tower, without in the adapter."""
 
-    def __init__(self, config: VisionConfig):
+    def __init__(self, inputs: int, hidden: int, outputs: int, layer: type[Affine | Linear]):
         super().__init__()
-        self.fc1 = Affine(config.hidden_size, config.mlp_hidden)
-        self.fc2 = Affine(config.mlp_hidden, config.hidden_size)
+        self.fc1, self.fc2 = layer(inputs, hidden), layer(hidden, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class Block(nn.Module):
+class VisionBlock(nn.Module):
     """Pre-norm attention, then a pre-norm feed-forward."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.input_layernorm = nn.LayerNorm(config.hidden_size, config.norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = VisionAttention(config)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, config.norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = VisionMLP(config.hidden_size, config.mlp_hidden, config.hidden_size, Affine)
 
     def forward(self, hidden_NQD: Tensor, rotation: Rotation) -> Tensor:
         hidden_NQD = hidden_NQD + self.self_attn(self.input_layernorm(hidden_NQD), rotation)
         return hidden_NQD + self.mlp(self.post_attention_layernorm(hidden_NQD))
 
 
-class PatchEmbedding(nn.Module):
-    """Tiles to [N, G * G, D]: the patches' pixels through one matrix, no bias."""
-
-    def __init__(self, config: VisionConfig):
-        super().__init__()
-        self.patch_size = config.patch_size
-        self.linear = Linear(3 * config.patch_size**2, config.hidden_size, F.linear)
-
-    def forward(self, tiles_NCHW: Tensor) -> Tensor:
-        return self.linear(pixels(patches(tiles_NCHW, self.patch_size), self.linear.weight.dtype))
-
-
-class Encoder(nn.Module):
-    """The tower's blocks."""
-
-    def __init__(self, config: VisionConfig):
-        super().__init__()
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-
-    def forward(self, hidden_NQD: Tensor, rotation: Rotation, activation_checkpointing: bool) -> Tensor:
-        for block in self.layers:
-            if activation_checkpointing and torch.is_grad_enabled():
-                hidden_NQD = checkpoint(block, hidden_NQD, rotation, use_reentrant=False, preserve_rng_state=False)
-            else:
-                hidden_NQD = block(hidden_NQD, rotation)
-        return hidden_NQD
-
-
-class AdapterMLP(nn.Module):
-    """gelu(fc2(gelu(fc1 x))), no bias; the last activation is no mistake."""
-
-    def __init__(self, config: VisionConfig):
-        super().__init__()
-        self.fc1 = Linear(config.hidden_size * config.shuffle**2, config.adapter_hidden, F.linear)
-        self.fc2 = Linear(config.adapter_hidden, config.adapter_out, F.linear)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.fc2(F.gelu(self.fc1(x))))
-
-
-class Adapter(nn.Module):
-    """Patches [N, G * G, D] to tokens [N, P, O]."""
-
-    def __init__(self, config: VisionConfig):
-        super().__init__()
-        self.shuffle = config.shuffle
-        self.mlp = AdapterMLP(config)
-
-    def forward(self, patches_NGD: Tensor) -> Tensor:
-        return self.mlp(pixel_shuffle(patches_NGD, self.shuffle))
+def named(**modules: nn.Module) -> nn.Sequential:
+    """The modules one after the other, under names of the released checkpoints."""
+    return nn.Sequential(OrderedDict(modules))
 
 
 class VisionModel(nn.Module):
@@ -141,14 +92,16 @@ class VisionModel(nn.Module):
 
     def __init__(self, config: VisionConfig, init_std: float):
         super().__init__()
+        self.config = config
         size, grid = config.hidden_size, config.tile_size // config.patch_size
         self.class_embedding = nn.Parameter(torch.empty(size))
         self.positional_embedding_vlm = nn.Parameter(torch.empty(grid * grid + 1, size))
-        self.patch_embedding = PatchEmbedding(config)
+        self.patch_embedding = named(linear=Linear(3 * config.patch_size**2, size))
         self.layernorm_pre = nn.LayerNorm(size, config.norm_eps)
-        self.model = Encoder(config)
+        self.model = nn.ModuleDict({"layers": nn.ModuleList(VisionBlock(config) for _ in range(config.layers))})
         self.layernorm_post = nn.LayerNorm(size, config.norm_eps)
-        self.vision_adapter = Adapter(config)
+        shuffled = size * config.shuffle**2
+        self.vision_adapter = named(mlp=VisionMLP(shuffled, config.adapter_hidden, config.adapter_out, Linear))
         self._rotation = grid_rotation(grid, size // config.heads, config.rope_theta)
         for name, parameter in self.named_parameters():
             if name in ("class_embedding", "positional_embedding_vlm"):
@@ -158,30 +111,33 @@ class VisionModel(nn.Module):
 
     def forward(self, tiles_NCHW: Tensor, activation_checkpointing: bool = False) -> Tensor:
         """Tokens [N, P, O], row-major within a tile, of tiles [N, 3, tile_size, tile_size] as `Images` holds them."""
-        patches_NGD = self.patch_embedding(tiles_NCHW)
+        pixels_NGP = pixels(patches(tiles_NCHW, self.config.patch_size), self.class_embedding.dtype)
+        patches_NGD = self.patch_embedding(pixels_NGP)
         class_N1D = self.class_embedding.expand(len(patches_NGD), 1, -1)
         hidden_NQD = self.layernorm_pre(torch.cat([patches_NGD, class_N1D], 1) + self.positional_embedding_vlm)
-        hidden_NQD = self.model(hidden_NQD, self._rotation_on(hidden_NQD.device), activation_checkpointing)
-        return self.vision_adapter(self.layernorm_post(hidden_NQD)[:, :-1])
+        rotation = self._rotation_on(hidden_NQD.device)
+        for block in self.model["layers"].children():
+            if activation_checkpointing and torch.is_grad_enabled():
+                hidden_NQD = checkpoint(block, hidden_NQD, rotation, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden_NQD = block(hidden_NQD, rotation)
+        patches_NGD = self.layernorm_post(hidden_NQD)[:, :-1]
+        # The released adapter ends with an activation.
+        return F.gelu(self.vision_adapter(pixel_shuffle(patches_NGD, self.config.shuffle)))
 
     def _rotation_on(self, device: torch.device) -> Rotation:
         cos, sin = self._rotation
         if cos.device != device:
             with torch.inference_mode(False):  # kept, and may be saved for a later backward pass
-                self._rotation = cos.to(device), sin.to(device)
+                self._rotation = Rotation(cos.to(device), sin.to(device))
         return self._rotation
 
 
-class Projector(nn.Module):
-    """The adapter's channels to the text model's, no bias."""
-
-    def __init__(self, config: VisionConfig, size: int, init_std: float):
-        super().__init__()
-        self.linear_1 = Linear(config.adapter_out, size, F.linear)
-        nn.init.normal_(self.linear_1.weight, std=init_std)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_1(x)
+def projector(config: VisionConfig, size: int, init_std: float) -> nn.Module:
+    """The matrix, without bias, from the adapter's channels to the text model's."""
+    linear = Linear(config.adapter_out, size)
+    nn.init.normal_(linear.weight, std=init_std)
+    return named(linear_1=linear)
 
 
 def patches(tiles_NCHW: Tensor, patch_size: int) -> Tensor:
@@ -203,17 +159,17 @@ def pixel_shuffle(patches_NGD: Tensor, shuffle: int) -> Tensor:
 
 
 def grid_rotation(grid: int, head_dim: int, theta: float) -> Rotation:
-    """cos and sin, fp32 [Q, 1, C], for `rotate`: half the channel pairs turn with column + 1, the other half with
-    row + 1, at the same frequencies; the class token does not turn."""
+    """For `rotate`, [Q, 1, C]: half the channel pairs turn with column + 1, the other half with row + 1, at the same
+    frequencies; the class token does not turn."""
     place_Q = torch.arange(grid * grid, device="cpu")
     turns_P = frequencies(head_dim // 2, theta, None)
     angle_QP = torch.cat([(place_Q % grid + 1)[:, None] * turns_P, (place_Q // grid + 1)[:, None] * turns_P], 1)
     cos_QC, sin_QC = cos_sin(F.pad(angle_QP, (0, 0, 0, 1)))
-    return cos_QC[:, None], sin_QC[:, None]
+    return Rotation(cos_QC[:, None], sin_QC[:, None])
 
 
 def place(hidden_TD: Tensor, features_NPD: Tensor, patch_BS: Tensor) -> Tensor:
-    """`hidden_TD` with the features that `patch_BS` names in its rows; gradients go to whatever was taken."""
+    """`hidden_TD` with the features that `patch_BS` names in place of its rows; gradients go to the rows in use."""
     patch_T = patch_BS.flatten()
     own_T = torch.arange(len(hidden_TD), device=hidden_TD.device)
     row_T = torch.where(patch_T >= 0, patch_T + len(hidden_TD), own_T)
@@ -221,10 +177,10 @@ def place(hidden_TD: Tensor, features_NPD: Tensor, patch_BS: Tensor) -> Tensor:
 
 
 def check_images(images: Images, config: VisionConfig | None, ids_BS: Tensor) -> None:
-    """Refuses images that do not fit the model or the batch.
+    """Checks that images fit the model and the batch.
 
-    The range of `patch_BS` is looked at on the CPU only, where that costs no wait for a device; elsewhere an index that
-    is too large still stops the run, in `place`.
+    The range of `patch_BS` is checked on the CPU only, where that costs no wait for a device; elsewhere an index that
+    is too large ends the run in `place`.
 
     Raises:
         DataError: naming everything that does not fit.
@@ -232,8 +188,8 @@ def check_images(images: Images, config: VisionConfig | None, ids_BS: Tensor) ->
     if config is None:
         raise DataError("images were given to a model without vision (model.vision is null)")
     (tiles, patch_BS), size, problems = images, config.tile_size, []
-    known = tiles.dtype == torch.uint8 or tiles.is_floating_point()
-    if not known or tiles.ndim != 4 or tiles.shape[1:] != (3, size, size):
+    allowed = tiles.dtype == torch.uint8 or tiles.is_floating_point()
+    if not allowed or tiles.ndim != 4 or tiles.shape[1:] != (3, size, size):
         problems.append(
             f"tiles are {tiles.dtype} {list(tiles.shape)}; the model takes uint8 (or scaled floating-point) "
             f"[N, 3, {size}, {size}]"
@@ -251,12 +207,12 @@ def check_images(images: Images, config: VisionConfig | None, ids_BS: Tensor) ->
         raise DataError("images: " + "; ".join(problems))
 
 
-class Unseen(torch.autograd.Function):
-    """Its first argument, unchanged; the others get a zero gradient.
+class ZeroGradients(torch.autograd.Function):
+    """Returns its first argument; the others get a zero gradient.
 
-    For a batch without images: every rank must come with a gradient for every parameter. The zeros are an expanded
-    scalar, so a gradient that is there already is added to without another tensor of its size. They come in another
-    order than the tower's own: fit for ZeRO 0 and 1, which reduce in the order of parameters, not of gradients.
+    For a batch without images: every rank needs a gradient for every parameter. The zeros are an expanded
+    scalar, so a gradient that is there already is added to without another tensor of its size. Their order is not
+    that of the tower's own gradients: fit for ZeRO 0 and 1, which reduce in the order of parameters.
     """
 
     @staticmethod

@@ -15,7 +15,7 @@ from distill.config.errors import ConfigError, DataError, DivergenceError
 from distill.config.schema import TrainConfig
 from distill.data.join import Batch, Joiner
 from distill.model import Transformer
-from distill.run.models import check_vision, load_model
+from distill.run.models import check_vision, load_model, parts_of
 from distill.run.run import Run, as_job
 from student import evaluate as student_evaluate
 from student import needle_test
@@ -27,10 +27,10 @@ def evaluate(run: Run) -> None:
     """job=evaluate: loss, perplexity, calibration, accuracy, agreement; loss by position, needles in haystacks."""
     config = run.config
     assert config.init_from is not None
-    model = load_model(Path(config.init_from), "student", None)
+    model = load_model(Path(config.init_from), "student", parts=parts_of(config))
     teacher = None
     if config.evaluate.teacher_from is not None:
-        teacher = load_model(Path(config.evaluate.teacher_from), "teacher", None)
+        teacher = load_model(Path(config.evaluate.teacher_from), "teacher", parts=parts_of(config))
     run.prepare(config.student.model.vocab_size)
     for folder, part in ((config.init_from, model), (config.evaluate.teacher_from, teacher)):
         if part is not None:

@@ -13,13 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from omegaconf import OmegaConf
 
 from distill.config import owner
 from distill.config.errors import ConfigError
 from distill.config.files import write_text
-from distill.config.schema import DataConfig, ModelConfig, RunConfig, VisionConfig, WeightDtype
+from distill.config.registry import PRECISIONS
+from distill.config.schema import DataConfig, ModelConfig, RunConfig, VisionConfig
 from distill.data import tokenizer as tokenizers
 from distill.data.prepare import Prepared, prepare, reopen
 from distill.data.tokenizer import TOKENIZER, Tokenizer
@@ -44,8 +44,9 @@ def export(config: RunConfig, folder: Path, dist: Dist) -> None:
     """Writes `export.dir`, and in the run folder what came of it.
 
     Raises:
-        ConfigError: no tokenizer is found, or the model's router bias is not zero and may not be dropped.
-        CheckpointError: the model cannot be read, or the format cannot hold it.
+        ConfigError: no tokenizer is found.
+        CheckpointError: the model cannot be read, the format cannot hold it, or its router bias is not zero and may
+            not be dropped.
     """
     e = config.export
     assert config.init_from is not None and e.dir is not None
@@ -54,14 +55,9 @@ def export(config: RunConfig, folder: Path, dist: Dist) -> None:
     source = Path(config.init_from)
     home = _Home.of(source, config.data)
     opened = None if (source / "config.json").exists() else checkpoint.find(source)
-    model = load_model(source, e.role.value, None, opened)
+    model = load_model(source, e.role.value, opened=opened)
     known = None if opened is None else identity.stored(opened, role_in(opened, e.role.value))
-    biased = any(bool(router.bias.any()) for router in model.routers)
-    if biased and not e.drop_router_bias:
-        raise ConfigError(
-            f"export.drop_router_bias is false; {source} was balanced with a router bias, which the format cannot "
-            "hold: with true it is left out, and what that costs on held-out text is measured"
-        )
+    biased = hf.drops_router_bias(model, e.drop_router_bias, "export.drop_router_bias")
     if dist.is_main:
         owner.own_name(Path(e.dir), "export.dir", "job=export")
     tokenizer = home.tokenizer()
@@ -78,7 +74,7 @@ def export(config: RunConfig, folder: Path, dist: Dist) -> None:
         also = partial(_write_tokenizer, tokenizer, model.config, home.images)
     if known is not None and not biased:  # else it routes otherwise, as another teacher
         also = partial(_written_by, also, *known)
-    dtype = {WeightDtype.fp32: torch.float32, WeightDtype.bf16: torch.bfloat16}[e.dtype]
+    dtype = PRECISIONS[e.dtype.value].dtype
     report = hf.save(
         model,
         e.dir,

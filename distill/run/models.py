@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 
 from distill.config.checks import vision_problems
 from distill.config.errors import ConfigError
-from distill.config.schema import DataConfig, ModelConfig, VisionConfig
+from distill.config.model import moe_layers, rope_layers
+from distill.config.schema import DataConfig, ModelConfig, RunConfig, VisionConfig
 from distill.data.tokenizer import Tokenizer
 from distill.engine import checkpoint
 from distill.engine.checkpoint import Checkpoint
@@ -20,9 +21,14 @@ from distill.engine.zero import Engine, load_weights
 from distill.model import Transformer, hf
 from distill.model.balance import degenerate_routers
 from distill.model.freeze import freeze
-from distill.model.layer_kinds import moe_layers, rope_layers
+from distill.model.parts import PLAIN, Parts
 from distill.run.folder import shown
 from distill.run.run import Run
+
+
+def parts_of(config: RunConfig) -> Parts:
+    """What the models of a run are built of."""
+    return Parts.of(config.precision, config.engine.dispatcher)
 
 
 def first_model(run: Run, role: str) -> tuple[Transformer, Path | None]:
@@ -30,13 +36,13 @@ def first_model(run: Run, role: str) -> tuple[Transformer, Path | None]:
 
     Of a run that goes on from a checkpoint the weights are any; `engine_of` loads them.
     """
-    part = getattr(run.config, role)
+    part, parts = getattr(run.config, role), parts_of(run.config)
     # The same student for every arm of a seed; another stream than the teacher's.
     torch.manual_seed(run.config.seed * 2 + (role == "student"))
     source = part.init_from or (run.config.init_from if len(run.roles) == 1 else None)
     if run.restored is not None or source is None:
-        return Transformer(part.model), None
-    model = load_model(Path(source), role, part.model)
+        return Transformer(part.model, parts), None
+    model = load_model(Path(source), role, part.model, parts)
     if layers := degenerate_routers(model):
         raise ConfigError(
             f"{role}.init_from is {source}; the routers of layers {layers} have equal rows and an equal bias: every "
@@ -54,20 +60,27 @@ def engine_of(run: Run, role: str, model: Transformer) -> Engine:
     return Engine(model, part.optim, run.config.engine, run.config.precision, run.dist, tensors)
 
 
-def load_model(folder: Path, role: str, want: ModelConfig | None, opened: Checkpoint | None = None) -> Transformer:
+def load_model(
+    folder: Path,
+    role: str,
+    want: ModelConfig | None = None,
+    parts: Parts = PLAIN,
+    opened: Checkpoint | None = None,
+) -> Transformer:
     """A model from a Hugging Face folder, a checkpoint of ours, or a run folder.
 
     Args:
         role: which model of a checkpoint that holds several.
         want: the architecture, or ConfigError names the keys that differ; of a model with vision the text model alone
             is taken where `want` has none. None takes what is there.
+        parts: that the model is built of.
         opened: the checkpoint in the folder, where it is open already: its files need not be verified again.
     """
     with_vision = want is None or want.vision is not None
     if (folder / "config.json").exists():
-        model = hf.load(folder, vision=with_vision)
+        model = hf.load(folder, vision=with_vision, parts=parts)
     else:
-        model = _from_checkpoint(opened or checkpoint.find(folder), role, with_vision)
+        model = _from_checkpoint(opened or checkpoint.find(folder), role, with_vision, parts)
     if want is not None:
         unlike = list(_unlike(architecture(want), architecture(model.config)))
         if unlike:
@@ -78,15 +91,15 @@ def load_model(folder: Path, role: str, want: ModelConfig | None, opened: Checkp
     return model
 
 
-def _from_checkpoint(opened: Checkpoint, role: str, with_vision: bool) -> Transformer:
+def _from_checkpoint(opened: Checkpoint, role: str, with_vision: bool, parts: Parts) -> Transformer:
     name = role_in(opened, role)
     stored = OmegaConf.merge(OmegaConf.structured(ModelConfig), opened.state["models"][name])
     config = cast(ModelConfig, OmegaConf.to_object(stored))
     tensors = opened.tensors(name, ("param/", "buffer/"))
     if not with_vision:
         config = dataclasses.replace(config, vision=None)
-        tensors = {key: t for key, t in tensors.items() if not key.removeprefix("param/").startswith(hf.SIGHT)}
-    model = Transformer(config)
+        tensors = {key: t for key, t in tensors.items() if not key.removeprefix("param/").startswith(hf.VISION)}
+    model = Transformer(config, parts)
     load_weights(model, tensors)
     return model
 

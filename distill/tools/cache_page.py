@@ -11,9 +11,10 @@ import numpy as np
 
 from distill.config.errors import CacheError
 from distill.config.files import write_text
-from distill.tools.show import HISTOGRAMS, number, size, stats_lines
+from distill.config.units import file_size, grouped
+from distill.tools.stats_text import HISTOGRAMS, stats_lines
 from distill.tracking import charts
-from distill.tracking.page import page
+from distill.tracking.page import entry_list, page, share_bar
 
 
 def write(path: str, caches: Sequence[dict[str, Any]]) -> None:
@@ -28,17 +29,16 @@ def write(path: str, caches: Sequence[dict[str, Any]]) -> None:
 def _cache(found: dict[str, Any]) -> str:
     header = found["header"]
     facts = {
-        "coverage": f"{found['coverage']:.1%} of {number(header['samples'])} samples",
+        "coverage": f"{found['coverage']:.1%} of {grouped(header['samples'])} samples",
         "bytes per token": f"{found['bytes_per_token']:.2f}",
         "atoms per token": f"{found['atoms_per_token']:.2f}",
-        "tokens": number(found["tokens"]),
-        "shards": f"{number(found['shards'])}, {size(sum(found['bytes']['shards'].values()))}",
+        "tokens": grouped(found["tokens"]),
+        "shards": f"{grouped(found['shards'])}, {file_size(sum(found['bytes']['shards'].values()))}",
         "codec": ", ".join(str(value) for value in header["codec"].values()),
     }
-    entries = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in facts.items())
     text = escape("\n".join(stats_lines(found)))
     return (
-        f"<header><h1>{escape(found['folder'])}</h1><dl>{entries}</dl></header>\n"
+        f"<header><h1>{escape(found['folder'])}</h1>{entry_list(facts)}</header>\n"
         f'<div class="grid">\n{_lag(found)}{_histograms(found)}</div>\n{_columns(found)}'
         f"<details><summary>All numbers</summary><pre>{text}</pre></details>\n"
     )
@@ -64,8 +64,8 @@ def _columns(found: dict[str, Any]) -> str:
     sizes, tokens = found["bytes"]["shards"], max(found["tokens"], 1)
     total = max(sum(sizes.values()), 1)
     rows = "".join(
-        f"<tr><td>{escape(name)}</td><td>{size(count)}</td><td>{count / tokens:.3f}"
-        f'<span class="share s2"><i style="width:{100 * count / total:.1f}%"></i></span></td></tr>'
+        f"<tr><td>{escape(name)}</td><td>{file_size(count)}</td><td>{count / tokens:.3f}"
+        f"{share_bar(count / total, charts.COLORS[2])}</td></tr>"
         for name, count in sizes.items()
     )
     head = "<tr><th>column</th><th>size</th><th>bytes per token</th></tr>"

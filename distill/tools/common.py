@@ -1,22 +1,72 @@
-"""What the tools share: the caches of a folder, one changing tool at a time, ledgers of their own. No torch."""
+"""What the tools share: arguments, the caches of a folder, the lock of tools that change a cache. No torch."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import sys
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
-from distill.cache.format import HEADER, LEDGER, QUARANTINE, SHARDS, TEMPORARY, TOOLS_LOCK, writer_lock
-from distill.cache.ledger import LedgerWriter
+from distill.cache.format import HEADER, LEDGER, SHARDS, TOOLS_LOCK, row_of, writer_lock
+from distill.cache.header import CacheHeader
+from distill.cache.ledger import ShardRow
 from distill.cache.open_store import open_store
 from distill.cache.store import Store
-from distill.config.errors import CacheError
+from distill.cache.view import Newest, open_shard
+from distill.config.errors import CacheError, ConfigError
+from distill.config.paths import home
 
 TOOLS = ("compact", "merge", "repair")
 """Names of ledgers that are not a teacher's."""
+_TOGETHER = 256
+"""Shards whose indexes are read together."""
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def add_folder(
+    parser: argparse.ArgumentParser,
+    what: str = "a cache, or a folder of caches; a path or a URL like s3://bucket/folder",
+) -> None:
+    parser.add_argument("dir", metavar="DIR", type=home, help=what)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON object a cache, for programs")
+
+
+def add_shard_mb(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shard-mb",
+        type=int,
+        default=512,
+        metavar="MB",
+        help="size of a shard; memory is three times that (%(default)s)",
+    )
+
+
+def shard_bytes(args: argparse.Namespace) -> int:
+    """Bytes of --shard-mb; ConfigError: not a size that a shard can have."""
+    if not 1 <= args.shard_mb <= 4000:
+        raise ConfigError(f"--shard-mb is {args.shard_mb}; allowed is 1 to 4000")
+    return int(args.shard_mb) * 1_000_000
+
+
+def check_distinct(source: str, target: str) -> None:
+    """ConfigError where two spellings are one cache."""
+    if os.path.realpath(source) == os.path.realpath(target) or source.rstrip("/") == target.rstrip("/"):
+        raise ConfigError(f"{target} is both a source and the target")
+
+
+def check_at_least_one(option: str, value: int | None) -> None:
+    """ConfigError for a number below 1; None is a number that is not given."""
+    if value is not None and value < 1:
+        raise ConfigError(f"{option} is {value}; it is at least 1")
+
+
+# ---------------------------------------------------------------- caches
 
 
 def caches(folder: str | Path) -> list[Store]:
@@ -25,18 +75,37 @@ def caches(folder: str | Path) -> list[Store]:
     if _is_cache(store):
         return [store]
     names = [name for name in store.names("") if not name.startswith(".") and name not in (LEDGER, SHARDS)]
-    found = [each for name in names if _is_cache(each := open_store(f"{store.root}/{name}"))]
-    if not found:
+    stores = [each for name in names if _is_cache(each := open_store(f"{store.root}/{name}"))]
+    if not stores:
         raise CacheError(f"{store.root}: no cache here ({HEADER} is missing), nor in a folder below it")
-    return found
+    return stores
 
 
 def _is_cache(store: Store) -> bool:
-    """Even one whose header is lost."""
+    """True even for a cache whose header is lost."""
     try:
         return store.exists(HEADER) or bool(store.names(SHARDS))
     except CacheError:  # a file where a folder would be
         return False
+
+
+def newest_records(
+    store: Store, header: CacheHeader, rows: Sequence[ShardRow], advance: Callable[[int], None] = lambda count: None
+) -> Newest:
+    """Which record of each sample counts, from the indexes of these shards, in the order of `Published.rows`.
+
+    advance: is given the bytes of each index. Raises CacheError as `open_shard`.
+    """
+    newest = Newest(header.samples)
+    for first in range(0, len(rows), _TOGETHER):
+        part = rows[first : first + _TOGETHER]
+        for row, columns in zip(part, store.map(lambda row: open_shard(store, header, row).columns, part)):
+            newest.add(columns.sample_ids, columns.steps)
+            advance(row.index_bytes)
+    return newest
+
+
+# ---------------------------------------------------------------- changing a cache
 
 
 @contextlib.contextmanager
@@ -60,79 +129,9 @@ def is_live(store: Store, writer: str) -> bool:
     return store.is_locked(writer_lock(writer))
 
 
-class ToolLedger:
-    """The ledger that a kind of tool has, opened when it is first needed; the caller holds `alone`."""
-
-    def __init__(self, store: Store, kind: str, identity: str):
-        self.store, self.kind, self.identity = store, kind, identity
-        self._ledger: LedgerWriter | None = None
-
-    def get(self) -> LedgerWriter:
-        """CacheError when it cannot be made."""
-        if self._ledger is None:
-            self._ledger = LedgerWriter(self.store, self.kind, self.identity)
-        return self._ledger
-
-
 def remove_leftovers(store: Store, known: set[str]) -> None:
-    """Files that a stopped tool left behind; the caller is `alone`."""
+    """Removes files that a stopped tool left behind; the caller is `alone`."""
     for name in store.names(SHARDS):
-        found = writer_of(name)
-        if found is not None and found[0] in TOOLS and name not in known:
+        row = row_of(name)
+        if row is not None and row.writer in TOOLS and name not in known:
             store.remove(f"{SHARDS}/{name}")
-
-
-def writer_of(shard: str) -> tuple[str, int] | None:
-    """Ledger and row number in a shard's file name; None: it is not a shard's."""
-    parts = shard.removesuffix(TEMPORARY).removesuffix(".safetensors").rsplit("-", 2)
-    if len(parts) != 3 or not parts[1].isdigit() or ".safetensors" not in shard:
-        return None
-    return parts[0], int(parts[1])
-
-
-def to_quarantine(store: Store, name: str, *, copy: bool = False) -> None:
-    """Takes a file out of the cache, or a copy of it, and keeps it under a name that is free."""
-    plain = f"{QUARANTINE}/{name.replace('/', '-') if name.startswith(LEDGER) else name.rsplit('/', 1)[-1]}"
-    kept, number = plain, 1
-    store.make_folders(QUARANTINE)
-    data = store.read(name)
-    while store.exists(kept) and store.read(kept) != data:
-        kept, number = f"{plain}.{number}", number + 1
-    store.publish(kept, data)
-    if not copy:
-        store.remove(name)
-
-
-class Bar:
-    """A progress bar in bytes, where someone looks."""
-
-    def __init__(self, what: str, total: int):
-        self._bar: Any = None
-        if sys.stderr.isatty():
-            from tqdm import tqdm  # slow to load for a tool that answers at once
-
-            self._bar = tqdm(
-                desc=what, total=total, unit="B", unit_scale=True, leave=False, dynamic_ncols=True, file=sys.stderr
-            )
-
-    def add(self, count: int) -> None:
-        if self._bar is not None:
-            self._bar.update(count)
-
-    def __enter__(self) -> Bar:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
-def ranges(numbers: list[int]) -> str:
-    """`0 to 4, 7, 9 to 12` of ascending numbers."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ", ".join(f"{a} to {b}" if b > a else str(a) for a, b in spans)

@@ -8,18 +8,33 @@ harm, and which the next compaction takes away. Rows that appear meanwhile are n
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import argparse
 from typing import NamedTuple
 
 from distill.cache.format import SHARDS
 from distill.cache.header import CacheHeader
-from distill.cache.ledger import Retired, ShardRow
+from distill.cache.ledger import ShardRow
+from distill.cache.open_store import open_store
 from distill.cache.shard import Array, Shard
 from distill.cache.store import Store
-from distill.cache.view import Newest, open_shard, published
-from distill.tools.common import Bar, ToolLedger, alone, remove_leftovers
-from distill.tools.decoding import Decoding
-from distill.tools.repack import Packer, piece
+from distill.cache.view import open_shard, published
+from distill.config.errors import ConfigError
+from distill.config.paths import home
+from distill.config.terminal import advancing
+from distill.config.units import file_size, grouped
+from distill.tools.common import (
+    add_folder,
+    add_shard_mb,
+    alone,
+    caches,
+    check_distinct,
+    newest_records,
+    remove_leftovers,
+    shard_bytes,
+)
+from distill.tools.decoding import RecordDecoder
+from distill.tools.merge import merge
+from distill.tools.repack import Packer, in_order, portion
 
 
 class Compaction(NamedTuple):
@@ -55,14 +70,25 @@ def compact(store: Store, *, shard_bytes: int, purge: bool = False) -> Compactio
         rows, retired = published(store, header)
         if is_alone:
             remove_leftovers(store, {row.shard for row in rows + retired})
-        chosen, keep = _choose(store, header, rows, shard_bytes)
-        packed: list[ShardRow] = []
-        copied = sum(len(keep[row.shard]) for row in chosen)
-        if chosen:
-            packed = _copy(store, header, chosen, keep, shard_bytes)
-        purged, waiting = _purge(store, header, purge)
-    replaced = {row.shard for row in chosen}
-    after = [row for row in rows if row.shard not in replaced] + packed
+        keep = _choose(store, header, rows, shard_bytes)
+        chosen = in_order(row for row in rows if row.shard in keep)
+        packer = Packer(store, "compact", header.identity, shard_bytes)
+        with advancing("compact", sum(row.bytes for row in chosen)) as advance:
+            decoder = RecordDecoder(store, header) if chosen else None
+            for row in chosen:
+                if len(keep[row.shard]) and decoder:
+                    shard = Shard(store, row)
+                    packer.add(portion(shard, shard.span(0, row.samples), keep[row.shard], decoder))
+                advance(row.bytes)
+            packer.flush()
+        packer.retire(chosen)
+        there = set(store.names(SHARDS))
+        replaced = [row for row in published(store, header).retired if row.shard in there]
+        for row in replaced if purge else []:
+            store.remove(f"{SHARDS}/{row.shard}")
+    after = [row for row in rows if row.shard not in keep] + packer.rows
+    copied = sum(map(len, keep.values()))
+    waiting = sum(row.bytes for row in replaced)
     return Compaction(
         before=len(rows),
         after=len(after),
@@ -70,69 +96,58 @@ def compact(store: Store, *, shard_bytes: int, purge: bool = False) -> Compactio
         dropped=sum(row.samples for row in chosen) - copied,
         bytes_before=sum(row.bytes for row in rows),
         bytes_after=sum(row.bytes for row in after),
-        purged=purged,
-        waiting=waiting,
+        purged=waiting if purge else 0,
+        waiting=0 if purge else waiting,
     )
 
 
-def in_order(rows: Iterable[ShardRow]) -> list[ShardRow]:
-    """As a student meets them: by step."""
-    return sorted(rows, key=lambda row: (min((o.first_step for o in row.origins), default=0), row.writer, row.seq))
-
-
-def _choose(
-    store: Store, header: CacheHeader, rows: list[ShardRow], shard_bytes: int
-) -> tuple[list[ShardRow], dict[str, Array]]:
-    """Shards to replace, in the order of steps, and the places in each whose records stay."""
-    newest = Newest(header.samples)
-    for row in rows:
-        columns = open_shard(store, header, row).columns
-        newest.add(columns.sample_ids, columns.steps)
-    chosen, keep = [], {}
+def _choose(store: Store, header: CacheHeader, rows: list[ShardRow], shard_bytes: int) -> dict[str, Array]:
+    """For each shard to replace, the places in it whose records stay."""
+    newest, keep = newest_records(store, header, rows), {}
     for number, row in enumerate(rows):
         places = newest.of(number, open_shard(store, header, row).columns.sample_ids)
         if len(places) < row.samples or row.bytes - row.index_bytes < shard_bytes / 2:
-            chosen.append(row)
             keep[row.shard] = places
-    if len(chosen) == 1 and len(keep[chosen[0].shard]) == chosen[0].samples:
-        return [], {}  # the rest of an earlier compaction, alone
-    return in_order(chosen), keep
+    if len(keep) == 1 and all(len(keep[row.shard]) == row.samples for row in rows if row.shard in keep):
+        return {}  # the rest of an earlier compaction, alone
+    return keep
 
 
-def _copy(
-    store: Store, header: CacheHeader, chosen: list[ShardRow], keep: dict[str, Array], shard_bytes: int
-) -> list[ShardRow]:
-    decoding = Decoding(store, header)
-    ledger = ToolLedger(store, "compact", header.identity)
-    packer = Packer(ledger, shard_bytes)
-    with Bar("compact", sum(row.bytes for row in chosen)) as bar:
-        for row in chosen:
-            if len(keep[row.shard]):
-                shard = Shard(store, row)
-                packer.add(piece(shard, shard.span(0, row.samples), keep[row.shard], decoding.tokens))
-            bar.add(row.bytes)
-        packer.flush()
-    ledger.get().retire(runs(chosen))
-    return packer.rows
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_folder(parser)
+    add_shard_mb(parser)
+    parser.add_argument(
+        "--purge", action="store_true",
+        help="remove the files of replaced shards; views from before the compaction cannot be read any more",
+    )  # fmt: skip
+    parser.add_argument(
+        "--into", metavar="NEW", type=home, help="leave the cache as it is and write a compact one there"
+    )
 
 
-def runs(rows: Iterable[ShardRow]) -> list[Retired]:
-    """The rows as few ranges."""
-    found: list[Retired] = []
-    for writer, seq in sorted((row.writer, row.seq) for row in rows):
-        if found and (found[-1].ledger, found[-1].last + 1) == (writer, seq):
-            found[-1] = Retired(writer, found[-1].first, seq)
-        else:
-            found.append(Retired(writer, seq, seq))
-    return found
-
-
-def _purge(store: Store, header: CacheHeader, purge: bool) -> tuple[int, int]:
-    """Bytes of retired rows' files that were removed, and that are there."""
-    there, sizes = set(store.names(SHARDS)), [0, 0]
-    for row in published(store, header).retired:
-        if row.shard in there:
-            sizes[not purge] += row.bytes
-            if purge:
-                store.remove(f"{SHARDS}/{row.shard}")
-    return sizes[0], sizes[1]
+def run(args: argparse.Namespace) -> int:
+    if args.into and args.purge:
+        raise ConfigError("--purge is no option of --into, which replaces nothing")
+    size, stores = shard_bytes(args), caches(args.dir)
+    for store in stores:
+        if args.into:
+            check_distinct(store.root, args.into)
+            below = "" if len(stores) == 1 else "/" + store.root.rsplit("/", 1)[-1]
+            target = open_store(args.into.rstrip("/") + below if below else args.into)
+            merged = merge([store], target, shard_bytes=size)
+            print(
+                f"{store.root}: {grouped(merged.copied)} records in {merged.shards} shards, "
+                f"{file_size(merged.bytes)}, in {target.root}"
+            )
+            continue
+        done = compact(store, shard_bytes=size, purge=args.purge)
+        print(
+            f"{store.root}: {done.before} shards of {file_size(done.bytes_before)} are {done.after} of "
+            f"{file_size(done.bytes_after)}; {grouped(done.copied)} records copied, "
+            f"{grouped(done.dropped)} superseded ones left behind"
+        )
+        if done.purged:
+            print(f"  removed {file_size(done.purged)} of replaced files")
+        if done.waiting:
+            print(f"  {file_size(done.waiting)} of replaced files stay until compact --purge")
+    return 0

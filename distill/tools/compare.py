@@ -1,22 +1,32 @@
-"""Two caches, record by record: the same bytes, or how far apart what they say is."""
+"""Two caches, record by record: the same bytes, or how far apart their targets are."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from distill.cache import differ
-from distill.cache.reader import CacheReader, Sample
-from distill.cache.record import Decoded
+from distill.cache.open_store import open_store
 from distill.cache.store import Store
-from distill.tools.common import Bar
+from distill.config import json_text
+from distill.config.errors import ConfigError
+from distill.config.paths import home
+from distill.config.terminal import advancing
+from distill.tools.common import add_json
+
+if TYPE_CHECKING:
+    from distill.cache.reader import CacheReader, Sample
+    from distill.cache.record import Decoded
 
 NEEDED = ("vocab_size", "tokenizer", "corpus", "sample_tokens", "samples")
 """Without these in common there is nothing to compare."""
-_BLOCK = 64
+_BLOCK, _IDS = 64, 1 << 20
+"""Samples decoded, and ids looked up, at one time."""
 
 
 @dataclasses.dataclass
@@ -58,65 +68,68 @@ class Comparison:
         return not self.different if tolerance == 0 else self.mean_tv <= tolerance
 
 
+class _Sums:
+    """Behind the means of a comparison."""
+
+    def __init__(self) -> None:
+        self.tv = self.apart = 0.0
+        self.atoms = 0
+
+
 def compare(store_a: Store, store_b: Store) -> Comparison:
     """Compares the newest records of all samples.
 
     Raises:
         CacheError: caches of different corpora, tokenizers or shapes, or damage.
     """
+    from distill.cache.reader import CacheReader
+
     a, b = CacheReader(store_a.root), CacheReader(store_b.root)
     b.header.check(**{name: getattr(a.header, name) for name in NEEDED})
-    found = Comparison()
-    mine, other = a.header.json(), b.header.json()
-    found.headers = [f"{name}: {differ.shown(a)}, {differ.shown(b)}" for name, a, b in differ.pairs(mine, other)]
-    sums = [0.0, 0.0, 0]
-    block = 1 << 20
-    for first in range(0, a.header.samples, block):
-        ids = np.arange(first, min(first + block, a.header.samples))
+    result, sums = Comparison(), _Sums()
+    pairs = differ.pairs(a.header.json(), b.header.json())
+    result.headers = [f"{name}: {differ.shown(in_a)}, {differ.shown(in_b)}" for name, in_a, in_b in pairs]
+    for first in range(0, a.header.samples, _IDS):
+        ids = np.arange(first, min(first + _IDS, a.header.samples))
         in_a, in_b = a.covers(ids), b.covers(ids)
-        found.only_a += int((in_a & ~in_b).sum())
-        found.only_b += int((in_b & ~in_a).sum())
-    with Bar("compare", sum(row.bytes for row in a.rows)) as bar:
-        for group in _groups(a.samples()):
-            bar.add(sum(len(sample.data) for sample in group))
+        result.only_a += int((in_a & ~in_b).sum())
+        result.only_b += int((in_b & ~in_a).sum())
+    samples = a.samples()
+    with advancing("compare", sum(row.bytes for row in a.rows)) as advance:
+        while group := list(islice(samples, _BLOCK)):
+            advance(sum(len(sample.data) for sample in group))
             theirs = b.records(np.array([sample.sample_id for sample in group]))
-            pairs = [(x, y) for x, y in zip(group, theirs, strict=True) if y is not None]
-            _differ(a, b, pairs, found, sums)
-    found.mean_tv = sums[0] / max(found.tokens, 1)
-    found.mean_p = sums[1] / max(sums[2], 1)
-    return found
+            both = [(x, y) for x, y in zip(group, theirs, strict=True) if y is not None]
+            _compare_records(a, b, both, result, sums)
+    result.mean_tv = sums.tv / max(result.tokens, 1)
+    result.mean_p = sums.apart / max(sums.atoms, 1)
+    return result
 
 
-def _groups(samples: Iterator[Sample]) -> Iterator[list[Sample]]:
-    while group := list(islice(samples, _BLOCK)):
-        yield group
-
-
-def _differ(
-    a: CacheReader, b: CacheReader, pairs: Sequence[tuple[Sample, Sample]], found: Comparison, sums: list[float]
+def _compare_records(
+    a: CacheReader, b: CacheReader, pairs: Sequence[tuple[Sample, Sample]], result: Comparison, sums: _Sums
 ) -> None:
     same_codec = a.header.codec == b.header.codec and a.header.ranks == b.header.ranks
     for x, y in pairs:
-        found.other_step += x.step != y.step
-        found.other_teacher += x.origin.teacher != y.origin.teacher
-        found.other_tokens += x.digest != y.digest
-    equal = [same_codec and x.data == y.data for x, y in pairs]
-    found.equal += sum(equal)
-    found.different += len(pairs) - sum(equal)
-    alike = [x for (x, _), same in zip(pairs, equal, strict=True) if same]
-    if alike:
-        found.tokens += int(a.decode(alike).valid_T.sum())
-    apart = [pair for pair, same in zip(pairs, equal, strict=True) if not same]
+        result.other_step += x.step != y.step
+        result.other_teacher += x.origin.teacher != y.origin.teacher
+        result.other_tokens += x.digest != y.digest
+    equal = [x for x, y in pairs if same_codec and x.data == y.data]
+    apart = [(x, y) for x, y in pairs if not (same_codec and x.data == y.data)]
+    result.equal += len(equal)
+    result.different += len(apart)
+    if equal:
+        result.tokens += int(a.decode(equal).valid_T.sum())
     if apart:
-        _measure(a, b, a.decode([x for x, _ in apart]), b.decode([y for _, y in apart]), found, sums)
+        _measure(a, b, a.decode([x for x, _ in apart]), b.decode([y for _, y in apart]), result, sums)
 
 
-def _measure(a: CacheReader, b: CacheReader, x: Decoded, y: Decoded, found: Comparison, sums: list[float]) -> None:
+def _measure(a: CacheReader, b: CacheReader, x: Decoded, y: Decoded, result: Comparison, sums: _Sums) -> None:
     valid_x, valid_y = x.valid_T.numpy(), y.valid_T.numpy()
     both = valid_x & valid_y
-    found.tokens += int(both.sum())
-    found.tokens_one_side += int((valid_x != valid_y).sum())
-    # One number for each (token, id): what a says less what b says.
+    result.tokens += int(both.sum())
+    result.tokens_one_side += int((valid_x != valid_y).sum())
+    # One number for each (token, id): the probability in a less that in b.
     keys, values = [], []
     for reader, decoded, sign in ((a, x, 1.0), (b, y, -1.0)):
         counts = decoded.atoms.counts_T.numpy().astype(np.int64)
@@ -130,12 +143,55 @@ def _measure(a: CacheReader, b: CacheReader, x: Decoded, y: Decoded, found: Comp
     label = np.abs((x.label_logprob_T - y.label_logprob_T).numpy())[both]
     entropy = np.abs((x.entropy_T - y.entropy_T).numpy())[both]
     differs = (tv[both] > 0) | (label > 0) | (entropy > 0)
-    found.tokens_different += int(differs.sum())
-    found.largest_p = max(found.largest_p, float(apart.max(initial=0)))
-    found.largest_tv = max(found.largest_tv, float(tv.max(initial=0)))
-    found.largest_label = max(found.largest_label, float(label.max(initial=0)))
-    found.largest_entropy = max(found.largest_entropy, float(entropy.max(initial=0)))
+    result.tokens_different += int(differs.sum())
+    result.largest_p = max(result.largest_p, float(apart.max(initial=0)))
+    result.largest_tv = max(result.largest_tv, float(tv.max(initial=0)))
+    result.largest_label = max(result.largest_label, float(label.max(initial=0)))
+    result.largest_entropy = max(result.largest_entropy, float(entropy.max(initial=0)))
     in_differing = (tv > 0)[key // a.header.vocab_size]
-    sums[0] += float(tv.sum())
-    sums[1] += float(apart[in_differing].sum())
-    sums[2] += int(in_differing.sum())
+    sums.tv += float(tv.sum())
+    sums.apart += float(apart[in_differing].sum())
+    sums.atoms += int(in_differing.sum())
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("a", metavar="A", type=home, help="a cache")
+    parser.add_argument("b", metavar="B", type=home, help="another one of the same corpus")
+    add_json(parser)
+    parser.add_argument(
+        "--tolerance", type=float, default=0.0, metavar="TV",
+        help="equal all the same if the mean total variation distance of a token is at most this (%(default)s)",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    if not 0 <= args.tolerance <= 1:
+        raise ConfigError(f"--tolerance is {args.tolerance}; allowed is 0 to 1")
+    result = compare(open_store(args.a), open_store(args.b))
+    same = result.same(args.tolerance)
+    if args.json:
+        print(json_text.dumps(dataclasses.asdict(result) | {"same": same}))
+    else:
+        print("\n".join(_lines(result)))
+        print("equal" if same and not result.different else "equal within the tolerance" if same else "different")
+    return 0 if same else 1
+
+
+def _lines(result: Comparison) -> list[str]:
+    r = result
+    lines = [f"header: {line}" for line in r.headers]
+    lines.append(f"samples in A alone: {r.only_a}; in B alone: {r.only_b}")
+    lines.append(f"records of the same bytes: {r.equal}; of others: {r.different}")
+    if r.other_tokens:
+        lines.append(f"samples of other tokens: {r.other_tokens}")
+    if r.other_step or r.other_teacher:
+        lines.append(f"records of another step: {r.other_step}; of another teacher: {r.other_teacher} (not compared)")
+    if r.different:
+        lines += [
+            f"tokens that differ: {r.tokens_different} of {r.tokens}; with a target in one alone: {r.tokens_one_side}",
+            f"probabilities: largest difference {r.largest_p:.6f}, mean {r.mean_p:.6f} over atoms of tokens that "
+            "differ",
+            f"total variation: mean {r.mean_tv:.6f} over all tokens, largest {r.largest_tv:.6f}",
+            f"log p(label): largest difference {r.largest_label:.4f}; entropy: {r.largest_entropy:.4f} nats",
+        ]
+    return lines

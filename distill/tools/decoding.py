@@ -1,4 +1,4 @@
-"""Decodes records outside of a reader."""
+"""Records outside of a reader: how many tokens have a target, which records are damaged. Loads torch when used."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from distill.cache import record
-from distill.cache.codecs import make_codec
 from distill.cache.header import CacheHeader
 from distill.cache.ranks import load_ranks
-from distill.cache.record import Decoded, Raw
 from distill.cache.store import Store
 from distill.config.errors import CacheError
 
@@ -18,38 +15,43 @@ _BLOCK = 64
 """Samples decoded at one time."""
 
 
-class Decoding:
+class RecordDecoder:
     """Decodes the records of one cache."""
 
     def __init__(self, store: Store, header: CacheHeader):
         """Raises CacheError: a damaged table of ranks."""
-        self.header = header
-        self.codec = make_codec(header.codec, header.vocab_size)
-        self.ids_by_rank = load_ranks(store, header).astype(np.int32)
+        from distill.cache import record
+        from distill.cache.codecs import make_codec
+
+        self._header = header
+        self._codec = make_codec(header.codec, header.vocab_size)
+        self._ids_by_rank = load_ranks(store, header).astype(np.int32)
+        self._record = record
 
     def tokens(self, records: Sequence[bytes], atoms: Sequence[int]) -> int:
-        """How many tokens of some samples have a target; CacheError: not a record."""
+        """How many tokens of some records, with so many atoms each, have a target; CacheError: not a record."""
         total = 0
         for first in range(0, len(records), _BLOCK):
-            raws = list(map(Raw, records[first : first + _BLOCK], atoms[first : first + _BLOCK]))
-            total += int(self.decode(raws).valid_T.sum())
+            end = first + _BLOCK
+            try:
+                total += self._valid(records[first:end], atoms[first:end])
+            except ValueError as error:
+                raise CacheError("a record verifies and cannot be decoded") from error
         return total
-
-    def decode(self, raws: Sequence[Raw]) -> Decoded:
-        """CacheError: one is not a record."""
-        try:
-            return record.decode(raws, self.header.sample_tokens, self.ids_by_rank, self.codec)
-        except ValueError as error:
-            raise CacheError("a record verifies and cannot be decoded") from error
 
     def undecodable(self, records: Sequence[bytes], atoms: Sequence[int]) -> list[int]:
         """Which of some records, with so many atoms each, are not records of this cache's codec."""
-        raws, found = list(map(Raw, records, atoms)), []
-        left = list(range(len(raws)))
+        bad, left = [], list(range(len(records)))
         while left:
             try:
-                record.decode([raws[i] for i in left], self.header.sample_tokens, self.ids_by_rank, self.codec)
+                self._valid([records[i] for i in left], [atoms[i] for i in left])
                 break
             except ValueError as error:
-                found.append(left.pop(int(error.args[0])))
-        return sorted(found)
+                bad.append(left.pop(int(error.args[0])))
+        return sorted(bad)
+
+    def _valid(self, records: Sequence[bytes], atoms: Sequence[int]) -> int:
+        """Tokens that have a target; ValueError: the place of a record that is none."""
+        raws = list(map(self._record.Raw, records, atoms))
+        decoded = self._record.decode(raws, self._header.sample_tokens, self._ids_by_rank, self._codec)
+        return int(decoded.valid_T.sum())

@@ -1,26 +1,35 @@
-"""How large a cache becomes, before the first record: the real codec and coder, on made-up teachers' rows."""
+"""How large a cache becomes, before the first record: from measured bytes per token, or those of an existing cache.
+
+bytes_per_token.json has the bytes of records by codec, parameter, vocabulary and the rows' mean entropy, measured with
+the real codec and coder by `make bench ONLY=record_bytes`. No torch.
+"""
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import json
 import math
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-from distill.cache import record
-from distill.cache.codecs import Codec, make_codec
 from distill.cache.header import CacheHeader
 from distill.cache.shard import WIDTHS
 from distill.cache.store import Store
-from distill.cache.targets import Atoms
 from distill.cache.view import published
-from distill.config.errors import CacheError
+from distill.config import json_text
+from distill.config.errors import CacheError, ConfigError
+from distill.config.paths import home
+from distill.config.ranges import out_of_range
+from distill.config.registry import CODECS
 from distill.config.schema import CodecConfig
+from distill.config.units import file_size, grouped
+from distill.tools.common import caches
 
-Array = NDArray[Any]
+TABLE = Path(__file__).with_name("bytes_per_token.json")
 
 ROW_BYTES = 650
 """Of a shard's row in a ledger, with one origin."""
@@ -35,23 +44,13 @@ TABLE_BYTES = 16
 SHARD_MEMORY = 1300
 """Of a shard's row in a reader, as measured."""
 SPREAD = 1.25
-"""Made-up rows against caches of trained teachers: within this factor either way (LOG.md)."""
-_STRETCHES = 3000
-"""Of ranks in a made-up row, at most."""
-_PROBED = 256
-"""Rows whose mean entropy is set."""
-_CHUNK = 512
-"""Tokens whose rows are made at one time."""
-EXPONENTS = (1.1, 4.0)
-"""Of made-up rows, before they are scaled to the wanted entropy: 1.84 nats at V = 202,048."""
-NOISE = 1.5
-_TOKENS = 2048
-"""That are made up, in one sample or several; a longer sample learns its own statistics a little better."""
+"""The table's rows against caches of trained teachers: within this factor either way (LOG.md)."""
+DEFAULT_ENTROPY = 2.0
 
 
 @dataclass(frozen=True)
 class BytesPerToken:
-    """Of records, with a range and the figure's source."""
+    """Of records, with a range and the number's source."""
 
     low: float
     likely: float
@@ -101,8 +100,15 @@ def estimate(
     )
 
 
-def from_cache(store: Store) -> tuple[CacheHeader, BytesPerToken]:
-    """As an existing cache has it: its records' mean, and the leanest and the fullest tenth of its shards.
+class Measured(NamedTuple):
+    """An existing cache."""
+
+    header: CacheHeader
+    per_token: BytesPerToken
+
+
+def from_cache(store: Store) -> Measured:
+    """Bytes per token of an existing cache: its records' mean, and the leanest and the fullest tenth of its shards.
 
     Raises:
         CacheError: no cache, one without records, or damage.
@@ -114,100 +120,173 @@ def from_cache(store: Store) -> tuple[CacheHeader, BytesPerToken]:
     each = np.array([(row.bytes - row.index_bytes) / row.tokens for row in rows])
     mean = sum(row.bytes - row.index_bytes for row in rows) / sum(row.tokens for row in rows)
     low, high = np.quantile(each, [0.1, 0.9]).tolist()
-    return header, BytesPerToken(min(low, mean), mean, max(high, mean), f"{len(rows)} shards of {store.root}")
+    source = f"{len(rows)} shards of {store.root}"
+    return Measured(header, BytesPerToken(min(low, mean), mean, max(high, mean), source))
 
 
-def from_rows(codec: CodecConfig, vocab_size: int, sample_tokens: int, entropy: float) -> BytesPerToken:
-    """For a teacher whose mean entropy is `entropy` nats, by encoding made-up samples.
+def from_table(codec: CodecConfig, vocab_size: int, entropy: float) -> BytesPerToken:
+    """Bytes per token of a teacher whose mean entropy is `entropy` nats, between the measured ones.
 
-    The rows are those of the codecs' bench, scaled: entropies vary from almost none to several times the mean, and
-    probable ids are common ones more often than not.
-
-    Raises:
-        CacheError: a codec that cannot be.
+    Linear in entropy, in the logarithm of the vocabulary, and between logarithms of the codec's parameter and of bytes;
+    the last two go on beyond what was measured.
     """
-    width = min(sample_tokens, _TOKENS)
-    entropy = min(entropy, 0.9 * math.log(vocab_size))
-    likely = _encoded(make_codec(codec, vocab_size), vocab_size, width, -(-_TOKENS // width), entropy)
-    source = f"made-up tokens of {entropy:g} nats"
-    return BytesPerToken(likely / SPREAD, likely, likely * SPREAD, source)
+    table = json.loads(TABLE.read_text())
+    if codec.name not in table["parameters"]:
+        raise ConfigError(f"codec is {codec.name}, which was not measured; name a cache of this codec by --like")
+    parameters = np.log(table["parameters"][codec.name])
+    (name,) = CODECS[codec.name].parameters
+    parameter = math.log(getattr(codec, name))
+    sizes = []
+    for each in table["vocabularies"]:
+        by_parameter = [np.interp(entropy, each["entropy"], row) for row in each[codec.name]]
+        sizes.append(math.exp(_line(parameter, parameters, np.log(by_parameter))))
+    vocabularies = np.log([each["vocab_size"] for each in table["vocabularies"]])
+    likely = _line(math.log(vocab_size), vocabularies, np.array(sizes))
+    likely = max(likely, min(sizes) / 2)
+    return BytesPerToken(likely / SPREAD, likely, likely * SPREAD, f"measured rows of {entropy:g} nats")
 
 
-def _encoded(codec: Codec, vocab_size: int, width: int, samples: int, entropy: float) -> float:
-    """Bytes per token of rows of power laws: the probability at rank r is as (r + q)^-s, q in [0, 1], s over a range
-    that gives the mean entropy; the corpus's rank of that id is its place among log r + 1.5 x a standard normal."""
-    tokens = samples * width
-    # Ranks in stretches, singly at first; one id stands for each stretch, another one for every token.
-    edge_I = np.unique(np.rint(np.geomspace(1, vocab_size + 1, _STRETCHES)))
-    width_I = np.diff(edge_I)
-    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
-    spread_T1, q_T1 = rng.random((2, tokens, 1))
-    s_T1 = _exponents(edge_I, spread_T1, q_T1, entropy)
-    grid, place = _places(edge_I, width_I)
-    parts, entropies, labels = [], [], []
-    for first in range(0, tokens, _CHUNK):
-        part = slice(first, first + _CHUNK)
-        logits_TI = torch.from_numpy(_logits(edge_I, s_T1[part], q_T1[part])).float()
-        lse_T = logits_TI.logsumexp(-1)
-        positions_T = torch.arange(first, first + len(lse_T))
-        atoms, entropy_T = codec.select(
-            logits_TI, lse_T, seed=0, sample_ids_T=torch.zeros_like(positions_T), positions_T=positions_T
-        )
-        stretch = atoms.ids_N.numpy()
-        rank = edge_I[stretch] + (rng.random(len(stretch)) * width_I[stretch]).astype(np.int64)
-        ids = np.interp(np.log(rank) + NOISE * rng.standard_normal(len(rank)), grid, place).astype(np.int64)
-        row = np.repeat(np.arange(len(lse_T)), atoms.counts_T.numpy())
-        parts.append(atoms._replace(ids_N=torch.from_numpy(_distinct(row, ids, vocab_size)).int()))
-        entropies.append(entropy_T)
-        drawn_T1 = torch.multinomial((logits_TI - lse_T[:, None]).exp(), 1, generator=generator)
-        labels.append(logits_TI.gather(1, drawn_T1)[:, 0] - lse_T)
-    encoded = record.encode(
-        Atoms.cat(parts),
-        torch.cat(labels).numpy(),
-        torch.cat(entropies).numpy(),
-        np.ones(tokens, np.bool_),
-        width,
-        np.arange(vocab_size),
-        codec,
+def _line(x: float, xs: np.ndarray, ys: np.ndarray) -> float:
+    """y at x on straight lines between points, the first and the last of which go on."""
+    i = int(np.clip(np.searchsorted(xs, x), 1, len(xs) - 1))
+    return float(ys[i - 1] + (ys[i] - ys[i - 1]) * (x - xs[i - 1]) / (xs[i] - xs[i - 1]))
+
+
+# ---------------------------------------------------------------- command line
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="with --config: overrides of the configuration")
+    add("--config", metavar="EXPERIMENT", help="take codec, shapes and tokens from this experiment's teacher")
+    add("--config-dir", metavar="DIR", type=home, help="with --config: a folder of your own configuration")
+    add("--like", metavar="DIR", type=home, help="bytes per token as in this cache, and its codec and shapes")
+    add("--tokens", type=_count, help="tokens that get targets, e.g. 15e12")
+    add("--corpus-tokens", type=_count, help="tokens of the corpus, if more (the same)")
+    add("--sample-tokens", type=_count, help="tokens of a sample (1024)")
+    add("--vocab-size", type=_count, help="ids of the teacher's head (202048)")
+    add("--codec", choices=CODECS.names, help="(systematic)")
+    add("--draws", type=int, help="of codecs systematic and multinomial (20)")
+    add("--tau", type=float, help="of codec threshold (0.05)")
+    add("--k", type=int, help="of codec topk (12)")
+    add("--shard-samples", type=_count, help="samples of a shard (256)")
+    add("--entropy", type=float, help=f"the teacher's mean entropy, nats a token ({DEFAULT_ENTROPY}); not with --like")
+    add(
+        "--tokens-per-second", type=_count, help="of the teacher with capture, or of a backfill, all processes together"
     )
-    return float(encoded.ends[-1]) / tokens
+    add("--json", action="store_true", help="one JSON object, for programs")
 
 
-def _logits(edge_I: Array, s_T1: Array, q_T1: Array) -> Array:
-    """[T, I]: log of the weight of each stretch of ranks."""
-    middle_I = np.sqrt(edge_I[:-1] * (edge_I[1:] - 1))
-    logits_TI: Array = np.log(np.diff(edge_I)) - s_T1 * np.log(middle_I + q_T1)
-    return logits_TI
+def _count(text: str) -> int:
+    try:
+        value = float(text)
+        if not 1 <= value < 2**62 or value != int(value):
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up") from None
+    return int(value)
 
 
-def _exponents(edge_I: Array, spread_T1: Array, q_T1: Array, entropy: float) -> Array:
-    """s [T, 1], so that the mean entropy of the first rows is the wanted one."""
-    low, high = 1e-3, 100.0
-    width_I = np.diff(edge_I)
-    for _ in range(40):
-        scale = math.sqrt(low * high)
-        s_T1 = scale * (EXPONENTS[0] + spread_T1 * (EXPONENTS[1] - EXPONENTS[0]))
-        logits_TI = _logits(edge_I, s_T1[:_PROBED], q_T1[:_PROBED])
-        logp_TI = logits_TI - np.logaddexp.reduce(logits_TI, 1, keepdims=True)
-        found = -(np.exp(logp_TI) * (logp_TI - np.log(width_I))).sum(1).mean()
-        low, high = (scale, high) if found > entropy else (low, scale)
-    return s_T1
+@dataclass(frozen=True)
+class _Shapes:
+    """What a cache's size depends on, beside its bytes per token."""
+
+    codec: CodecConfig = dataclasses.field(default_factory=CodecConfig)
+    sample_tokens: int = 1024
+    vocab_size: int = 202_048
+    shard_samples: int = 256
+    tokens: int | None = None
 
 
-def _places(edge_I: Array, width_I: Array) -> tuple[Array, Array]:
-    """The place among all of V that a value of log r + noise has on average, on a grid of values."""
-    grid = np.linspace(-5 * NOISE, math.log(edge_I[-1]) + 5 * NOISE, 400)
-    z = (grid[:, None] - np.log((edge_I[:-1] + edge_I[1:] - 1) / 2)) / NOISE
-    below = 0.5 * (1 + torch.erf(torch.from_numpy(z / math.sqrt(2))).numpy())
-    return grid, np.minimum((below * width_I).sum(1), edge_I[-1] - 2)
+def run(args: argparse.Namespace) -> int:
+    """Raises ConfigError or CacheError: arguments that do not fit each other, or a cache that cannot be read."""
+    if args.config_dir and not args.config:
+        raise ConfigError(f"--config-dir is {args.config_dir}; it needs --config")
+    if args.overrides and not args.config:
+        raise ConfigError(f"{args.overrides[0]!r} is an override; it needs --config")
+    if args.like and args.entropy is not None:
+        raise ConfigError("--entropy is no option of --like, which has its own bytes per token")
+    shapes = _configured(args.config, args.overrides, args.config_dir) if args.config else _Shapes()
+    like = from_cache(caches(args.like)[0]) if args.like else None
+    if like and not args.config:
+        header = like.header
+        shapes = _Shapes(header.codec, header.sample_tokens, header.vocab_size)
+    shapes = _with_options(shapes, args)
+    if shapes.tokens is None:
+        raise ConfigError("--tokens is missing; how many tokens get targets?")
+    header = CacheHeader(shapes.vocab_size, "", "", shapes.sample_tokens, samples=0, codec=shapes.codec, seed=0)
+    header.dump()  # raises for what no cache can be
+    per_token = _per_token(args, header, like)
+    corpus = max(args.corpus_tokens or 0, shapes.tokens)
+    done = estimate(shapes.tokens, -(-corpus // shapes.sample_tokens), header, per_token, shapes.shard_samples)
+    seconds = shapes.tokens / args.tokens_per_second if args.tokens_per_second else None
+    if args.json:
+        print(json_text.dumps(dataclasses.asdict(done) | {"tokens": shapes.tokens, "seconds": seconds}))
+    else:
+        print("\n".join(_lines(done, shapes.tokens, shapes.sample_tokens, seconds)))
+    return 0
 
 
-def _distinct(row: Array, ids: Array, vocab_size: int) -> Array:
-    """The ids, where two of a row are the same moved on to the next free ones."""
-    order = np.lexsort((ids, row))
-    keys = row[order] * (2 * vocab_size) + ids[order]
-    # keys that must rise by at least 1 from each to the next: running maximum of key - index.
-    keys = np.maximum.accumulate(keys - np.arange(len(keys))) + np.arange(len(keys))
-    moved = np.empty_like(ids)
-    moved[order] = (keys - row[order] * (2 * vocab_size)) % vocab_size
-    return moved
+def _configured(experiment: str, overrides: list[str], config_dir: str | None) -> _Shapes:
+    from distill.config.load import resolve
+
+    config = resolve([f"experiment={experiment}", "job=teacher", *overrides], config_dir)
+    train, width = config.teacher.train, config.data.sample_tokens
+    return _Shapes(
+        codec=config.cache.codec,
+        sample_tokens=width,
+        vocab_size=config.teacher.model.vocab_size,
+        shard_samples=config.cache.shard_samples,
+        # With epochs the corpus decides, which is not packed yet.
+        tokens=None if train.steps is None else train.steps * train.batch * width,
+    )
+
+
+def _with_options(shapes: _Shapes, args: argparse.Namespace) -> _Shapes:
+    """What the options change; ConfigError for a parameter that its codec cannot have."""
+
+    def given(*names: str) -> dict[str, Any]:
+        return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+    codec = dataclasses.replace(shapes.codec, **given("draws", "tau", "k"))
+    if args.codec:
+        codec = dataclasses.replace(codec, name=args.codec)
+    if problems := list(out_of_range(codec, "--")):
+        raise ConfigError(*problems)
+    options = given("sample_tokens", "vocab_size", "shard_samples", "tokens")
+    return dataclasses.replace(shapes, codec=codec, **options)
+
+
+def _per_token(args: argparse.Namespace, header: CacheHeader, like: Measured | None) -> BytesPerToken:
+    if like is None:
+        entropy = DEFAULT_ENTROPY if args.entropy is None else args.entropy
+        most = math.log(header.vocab_size)
+        if not entropy > 0:
+            raise ConfigError(f"--entropy is {entropy}; it must be positive (nats)")
+        if entropy > most:
+            raise ConfigError(f"--entropy is {entropy}; {header.vocab_size} ids have at most {most:.2f} nats")
+        return from_table(header.codec, header.vocab_size, entropy)
+    there = like.header
+    if there.codec != header.codec or there.vocab_size != header.vocab_size:
+        raise ConfigError(
+            f"--like {args.like} has codec {there.codec} and {there.vocab_size} ids; its bytes per token do not hold "
+            f"for codec {header.codec} and {header.vocab_size} ids"
+        )
+    return like.per_token
+
+
+def _lines(done: Estimate, tokens: int, sample_tokens: int, seconds: float | None) -> list[str]:
+    each = done.per_token
+    lines = [
+        f"{grouped(tokens)} tokens in {grouped(done.samples)} samples of {grouped(sample_tokens)}",
+        f"bytes per token: {each.likely:.2f} in records, {each.low:.2f} to {each.high:.2f} (from {each.source})",
+        f"size: {file_size(done.likely)}, {file_size(done.low)} to {file_size(done.high)}; with all files "
+        f"{done.likely / tokens:.2f} bytes a token",
+        f"shards: {grouped(done.shards)}; ledgers {file_size(done.ledgers)}; ranks {file_size(done.ranks)}",
+        f"a reader: {file_size(done.reader_memory)} of memory, {file_size(done.reader_table)} of temporary disk",
+    ]
+    if done.shards > 100_000:
+        lines.append("so many shards are slow to open: more cache.shard_samples, or compact now and then")
+    if seconds is None:
+        return [*lines, "time: give --tokens-per-second"]
+    return [*lines, f"time: {seconds / 3600:,.1f} hours, writing {file_size(done.likely / seconds)} a second"]

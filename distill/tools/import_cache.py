@@ -1,35 +1,37 @@
 """The command that imports what other stacks wrote: arguments, source, matching, header, writer.
 
-It knows both the cache and the packed corpus, so it lives above them.
+It loads torch, the tokenizer and pyarrow when it runs.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
-from distill.cache import CacheHeader, CacheWriter, make_codec
 from distill.config.errors import ConfigError, DataError
 from distill.config.paths import home
-from distill.config.schema import CodecConfig, CodecName, TokenizerConfig
-from distill.data import tokenizer as tokenizers
-from distill.data.packed import PackedCorpus
-from distill.data.stream import Stream
-from distill.data.tokenizer import Tokenizer
-from distill.tools.imports.distillkit import DistillKit
-from distill.tools.imports.encode import Encoder
-from distill.tools.imports.importer import Match, Report, write
-from distill.tools.imports.match import ByOrder, ByTokens, load_order
-from distill.tools.imports.megatron import Megatron
-from distill.tools.imports.plain import Plain
-from distill.tools.imports.sequences import Facts, Sequence, Source
-from distill.tools.imports.vllm import Vllm
+from distill.config.registry import CODECS
+from distill.config.schema import CodecConfig, TokenizerConfig
+from distill.config.terminal import Progress
+from distill.config.units import short
 
-_READERS: dict[str, Any] = {"distillkit": DistillKit, "parquet": Plain, "vllm": Vllm, "megatron": Megatron}
+if TYPE_CHECKING:
+    from distill.cache import CacheHeader
+    from distill.data.packed import PackedCorpus
+    from distill.data.tokenizer import Tokenizer
+    from distill.tools.imports.importer import ImportReport, Match
+    from distill.tools.imports.sequences import ForeignSequence, ForeignSource, SourceInfo
+
+READERS = {
+    "distillkit": "distill.tools.imports.distillkit:DistillKit",
+    "parquet": "distill.tools.imports.plain:PlainParquet",
+    "vllm": "distill.tools.imports.vllm:Vllm",
+    "megatron": "distill.tools.imports.megatron:Megatron",
+}
+"""The class that reads each format, a `ForeignSource`."""
 _OPTIONS = {
     "distillkit": {"config": "config", "k": "k"},
     "parquet": {
@@ -43,12 +45,11 @@ _OPTIONS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `import`; `run` takes what they parse to."""
     codec, tokenizer = CodecConfig(), TokenizerConfig()
     add = parser.add_argument
     add("dir", type=home, help="folder or URL of the cache; made, or added to where it is the same")
     add("files", nargs="+", type=home, help="files or folders of the other stack")
-    add("--from", dest="format", required=True, choices=sorted(_READERS), help="who wrote them")
+    add("--from", dest="format", required=True, choices=sorted(READERS), help="who wrote them")
     add(
         "--corpus", required=True, metavar="FOLDER", type=home,
         help="the packed corpus, e.g. data/main-0123456789abcdef of a run",
@@ -87,17 +88,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lse-column", metavar="NAME", help="parquet: log-sum-exps, where the values are logits")
     add("--logits", action="store_true", default=None, help="parquet: the top-k are logits without log-sum-exp")
     add("--shifted", action="store_true", default=None, help="parquet: row j is about token j, not about the next one")
-    add("--codec", choices=[c.value for c in CodecName], default=codec.name.value, help="of dense rows (%(default)s)")
+    add("--codec", choices=CODECS.names, default=codec.name, help="of dense rows (%(default)s)")
     add("--draws", type=int, default=codec.draws, help="of codecs systematic and multinomial (%(default)s)")
     add("--tau", type=float, default=codec.tau, help="of codec threshold (%(default)s)")
 
 
-def run(args: argparse.Namespace) -> Report:
-    """Imports, and prints the bias first and what came of it last.
+def run(args: argparse.Namespace) -> int:
+    import_files(args)
+    return 0
+
+
+def import_files(args: argparse.Namespace) -> ImportReport:
+    """Imports; prints the bias of the format first and the report last.
 
     Raises:
         ConfigError, DataError, CacheError: arguments that do not fit each other, or files that cannot be read.
     """
+    from distill.cache import CacheWriter, make_codec
+    from distill.data import tokenizer as tokenizers
+    from distill.data.packed import PackedCorpus
+    from distill.tools.imports.encode import SpanEncoder
+    from distill.tools.imports.importer import write
+
     tokenizer = tokenizers.load(TokenizerConfig(bos=args.bos or None, eos=args.eos or None), args.tokenizer)
     if not tokenizer.vocab_size <= args.vocab_size:
         raise ConfigError(f"--vocab-size is {args.vocab_size}; {args.tokenizer} has {tokenizer.vocab_size} ids")
@@ -105,9 +117,9 @@ def run(args: argparse.Namespace) -> Report:
         raise ConfigError(f"--step is {args.step}, --tokens-seen {args.tokens_seen}; both are at least 0")
     source = _source(args)
     corpus = PackedCorpus(Path(args.corpus), args.split, Path(args.corpus).name)
-    header = _header(args, source.facts, tokenizer, corpus)
-    encoder = Encoder(make_codec(header.codec, header.vocab_size), header.vocab_size, header.seed)
-    print(f"{source.facts.format}: {source.facts.bias}")
+    header = _header(args, source.info, tokenizer, corpus)
+    encoder = SpanEncoder(make_codec(header.codec, header.vocab_size), header.vocab_size, header.seed)
+    print(f"{source.info.format}: {source.info.bias}")
     match = _match(args, corpus, tokenizer)
     writer = CacheWriter(
         args.dir, header, writer=args.writer, counts_V=corpus.counts_V(args.vocab_size), source="import"
@@ -124,12 +136,11 @@ def run(args: argparse.Namespace) -> Report:
             tokens_seen=args.tokens_seen,
             allow_unmatched=args.allow_unmatched,
         )
-    for line in report.lines():
-        print(line)
+    print("\n".join(report.lines()))
     return report
 
 
-def _source(args: argparse.Namespace) -> Source:
+def _source(args: argparse.Namespace) -> ForeignSource:
     takes = _OPTIONS[args.format]
     given = {
         name: getattr(args, name) for each in _OPTIONS.values() for name in each if getattr(args, name) is not None
@@ -138,15 +149,20 @@ def _source(args: argparse.Namespace) -> Source:
         raise ConfigError(f"--{wrong[0].replace('_', '-')} is no option of --from {args.format}")
     if args.k is not None and args.k < 1:
         raise ConfigError(f"--k is {args.k}; it is at least 1")
-    source: Source = _READERS[args.format](args.files, **{takes[name]: value for name, value in given.items()})
+    module, name = READERS[args.format].split(":")
+    options = {takes[each]: value for each, value in given.items()}
+    source: ForeignSource = getattr(import_module(module), name)(args.files, **options)
     return source
 
 
-def _header(args: argparse.Namespace, facts: Facts, tokenizer: Tokenizer, corpus: PackedCorpus) -> CacheHeader:
-    if facts.k is None:
-        codec = CodecConfig(CodecName(args.codec), draws=args.draws, tau=args.tau, k=args.k or CodecConfig().k)
+def _header(args: argparse.Namespace, info: SourceInfo, tokenizer: Tokenizer, corpus: PackedCorpus) -> CacheHeader:
+    from distill.cache import CacheHeader
+    from distill.data.stream import Stream
+
+    if info.k is None:
+        codec = CodecConfig(args.codec, draws=args.draws, tau=args.tau, k=args.k or CodecConfig().k)
     else:
-        codec = CodecConfig(CodecName.topk, k=facts.k)
+        codec = CodecConfig("topk", k=info.k)
     # A student takes the order of its samples from the cache: any order serves here, so it is one epoch of the corpus.
     name = Path(args.corpus).name.rpartition("-")[0] or Path(args.corpus).name
     stream = Stream({name: len(corpus)}, {name: 1.0}, args.seed).describe()
@@ -159,16 +175,18 @@ def _header(args: argparse.Namespace, facts: Facts, tokenizer: Tokenizer, corpus
         samples=len(corpus),
         codec=codec,
         seed=args.seed,
-        stream=stream | {"import": {"from": facts.format, "bias": facts.bias}},
+        stream=stream | {"import": {"from": info.format, "bias": info.bias}},
     )
 
 
 def _match(args: argparse.Namespace, corpus: PackedCorpus, tokenizer: Tokenizer) -> Match:
+    from distill.tools.imports.match import ByOrder, ByTokens, load_order
+
     if args.format == "megatron":
         if args.order is None:
             raise ConfigError(
-                "--order is missing; Megatron-LM's cache holds no tokens, so which sample each sequence is must be "
-                "told: a .npy or text file with the sample ids in the order of training"
+                "--order is missing; Megatron-LM's cache holds no tokens, so the sample of each sequence must be "
+                "given: a .npy or text file with the sample ids in the order of training"
             )
         return ByOrder(corpus, load_order(Path(args.order)), args.order)
     if args.order is not None:
@@ -183,7 +201,8 @@ def _match(args: argparse.Namespace, corpus: PackedCorpus, tokenizer: Tokenizer)
     return ByTokens(corpus, frame[0], frame[1], args.truncated)
 
 
-def _watched(source: Iterable[Sequence]) -> Iterator[Sequence]:
-    """With a progress bar where someone looks."""
-    with tqdm(source, unit=" sequences", disable=None) as bar:
-        yield from bar
+def _watched(source: ForeignSource) -> Iterator[ForeignSequence]:
+    with Progress(lambda rate: f"{short(rate)} sequences", transient=True) as progress:
+        for count, sequence in enumerate(source, start=1):
+            progress.update("import", count, None, amount=1)
+            yield sequence

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from distill.cache.header import CacheHeader
+from distill.cache.open_store import open_store
 from distill.cache.publish import create
 from distill.cache.ranks import invert, load_ranks
 from distill.cache.store import Store
-from distill.cache.view import Newest, open_shard, published
+from distill.cache.view import open_shard, published
 from distill.config.errors import CacheError
-from distill.tools.common import Bar, ToolLedger, alone, remove_leftovers
-from distill.tools.compact import in_order
-from distill.tools.decoding import Decoding
-from distill.tools.repack import Packer, piece
+from distill.config.paths import home
+from distill.config.terminal import advancing
+from distill.config.units import file_size, grouped
+from distill.tools.common import (
+    add_folder,
+    add_shard_mb,
+    alone,
+    check_distinct,
+    newest_records,
+    remove_leftovers,
+    shard_bytes,
+)
+from distill.tools.decoding import RecordDecoder
+from distill.tools.repack import Packer, in_order, portion
 
-SAME = ("vocab_size", "tokenizer", "corpus", "sample_tokens", "samples", "codec", "seed")
+SAME = ("vocab_size", "tokenizer", "corpus", "sample_tokens", "samples", "codec", "seed", "ranks")
 """What caches must have in common; the teachers' streams may differ."""
 
 
@@ -35,15 +47,14 @@ class Merge(NamedTuple):
     """Published."""
 
 
-class _Source:
+class _MergedCache:
+    """A source or the target, and which of its records count."""
+
     def __init__(self, store: Store):
         self.store, self.header = store, CacheHeader.read(store)
         self.rows, retired = published(store, self.header)
         self.files = {row.shard for row in self.rows + retired}
-        self.newest = Newest(self.header.samples)
-        for row in self.rows:
-            columns = open_shard(store, self.header, row).columns
-            self.newest.add(columns.sample_ids, columns.steps)
+        self.newest = newest_records(store, self.header, self.rows)
 
 
 def merge(sources: Sequence[Store], target: Store, *, shard_bytes: int) -> Merge:
@@ -55,54 +66,72 @@ def merge(sources: Sequence[Store], target: Store, *, shard_bytes: int) -> Merge
     Raises:
         CacheError: headers that differ (names every field), damage, another tool at work on the target.
     """
-    found = [_Source(store) for store in sources]
-    first = found[0].header
-    for other in found[1:]:
-        other.header.check(**{name: getattr(first, name) for name in (*SAME, "ranks")})
+    caches = [_MergedCache(store) for store in sources]
+    for cache in caches[1:]:
+        cache.header.check(**_common(caches[0].header))
     target.make_folders("")
     with alone(target) as is_alone:
-        header = _open(target, found[0])
-        there = _Source(target)
+        header = _open(target, caches[0])
+        there = _MergedCache(target)
         if is_alone:
             remove_leftovers(target, there.files)
-        packer = Packer(ToolLedger(target, "merge", header.identity), shard_bytes)
+        packer = Packer(target, "merge", header.identity, shard_bytes)
         copied = passed = 0
-        with Bar("merge", sum(row.bytes for source in found for row in source.rows)) as bar:
-            for number, source in enumerate(found):
-                decoding = Decoding(source.store, source.header)
-                place = {row.shard: i for i, row in enumerate(source.rows)}
-                for row in in_order(source.rows):
-                    shard = open_shard(source.store, source.header, row)
-                    newest = source.newest.of(place[row.shard], shard.columns.sample_ids)
+        with advancing("merge", sum(row.bytes for cache in caches for row in cache.rows)) as advance:
+            for number, cache in enumerate(caches):
+                decoder = RecordDecoder(cache.store, cache.header)
+                place = {row.shard: i for i, row in enumerate(cache.rows)}
+                for row in in_order(cache.rows):
+                    shard = open_shard(cache.store, cache.header, row)
+                    newest = cache.newest.of(place[row.shard], shard.columns.sample_ids)
                     ids, steps = shard.columns.sample_ids[newest], shard.columns.steps[newest]
+                    # An earlier source wins at equal steps, and so does the target.
                     wins = there.newest.steps(ids) < steps
-                    for other_number, other in enumerate(found):
-                        if other is not source:
-                            theirs = other.newest.steps(ids)
-                            wins &= (steps > theirs) | ((steps == theirs) & (number < other_number))
+                    for other in caches[:number]:
+                        wins &= other.newest.steps(ids) < steps
+                    for other in caches[number + 1 :]:
+                        wins &= other.newest.steps(ids) <= steps
                     keep = newest[np.flatnonzero(wins)]
                     copied, passed = copied + len(keep), passed + len(newest) - len(keep)
                     if len(keep):
-                        packer.add(piece(shard, shard.span(0, row.samples), keep, decoding.tokens))
-                    bar.add(row.bytes)
+                        packer.add(portion(shard, shard.span(0, row.samples), keep, decoder))
+                    advance(row.bytes)
             packer.flush()
     return Merge(len(packer.rows), copied, passed, sum(row.bytes for row in packer.rows))
 
 
-def _open(target: Store, source: _Source) -> CacheHeader:
-    """The target's header, which fits the source's."""
-    header = source.header
-    ids_by_rank = load_ranks(source.store, header)
+def _common(header: CacheHeader) -> dict[str, object]:
+    return {name: getattr(header, name) for name in SAME}
+
+
+def _open(target: Store, source: _MergedCache) -> CacheHeader:
+    """The target's header, which fits the source's; made where there is none."""
     try:
         there = CacheHeader.read(target)
     except CacheError as error:
         if "no cache here" not in str(error):
             raise
-        counts_V = header.vocab_size - invert(ids_by_rank)  # any counts that fall with the rank
-        return create(target, header, counts_V)
-    there.check(**{name: getattr(header, name) for name in SAME})
-    if not np.array_equal(load_ranks(target, there), ids_by_rank):
-        raise CacheError(
-            f"cache {target.root} does not fit: its table of ranks is another than that of {source.store.root}"
-        )
+        ids_by_rank = load_ranks(source.store, source.header)
+        counts_V = source.header.vocab_size - invert(ids_by_rank)  # any counts that fall with the rank
+        return create(target, source.header, counts_V)
+    there.check(**_common(source.header))
     return there
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "sources", nargs="+", metavar="SRC", type=home, help="caches of one corpus, tokenizer, codec and seed"
+    )
+    add_folder(parser, "the cache that takes their records; made if need be")
+    add_shard_mb(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    for source in args.sources:
+        check_distinct(source, args.dir)
+    done = merge([open_store(each) for each in args.sources], open_store(args.dir), shard_bytes=shard_bytes(args))
+    print(
+        f"{args.dir}: {grouped(done.copied)} records in {done.shards} new shards of {file_size(done.bytes)}; "
+        f"{grouped(done.passed)} were there already, or had a later one"
+    )
+    return 0

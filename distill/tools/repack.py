@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
-from distill.cache.ledger import Origin, ShardRow
+from distill.cache.ledger import LedgerWriter, Origin, Retired, ShardRow
 from distill.cache.publish import publish_shard
 from distill.cache.shard import Array, Columns, Shard
-from distill.tools.common import ToolLedger
+from distill.cache.store import Store
+from distill.tools.decoding import RecordDecoder
 
 MOST_ORIGINS = 2**16
 """Of one shard, in the format."""
 
-Count = Callable[[Sequence[bytes], Sequence[int]], int]
-"""Tokens that have a target in some records; the second argument: atoms in each."""
 
-
-class Piece(NamedTuple):
+class Portion(NamedTuple):
     """Records that come from one shard."""
 
     columns: Columns
@@ -30,86 +29,118 @@ class Piece(NamedTuple):
     """Of the records."""
 
 
-def piece(shard: Shard, records: Sequence[bytes | None], keep: Array, count: Count) -> Piece:
+def portion(shard: Shard, records: Sequence[bytes | None], keep: Array, decoder: RecordDecoder) -> Portion:
     """The samples at the places `keep` of a shard.
 
-    records: of all its samples; None where one is damaged and not kept.
+    records: of all its samples; None where one is damaged and not kept. Raises CacheError: a record cannot be decoded.
     """
     columns, origins = shard.columns, shard.row.origins
     kept: list[bytes] = [data for i in keep.tolist() if (data := records[i]) is not None]
     assert len(kept) == len(keep), "a damaged record is kept"
     size = sum(map(len, kept))
     if len(keep) == shard.row.samples:
-        return Piece(columns, kept, origins, size)
+        return Portion(columns, kept, origins, size)
     is_kept = np.zeros(shard.row.samples, np.bool_)
     is_kept[keep] = True
     used = np.unique(columns.origins[keep])
     left = []
     for number in used.tolist():
-        here = columns.origins == number
-        steps = columns.steps[here & is_kept]
+        is_here = columns.origins == number
+        steps = columns.steps[is_here & is_kept]
         left.append(
             dataclasses.replace(
                 origins[number],
                 samples=len(steps),
-                tokens=_tokens(shard, records, here, is_kept, origins[number], count),
+                tokens=_tokens(shard, records, is_here, is_kept, origins[number], decoder),
                 first_step=int(steps.min()),
                 last_step=int(steps.max()),
             )
         )
     part = columns.take(keep)
-    return Piece(part._replace(origins=np.searchsorted(used, part.origins)), kept, tuple(left), size)
+    return Portion(part._replace(origins=np.searchsorted(used, part.origins)), kept, tuple(left), size)
 
 
 def _tokens(
-    shard: Shard, records: Sequence[bytes | None], here: Array, is_kept: Array, origin: Origin, count: Count
+    shard: Shard,
+    records: Sequence[bytes | None],
+    is_here: Array,
+    is_kept: Array,
+    origin: Origin,
+    decoder: RecordDecoder,
 ) -> int:
-    """Of an origin's kept samples: from the records that are fewer, the kept ones or those left out."""
-    atoms = shard.columns.atoms
+    """Tokens of an origin's kept samples: from the records that are fewer, the kept ones or those left out."""
 
     def tokens(places: list[int]) -> int:
-        found = [data for i in places if (data := records[i]) is not None]
-        return count(found, [int(atoms[i]) for i in places])
+        some = [data for i in places if (data := records[i]) is not None]
+        return decoder.tokens(some, shard.columns.atoms[places].tolist())
 
-    inside, outside = np.flatnonzero(here & is_kept).tolist(), np.flatnonzero(here & ~is_kept).tolist()
-    known = int(here.sum()) == origin.samples and all(records[i] is not None for i in outside)
-    if known and len(outside) < len(inside):
-        return origin.tokens - (tokens(outside) if outside else 0)
+    inside, outside = np.flatnonzero(is_here & is_kept).tolist(), np.flatnonzero(is_here & ~is_kept).tolist()
+    is_known = len(inside) + len(outside) == origin.samples and all(records[i] is not None for i in outside)
+    if is_known and len(outside) < len(inside):
+        return origin.tokens - tokens(outside)
     return tokens(inside)
 
 
 class Packer:
-    """Collects pieces and publishes a shard whenever it holds `limit` bytes of records."""
+    """Collects portions and publishes a shard whenever it holds `limit` bytes of records.
 
-    def __init__(self, ledger: ToolLedger, limit: int):
-        self._ledger, self._limit = ledger, limit
-        self._pieces: list[Piece] = []
+    kind: the tool's name, which is its ledger's; the caller holds `alone`.
+    """
+
+    def __init__(self, store: Store, kind: str, identity: str, limit: int):
+        self._store, self._kind, self._identity, self._limit = store, kind, identity, limit
+        self._waiting: list[Portion] = []
         self.rows: list[ShardRow] = []
         """What it has published."""
 
-    def add(self, part: Piece) -> None:
-        """Publishes first what waits, if the piece would not fit; CacheError if that fails."""
+    @cached_property
+    def _ledger(self) -> LedgerWriter:
+        """Opened when it is first needed; CacheError when it cannot be."""
+        return LedgerWriter(self._store, self._kind, self._identity)
+
+    def add(self, part: Portion) -> None:
+        """Publishes first what waits, if the portion would not fit; CacheError if that fails."""
         if not part.records:
             return
-        size = sum(each.bytes for each in self._pieces) + part.bytes
-        origins = sum(len(each.origins) for each in self._pieces) + len(part.origins)
-        if self._pieces and (size > self._limit or origins > MOST_ORIGINS):
+        size = sum(each.bytes for each in self._waiting) + part.bytes
+        origins = sum(len(each.origins) for each in self._waiting) + len(part.origins)
+        if self._waiting and (size > self._limit or origins > MOST_ORIGINS):
             self.flush()
-        self._pieces.append(part)
+        self._waiting.append(part)
 
     def flush(self) -> None:
         """Publishes what waits."""
-        if not self._pieces:
+        if not self._waiting:
             return
-        pieces, self._pieces = self._pieces, []
-        first = np.cumsum([0] + [len(each.origins) for each in pieces])
-        columns = Columns(*(np.concatenate(column) for column in zip(*(each.columns for each in pieces), strict=True)))
-        shift = np.repeat(first[:-1], [len(each.records) for each in pieces])
-        records = [data for each in pieces for data in each.records]
+        parts, self._waiting = self._waiting, []
+        first = np.cumsum([0] + [len(each.origins) for each in parts])
+        columns = Columns(*(np.concatenate(column) for column in zip(*(each.columns for each in parts), strict=True)))
+        shift = np.repeat(first[:-1], [len(each.records) for each in parts])
+        records = [data for each in parts for data in each.records]
         ends = np.cumsum([len(data) for data in records], dtype=np.int64)
-        origins = tuple(origin for each in pieces for origin in each.origins)
-        ledger = self._ledger.get()
+        origins = tuple(origin for each in parts for origin in each.origins)
         joined = np.frombuffer(b"".join(records), np.uint8)
-        del records, pieces
+        del records, parts
         columns = columns._replace(origins=columns.origins + shift)
-        self.rows.append(publish_shard(ledger.store, ledger, self._ledger.kind, columns, joined, ends, origins))
+        self.rows.append(publish_shard(self._store, self._ledger, self._kind, columns, joined, ends, origins))
+
+    def retire(self, rows: Iterable[ShardRow]) -> None:
+        """Takes rows out of the cache, whose records lie elsewhere now or are lost."""
+        if ranges := _ranges(rows):
+            self._ledger.retire(ranges)
+
+
+def _ranges(rows: Iterable[ShardRow]) -> list[Retired]:
+    """The rows as few ranges."""
+    ranges: list[Retired] = []
+    for writer, seq in sorted((row.writer, row.seq) for row in rows):
+        if ranges and (ranges[-1].ledger, ranges[-1].last + 1) == (writer, seq):
+            ranges[-1] = Retired(writer, ranges[-1].first, seq)
+        else:
+            ranges.append(Retired(writer, seq, seq))
+    return ranges
+
+
+def in_order(rows: Iterable[ShardRow]) -> list[ShardRow]:
+    """As a student comes to them: by step."""
+    return sorted(rows, key=lambda row: (min((o.first_step for o in row.origins), default=0), row.writer, row.seq))

@@ -2,31 +2,31 @@
 
 First a plan, from a look at everything; then the plan is carried out, in an order that a kill may cut anywhere, since
 the next repair finds what is left to do: ledgers, then good records into shards of the repair's own, then a row that
-retires the damaged shards, then their files. Nothing is lost without a line that says which samples.
+retires the damaged shards, then their files. Nothing is lost without a line that names the samples.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from distill.cache.format import LEDGER, SHARDS, TEMPORARY, writer_lock
+from distill.cache.format import LEDGER, QUARANTINE, SHARDS, TEMPORARY, row_of, writer_lock
 from distill.cache.header import CacheHeader
 from distill.cache.ledger import Retired, ShardRow, ledgers, outside
 from distill.cache.ranks import load_ranks
-from distill.cache.shard import Array, Shard
+from distill.cache.shard import Array
 from distill.cache.store import Store
-from distill.cache.view import Newest
 from distill.config.errors import CacheError
-from distill.tools.common import Bar, ToolLedger, alone, is_live, ranges, to_quarantine, writer_of
-from distill.tools.compact import runs
-from distill.tools.decoding import Decoding
-from distill.tools.ledger_rows import mended, strays
-from distill.tools.repack import Packer, piece
-from distill.tools.scan import Scan, examine, row_from_file, rows_of, scan
+from distill.config.terminal import advancing
+from distill.tools.common import add_folder, alone, caches, is_live, newest_records
+from distill.tools.decoding import RecordDecoder
+from distill.tools.ledger_scan import LedgerScan, lost_shards, mended, rows_of, scan_ledger
+from distill.tools.repack import Packer, portion
+from distill.tools.shard_scan import ShardScan, examine, row_from_file
 
 SHARD_BYTES = 512 << 20
 
@@ -36,13 +36,15 @@ class _Salvage:
     """A shard whose row goes, or that never had one."""
 
     row: ShardRow
-    shard: Shard | None
-    good: Array
-    """Places of the records that verify."""
-    records: list[bytes | None]
+    scan: ShardScan
     has_row: bool
     keep: Array = field(default_factory=lambda: np.zeros(0, np.int64))
-    """Of the good ones, those that are newer than what remains of their samples."""
+    """Places of the good records that are newer than what remains of their samples."""
+
+    @property
+    def good(self) -> Array:
+        """Places of the records that verify."""
+        return np.array([i for i, data in enumerate(self.scan.records) if data is not None], np.int64)
 
 
 @dataclass
@@ -60,34 +62,33 @@ class Repair:
 
 
 def repair(store: Store, *, dry_run: bool = False) -> Repair:
-    """Repairs one cache; `verify` finds nothing to complain of afterwards.
+    """Repairs one cache; `verify` has nothing to report afterwards.
 
     Writers that are alive keep their ledgers and files, but for damaged shards that they have published.
 
     Raises:
-        CacheError: the header or the table of ranks is damaged (they cannot be made again from the rest),
-            another tool at work, or a file that cannot be written.
+        CacheError: the header or the table of ranks is damaged (they cannot be made again from the rest), another tool
+            at work, or a file that cannot be written.
     """
     header = _header(store)
     with alone(store, dry_run=dry_run), contextlib.ExitStack() as locks:
         done = Repair()
         mine = _lock_writers(store, locks, done, dry_run)
-        scans = [scan(store, name, header) for name in sorted({*ledgers(store), *mine})]
+        scans = [scan_ledger(store, name, header) for name in sorted({*ledgers(store), *mine})]
         scans = [_mend_ledger(store, header, each, done, dry_run) if each.writer in mine else each for each in scans]
         rows, retired = rows_of(scans)
-        salvages = _examine(store, header, rows) + _strays(store, header, {r.shard for r in rows + retired}, mine, done)
+        decoder = RecordDecoder(store, header)
+        salvages = _damaged(store, header, rows, decoder)
+        unpublished, useless = _strays(store, header, {row.shard for row in rows + retired}, mine, done)
+        salvages += unpublished
         _settle(header, store, rows, salvages, done)
-        for each in salvages:
-            done.lines += _told(store, each)
+        done.lines += [_report(store, each) for each in salvages]
         left = _left(store, scans, retired)
         done.lines += [
             f"{store.path(name)}: retired by a repair that was stopped; moved to quarantine" for name in left
         ]
         if not dry_run:
-            _carry_out(store, header, salvages)
-            for name in left:
-                to_quarantine(store, name)
-            _sweep(store, header, mine)
+            _carry_out(store, header, salvages, left + useless, decoder)
     return done
 
 
@@ -108,7 +109,7 @@ def _header(store: Store) -> CacheHeader:
 
 def _lock_writers(store: Store, locks: contextlib.ExitStack, done: Repair, dry_run: bool) -> set[str]:
     """Names that no live process has; they are held until the repair is over (dry_run: not at all)."""
-    names = set(ledgers(store)) | {found[0] for name in store.names(SHARDS) if (found := writer_of(name))}
+    names = set(ledgers(store)) | {row.writer for name in store.names(SHARDS) if (row := row_of(name))}
     mine = set()
     for name in sorted(names):
         if is_live(store, name):
@@ -120,91 +121,77 @@ def _lock_writers(store: Store, locks: contextlib.ExitStack, done: Repair, dry_r
     return mine
 
 
-def _mend_ledger(store: Store, header: CacheHeader, found: Scan, done: Repair, dry_run: bool) -> Scan:
+def _mend_ledger(store: Store, header: CacheHeader, scan: LedgerScan, done: Repair, dry_run: bool) -> LedgerScan:
     """The ledger as it is afterwards."""
-    if found.torn:
-        done.lines.append(f"{store.path(found.torn_in)}: a torn last row of {found.torn} bytes is removed")
-        if not dry_run and found.torn_in.endswith(".jsonl"):
-            store.truncate(found.torn_in, store.size(found.torn_in) - found.torn)
+    if scan.torn:
+        done.lines.append(f"{store.path(scan.torn_in)}: a torn last row of {scan.torn} bytes is removed")
+        if not dry_run and scan.torn_in.endswith(".jsonl"):
+            store.truncate(scan.torn_in, store.size(scan.torn_in) - scan.torn)
         elif not dry_run:
-            store.remove(found.torn_in)
-    if not found.problems and not strays(store, found):
-        return found._replace(torn=0)
-    done.lines += found.problems
-    lines, said = mended(store, header, found)
-    done.lines += said
-    if not dry_run:
-        for name in dict.fromkeys(line.name for line in found.lines):
-            data = b"".join(line.data for line in lines if line.name == name)
-            old = store.read(name)
-            if data != old:
-                if found.problems:
-                    to_quarantine(store, name, copy=True)
-                if data or name.endswith(".jsonl"):
-                    store.publish(name, data)
-                else:
-                    store.remove(name)
-        for name in dict.fromkeys(line.name for line in lines):
-            if not any(line.name == name for line in found.lines):
-                store.publish(name, b"".join(line.data for line in lines if line.name == name))
-    return Scan(found.writer, lines, 0, "")
+            store.remove(scan.torn_in)
+    if not scan.problems and not lost_shards(store, scan):
+        return scan._replace(torn=0)
+    lines, messages = mended(store, header, scan)
+    done.lines += scan.problems + messages
+    before = {line.name for line in scan.lines}
+    for name in dict.fromkeys(line.name for line in [*scan.lines, *lines]) if not dry_run else ():
+        data = b"".join(line.data for line in lines if line.name == name)
+        if name in before and data != store.read(name) and scan.problems:
+            _to_quarantine(store, name, copy=True)
+        if name not in before or data != store.read(name):
+            if data or name.endswith(".jsonl"):
+                store.publish(name, data)
+            else:
+                store.remove(name)
+    return LedgerScan(scan.writer, lines, 0, "")
 
 
-def _examine(store: Store, header: CacheHeader, rows: Sequence[ShardRow]) -> list[_Salvage]:
-    found = []
-    decoding = Decoding(store, header)
-    with Bar("repair", sum(row.bytes for row in rows)) as bar:
+def _damaged(store: Store, header: CacheHeader, rows: Sequence[ShardRow], decoder: RecordDecoder) -> list[_Salvage]:
+    salvages = []
+    with advancing("repair", sum(row.bytes for row in rows)) as advance:
         for row in rows:
-            if examine(store, header, row, progress=bar.add).problems:
-                shard, records, _ = examine(store, header, row, keep=True, bad=decoding.undecodable)
-                found.append(_salvage(row, shard, records, has_row=True))
-    return found
+            if examine(store, header, row, advance=advance).problems:
+                scan = examine(store, header, row, keep=True, undecodable=decoder.undecodable)
+                salvages.append(_Salvage(row, scan, has_row=True))
+    return salvages
 
 
-def _salvage(row: ShardRow, shard: Shard | None, records: list[bytes | None], *, has_row: bool) -> _Salvage:
-    good = np.array([i for i, data in enumerate(records) if data is not None], np.int64)
-    return _Salvage(row, shard, good, records, has_row)
-
-
-def _strays(store: Store, header: CacheHeader, known: set[str], mine: set[str], done: Repair) -> list[_Salvage]:
-    """Files of `shards/` that no row names: whole shards are good records."""
-    found = []
+def _strays(
+    store: Store, header: CacheHeader, known: set[str], mine: set[str], done: Repair
+) -> tuple[list[_Salvage], list[str]]:
+    """Files of `shards/` that no row names: shards that are whole, and names of files that are of no use."""
+    salvages, useless = [], []
     for name in store.names(SHARDS):
-        writer = writer_of(name)
-        if name in known or (writer is not None and writer[0] not in mine):
+        row = row_of(name)
+        if name in known or (row is not None and row.writer not in mine):
             continue
         path = store.path(f"{SHARDS}/{name}")
+        problem = ""
         if name.endswith(TEMPORARY):
             done.lines.append(f"{path}: a file that was being written is removed")
-        elif writer is None:
+        elif row is None:
             done.lines.append(f"{path}: not part of a cache; moved to quarantine")
         else:
             try:
-                row = row_from_file(store, name, header.identity, None)
-                shard, records, problems = examine(store, header, row, keep=True)
-            except (ValueError, KeyError, TypeError, IndexError, CacheError) as error:
-                done.lines.append(f"{path}: a shard without a row, damaged ({error}); moved to quarantine")
+                remade = row_from_file(store, name, header.identity, None)
+                scan = examine(store, header, remade, keep=True)
+                problem = "".join(scan.problems[:1])
+            except CacheError as error:
+                problem = str(error)
+            if not problem:
+                salvages.append(_Salvage(remade, scan, has_row=False))
                 continue
-            if problems:
-                done.lines.append(f"{path}: a shard without a row, damaged ({problems[0]}); moved to quarantine")
-            else:
-                found.append(_salvage(row, shard, records, has_row=False))
-    return found
+            done.lines.append(f"{path}: a shard without a row, damaged ({problem}); moved to quarantine")
+        useless.append(f"{SHARDS}/{name}")
+    return salvages, useless
 
 
-def _left(store: Store, scans: Sequence[Scan], retired: Sequence[ShardRow]) -> list[str]:
+def _left(store: Store, scans: Sequence[LedgerScan], retired: Sequence[ShardRow]) -> list[str]:
     """Files that an earlier repair has retired and not moved."""
-    ranges = [
-        each
-        for found in scans
-        if found.writer == "repair"
-        for line in found.lines
-        for each in line.rows
-        if isinstance(each, Retired)
-    ]
-    there = set(store.names(SHARDS))
-    kept = {(row.writer, row.seq) for row in outside(list(retired), ranges)}
-    return [f"{SHARDS}/{row.shard}" for row in retired if (row.writer, row.seq) not in kept and row.shard in there]
+    lines = [line for scan in scans if scan.writer == "repair" for line in scan.lines]
+    by_repair = [each for line in lines for each in line.rows if isinstance(each, Retired)]
+    kept, there = {row.shard for row in outside(list(retired), by_repair)}, set(store.names(SHARDS))
+    return [f"{SHARDS}/{row.shard}" for row in retired if row.shard in there - kept]
 
 
 def _settle(
@@ -212,20 +199,19 @@ def _settle(
 ) -> None:
     """Which good records are worth copying, and which samples have lost their newest one."""
     damaged = {each.row.shard for each in salvages}
-    newest = Newest(header.samples)
-    for row in rows:
-        if row.shard not in damaged:
-            columns = Shard(store, row).columns
-            newest.add(columns.sample_ids, columns.steps)
+    newest = newest_records(store, header, [row for row in rows if row.shard not in damaged])
     wanted: dict[int, int] = {}
+    """The greatest step of each sample in a damaged shard."""
     for each in salvages:
-        if each.shard is None:
+        if each.scan.shard is None:
             continue  # which samples it had is not known
-        ids, steps_of = each.shard.columns.sample_ids, each.shard.columns.steps
+        ids, steps_of = each.scan.shard.columns.sample_ids, each.scan.shard.columns.steps
         if each.has_row:
-            real = (ids >= 0) & (ids < header.samples)  # an index that does not verify may say anything
-            _note(wanted, ids[real].tolist(), steps_of[real].tolist())
-        keep = each.good[newest.steps(ids[each.good]) < steps_of[each.good]]
+            real = (ids >= 0) & (ids < header.samples)  # an index that does not verify may hold anything
+            for sample, step in zip(ids[real].tolist(), steps_of[real].tolist(), strict=True):
+                wanted[sample] = max(wanted.get(sample, -1), step)
+        good = each.good
+        keep = good[newest.steps(ids[good]) < steps_of[good]]
         # Of a sample that lies in the shard twice the later record counts.
         last = {int(ids[i]): i for i in sorted(keep.tolist(), key=lambda i: (int(steps_of[i]), i))}
         each.keep = np.array(sorted(last.values()), np.int64)
@@ -233,59 +219,84 @@ def _settle(
         done.saved += len(each.keep)
     samples = np.array(sorted(wanted), np.int64)
     left = newest.steps(samples)
-    lost = samples[left < np.array([wanted[s] for s in samples.tolist()], np.int64)]
-    done.lost = lost.tolist()
+    done.lost = samples[left < np.array([wanted[s] for s in samples.tolist()], np.int64)].tolist()
     done.uncovered = samples[left < 0].tolist()
 
 
-def _note(wanted: dict[int, int], ids: Sequence[int], steps: Sequence[int]) -> None:
-    for sample, step in zip(ids, steps, strict=True):
-        wanted[sample] = max(wanted.get(sample, -1), step)
-
-
-def _told(store: Store, each: _Salvage) -> list[str]:
-    path = store.path(f"{SHARDS}/{each.row.shard}")
+def _report(store: Store, each: _Salvage) -> str:
+    path, row = store.path(f"{SHARDS}/{each.row.shard}"), each.row
     if not each.has_row:
-        return [f"{path}: a shard without a row; {len(each.keep)} of its {each.row.samples} records are published"]
-    if each.shard is None:
-        among = f"{each.row.samples} among samples {each.row.first_sample} to {each.row.last_sample}"
-        return [f"{path}: nothing can be read of its records, {among}; retired, moved to quarantine"]
-    ids = each.shard.columns.sample_ids
+        return f"{path}: a shard without a row; {len(each.keep)} of its {row.samples} records are published"
+    if each.scan.shard is None:
+        among = f"{row.samples} among samples {row.first_sample} to {row.last_sample}"
+        return f"{path}: nothing can be read of its records, {among}; retired, moved to quarantine"
+    ids = each.scan.shard.columns.sample_ids
     bad = sorted(set(ids.tolist()) - set(ids[each.good].tolist()))
     what = f"the records of samples {ranges(bad)} are damaged" if bad else "its file and its row disagree"
-    return [f"{path}: {what}; {len(each.keep)} records copied, the shard retired and moved to quarantine"]
+    return f"{path}: {what}; {len(each.keep)} records copied, the shard retired and moved to quarantine"
 
 
-def _carry_out(store: Store, header: CacheHeader, salvages: list[_Salvage]) -> None:
-    ledger = ToolLedger(store, "repair", header.identity)
-    packer = Packer(ledger, SHARD_BYTES)
-    decoding = Decoding(store, header)
+def _carry_out(
+    store: Store, header: CacheHeader, salvages: list[_Salvage], useless: list[str], decoder: RecordDecoder
+) -> None:
+    packer = Packer(store, "repair", header.identity, SHARD_BYTES)
     for each in salvages:
-        if each.shard is not None and len(each.keep):
-            packer.add(piece(each.shard, each.records, each.keep, decoding.tokens))
+        if each.scan.shard is not None and len(each.keep):
+            packer.add(portion(each.scan.shard, each.scan.records, each.keep, decoder))
     packer.flush()
-    if retired := runs(each.row for each in salvages if each.has_row):
-        ledger.get().retire(retired)
-    published = {row.shard for row in packer.rows}
-    for each in salvages:
-        name = f"{SHARDS}/{each.row.shard}"
-        if each.row.shard in published:
-            continue  # a stopped repair had written the very same file, without its row
-        if each.has_row and store.exists(name):
-            to_quarantine(store, name)
-        elif not each.has_row:
-            store.remove(name)
-
-
-def _sweep(store: Store, header: CacheHeader, mine: set[str]) -> None:
-    """What is in `shards/` and of no use: temporary files go, the rest to quarantine."""
-    rows, retired = rows_of([scan(store, name, header) for name in ledgers(store)])
-    known = {row.shard for row in rows + retired}
-    for name in store.names(SHARDS):
-        writer = writer_of(name)
-        if name in known or (writer is not None and writer[0] not in mine):
+    packer.retire(each.row for each in salvages if each.has_row)
+    # A stopped repair may have written the very same files, without their rows.
+    published = {f"{SHARDS}/{row.shard}" for row in packer.rows}
+    unpublished = [f"{SHARDS}/{each.row.shard}" for each in salvages if not each.has_row]
+    damaged = [f"{SHARDS}/{each.row.shard}" for each in salvages if each.has_row]
+    for name in [*unpublished, *damaged, *useless]:
+        if name in published or not store.exists(name):
             continue
-        if name.endswith(TEMPORARY):
-            store.remove(f"{SHARDS}/{name}")
+        if name in unpublished or name.endswith(TEMPORARY):
+            store.remove(name)
         else:
-            to_quarantine(store, f"{SHARDS}/{name}")
+            _to_quarantine(store, name)
+
+
+def _to_quarantine(store: Store, name: str, *, copy: bool = False) -> None:
+    """Takes a file out of the cache, or a copy of it, and keeps it under a name that is free."""
+    plain = f"{QUARANTINE}/{name.replace('/', '-') if name.startswith(LEDGER) else name.rsplit('/', 1)[-1]}"
+    kept, number = plain, 1
+    store.make_folders(QUARANTINE)
+    data = store.read(name)
+    while store.exists(kept) and store.read(kept) != data:
+        kept, number = f"{plain}.{number}", number + 1
+    store.publish(kept, data)
+    if not copy:
+        store.remove(name)
+
+
+def ranges(numbers: list[int]) -> str:
+    """`0 to 4, 7, 9 to 12` of ascending numbers."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(f"{a} to {b}" if b > a else str(a) for a, b in spans)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_folder(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and change nothing")
+
+
+def run(args: argparse.Namespace) -> int:
+    for store in caches(args.dir):
+        done = repair(store, dry_run=args.dry_run)
+        for line in done.lines:
+            print(line)
+        outcome = ("would be " if args.dry_run else "") + "repaired" if done.lines else "whole, nothing to do"
+        print(f"{store.root}: {outcome}" + (f"; {done.saved} records saved" if done.saved else ""))
+        if done.lost:
+            older = sorted(set(done.lost) - set(done.uncovered))
+            print(f"  lost: newest records of {len(done.lost)} samples: {ranges(done.lost)}")
+            if older:
+                print(f"  of these an older record is left: {ranges(older)}")
+    return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,12 +11,16 @@ from distill.cache.header import CacheHeader
 from distill.cache.ledger import Origin, ShardRow
 from distill.cache.shard import WIDTHS
 from distill.cache.store import Store
-from distill.cache.view import Newest, ledger_readers, open_shard, settle
-from distill.tools.common import Bar, is_live
+from distill.cache.view import ledger_readers, settle
+from distill.config import json_text
+from distill.config.paths import home
+from distill.config.terminal import advancing
+from distill.tools.common import add_folder, add_json, caches, check_at_least_one, is_live, newest_records
 from distill.tools.flops import flop_ledger
+from distill.tools.stats_text import histogram_lines, stats_lines
 
-_TOGETHER = 256
-"""Shards whose indexes are read together."""
+_DEEP = 256
+"""Samples of --deep."""
 
 
 def stats(store: Store, *, quick: bool = False) -> dict[str, Any]:
@@ -31,9 +36,13 @@ def stats(store: Store, *, quick: bool = False) -> dict[str, Any]:
     ledgers = ledger_readers(store, header)
     rows, retired = settle(entry for ledger in ledgers for entry in ledger.poll())
     records, tokens = sum(row.samples for row in rows), sum(row.tokens for row in rows)
-    covered = min(records, header.samples) if quick else _covered(store, header, rows)
+    if quick:
+        covered = min(records, header.samples)
+    else:
+        with advancing("indexes", sum(row.index_bytes for row in rows)) as advance:
+            covered = newest_records(store, header, rows, advance).covered
     sizes = _sizes(store, header, rows, retired)
-    found: dict[str, Any] = {
+    return {
         "folder": store.root,
         "header": header.json() | {"digest": header.identity},
         "exact": not quick,
@@ -60,18 +69,6 @@ def stats(store: Store, *, quick: bool = False) -> dict[str, Any]:
             for each in ledgers
         ],
     }
-    return found
-
-
-def _covered(store: Store, header: CacheHeader, rows: Sequence[ShardRow]) -> int:
-    newest = Newest(header.samples)
-    with Bar("indexes", sum(row.index_bytes for row in rows)) as bar:
-        for first in range(0, len(rows), _TOGETHER):
-            part = rows[first : first + _TOGETHER]
-            for row, columns in zip(part, store.map(lambda row: open_shard(store, header, row).columns, part)):
-                newest.add(columns.sample_ids, columns.steps)
-                bar.add(row.index_bytes)
-    return newest.covered
 
 
 def _sizes(
@@ -112,10 +109,10 @@ def _origins(rows: Sequence[ShardRow]) -> list[dict[str, Any]]:
     for row in rows:
         for origin in row.origins:
             groups.setdefault((origin.teacher, origin.source, origin.seen_before), []).append(origin)
-    found = []
+    origins_of = []
     for (teacher, source, seen_before), origins in groups.items():
         losses = [(o.last_step, o.loss) for o in origins if o.loss is not None]
-        found.append(
+        origins_of.append(
             {
                 "teacher": teacher,
                 "source": source,
@@ -128,7 +125,7 @@ def _origins(rows: Sequence[ShardRow]) -> list[dict[str, Any]]:
                 "last_loss": max(losses, default=(0, None), key=lambda each: each[0])[1],
             }
         )
-    return sorted(found, key=lambda each: (each["first_step"], each["teacher"], each["source"]))
+    return sorted(origins_of, key=lambda each: (each["first_step"], each["teacher"], each["source"]))
 
 
 def lag(rows: Sequence[ShardRow]) -> dict[str, list[float]]:
@@ -143,3 +140,43 @@ def lag(rows: Sequence[ShardRow]) -> dict[str, list[float]]:
         "lag": [loss - best for _, loss, _ in origins],
         "tokens": [tokens for _, _, tokens in origins],
     }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_folder(parser)
+    add_json(parser)
+    parser.add_argument(
+        "--quick", action="store_true", help="header and ledgers alone; coverage is an upper bound then"
+    )
+    parser.add_argument(
+        "--deep", type=int, nargs="?", const=_DEEP, metavar="SAMPLES",
+        help="decode so many samples, always the same ones, for histograms (%(const)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--html", metavar="FILE", type=home, help="write all of it as a page with charts, too (includes --deep)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    check_at_least_one("--deep", args.deep)
+    samples = args.deep or (_DEEP if args.html else None)
+    everything = []
+    for number, store in enumerate(caches(args.dir)):
+        entry = stats(store, quick=args.quick)
+        if samples is not None and entry["records"]:
+            from distill.tools.histograms import histograms  # torch
+
+            entry["sampled"] = histograms(store, samples)
+        everything.append(entry)
+        if args.json:
+            print(json_text.dumps(entry))
+        else:
+            lines = stats_lines(entry) + (histogram_lines(entry["sampled"]) if "sampled" in entry else [])
+            print(("\n" if number else "") + "\n".join(lines), flush=True)
+    if args.html:
+        from distill.tools.cache_page import write
+
+        write(args.html, everything)
+        if not args.json:
+            print(f"\n{args.html}")
+    return 0

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from distill.cache.format import SHARDS, TEMPORARY
+from distill.cache.format import SHARDS, TEMPORARY, row_of
 from distill.cache.header import CacheHeader
 from distill.cache.ledger import ShardRow, ledgers
 from distill.cache.ranks import load_ranks
 from distill.cache.store import Store
+from distill.config import json_text
 from distill.config.errors import CacheError
-from distill.tools.common import Bar, is_live, writer_of
-from distill.tools.scan import Scan, examine, rows_of, scan
+from distill.config.terminal import advancing
+from distill.config.units import file_size, grouped
+from distill.tools.common import add_folder, add_json, caches, check_at_least_one, is_live
+from distill.tools.decoding import RecordDecoder
+from distill.tools.ledger_scan import LedgerScan, rows_of, scan_ledger
+from distill.tools.shard_scan import examine
 
 
 class Verdict(NamedTuple):
-    """What was found."""
+    """On one cache."""
 
     problems: list[str]
     """Damage: each names the file, and the sample where it is one record's."""
@@ -30,9 +35,9 @@ class Verdict(NamedTuple):
 
 
 def verify(store: Store, *, decode: bool = False, jobs: int = 1) -> Verdict:
-    """Looks at every file of a cache.
+    """Reads every file of a cache.
 
-    decode: take every record apart, too. jobs: shards that are looked at together.
+    decode: take every record apart, too. jobs: shards that are verified together.
     """
     try:
         header = CacheHeader.read(store)
@@ -46,7 +51,7 @@ def verify(store: Store, *, decode: bool = False, jobs: int = 1) -> Verdict:
         decode = False  # without ranks there are no ids
     # Files first: a shard that is published meanwhile then has its row.
     files = store.names(SHARDS)
-    scans = [scan(store, name, header) for name in ledgers(store)]
+    scans = [scan_ledger(store, name, header) for name in ledgers(store)]
     problems += [problem for each in scans for problem in each.problems]
     notes += [
         f"{store.path(each.torn_in)}: {each.torn} bytes of a row at its end that was not finished"
@@ -55,52 +60,67 @@ def verify(store: Store, *, decode: bool = False, jobs: int = 1) -> Verdict:
     ]
     rows, retired = rows_of(scans)
     problems += _shards(store, header, rows, decode, jobs)
-    lost, left = strays(store, files, scans, rows + retired)
-    problems += lost
-    notes += left
+    _strays(store, files, scans, {row.shard for row in rows + retired}, problems, notes)
     there = set(files)
-    replaced = [row for row in retired if row.shard in there]
-    if replaced:
-        size = sum(row.bytes for row in replaced)
-        notes.append(
-            f"{len(replaced)} shards of {size / 1e6:.1f} MB are replaced by others; compact --purge removes them"
-        )
+    if replaced := [row for row in retired if row.shard in there]:
+        size = file_size(sum(row.bytes for row in replaced))
+        notes.append(f"{len(replaced)} shards of {size} are replaced by others; compact --purge removes them")
     return Verdict(problems, notes, len(rows), sum(row.samples for row in rows), sum(row.bytes for row in rows))
 
 
 def _shards(store: Store, header: CacheHeader, rows: list[ShardRow], decode: bool, jobs: int) -> list[str]:
-    bad: Callable[[list[bytes], list[int]], list[int]] | None = None
-    if decode:
-        from distill.tools.decoding import Decoding  # torch
-
-        bad = Decoding(store, header).undecodable
-    with Bar("verify", sum(row.bytes for row in rows)) as bar, ThreadPoolExecutor(max(jobs, 1)) as pool:
-
-        def look(row: ShardRow) -> list[str]:
-            return examine(store, header, row, bad=bad, progress=bar.add).problems
-
-        return [problem for found in pool.map(look, rows) for problem in found]
+    undecodable = RecordDecoder(store, header).undecodable if decode else None
+    with (
+        advancing("verify", sum(row.bytes for row in rows)) as advance,
+        ThreadPoolExecutor(max(jobs, 1)) as pool,
+    ):
+        scans = pool.map(lambda row: examine(store, header, row, undecodable=undecodable, advance=advance), rows)
+        return [problem for scan in scans for problem in scan.problems]
 
 
-def strays(store: Store, files: list[str], scans: list[Scan], rows: list[ShardRow]) -> tuple[list[str], list[str]]:
-    """Files of `shards/` that no row names: those that tell of lost rows, and those that a kill explains.
+def _strays(
+    store: Store, files: list[str], scans: list[LedgerScan], known: set[str], problems: list[str], notes: list[str]
+) -> None:
+    """Files of `shards/` that no row names: a problem where a row must have been lost, a note where a kill explains it.
 
     A kill can come between a shard's file and its row: then the row would be the ledger's next one.
     """
-    known = {row.shard for row in rows}
     following = {each.writer: max(each.good, default=-1) + 1 for each in scans}
-    lost, left = [], []
     for name in files:
-        if name in known:
+        row = row_of(name)
+        if name in known or (row is not None and is_live(store, row.writer)):
             continue
         path = store.path(f"{SHARDS}/{name}")
-        found = writer_of(name)
-        if found is not None and is_live(store, found[0]):
-            continue
-        if name.endswith(TEMPORARY) or found is None:
-            left.append(f"{path}: a file that is not part of the cache")
-        elif found[1] > following.get(found[0], 0):
-            lost.append(f"{path}: the ledger of {found[0]} ends before its row {found[1]}")
+        if name.endswith(TEMPORARY) or row is None:
+            notes.append(f"{path}: a file that is not part of the cache")
+        elif row.seq > following.get(row.writer, 0):
+            problems.append(f"{path}: the ledger of {row.writer} ends before its row {row.seq}")
         else:
-            left.append(f"{path}: a shard without a row in the ledger, which a kill leaves")
-    return lost, left
+            notes.append(f"{path}: a shard without a row in the ledger, which a kill leaves")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_folder(parser)
+    add_json(parser)
+    parser.add_argument("--decode", action="store_true", help="take every record apart, too")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="shards at a time (%(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    check_at_least_one("--jobs", args.jobs)
+    has_problems = False
+    for store in caches(args.dir):
+        verdict = verify(store, decode=args.decode, jobs=args.jobs)
+        has_problems |= bool(verdict.problems)
+        if args.json:
+            print(json_text.dumps({"folder": store.root} | verdict._asdict()))
+            continue
+        for problem in verdict.problems:
+            print(f"damage: {problem}")
+        for note in verdict.notes:
+            print(f"note: {note}")
+        print(
+            f"{store.root}: {f'{len(verdict.problems)} problems' if verdict.problems else 'whole'}; "
+            f"{grouped(verdict.samples)} records in {verdict.shards} shards of {file_size(verdict.bytes)}"
+        )
+    return int(has_problems)

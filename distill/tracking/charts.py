@@ -1,46 +1,46 @@
-"""Charts as HTML figures around inline SVG.
-
-Curves live in a stretched square of 1000 units inside an SVG as wide as the page's column, so that a chart fits any
-width while its text and strokes keep their size.
-"""
+"""Charts as HTML figures, drawn by plotly in the reader's browser; the page around them brings plotly's script."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from html import escape
+from typing import Any
 
 import numpy as np
+import plotly.graph_objects as go
 
 from distill.config.units import percent, short
-from distill.tracking import scale
-from distill.tracking.scale import Axis
+from distill.tracking import thinning
 
-STYLES = 8
+# Okabe and Ito's palette, which color-blind readers can tell apart; adjusted for contrast on white and on black.
+COLORS = ("#808086", "#d55e00", "#1f7fc4", "#009e73", "#b8568f", "#c98a00", "#3a9bd9", "#8f7a5e")
+DASHES = ("solid", "solid", "solid", "dash", "dot", "solid", "dash", "dot")
+HEAT = [[0.0, "rgba(31,127,196,0)"], [1.0, "rgba(31,127,196,1)"]]
+SPIKE = {"spikethickness": 1, "spikecolor": "#808086", "spikedash": "solid"}
+"""The line at the pointer."""
 COLUMNS = 100
 """Most columns of a heat map."""
+POINTS = 1200
+"""Most points of the curves of a chart together; of one curve 600."""
+VALUE = ",.4~r"
+"""Numbers under the pointer: four digits and no exponent."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Curve:
-    """x [N] ascending and y [N] of one arm; `style` picks its colour."""
+    """x [N] ascending and y [N] of one arm; `style` selects its color."""
 
     label: str
     style: int
     x: np.ndarray
     y: np.ndarray
+    apart: bool = False
+    """The last point was measured in another way: it is drawn as a diamond at the end of a dotted line."""
 
 
-@dataclass
-class Mark:
-    """An upright line at one x; of several alike, the first has the text."""
-
-    x: float
-    text: str = ""
-    strong: bool = False
-
-
-@dataclass
+@dataclass(frozen=True)
 class Frame:
     """What surrounds a chart: words and units."""
 
@@ -59,135 +59,174 @@ def line_chart(
     zero: bool,
     log_x: bool = False,
     log_y: bool = False,
-    marks: Sequence[Mark] = (),
+    dotted: Sequence[float] = (),
+    solid: Sequence[float] = (),
 ) -> str:
-    """Curves over one another, each of at most `scale.POINTS` points; smoothed ones have the raw values behind them.
+    """Curves over one another; smoothed ones have the raw values behind them.
 
+    zero: a linear y axis starts at 0.
     log_x, log_y: logarithmic axes; points that are not positive are left out, and so is a curve that has no others;
     "" where none is left.
+    dotted, solid: x of vertical lines, which the frame's note explains.
     """
-    raw, main, drawn = [], [], []
-    for curve in curves:
-        points = scale.positive(curve.x, curve.y, log_x, log_y)
-        if not len(points[0]):
-            continue
-        drawn.append(curve)
-        x, y = scale.means(*points) if smoothed else scale.extremes(*points)
-        shown = scale.smooth(y) if smoothed else y
-        main.append((x, shown))
-        raw.append(scale.extremes(*points) if shown is not points[1] else None)
+    positive = [_positive(curve, log_x, log_y) for curve in curves]
+    drawn = [curve for curve in positive if len(curve.x)]
     if not drawn:
         return ""
-    everything = [*main, *(points for points in raw if points)]
-    x_axis = scale.x_axis(main, log=log_x)
-    y_axis = scale.y_axis(everything, zero=zero, log=log_y, whole=log_x)
-    body = [_polyline("raw", curve, points, x_axis, y_axis) for curve, points in zip(drawn, raw, strict=True) if points]
-    # Few points are measurements far apart: show where they are. The first arms matter most and are drawn last.
-    body += [
-        _polyline("main dots" if len(points[0]) <= 40 else "main", curve, points, x_axis, y_axis)
-        for curve, points in reversed(list(zip(drawn, main, strict=True)))
-    ]
-    width = y_axis.high - y_axis.low
-    finals = [_number(last, min(width, last) if log_y else width) for last in (float(y[-1]) for _, y in main)]
-    legend = "".join(
-        f'<li class="s{curve.style % STYLES}"><i></i>{escape(curve.label)} <b>{final}</b></li>'
-        for curve, final in zip(drawn, finals, strict=True)
+    most = min(600, POINTS // len(drawn))
+    points = [(curve.x, curve.y) for curve in drawn]
+    figure = go.Figure()
+    for curve in reversed(drawn):  # the first arms matter most and are drawn last
+        figure.add_traces(list(_traces(curve, smoothed, most)))
+    for x in dotted:
+        _line(figure, x, strong=False)
+    for x in solid:
+        _line(figure, x, strong=True)
+    header = {"text": f"%{{x:{VALUE}}} {escape(frame.x_unit)}"}
+    figure.update_xaxes(
+        **_axis(*thinning.x_range(points, log=log_x), log=log_x), hoverformat=VALUE, unifiedhovertitle=header
     )
-    return _figure(frame, f'<ul class="legend">{legend}</ul>', "".join(body), x_axis, y_axis, marks)
+    figure.update_yaxes(**_axis(*thinning.y_range(points, zero=zero, log=log_y, whole=not smoothed), log=log_y))
+    figure.update_layout(hovermode="x unified")
+    return html(frame, figure)
 
 
-def heat_map(frame: Frame, label: str, x: np.ndarray, counts: np.ndarray, mean: Curve | None) -> str:
-    """Histograms over time: columns end at x [C], rows are the equal bins over [0, 1] of counts [C, bins].
+def heat_map(frame: Frame, label: str, x: np.ndarray, end: float, counts: np.ndarray, mean: Curve | None) -> str:
+    """Histograms over time: columns begin at x [C] and the last one ends at `end`; rows are bins of [0, 1].
 
-    The depth of colour goes with the square root of a column's share in a bin. mean: a curve drawn over it.
+    counts: [C, bins]. The depth of color goes with the square root of a column's share in a bin.
+    mean: a curve drawn over them.
     """
     groups = np.array_split(np.arange(len(x)), min(len(x), COLUMNS))
-    ends = [float(x[group[-1]]) for group in groups]
-    shares = [counts[group].sum(0) / counts[group].sum() for group in groups]
-    right, most = ends[-1] or 1.0, max(float(share.max()) for share in shares)
+    shares = np.stack([counts[group].sum(0) / counts[group].sum() for group in groups], axis=1)
     bins = counts.shape[1]
-    cells, start = [], 0.0
-    for end, share in zip(ends, shares, strict=True):
-        left = round(1000 * start / right, 1)
-        width = round(1000 * end / right, 1) - left
-        cells += [
-            f'<rect x="{left:.1f}" y="{1000 * (1 - (i + 1) / bins):g}" width="{width:.1f}" height="{1000 / bins:g}" '
-            f'fill-opacity="{(part / most) ** 0.5:.2f}" data-share="{percent(part)}" '
-            f'data-bin="{i / bins:.2f} to {(i + 1) / bins:.2f}"/>'
-            for i, part in enumerate(share)
-            if part > 0.0005
-        ]
-        start = end
-    x_axis, y_axis = Axis(0.0, right), Axis(0.0, 1.0)
-    body = f'<g class="cells">{"".join(cells)}</g>'
-    legend = f'<li class="ramp">0<i></i>{percent(most)} of the tokens</li>'
+    cell = f"%{{y:.3~f}} ± {0.5 / bins:.3g}<br>%{{customdata:.1f}} % of the tokens"
+    figure = go.Figure()
+    figure.add_heatmap(
+        x=_floats([*(x[group[0]] for group in groups), end]), y=np.linspace(0, 1, bins + 1), z=_floats(np.sqrt(shares)),
+        zmin=0, colorscale=HEAT, showscale=False, customdata=_floats(100 * shares), name="",
+        hovertemplate=f"{cell}<br>%{{x:{VALUE}}} {escape(frame.x_unit)}",
+    )  # fmt: skip
     if mean is not None:
-        points = scale.means(mean.x, mean.y)
-        body += _polyline("mean", mean, points, x_axis, y_axis)
-        legend += '<li class="line"><i></i>mean</li>'
-    title = Frame(f"{frame.title}: {label}", frame.unit, frame.x_unit, frame.note, frame.wide)
-    return _figure(title, f'<ul class="legend">{legend}</ul>', body, x_axis, y_axis)
+        figure.add_traces(list(_traces(replace(mean, label="mean", style=0), False, 600)))
+    figure.update_xaxes(**_axis(0, 1.01 * end, log=False))
+    figure.update_yaxes(range=[0, 1])
+    note = f"{frame.note} Darkest: {percent(shares.max())} of the tokens.".strip()
+    return html(replace(frame, title=f"{frame.title}: {label}", note=note), figure)
 
 
 def histogram(frame: Frame, edges: Sequence[float], counts: Sequence[int]) -> str:
     """Bars from edge to edge [N + 1], as high as the share of counts [N]."""
-    total = max(sum(counts), 1)
-    shares = [count / total for count in counts]
-    x_axis, y_axis = Axis(float(edges[0]), float(edges[-1])), Axis(0.0, 1.06 * max(max(shares), 1e-9))
-    cells = []
-    for low, high, share in zip(edges[:-1], edges[1:], shares, strict=True):
-        left, right = 1000 * float(x_axis.share(low)), 1000 * float(x_axis.share(high))
-        top = 1000 * (1 - float(y_axis.share(share)))
-        cells.append(
-            f'<rect x="{left + 2:.1f}" y="{top:.1f}" width="{right - left - 4:.1f}" height="{1000 - top:.1f}" '
-            f'fill-opacity="0.8" data-share="{percent(share)}"/>'
-        )
-    return _figure(frame, "", f'<g class="cells">{"".join(cells)}</g>', x_axis, y_axis)
+    left, right = np.array(edges[:-1], float), np.array(edges[1:], float)
+    figure = go.Figure()
+    figure.add_bar(
+        x=(left + right) / 2, width=right - left, y=np.array(counts) / max(sum(counts), 1),
+        customdata=np.stack([left, right], 1), marker={"color": COLORS[2]},
+        hovertemplate="%{y:.1%}<br>%{customdata[0]:.4~r} to %{customdata[1]:.4~r}<extra></extra>",
+    )  # fmt: skip
+    figure.update_xaxes(**_axis(float(edges[0]), float(edges[-1]), log=False))
+    figure.update_yaxes(rangemode="tozero", tickformat=".0%")
+    figure.update_layout(bargap=0.05, showlegend=False)
+    return html(frame, figure)
 
 
-def _figure(frame: Frame, legend: str, body: str, x_axis: Axis, y_axis: Axis, marks: Sequence[Mark] = ()) -> str:
-    axes = []
-    for value, text in y_axis.marks():
-        at = f"{100 * (1 - y_axis.share(value)):.2f}%"
-        axes.append(f'<line x1="0" x2="100%" y1="{at}" y2="{at}"/><text class="y" x="0" y="{at}" dx="-8">{text}</text>')
-    for value, text in x_axis.marks():
-        at = f"{100 * x_axis.share(value):.2f}%"
-        axes.append(f'<line class="tick" x1="{at}" x2="{at}" y1="100%" y2="100%"/>')
-        axes.append(f'<text class="x" x="{at}" y="100%" dy="18">{text}</text>')
-    for mark in marks:
-        at = f"{100 * x_axis.share(mark.x):.2f}%"
-        kind = "border strong" if mark.strong else "border"
-        axes.append(f'<line class="{kind}" x1="{at}" x2="{at}" y1="0" y2="100%"/>')
-        axes.append(
-            f'<text class="border" x="{at}" y="0" dx="4" dy="10">{escape(mark.text)}</text>' if mark.text else ""
-        )
+def grid(
+    frame: Frame, columns: Sequence[str], rows: Sequence[str], shares: Sequence[Sequence[float]], border: int
+) -> str:
+    """Cells by row, then column, with color and number.
+
+    Args:
+        frame: its unit names the rows, its x_unit the columns.
+        shares: [rows][columns], 0 to 1.
+        border: a line is drawn before this column, if there are columns on both sides.
+    """
+    figure = go.Figure()
+    figure.add_heatmap(
+        x=list(columns), y=list(rows), z=[list(row) for row in shares], zmin=0, zmax=1, showscale=False, xgap=2, ygap=2,
+        colorscale=[[0.0, "rgba(31,127,196,0.04)"], [1.0, "rgba(31,127,196,0.6)"]], hoverinfo="skip",
+        text=[[percent(share) for share in row] for row in shares], texttemplate="%{text}",
+    )  # fmt: skip
+    if 0 < border < len(columns):
+        _line(figure, border - 0.5, strong=True)
+    figure.update_xaxes(type="category")
+    figure.update_yaxes(type="category", autorange="reversed", showgrid=False)
+    return html(frame, figure, height=90 + 40 * len(rows))
+
+
+def html(frame: Frame, figure: go.Figure, height: int | None = None) -> str:
+    """A figure with title, unit, note and unit of x around it; the page draws it, and has the colors of its theme."""
+    figure.update_layout(
+        template=go.layout.Template(), height=height or (360 if frame.wide else 260), dragmode=False,
+        margin={"l": 52, "r": 12, "t": 8, "b": 28}, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
+        font={"family": "system-ui, sans-serif", "size": 12},
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "reversed"},
+    )  # fmt: skip
+    figure.update_xaxes(showgrid=False, zeroline=False, ticks="outside", ticklen=4, tickangle=0, **SPIKE)
+    figure.update_yaxes(zeroline=False, automargin=True, ticks="")
     note = f"<p>{escape(frame.note)}</p>" if frame.note else ""
-    log = "x" * x_axis.log + "y" * y_axis.log
     return (
         f'<figure class="{"chart wide" if frame.wide else "chart"}"><figcaption><h3>{escape(frame.title)} '
-        f"<small>{escape(frame.unit)}</small></h3>{note}{legend}</figcaption>"
-        f'<div class="plot" data-left="{x_axis.low:.9g}" data-right="{x_axis.high:.9g}" data-low="{y_axis.low:.9g}" '
-        f'data-high="{y_axis.high:.9g}" data-log="{log}" data-unit="{escape(frame.x_unit)}">'
-        f'<svg role="img" aria-label="{escape(frame.title)}">{"".join(axes)}'
-        f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none">{body}</svg></svg></div>'
+        f"<small>{escape(frame.unit)}</small></h3>{note}</figcaption>"
+        f'<div class="plot" style="height:{figure.layout.height}px"></div>'
+        f'<script type="application/json">{figure.to_json()}</script>'
         f'<p class="x-unit">{escape(frame.x_unit)}</p></figure>\n'
     )
 
 
-def _polyline(kind: str, curve: Curve, points: tuple[np.ndarray, np.ndarray], x_axis: Axis, y_axis: Axis) -> str:
-    x, y = 1000 * x_axis.share(points[0]), 1000 * (1 - y_axis.share(points[1]))
-    pairs = [f"{a:.1f},{b:.1f}" for a, b in zip(x.tolist(), y.tolist(), strict=True)]
-    style = f"s{curve.style % STYLES}"
-    # A line of no length with round ends is a dot that stays round when the square is stretched.
-    dots = "".join(f"M{pair}h0" for pair in pairs) if "dots" in kind else ""
-    line = f'<polyline class="{kind} {style}" data-label="{escape(curve.label)}" points="{" ".join(pairs)}"/>'
-    return line + (f'<path class="dots {style}" d="{dots}"/>' if dots else "")
+def _traces(curve: Curve, smoothed: bool, most: int) -> Iterator[go.Scatter]:
+    """The raw values, the point that is apart, and the curve itself."""
+    label, line = escape(curve.label), {"color": COLORS[curve.style % len(COLORS)], "width": 2}
+    end = len(curve.x) - curve.apart
+    x, y = (thinning.means if smoothed else thinning.extremes)(curve.x[:end], curve.y[:end], most)
+    if smoothed and len(y) >= thinning.SMOOTHED:
+        raw_x, raw_y = thinning.extremes(curve.x, curve.y, most)
+        yield _scatter(label, raw_x, raw_y, mode="lines", line=line | {"width": 1}, opacity=0.25, hoverinfo="skip")
+        y = thinning.smooth(y)
+    hover = f"%{{y:{VALUE}}}<extra>{label}</extra>"
+    if curve.apart:
+        dots = {"symbol": "diamond", "size": [0, 10]}
+        yield _scatter(
+            label, curve.x[-2:], curve.y[-2:], mode="lines+markers", line=line | {"dash": "dot"}, marker=dots,
+            hoverinfo=["skip", "all"], hovertemplate=["", hover],
+        )  # fmt: skip
+    last = float(curve.y[-1] if curve.apart else y[-1])
+    number = short(last) if abs(last) >= 10_000 else f"{last:.{4 if abs(last) >= 0.1 else 3}g}"
+    name = f"{label} <b>{number}</b>"
+    yield _scatter(
+        label, x, y, name=name, showlegend=True, mode="lines+markers" if len(x) <= 40 else "lines", marker={"size": 7},
+        line=line | {"dash": DASHES[curve.style % len(DASHES)]}, hovertemplate=hover,
+    )  # fmt: skip
 
 
-def _number(value: float, width: float) -> str:
-    """A value with as many digits as tell it from others on an axis `width` long."""
-    if abs(value) >= 10_000 or value == 0:
-        return short(value)
-    digits = max(0, min(6, int(np.ceil(2.3 - np.log10(width)))))
-    text = f"{value:.{digits}f}" if width >= 1e-2 else f"{value:.3g}".replace("e-0", "e-")
-    return text.replace("-", "−", 1) if text.startswith("-") else text
+def _scatter(group: str, x: np.ndarray, y: np.ndarray, **style: Any) -> go.Scatter:
+    return go.Scatter(x=_floats(x), y=_floats(y), legendgroup=group, **({"showlegend": False} | style))
+
+
+def _floats(values: Any) -> np.ndarray:
+    """In four bytes, as which they go into the page."""
+    return np.asarray(values, np.float32)
+
+
+def _axis(low: float, high: float, *, log: bool) -> dict[str, Any]:
+    if log:
+        ticks = thinning.log_ticks(low, high)
+        bounds = [math.log10(low), math.log10(high)]
+        return {"type": "log", "range": bounds, "tickvals": list(ticks), "ticktext": list(ticks.values())}
+    large = max(abs(low), abs(high)) >= 1
+    return {"range": [low, high], "exponentformat": "B" if large else "e", "nticks": 7}
+
+
+def _line(figure: go.Figure, x: float, *, strong: bool) -> None:
+    """A vertical line."""
+    line = {"color": "#808086", "width": 2 if strong else 1, "dash": "solid" if strong else "dot"}
+    figure.add_shape(type="line", x0=x, x1=x, yref="paper", y0=0, y1=1, line=line)
+
+
+def _positive(curve: Curve, log_x: bool, log_y: bool) -> Curve:
+    """The points that have a place on the axes."""
+    kept = np.ones(len(curve.x), dtype=bool)
+    if log_x:
+        kept &= curve.x > 0
+    if log_y:
+        kept &= curve.y > 0
+    return replace(curve, x=curve.x[kept], y=curve.y[kept])

@@ -1,4 +1,4 @@
-"""Weighted means and histograms that stay on the device until they are asked for."""
+"""Weighted means and histograms that stay on the device until they are flushed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 class Meters:
     """Sums per name, in float64 on one device; nothing waits for the device until `flush`.
 
-    device: where the sums live; None takes the device of the first tensor. Across ranks every rank must meet
-    the same names (with weight 0 where it has nothing to say), since `flush` adds by position, not by name.
+    device: of the sums; None takes the device of the first tensor. All ranks must add the same names (with weight 0
+    where a rank has no items), since `flush` adds by position, not by name.
     """
 
     def __init__(self, device: torch.device | str | None = None):
@@ -37,7 +37,7 @@ class Meters:
     ) -> tuple[dict[str, float], dict[str, list[float]]]:
         """Weighted means and counts [bins] since the last flush, by name; starts again from zero.
 
-        reduce: sums one flat float64 tensor in place over the ranks; called once, with everything in it. One
+        reduce: adds up one flat float64 tensor in place over the ranks; called once, with all sums in it. One
         transfer to the host. Names whose total weight is 0 are left out.
         """
         means, histograms = dict(sorted(self._means.items())), dict(sorted(self._histograms.items()))
@@ -60,11 +60,11 @@ class Meters:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Adds sums to those that are here."""
-        for key, found in state.items():
+        for key, sums in state.items():
             kind, name = key.split("/", 1)
             slots = self._means if kind == "mean" else self._histograms
-            slot = self._slot(slots, name, found, found.numel())
-            slot += found.to(slot.device)
+            slot = self._slot(slots, name, sums, sums.numel())
+            slot += sums.to(slot.device)
 
     def _slot(self, slots: dict[str, Tensor], name: str, like: Tensor | float, size: int) -> Tensor:
         if name not in slots:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
@@ -11,8 +11,9 @@ import numpy as np
 
 from distill.config.files import write_text
 from distill.tracking import charts, length, table
-from distill.tracking.page import page
+from distill.tracking.page import entry_list, page, share_bar
 from distill.tracking.runs import Arm, RunData, load
+from distill.tracking.table import NATS
 
 
 @dataclass(frozen=True)
@@ -21,20 +22,20 @@ class Panel:
 
     metric: str
     title: str
-    unit: str
+    unit: str = ""
     note: str = ""
     smoothed: bool = True
     zero: bool = False
     wide: bool = False
+    off: float = 0.0
+    """Value of the metric where what it measures is switched off: a curve of nothing else is not drawn."""
 
 
-NATS = "nats per token"
+HELD_OUT = "Held-out loss"
 SECTIONS: dict[str, tuple[Panel, ...]] = {
-    "Held-out loss": (
-        Panel("heldout_loss", "Loss on held-out text", NATS, smoothed=False, wide=True),
-    ),
+    HELD_OUT: (Panel("heldout_loss", "Loss on held-out text", NATS, smoothed=False, wide=True),),
     "Training loss": (
-        Panel("loss", "Training loss", NATS, "What is minimised: for students a mix of the hard and the soft loss."),
+        Panel("loss", "Training loss", NATS, "What is minimized: for students a mix of the hard and the soft loss."),
         Panel("hard_loss", "Hard loss", NATS, "Cross-entropy with the next token."),
         Panel("soft_loss", "Soft loss", NATS, "Cross-entropy with the teacher's soft targets."),
         Panel("student_loss", "Student's running loss", NATS, "What the lag of a target is measured against."),
@@ -43,11 +44,11 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
     "Weighting and targets": (
         Panel("alpha", "Mean alpha", "share of the soft term", zero=True),
         Panel("lag", "Lag", "nats", "How much worse than at its best the teacher was on these targets.", zero=True),
-        Panel("lag_factor", "Lag factor", "1: as good as the best targets", "What the lag leaves of alpha.", zero=True),
-        Panel("coverage", "Coverage", "share of tokens with targets", smoothed=False, zero=True),
+        Panel("lag_factor", "Lag factor", "1: as good as the best targets", "What the lag leaves of alpha.", off=1),
+        Panel("coverage", "Coverage", "share of tokens with targets", smoothed=False, zero=True, off=1),
         Panel("stall", "Waiting for data", "share of the time", smoothed=False, zero=True),
         Panel("agreement", "Agreement", "share of tokens", "Student's and teacher's first choice are the same."),
-        Panel("mass", "Mass of stored targets", "1 on average", "Sampled codecs keep it at 1 in expectation."),
+        Panel("mass", "Mass of stored targets", "1 on average", "Sampled codecs keep it at 1 in expectation.", off=1),
         Panel("bytes_per_token", "Size of the cache", "bytes per token", smoothed=False, zero=True),
     ),
     "Experts": (
@@ -57,7 +58,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("balance_loss", "Sequence balance loss", "mean over layers", "1 where each sequence is spread evenly."),
         Panel("z_loss", "Router z-loss", "mean over layers", "Squared log-sum-exp of the router's logits.", zero=True),
     ),
-    "Optimiser and speed": (
+    "Optimizer and speed": (
         Panel("lr", "Learning rate", "", smoothed=False, zero=True),
         Panel("grad_norm", "Gradient norm", "before clipping", zero=True),
         Panel("tokens_per_second", "Speed", "tokens per second", zero=True),
@@ -72,9 +73,9 @@ def write(folder: Path) -> Path:
     Whatever is missing or torn is left out. The page loads nothing, and appears whole or not at all.
     """
     data = load(folder)
-    body = _header(data) + _result(data) + length.section(data) + _charts(data.arms) + _configs(data.configs)
+    body = _header(data) + _result(data) + _section("Length", length.charts(data.summary)) + _curves(data)
     path = folder / "report.html"
-    write_text(path, page(f"{data.name} · codistill", body))
+    write_text(path, page(f"{data.name} · codistill", body + _configs(data.configs)))
     return path
 
 
@@ -83,92 +84,121 @@ def _header(data: RunData) -> str:
     return f"<header><h1>{escape(data.name)}</h1><p>{escape(kind)}</p></header>\n"
 
 
+def _section(title: str, charts_html: str) -> str:
+    return f'<section><h2>{title}</h2><div class="grid">\n{charts_html}</div></section>\n' if charts_html else ""
+
+
 def _result(data: RunData) -> str:
     summary = {name: value for name, value in data.summary.items() if name != "job"}
     if not summary:
         text = "This run has not finished." if data.arms else "This run has not measured anything."
         return f'<p class="verdict">{text}</p>\n'
-    verdict, rows = table.sentence(summary), table.arms(summary)
-    facts = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in table.facts(summary))
-    parts = [f'<p class="verdict">{escape(verdict)}</p>\n' if verdict else ""]
-    parts.append(_table(rows, {arm.label: arm.style for arm in data.arms}) if rows else "")
-    parts.append(f"<dl>{facts}</dl>\n" if facts else "")
-    return "".join(parts)
+    sentence = table.verdict(summary)
+    return (
+        (f'<p class="verdict">{escape(sentence)}</p>\n' if sentence else "")
+        + _table(table.outcomes(summary), {arm.label: arm.style for arm in data.arms})
+        + entry_list(table.entries(summary))
+    )
 
 
-def _table(rows: Sequence[dict[str, object]], styles: dict[str, int]) -> str:
-    hard = next((float(str(row["loss"])) for row in rows if row["arm"] == "hard"), None)
-    accurate = any("accuracy" in row for row in rows)
+def _table(rows: Sequence[table.Outcome], styles: dict[str, int]) -> str:
+    if not rows:
+        return ""
+    heads = (f"held-out loss, {table.NATS}", "against hard labels", "gap to the teacher closed", "accuracy")
+    shown = [i for i in range(4) if any(row.cells[i] for row in rows)]
     lines = []
     for row in rows:
-        name = str(row["arm"])
-        loss, difference, closed, accuracy = table.figures(row, hard)
-        last = f"<td>{accuracy}</td>" if accurate else ""
-        style = f"s{styles.get(name, 0) % charts.STYLES}"
-        bar = ""
-        if closed:
-            width = 100 * min(max(float(str(row["gap_closed"])), 0.0), 1.0)
-            bar = f'<span class="share"><i class="{style}" style="width:{width:.1f}%"></i></span>'
-        lines.append(
-            f'<tr{" class=lead" if name == "distilled" else ""}><td><i class="swatch {style}"></i>{escape(name)}</td>'
-            f"<td>{loss}</td><td>{difference}</td><td>{closed}{bar}</td>{last}</tr>"
-        )
-    heads: tuple[str, ...] = ("arm", f"held-out loss, {NATS}", "against hard labels" if hard is not None else "", "")
-    if any("gap_closed" in row for row in rows):
-        heads = (*heads[:3], "gap to the teacher closed")
-    if accurate:
-        heads = (*heads, "accuracy")
-    head = "".join(f"<th>{text}</th>" for text in heads)
-    return f'<div class="scroll"><table><tr>{head}</tr>{"".join(lines)}</table></div>\n'
+        color = charts.COLORS[styles.get(row.arm, 0) % len(charts.COLORS)]
+        cells = list(row.cells)
+        if row.gap_closed is not None and row.gap_closed > 0:
+            cells[2] += share_bar(row.gap_closed, color)
+        swatch, lead = f'<i class="swatch" style="background:{color}"></i>', " class=lead" * (row.arm == "distilled")
+        values = "".join(f"<td>{cells[i]}</td>" for i in shown)
+        lines.append(f"<tr{lead}><td>{swatch}{escape(row.arm)}</td>{values}</tr>")
+    head = "".join(f"<th>{heads[i]}</th>" for i in shown)
+    return f'<div class="scroll"><table><tr><th>arm</th>{head}</tr>{"".join(lines)}</table></div>\n'
 
 
-def _charts(arms: list[Arm]) -> str:
-    # One unit for every chart: tokens where all arms know theirs, else steps.
-    tokens = bool(arms) and all(arm.knows_tokens for arm in arms)
-    known = {panel.metric for panels in SECTIONS.values() for panel in panels} | {"tokens"}
-    others = sorted({name for arm in arms for name in arm.metrics} - known)
-    sections = {**SECTIONS, "Further metrics": tuple(Panel(name, name.replace("_", " "), "") for name in others)}
-    html = []
-    for title, panels in sections.items():
-        figures = ""
+def _curves(data: RunData) -> str:
+    # One unit for every chart: tokens where all arms have logged theirs, else steps.
+    unit = "tokens" if data.arms and all(arm.has_tokens for arm in data.arms) else "steps"
+    html = ""
+    for title, panels in _sections(data).items():
+        drawn = ""
         for panel in panels:
-            figures += _panel(panel, arms, tokens)
+            drawn += _panel(panel, data.arms, unit)
             if panel.metric == "alpha":
-                figures += "".join(_heat_maps(arms, tokens))
-        if figures:
-            html.append(f'<section><h2>{title}</h2><div class="grid">\n{figures}</div></section>\n')
-    return "".join(html)
+                drawn += "".join(_heat_map(arm, name, unit) for arm in data.arms for name in sorted(arm.histograms))
+        html += _section(title, drawn)
+    return html
 
 
-def _panel(panel: Panel, arms: list[Arm], tokens: bool) -> str:
-    curves = [_curve(arm, panel.metric, tokens) for arm in arms if panel.metric in arm.metrics]
+def _sections(data: RunData) -> dict[str, list[Panel]]:
+    """All panels: those of SECTIONS, one for each corpus of a mixture, and one for each metric that is left."""
+    sections = {title: list(panels) for title, panels in SECTIONS.items()} | {"Further metrics": []}
+    panels = {panel.metric: panel for panels in SECTIONS.values() for panel in panels}
+    for metric in sorted({name for arm in data.arms for name in arm.metrics} - panels.keys() - {"tokens"}):
+        name, _, corpus = metric.partition("/")
+        if name == "heldout_loss":
+            panel = replace(panels[name], metric=metric, title=f"{panels[name].title}: {corpus}", wide=False)
+            sections[HELD_OUT].append(panel)
+        elif name == "heldout_accuracy":
+            unit = "share of the tokens"
+            sections[HELD_OUT].append(Panel(metric, f"Accuracy on held-out text: {corpus}", unit, smoothed=False))
+        else:
+            sections["Further metrics"].append(Panel(metric, metric.replace("_", " ")))
+    note = _heldout_note(data)
+    sections[HELD_OUT] = [replace(panel, note=note) for panel in sections[HELD_OUT]]
+    return sections
+
+
+def _heldout_note(data: RunData) -> str:
+    """On how many samples the points of a held-out curve are."""
+    config, finals = data.config, any(arm.finals for arm in data.arms)
+    try:
+        along = sorted({config[role]["train"]["eval_samples"] for role in ("teacher", "student")})
+        last = config["evaluate"]["samples"] or "all"
+    except (LookupError, TypeError):
+        return ""
+    diamond = f" The diamond at the end, as the table: {last} samples." if finals else ""
+    return f"Dots: {' or '.join(map(str, along))} held-out samples.{diamond}"
+
+
+def _panel(panel: Panel, arms: list[Arm], unit: str) -> str:
+    curves = [
+        _curve(arm, panel.metric, unit)
+        for arm in arms
+        if panel.metric in arm.metrics
+        and not np.allclose(arm.metrics[panel.metric].values, panel.off, rtol=1e-6, atol=0.0)
+    ]
     if not any(len(curve.x) > 1 for curve in curves):
         return ""
-    frame = charts.Frame(panel.title, panel.unit, _x_unit(tokens), panel.note, panel.wide)
+    frame = charts.Frame(panel.title, panel.unit, unit, panel.note, panel.wide)
     return charts.line_chart(frame, curves, smoothed=panel.smoothed, zero=panel.zero)
 
 
-def _heat_maps(arms: list[Arm], tokens: bool) -> list[str]:
-    found = []
-    for arm in arms:
-        for name, by_step in sorted(arm.histograms.items()):
-            steps = np.array(sorted(step for step in by_step if step > 0), dtype=float)
-            if len(steps) < 2 or len({len(counts) for counts in by_step.values()}) > 1:
-                continue
-            x = arm.tokens(steps) if tokens else steps
-            mean = _curve(arm, name, tokens) if name in arm.metrics else None
-            frame = charts.Frame(f"{name.capitalize()} over time", f"{name}, all tokens", _x_unit(tokens))
-            found.append(charts.heat_map(frame, arm.label, x, np.stack([by_step[int(s)] for s in steps]), mean))
-    return found
+def _heat_map(arm: Arm, name: str, unit: str) -> str:
+    """Of a metric whose values are not the same all along; "" for others, which a curve shows."""
+    by_step = {step: counts for step, counts in sorted(arm.histograms[name].items()) if step > 0}
+    if len(by_step) < 2 or len({len(counts) for counts in by_step.values()}) > 1:
+        return ""
+    counts = np.stack(list(by_step.values()))
+    if (counts > 0).any(0).sum() < 2:
+        return ""
+    x = arm.places(np.array([*by_step, arm.last_step], dtype=float), unit)
+    mean = _curve(arm, name, unit) if name in arm.metrics else None
+    frame = charts.Frame(f"{name.capitalize()} over time", f"{name}, all tokens", unit)
+    return charts.heat_map(frame, arm.label, x[:-1], x[-1], counts, mean)
 
 
-def _curve(arm: Arm, metric: str, tokens: bool) -> charts.Curve:
+def _curve(arm: Arm, metric: str, unit: str) -> charts.Curve:
     steps, values = arm.metrics[metric]
-    return charts.Curve(arm.label, arm.style, arm.tokens(steps) if tokens else steps, values)
-
-
-def _x_unit(tokens: bool) -> str:
-    return "tokens" if tokens else "steps"
+    final = arm.finals.get(metric)
+    if final is not None:
+        along = steps < arm.last_step
+        steps, values = np.append(steps[along], arm.last_step), np.append(values[along], final)
+    apart = final is not None and len(steps) > 1
+    return charts.Curve(arm.label, arm.style, arm.places(steps, unit), values, apart)
 
 
 def _configs(configs: dict[str, str]) -> str:

@@ -1,17 +1,19 @@
-"""One place that a job tells what it measured: `metrics.jsonl`, `histograms.jsonl`, wandb and the console."""
+"""Writes what a job measures to `metrics.jsonl`, `histograms.jsonl` and wandb, and shows it on the console."""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from distill.config import units
 from distill.config.schema import ConsoleMode, TrackingConfig, WandbMode
+from distill.config.terminal import Progress
 from distill.tracking import jsonl
-from distill.tracking.console import Console
 from distill.tracking.wandb_sink import WandbSink
 
 METRICS, HISTOGRAMS = "metrics.jsonl", "histograms.jsonl"
@@ -22,9 +24,9 @@ class Tracker:
 
     enabled: true on rank 0 only; elsewhere every method does nothing and no file is opened.
     run_config: the resolved configuration, plain values (wandb keeps it).
-    resume_steps: null starts new files. Otherwise the step of each job in the checkpoint that the run goes on
-    from: later rows are dropped, so are torn lines and rows of jobs that are not named (they start again), and
-    the run ends with each row exactly once.
+    resume_steps: None starts new files. Otherwise the step of each job in the checkpoint from which the run is
+    resumed: later rows are dropped, so are torn lines and rows of jobs without a step (they start again), and the run
+    ends with each row exactly once.
     Raises UserError where wandb cannot start.
     """
 
@@ -39,9 +41,10 @@ class Tracker:
     ):
         self._config = config
         self._enabled = enabled
-        self._console = Console(config.console if enabled else ConsoleMode.off)
+        self._mode = config.console if enabled else ConsoleMode.off
+        self._progress = Progress(units.tokens, mode=self._mode)
         self._wandb: WandbSink | None = None
-        self._told: set[tuple[str, str]] = set()
+        self._warned: set[tuple[str, str]] = set()
         if not enabled:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -69,9 +72,9 @@ class Tracker:
             return
         assert not metrics.keys() & {"job", "step"}, "job and step are not metrics"
         row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        for name in (name for name, value in row.items() if value is None and (job, name) not in self._told):
-            self._told.add((job, name))
-            self._console.warn(f"{job} step {step}: {name} is {metrics[name]}; recorded as null")
+        for name in (name for name, value in row.items() if value is None and (job, name) not in self._warned):
+            self._warned.add((job, name))
+            self._warn(f"{job} step {step}: {name} is {metrics[name]}; recorded as null")
         self._metrics.write({"job": job, "step": step, **row})
         kept = dict(histograms or {}) if self._since.get(job, math.inf) >= self._config.histogram_every else {}
         for name, counts in kept.items():
@@ -84,7 +87,7 @@ class Tracker:
         if self._wandb is not None:
             finite = {name: value for name, value in row.items() if value is not None}
             if problem := self._wandb.log(job, step, finite, kept):
-                self._console.warn(f"wandb stopped at {job} step {step}: {problem}; the run goes on without it")
+                self._warn(f"wandb stopped at {job} step {step}: {problem}; the run goes on without it")
                 self._wandb = None
 
     def progress(self, job: str, step: int, total: int, *, tokens: int, text: str = "") -> None:
@@ -93,22 +96,29 @@ class Tracker:
         Cheap enough for every step. Speed is that of the job's own turns; the time left covers all jobs begun.
         """
         if self._enabled:
-            self._console.progress(job, step, total, tokens=tokens, text=text)
+            self._progress.update(job, step, total, amount=tokens, text=text)
 
     def message(self, text: str) -> None:
-        """Print text for good, without tearing the live line."""
-        self._console.message(text)
+        """Print text for good on stdout, above the live line; nothing with console=off.
+
+        Progress and warnings go to stderr, so that `> result.txt` keeps messages and shows progress.
+        """
+        if self._mode is not ConsoleMode.off:
+            self._progress.print(text, sys.stdout)
 
     def close(self) -> None:
         """Flush and close every file and wandb; only `message` works afterwards. A second call does nothing."""
-        self._console.close()
+        self._progress.close()
         if not self._enabled:
             return
         self._enabled = False
         self._metrics.close()
         self._histograms.close()
         if self._wandb is not None and (problem := self._wandb.close()):
-            self._console.warn(f"wandb did not finish: {problem}")
+            self._warn(f"wandb did not finish: {problem}")
+
+    def _warn(self, text: str) -> None:
+        self._progress.print(f"warning: {text}")
 
     def __enter__(self) -> Tracker:
         return self

@@ -1,4 +1,4 @@
-"""The only file that knows wandb."""
+"""Sends metrics and histograms to wandb; the only file that imports it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 
 from distill.config.errors import UserError
+from distill.config.files import write_text
 from distill.config.schema import TrackingConfig, WandbMode
 
 
 class WandbSink:
     """One wandb run, kept under the run folder; metrics are `<job>/<name>` over `<job>/step`.
 
-    resume: go on with the run id that the folder remembers. Raises UserError where wandb cannot start; afterwards
-    its failures are returned as text, since a run is worth more than its dashboard.
+    resume: the run continues under the id that is kept in the folder. Raises UserError where wandb cannot start; later
+    failures of wandb are returned as text, and do not end the run.
     """
 
     def __init__(self, folder: Path, config: TrackingConfig, run_config: Mapping[str, Any], *, resume: bool):
@@ -52,14 +53,12 @@ class WandbSink:
             ) from error
         self._histogram = wandb.Histogram
         self._jobs: set[str] = set()
-        beside = id_file.with_name("run_id.new")
-        beside.write_text(self._run.id + "\n")
-        beside.replace(id_file)
+        write_text(id_file, self._run.id + "\n")
 
     def log(
         self, job: str, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Sequence[float]]
     ) -> str | None:
-        """Record finite metrics and counts over [0, 1]; returns what went wrong, if anything did."""
+        """Record finite metrics and counts over [0, 1]; returns the error as text, or None."""
         try:
             if job not in self._jobs:
                 self._jobs.add(job)
@@ -76,7 +75,7 @@ class WandbSink:
         return None
 
     def close(self) -> str | None:
-        """Finish the run; returns what went wrong, if anything did."""
+        """Finish the run; returns the error as text, or None."""
         try:
             self._run.finish()
         except Exception as error:

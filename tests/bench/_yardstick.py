@@ -14,16 +14,18 @@ from torch import Tensor
 VOCAB = 202_048
 
 
-def rows(count: int, seed: int, block: int = 64, exponents: tuple[float, float] = (1.1, 4.0)) -> Iterator[Tensor]:
+def rows(
+    count: int, seed: int, block: int = 64, exponents: tuple[float, float] = (1.1, 4.0), vocab: int = VOCAB
+) -> Iterator[Tensor]:
     """float64 probabilities [block, V] by id, an id being its corpus rank; the last block may be shorter."""
     g = torch.Generator().manual_seed(seed)
-    rank_V = torch.arange(1, VOCAB + 1, dtype=torch.float64)
+    rank_V = torch.arange(1, vocab + 1, dtype=torch.float64)
     for first in range(0, count, block):
         size = min(block, count - first)
         s_T1, q_T1 = torch.rand(2, size, 1, generator=g, dtype=torch.float64)
         s_T1 = exponents[0] + s_T1 * (exponents[1] - exponents[0])
         p_TV = ((rank_V + q_T1).log() * -s_T1).exp_()
         p_TV /= p_TV.sum(1, keepdim=True)
-        place_TV = (rank_V.log().float() + 1.5 * torch.randn(size, VOCAB, generator=g)).argsort(1)
+        place_TV = (rank_V.log().float() + 1.5 * torch.randn(size, vocab, generator=g)).argsort(1)
         # place_TV[t, c]: which probability rank has the corpus rank c.
         yield p_TV.gather(1, place_TV)

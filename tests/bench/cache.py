@@ -42,7 +42,7 @@ def run() -> dict[str, float]:
     torch.set_num_threads(1)
     try:
         figures = speed()
-        figures["select_vs_head"] = select.run()[f"{CodecConfig().name.value}_over_head"]
+        figures["select_vs_head"] = select.run()[f"{CodecConfig().name}_over_head"]
     finally:
         torch.set_num_threads(threads)
     return figures | in_training() | at_scale()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from distill.cache import Atoms, CacheHeader, CacheReader, CacheWriter, make_codec
-from distill.config.schema import CodecConfig, CodecName
+from distill.config.schema import CodecConfig
 from distill.tracking import charts
 from tests.bench._chart import draw
 from tests.bench._yardstick import VOCAB, rows
@@ -30,12 +30,12 @@ ROWS, SAMPLE = 2048, 1024
 GOAL_BYTES = 31.0
 """What 50 draws take in records of three bytes: arXiv 2503.16870, at this vocabulary."""
 SWEEPS = {
-    CodecName.systematic: ("draws", (12, 17, 20, 32, 128, 200)),
-    CodecName.threshold: ("tau", (0.12, 0.07, 0.05, 0.01)),
-    CodecName.multinomial: ("draws", (20, 50, 200)),
-    CodecName.topk: ("k", (4, 12, 50)),
+    "systematic": ("draws", (12, 17, 20, 32, 128, 200)),
+    "threshold": ("tau", (0.12, 0.07, 0.05, 0.01)),
+    "multinomial": ("draws", (20, 50, 200)),
+    "topk": ("k", (4, 12, 50)),
 }
-SHOWN = {CodecName.systematic: 20, CodecName.threshold: 0.05, CodecName.multinomial: 50, CodecName.topk: 12}
+SHOWN = {"systematic": 20, "threshold": 0.05, "multinomial": 50, "topk": 12}
 PEERS = {
     "Megatron-LM, k = 16": (16, 80.0),
     "DistillKit budget, k = 50": (50, 127.0),
@@ -61,11 +61,9 @@ def run() -> dict[str, float]:
     settings = [(name, value) for name, (_, values) in SWEEPS.items() for value in values]
     measured = measure(settings, seed, count)
     default = [found for (name, _), found in measured.items() if name is CodecConfig().name]
-    peers = {
-        "RS-KD, 50 draws": (3 * measured[CodecName.multinomial, 50].atoms, measured[CodecName.multinomial, 50].mse)
-    }
+    peers = {"RS-KD, 50 draws": (3 * measured["multinomial", 50].atoms, measured["multinomial", 50].mse)}
     peers |= zip(PEERS, zip((size for _, size in PEERS.values()), topk_errors(seed, min(count, 256)), strict=True))
-    goal = measured[CodecName.multinomial, 50].mse
+    goal = measured["multinomial", 50].mse
     figures = {
         "bytes_at_rs50_error": between([f.mse for f in default], [f.bytes for f in default], goal),
         "error_at_31_bytes": between([f.bytes for f in default], [f.mse for f in default], GOAL_BYTES) / goal,
@@ -74,14 +72,14 @@ def run() -> dict[str, float]:
     for name, value in SHOWN.items():
         found = measured[name, value]
         parts = ("bytes", "mse", "angle_deg", "norm_ratio", "batch_angle_deg", "atoms")
-        figures |= {f"{name.value}_{part}": getattr(found, part) for part in parts}
+        figures |= {f"{name}_{part}": getattr(found, part) for part in parts}
     for label, (size, error) in peers.items():
         figures |= {f"{label}: bytes": size, f"{label}: mse": error}
     draw_charts(measured, peers)
     return figures
 
 
-def measure(settings: list[tuple[CodecName, float]], seed: int, count: int) -> dict[tuple[CodecName, float], Found]:
+def measure(settings: list[tuple[str, float]], seed: int, count: int) -> dict[tuple[str, float], Found]:
     """Every setting on the same rows; few of them are sampled several times."""
     passes = -(-ROWS // count)
     meters = {key: _Meter(*key, seed, count * passes, SAMPLE if count % SAMPLE == 0 else count) for key in settings}
@@ -101,7 +99,7 @@ def measure(settings: list[tuple[CodecName, float]], seed: int, count: int) -> d
 class _Meter:
     """One codec at one setting."""
 
-    def __init__(self, name: CodecName, value: float, seed: int, tokens: int, sample_tokens: int):
+    def __init__(self, name: str, value: float, seed: int, tokens: int, sample_tokens: int):
         self.seed, self.tokens, self.sample_tokens = seed, tokens, sample_tokens
         self.config = CodecConfig(name, **{SWEEPS[name][0]: value})
         self.codec = make_codec(self.config, VOCAB)
@@ -179,13 +177,13 @@ def between(x: list[float], y: list[float], at: float) -> float:
     return float(np.exp(np.interp(math.log(at), x_log, y_log)))
 
 
-def draw_charts(measured: dict[tuple[CodecName, float], Found], peers: dict[str, tuple[float, float]]) -> None:
+def draw_charts(measured: dict[tuple[str, float], Found], peers: dict[str, tuple[float, float]]) -> None:
     def curve(label: str, style: int, points: list[tuple[float, float]]) -> charts.Curve:
         points = sorted(points)
         return charts.Curve(label, style, np.array([b for b, _ in points]), np.array([e for _, e in points]))
 
     curves = [
-        curve(name.value, style, [(f.bytes, f.mse) for (n, _), f in measured.items() if n is name])
+        curve(name, style, [(f.bytes, f.mse) for (n, _), f in measured.items() if n == name])
         for style, name in enumerate(SWEEPS)
     ]
     curves += [curve(label, 4 + i, [point, point]) for i, (label, point) in enumerate(peers.items())]
@@ -193,7 +191,7 @@ def draw_charts(measured: dict[tuple[CodecName, float], Found], peers: dict[str,
     frame = charts.Frame("Error over bytes", "expected squared error", "bytes a token", note, wide=True)
     body = charts.line_chart(frame, curves, smoothed=False, zero=False, log_x=True, log_y=True)
     angles = [
-        curve(name.value, style, [(f.bytes, f.batch_angle_deg) for (n, _), f in measured.items() if n is name])
+        curve(name, style, [(f.bytes, f.batch_angle_deg) for (n, _), f in measured.items() if n == name])
         for style, name in enumerate(SWEEPS)
     ]
     note = "Of the gradient summed over all tokens, to that of dense targets."

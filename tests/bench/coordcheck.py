@@ -34,6 +34,7 @@ from distill.config.schema import BaseSizes, ModelConfig, OptimConfig, Parametri
 from distill.engine import optim
 from distill.model import Transformer
 from distill.model.linear import grouped_mm
+from distill.model.parts import Parts
 from distill.tracking import charts
 from tests.bench._chart import draw
 
@@ -202,7 +203,7 @@ def _watched(model_config: ModelConfig, outputs: dict[str, list[Tensor]]) -> Tra
             outputs.setdefault(kind, []).append(rows_RD[order_T])
         rows.clear()
 
-    model = Transformer(model_config, grouped_fn=grouped)
+    model = Transformer(model_config, Parts(grouped_fn=grouped))
     model.embed.register_forward_hook(keep("embedding"))
     for layer in model.layers:
         for name in ("q_proj", "k_proj", "v_proj"):

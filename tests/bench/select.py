@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 
 from distill.cache import make_codec
-from distill.config.schema import CodecConfig, CodecName
+from distill.config.registry import CODECS
+from distill.config.schema import CodecConfig
 from tests.bench._timing import in_turns, ratio
 
 T, D, V = 64, 5120, 202_048
@@ -23,9 +24,9 @@ def run() -> dict[str, float]:
     lse = logits.logsumexp(-1)
     ids = torch.arange(T)
 
-    def select(name: CodecName) -> None:
+    def select(name: str) -> None:
         make_codec(CodecConfig(name=name), V).select(logits, lse, seed=0, sample_ids_T=ids, positions_T=ids)
 
-    functions = {name.value: lambda name=name: select(name) for name in CodecName}
+    functions = {name: lambda name=name: select(name) for name in CODECS.names}
     seconds = in_turns({"head": lambda: hidden @ weight.T, **functions}, rounds=5)
-    return {f"{name.value}_over_head": ratio(seconds, name.value, "head") for name in CodecName}
+    return {f"{name}_over_head": ratio(seconds, name, "head") for name in CODECS.names}

@@ -1,1 +1,1 @@
-"""What a cache survives: `make crash` (ONLY=cache), and in short form a part of `make test`."""
+"""What a cache survives: `make crash`, and in short form a part of `make test`."""

@@ -1,74 +1,44 @@
-"""`make crash` (ONLY=name for one): breaks things on purpose, prints what was lost and what went unnoticed, writes
-runs/crash/<name>.json, and exits non-zero unless every count of failures is 0.
+"""`make crash`: kills writers of a cache and flips bits on purpose, prints what was lost and what went unnoticed.
 
-KILLS=200 FLIPS=10000 SEED=0 are what they say.
+The numbers go to runs/crash/cache.json. Exits non-zero unless every count of failures is 0.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 import time
 from pathlib import Path
 
 from distill.config import json_text
-
-HERE = Path(__file__).parent
+from distill.config.terminal import Progress
+from tests.bench.__main__ import machine
+from tests.crash import _flips, _kills
 
 
 def main() -> int:
-    names = sorted(p.stem for p in HERE.glob("*.py") if not p.stem.startswith("_"))
     parser = argparse.ArgumentParser(prog="make crash")
-    parser.add_argument("names", nargs="*", default=names, metavar="ONLY", help=", ".join(names))
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--flips", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    if unknown := [name for name in options.names if name not in names]:
-        parser.error(f"ONLY is {' '.join(unknown)}; allowed: {', '.join(names)}")
-    from tests.bench.__main__ import machine
-
     out = Path("runs/crash")
     out.mkdir(parents=True, exist_ok=True)
-    failed = False
-    for name in options.names:
-        began = time.monotonic()
-        figures, problems = importlib.import_module(f"tests.crash.{name}").run(
-            kills=options.kills, flips=options.flips, seed=options.seed, progress=Progress()
-        )
-        figures["seconds"] = round(time.monotonic() - began, 1)
-        command = f"make crash ONLY={name} KILLS={options.kills} FLIPS={options.flips} SEED={options.seed}"
-        record = {"figures": figures, "problems": problems, "machine": machine(), "command": command}
-        (out / f"{name}.json").write_text(json_text.dumps(record, indent=1) + "\n")
-        width = max(map(len, figures))
-        print(f"\n{name}")
-        for key, value in figures.items():
-            print(f"  {key:<{width}}  {value}")
-        for problem in problems[:50]:
-            print(f"  ! {problem}")
-        failed = failed or bool(problems)
-    return int(failed)
-
-
-class Progress:
-    """One line that says how far it is, how fast, and for how long still; silent unless told to print."""
-
-    def __init__(self, quiet: bool = False):
-        self._quiet, self._what, self._began, self._told = quiet, "", 0.0, 0.0
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if what != self._what:
-            self._what, self._began, self._told = what, now, 0.0
-        if self._quiet or (now - self._told < 1 and done < total):
-            return
-        self._told = now
-        rate = done / max(now - self._began, 1e-9)
-        left = (total - done) / rate if done else float("inf")
-        end = "\n" if done >= total or not sys.stdout.isatty() else ""
-        lead = "\r" if sys.stdout.isatty() else ""
-        print(f"{lead}{what}: {done} of {total}, {rate:.1f} a second, {left:.0f} s left   ", end=end, flush=True)
+    began = time.monotonic()
+    progress = Progress(lambda rate: f"{rate:.1f}")
+    killed, lost = _kills.run(options.kills, options.seed, progress)
+    flipped, unnoticed = _flips.run(options.flips, options.seed, progress)
+    figures, problems = {**killed, **flipped}, lost + unnoticed
+    figures["seconds"] = round(time.monotonic() - began, 1)
+    command = f"make crash KILLS={options.kills} FLIPS={options.flips} SEED={options.seed}"
+    record = {"figures": figures, "problems": problems, "machine": machine(), "command": command}
+    (out / "cache.json").write_text(json_text.dumps(record, indent=1) + "\n")
+    width = max(map(len, figures))
+    for key, value in figures.items():
+        print(f"  {key:<{width}}  {value}")
+    for problem in problems[:50]:
+        print(f"  ! {problem}")
+    return int(bool(problems))
 
 
 if __name__ == "__main__":

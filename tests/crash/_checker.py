@@ -28,7 +28,7 @@ class Record:
 
 
 @dataclass
-class Scan:
+class CheckedCache:
     """All that is published in a folder, and what is wrong with it."""
 
     rows: dict[str, list[bytes]] = field(default_factory=dict)
@@ -47,9 +47,9 @@ class Scan:
         return found
 
 
-def scan(folder: Path) -> Scan:
+def scan(folder: Path) -> CheckedCache:
     """Reads every byte of every published shard."""
-    found = Scan()
+    found = CheckedCache()
     header = folder / "cache.json"
     if not header.exists():  # killed before there was a cache
         return found
@@ -70,7 +70,7 @@ def scan(folder: Path) -> Scan:
     return found
 
 
-def _shard(path: Path, row: dict[str, Any], found: Scan) -> None:
+def _shard(path: Path, row: dict[str, Any], found: CheckedCache) -> None:
     data = path.read_bytes()
     assert len(data) == row["bytes"], "size"
     assert xxhash.xxh3_64_hexdigest(data) == row["file_digest"], "file digest"

@@ -16,7 +16,9 @@ from distill.cache.ledger import Retired
 from distill.cache.open_store import open_store
 from distill.cache.shard import Shard
 from distill.config.errors import CacheError
-from distill.config.schema import CodecConfig, CodecName
+from distill.config.registry import CODECS
+from distill.config.schema import CodecConfig
+from distill.config.terminal import Progress
 from tests.crash import _checker as checker
 from tests.workers.cache_writers import V, digests, header, put
 
@@ -24,7 +26,7 @@ SAMPLES = 24
 KINDS = ("cache.json", "ranks", "ledger lines", "ledger objects", "shard index", "shard records")
 
 
-class Place(NamedTuple):
+class FlipPlace(NamedTuple):
     """Some bytes of a file, and what is read to find a flip among them."""
 
     kind: str
@@ -35,13 +37,13 @@ class Place(NamedTuple):
     """Whose record it is."""
 
 
-def run(flips: int, seed: int, progress: Any) -> tuple[dict[str, Any], list[str]]:
+def run(flips: int, seed: int, progress: Progress) -> tuple[dict[str, Any], list[str]]:
     """Flips `flips` bits, one at a time; figures, and every problem found in words."""
     rng, counts, problems = random.Random(seed), Counter[str](), list[str]()
     with tempfile.TemporaryDirectory(prefix="crash-") as scratch:
         caches = []
-        for codec in CodecName:
-            folder = Path(scratch) / codec.value
+        for codec in CODECS.names:
+            folder = Path(scratch) / codec
             make(folder, codec)
             caches.append((folder, _Reading(folder), places(folder)))
         for number in range(flips):
@@ -57,14 +59,14 @@ def run(flips: int, seed: int, progress: Any) -> tuple[dict[str, Any], list[str]
             if verdict:
                 counts[verdict.split(":")[0]] += 1
                 problems.append(f"{verdict} ({place.path.relative_to(scratch)}, byte {at}, bit {bit})")
-            progress("flips", number + 1, flips)
+            progress.update("flips", number + 1, flips, amount=1)
         for _, reading, _ in caches:
             reading.check()  # all that was flipped was flipped back
     keys = ("flips", *KINDS, "unnoticed", "not named", "crashed")
     return {key: counts[key] for key in keys}, problems
 
 
-def make(folder: Path, name: CodecName) -> None:
+def make(folder: Path, name: str) -> None:
     """Two ledgers of lines and one of objects; records that newer ones replace; a `retire` and a `finish` row."""
     codec = CodecConfig(name)
     head = header(codec, samples=SAMPLES)
@@ -87,20 +89,20 @@ def make(folder: Path, name: CodecName) -> None:
         writer._ledger.retire([Retired("a", 0, 0)])
 
 
-def places(folder: Path) -> list[Place]:
+def places(folder: Path) -> list[FlipPlace]:
     """All bytes of a cache, part by part: a kind of file is as likely as another, however small."""
-    found = [Place("cache.json", folder / "cache.json", 0, (folder / "cache.json").stat().st_size, None)]
-    found += [Place("ranks", p, 0, p.stat().st_size, None) for p in folder.glob("ranks-*.safetensors")]
+    found = [FlipPlace("cache.json", folder / "cache.json", 0, (folder / "cache.json").stat().st_size, None)]
+    found += [FlipPlace("ranks", p, 0, p.stat().st_size, None) for p in folder.glob("ranks-*.safetensors")]
     ledgers = [("ledger lines", p) for p in (folder / "ledger").glob("*.jsonl") if p.stat().st_size]
     ledgers += [("ledger objects", p) for p in (folder / "ledger").glob("*/*.json")]
-    found += [Place(kind, p, 0, p.stat().st_size, None) for kind, p in ledgers]
+    found += [FlipPlace(kind, p, 0, p.stat().st_size, None) for kind, p in ledgers]
     for path, row in rows(folder).items():
-        found.append(Place("shard index", path, 0, row["index_bytes"], None))
+        found.append(FlipPlace("shard index", path, 0, row["index_bytes"], None))
         columns = checker.load(path.read_bytes())
         ends = [0, *columns["ends"].tolist()]
         for i, sample in enumerate(columns["sample_ids"].tolist()):
             first = row["index_bytes"]
-            found.append(Place("shard records", path, first + ends[i], first + ends[i + 1], sample))
+            found.append(FlipPlace("shard records", path, first + ends[i], first + ends[i + 1], sample))
     return found
 
 
@@ -154,22 +156,22 @@ class _Reading:
             assert got.equal(want)
         assert again.step_B.equal(self._truth.step_B)
 
-    def find(self, place: Place) -> str | None:
+    def find(self, place: FlipPlace) -> str | None:
         """Opens the cache anew and uses all of it."""
         return self._verdict(place, lambda: self._use(CacheReader(self._folder), place))
 
-    def find_open(self, place: Place) -> str | None:
+    def find_open(self, place: FlipPlace) -> str | None:
         """The bit has flipped since the cache was opened."""
         return self._verdict(place, lambda: self._use(self._open, place))
 
-    def _use(self, reader: CacheReader, place: Place) -> None:
+    def _use(self, reader: CacheReader, place: FlipPlace) -> None:
         reader.read(self._ids, digests(self._ids))
         # Records that newer ones replace are used by nobody but who checks or rewrites the whole shard.
         if place.sample is not None:
             shard = Shard(self._store, self._rows[place.path])
             shard.records([shard.columns.sample_ids.tolist().index(place.sample)])
 
-    def _verdict(self, place: Place, use: Callable[[], None]) -> str | None:
+    def _verdict(self, place: FlipPlace, use: Callable[[], None]) -> str | None:
         try:
             use()
         except CacheError as error:

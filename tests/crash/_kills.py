@@ -19,6 +19,7 @@ import torch
 
 from distill.cache import CacheReader, CacheWriter
 from distill.config.errors import CacheError
+from distill.config.terminal import Progress
 from tests.crash import _checker as checker
 from tests.crash import _teacher as teacher
 from tests.workers.cache_writers import V
@@ -45,7 +46,7 @@ class _Aim:
         self.most[how] *= 1.04 if hit else 0.85
 
 
-def run(kills: int, seed: int, progress: Any) -> tuple[dict[str, Any], list[str]]:
+def run(kills: int, seed: int, progress: Progress) -> tuple[dict[str, Any], list[str]]:
     """Kills `kills` times; figures, and every problem found in words."""
     rng, counts, problems = random.Random(seed), Counter[str](), list[str]()
     aim = _Aim(rng)
@@ -62,7 +63,7 @@ def run(kills: int, seed: int, progress: Any) -> tuple[dict[str, Any], list[str]
             this = _Run(Path(scratch) / str(number), rng, counts, problems)
             while not this.done and counts["kills"] < kills:
                 this.launch(aim)
-                progress("kills", counts["kills"], kills)
+                progress.update("kills", counts["kills"], kills, amount=1)
             if not this.done:
                 this.launch(None)
             this.finish()
@@ -92,7 +93,7 @@ class _Run:
         self.folder, self._rng, self._counts, self._problems = folder / "cache", rng, counts, problems
         folder.mkdir()
         self.start, self.done, self._launches = 0, False, 0
-        self.now = checker.Scan()
+        self.now = checker.CheckedCache()
         self._claimed: set[tuple[int, int]] = set()
         self._follower: CacheReader | None = None
 
@@ -170,7 +171,7 @@ class _Run:
         if (self.folder / "cache.json").exists():
             self._readers()
 
-    def _contents(self, before: checker.Scan) -> None:
+    def _contents(self, before: checker.CheckedCache) -> None:
         header = None
         for key, records in self.now.records.items():
             if len(records) > 1:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from distill.cache import Atoms, CacheReader, CacheWriter, make_codec, record
-from tests.workers.cache_writers import Batch, batch, digests, header
+from tests.workers.cache_writers import CapturedBatch, batch, digests, header
 
 SAMPLES, STEPS, WIDTH, EVERY, EPOCH = 96, 32, 6, 4, 16
 """Samples of the corpus; steps of the plan; samples a step; steps from checkpoint to checkpoint; steps an epoch."""
@@ -42,7 +42,7 @@ def filled() -> list[int]:
 
 
 @cache
-def said(sample: int, step: int) -> Batch:
+def said(sample: int, step: int) -> CapturedBatch:
     return batch([sample], step=step)
 
 

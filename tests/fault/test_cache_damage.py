@@ -10,7 +10,7 @@ import pytest
 from distill.cache import CacheReader, CacheWriter
 from distill.cache.format import HEADER
 from distill.config.errors import CacheError
-from distill.config.schema import CodecConfig, CodecName
+from distill.config.schema import CodecConfig
 from tests.workers.cache_writers import SAMPLES, V, digests, header, put
 
 IDS = [0, 3, 5, 9, 17, 39]
@@ -25,7 +25,7 @@ def shard(folder, number):
 def cache(request, tmp_path_factory):
     """Two shards and a closing row."""
     folder = tmp_path_factory.mktemp(request.param)
-    codec = CodecConfig(CodecName(request.param))
+    codec = CodecConfig(request.param)
     with CacheWriter(folder, header(codec), writer="w", counts_V=np.arange(V) % 7, shard_samples=4) as writer:
         for ids in (IDS[:2], IDS[2:4], IDS[4:]):
             put(writer, ids, codec)

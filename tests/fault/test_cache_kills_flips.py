@@ -1,4 +1,4 @@
-"""The short form of `make crash ONLY=cache`."""
+"""The short form of `make crash`."""
 
 import random
 import time
@@ -7,20 +7,25 @@ from collections import Counter
 import pytest
 
 from distill.cache import CacheWriter, ledger, shard
+from distill.config.schema import ConsoleMode
+from distill.config.terminal import Progress
 from tests.crash import _flips, _kills, _teacher
-from tests.crash.__main__ import Progress
+
+
+def silent():
+    return Progress(str, mode=ConsoleMode.off)
 
 
 @pytest.mark.parametrize("seed", [1])
 def test_kills(seed):
-    figures, problems = _kills.run(kills=6, seed=seed, progress=Progress(quiet=True))
+    figures, problems = _kills.run(kills=6, seed=seed, progress=silent())
     assert problems == [] and figures["kills"] == 6
     assert figures["lost"] == figures["wrong"] == figures["duplicated"] == figures["failed"] == 0
 
 
 @pytest.mark.parametrize("seed", [1])
 def test_flips(seed):
-    figures, problems = _flips.run(flips=600, seed=seed, progress=Progress(quiet=True))
+    figures, problems = _flips.run(flips=600, seed=seed, progress=silent())
     assert problems == [] and figures["flips"] == sum(figures[kind] for kind in _flips.KINDS) == 600
     assert figures["unnoticed"] == figures["not named"] == figures["crashed"] == 0
 
@@ -34,7 +39,7 @@ def test_what_is_lost_is_counted(monkeypatch):
             real(self, row)
 
     monkeypatch.setattr(ledger.LedgerWriter, "append", forgetful)
-    figures, problems = _kills.run(kills=1, seed=1, progress=Progress(quiet=True))
+    figures, problems = _kills.run(kills=1, seed=1, progress=silent())
     assert figures["lost"] > 0 and any("published before a checkpoint, not there" in problem for problem in problems)
 
 
@@ -66,12 +71,12 @@ def test_no_verdict_depends_on_who_is_quicker(monkeypatch, first):
             done.touch()
 
     monkeypatch.setattr(_teacher, "work", in_turn)
-    _, problems = _kills.run(kills=0, seed=1, progress=Progress(quiet=True))
+    _, problems = _kills.run(kills=0, seed=1, progress=silent())
     assert problems == []
 
 
 def test_what_goes_unnoticed_is_counted(monkeypatch):
     """A reader that does not verify records."""
     monkeypatch.setattr(shard.Shard, "verified", lambda self, index, data: data)
-    figures, problems = _flips.run(flips=96, seed=1, progress=Progress(quiet=True))
+    figures, problems = _flips.run(flips=96, seed=1, progress=silent())
     assert figures["unnoticed"] > 0 and problems

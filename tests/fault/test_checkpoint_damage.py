@@ -33,7 +33,7 @@ def kinds():
     """One key for each kind of tensor that a checkpoint has."""
     with torch.device("meta"):
         model = Transformer(config_of(layers=2, vision=VISION))
-    keys = [hf.write._key(name, model.config) for name, _ in model.named_parameters()]
+    keys = [hf.write_checkpoint._key(name, model.config) for name, _ in model.named_parameters()]
     return sorted({re.sub(r"layers\.\d+", "layers.#", key): key for key in keys}.values())
 
 
@@ -112,12 +112,12 @@ def test_a_file_cut_within_a_tensor(folder, key):
     "edit, said",
     [
         ({"dtype": "BF16"}, "bytes; BF16"),
-        ({"shape": [-1]}, "no sound dtype, shape and data_offsets"),
-        ({"shape": "many"}, "no sound dtype, shape and data_offsets"),
-        ({"shape": [2.0]}, "no sound dtype, shape and data_offsets"),
-        ({"data_offsets": [0]}, "no sound dtype, shape and data_offsets"),
-        ({"data_offsets": [8, 4]}, "no sound dtype, shape and data_offsets"),
-        ({"dtype": None}, "no sound dtype, shape and data_offsets"),
+        ({"shape": [-1]}, "no valid dtype, shape and data_offsets"),
+        ({"shape": "many"}, "no valid dtype, shape and data_offsets"),
+        ({"shape": [2.0]}, "no valid dtype, shape and data_offsets"),
+        ({"data_offsets": [0]}, "no valid dtype, shape and data_offsets"),
+        ({"data_offsets": [8, 4]}, "no valid dtype, shape and data_offsets"),
+        ({"dtype": None}, "no valid dtype, shape and data_offsets"),
         ({"dtype": "F4"}, "is stored as F4; allowed: F64, F32, F16, BF16"),
     ],
 )
@@ -213,7 +213,7 @@ def test_a_key_in_two_files(shards):
     save_file(load_file(shards / second) | {key: load_file(shards / first)[key]}, shards / second)
     lines = refusals(shards)
     assert f"{key} is in {first} and in {second}" in lines
-    assert f"{second}: {key} is in the file but {FILE}.index.json does not say so" in lines and len(lines) == 2
+    assert f"{second}: {key} is in the file but not in {FILE}.index.json" in lines and len(lines) == 2
 
 
 def test_a_shard_that_is_gone(shards):
@@ -228,7 +228,7 @@ def test_an_index_and_files_that_disagree(shards):
     other = next(f for f in sorted(set(weight_map.values())) if f != file)
     set_index(shards, weight_map | {key: other})
     assert refusals(shards) == sorted([
-        f"{file}: {key} is in the file but {FILE}.index.json does not say so",
+        f"{file}: {key} is in the file but not in {FILE}.index.json",
         f"{other}: {key} is in {FILE}.index.json but not in the file",
     ])  # fmt: skip
     set_index(shards, weight_map | {"lm_head.extra": file})
@@ -250,14 +250,14 @@ def test_every_damaged_shard_is_told(shards):
 
 def test_a_second_checkpoint_in_the_folder(shards, model):
     save_file({"x": torch.zeros(1)}, shards / FILE)
-    assert "remove the one that is not meant" in refusal(shards)
+    assert "remove one of them" in refusal(shards)
 
 
 @pytest.mark.parametrize(
     "file, said",
     [
         ("pytorch_model.bin", "pickles, which are never loaded"),
-        ("consolidated.00.pth", "Meta's own layout: convert it first"),
+        ("consolidated.00.pth", "Meta's own format: convert it first"),
         ("readme.md", "has neither model.safetensors nor model.safetensors.index.json"),
     ],
 )

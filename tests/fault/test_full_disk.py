@@ -144,7 +144,7 @@ def test_a_table_of_targets(disk, tmp_path):
     reader = CacheReader(tmp_path / "cache")
     limit(4096)
     with pytest.raises(CacheError, match=rf"{folder}/targets\.parquet: cannot be written: (No space|File too)"):
-        export(reader, folder / "targets.parquet", progress=False)
+        export(reader, folder / "targets.parquet")
     assert names(folder) == []
 
 

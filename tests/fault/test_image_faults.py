@@ -151,5 +151,5 @@ def test_text_files_have_no_column_of_images(tmp_path):
 
 def test_digits_without_their_library_are_one_clear_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(DataError, match="source is digits; scikit-learn, which has them, is not installed"):
+    with pytest.raises(DataError, match="source is digits; scikit-learn, which holds them, is not installed"):
         next(digits.read())

@@ -11,12 +11,11 @@ import numpy as np
 import torch
 
 from distill.cache import Atoms, CacheHeader, CacheWriter
-from distill.config.schema import CodecConfig, CodecName
+from distill.config.schema import CodecConfig
 
 V, S, SAMPLES = 300, 8, 12
 CODECS = {
-    name: CodecConfig(CodecName(name), draws=20, tau=0.05, k=3)
-    for name in ("systematic", "threshold", "multinomial", "topk")
+    name: CodecConfig(name, draws=20, tau=0.05, k=3) for name in ("systematic", "threshold", "multinomial", "topk")
 }
 
 

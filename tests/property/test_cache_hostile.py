@@ -20,8 +20,9 @@ from distill.cache import CacheHeader, CacheReader, CacheWriter
 from distill.cache.ledger import LedgerWriter
 from distill.cache.open_store import open_store
 from distill.config.errors import CacheError
-from distill.config.schema import CodecConfig, CodecName
-from tests.hostile import Parts
+from distill.config.registry import CODECS
+from distill.config.schema import CodecConfig
+from tests.hostile import CacheParts
 from tests.workers.cache_writers import V, header, put
 
 FAST = settings(max_examples=150, suppress_health_check=list(HealthCheck))
@@ -29,7 +30,7 @@ ROOM = 64 << 20
 """Bytes of memory that a small cache may take, whatever it says."""
 SECONDS = 20.0
 """Of work, not of the clock, after which a reader counts as hanging: thousands of times what it needs."""
-CACHES = [codec.value for codec in CodecName]
+CACHES = CODECS.names
 
 DEEP = "[" * 800 + "]" * 800
 INTS = st.sampled_from(
@@ -48,14 +49,14 @@ VALUES = st.one_of(
 def caches(tmp_path_factory):
     """A small cache of each codec, in pieces."""
     found = {}
-    for codec in CodecName:
-        folder = tmp_path_factory.mktemp(codec.value)
+    for codec in CACHES:
+        folder = tmp_path_factory.mktemp(codec)
         config = CodecConfig(codec)
         with CacheWriter(folder, header(config), writer="w", counts_V=np.arange(V) % 7, shard_samples=4) as writer:
             for first in (0, 2, 4, 6):
                 put(writer, [first, first + 1], config)
             writer.finish()
-        found[codec.value] = Parts.of(folder)
+        found[codec] = CacheParts.of(folder)
     return found
 
 
@@ -209,7 +210,7 @@ def test_index_columns(caches, folder, data):
 @given(st.data())
 def test_records(caches, folder, data):
     """Bytes of any record, with checks that verify and any count of atoms."""
-    parts = caches[data.draw(st.sampled_from([codec.value for codec in CodecName]))].copy()
+    parts = caches[data.draw(st.sampled_from(CACHES))].copy()
     front, body = parts.shards[0]
     first, _ = front["records"]["data_offsets"]
     count = front["ends"]["shape"][0]

@@ -9,7 +9,7 @@ import pytest
 
 from distill.data.packed import PackedCorpus
 from distill.tools.import_cache import add_arguments
-from distill.tools.import_cache import run as import_cache
+from distill.tools.import_cache import import_files as import_cache
 from tests.cli import TINY, rows, run, write_corpus
 
 

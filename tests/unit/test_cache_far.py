@@ -225,7 +225,7 @@ def test_a_damaged_or_cut_shard_is_found(url):
         CacheReader(url)
 
 
-class Plain(fsspec.get_filesystem_class("memory")):
+class PlainMemory(fsspec.get_filesystem_class("memory")):
     """A file system that cannot put on a condition."""
 
     protocol = "plain"
@@ -239,7 +239,7 @@ class Plain(fsspec.get_filesystem_class("memory")):
 
 
 def test_without_conditional_puts_a_row_that_is_there_is_not_replaced():
-    fsspec.register_implementation("plain", Plain, clobber=True)
+    fsspec.register_implementation("plain", PlainMemory, clobber=True)
     write("plain://cache", [0, 1])
     store = open_store("plain://cache")
     row = store.read("ledger/w/000000000.json")

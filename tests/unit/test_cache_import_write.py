@@ -24,7 +24,7 @@ from distill.cache import CacheReader
 from distill.config.errors import CacheError, ConfigError, DataError
 from distill.config.schema import CorpusConfig, DataConfig, Source, TokenizerConfig
 from distill.data.prepare import prepare
-from distill.tools.import_cache import add_arguments, run
+from distill.tools.import_cache import add_arguments, import_files
 
 S, V, K = 16, 300, 6
 
@@ -61,7 +61,8 @@ class World:
         parser = argparse.ArgumentParser()
         add_arguments(parser)
         required = ["--from", kind, "--corpus", self.packed, "--tokenizer", self.file, "--vocab-size", V]
-        return run(parser.parse_args(list(map(str, [self.folder / "cache", *files, *required, *self.frame, *more]))))
+        words = [self.folder / "cache", *files, *required, *self.frame, *more]
+        return import_files(parser.parse_args(list(map(str, words))))
 
     def read(self):
         """ids, probabilities, covered, label's log-probability, entropy: each [samples, S, ...]."""

@@ -19,7 +19,7 @@ import yaml
 from distill.config.errors import CacheError
 from distill.tools.imports.distillkit import DistillKit
 from distill.tools.imports.megatron import Megatron
-from distill.tools.imports.plain import Plain
+from distill.tools.imports.plain import PlainParquet
 from distill.tools.imports.vllm import Vllm
 
 V = 1000
@@ -172,7 +172,7 @@ def test_distillkit_keeps_fewer_when_asked(tmp_path):
     rows = truth(3)
     source = DistillKit([write_distillkit(tmp_path, BASE, rows, [1, 2, 3])], k=3)
     assert [sorted(found) for found in split(next(iter(source)))] == [sorted(best(row, 3)) for row in rows]
-    assert source.facts.k == 3 and "top-3" in source.facts.bias
+    assert source.info.k == 3 and "top-3" in source.info.bias
 
 
 @pytest.mark.parametrize(
@@ -205,9 +205,9 @@ def test_distillkit_options_that_do_not_fit_are_refused_by_name(tmp_path, option
 def test_plain_dense_rows_come_as_they_are(tmp_path, name):
     rows = truth(4)
     pq.write_table(pa.table({"input_ids": [[1, 2, 3, 4]], name: [rows]}), tmp_path / "a.parquet")
-    source = Plain([tmp_path])
+    source = PlainParquet([tmp_path])
     (sequence,) = source
-    assert source.facts.k is None and np.allclose(sequence.dense_PV, rows, atol=1e-5)
+    assert source.info.k is None and np.allclose(sequence.dense_PV, rows, atol=1e-5)
 
 
 def test_plain_top_k_with_named_columns_and_a_shift(tmp_path):
@@ -215,7 +215,7 @@ def test_plain_top_k_with_named_columns_and_a_shift(tmp_path):
     tops = [[], *(best(row, 4) for row in rows)]
     values = [[], *([row[i] for i in top] for row, top in zip(rows, tops[1:]))]
     pq.write_table(pa.table({"t": [[9, 1, 2, 3]], "token_ids": [tops], "top_values": [values]}), tmp_path / "a.parquet")
-    (sequence,) = Plain([tmp_path], tokens="t", ids="token_ids", values="top_values", shifted=True, k=4)
+    (sequence,) = PlainParquet([tmp_path], tokens="t", ids="token_ids", values="top_values", shifted=True, k=4)
     assert sequence.tokens.tolist() == [9, 1, 2, 3] and sequence.positions == 3
     for row, found in zip(rows, split(sequence), strict=True):
         assert found == pytest.approx({i: row[i] for i in best(row, 4)})
@@ -227,15 +227,15 @@ def test_plain_top_k_logits_with_and_without_their_sum(tmp_path):
     raw = [[row[i] + 7.0 for i in top] for row, top in zip(rows, tops)]
     table = {"input_ids": [[1, 2]], "topk_ids": [tops], "topk_logprobs": [raw], "lse": [[7.0, 7.0]]}
     pq.write_table(pa.table(table), tmp_path / "a.parquet")
-    (whole,) = Plain([tmp_path], lse="lse")
+    (whole,) = PlainParquet([tmp_path], lse="lse")
     assert split(whole)[1] == pytest.approx({i: rows[1][i] for i in tops[1]})
-    source = Plain([tmp_path], logits=True)
+    source = PlainParquet([tmp_path], logits=True)
     (scaled,) = source
     mass = math.fsum(math.exp(rows[1][i]) for i in tops[1])
     assert split(scaled)[1] == pytest.approx({i: rows[1][i] - math.log(mass) for i in tops[1]})
-    assert "over-confident" in source.facts.bias
+    assert "over-confident" in source.info.bias
     with pytest.raises(CacheError, match=r"a\.parquet row 0, position 0: a value is [3-7]"):
-        list(Plain([tmp_path]))
+        list(PlainParquet([tmp_path]))
 
 
 # --- vLLM -------------------------------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def vllm_case() -> tuple[list[list[float]], list[int], dict]:
 def check_vllm(source: Vllm) -> None:
     rows, tokens, _ = vllm_case()
     (sequence,) = source
-    assert sequence.tokens.tolist() == tokens and source.facts.k == 5
+    assert sequence.tokens.tolist() == tokens and source.info.k == 5
     for row, token, found, label in zip(rows, tokens[1:], split(sequence), sequence.label_logprobs_P, strict=True):
         assert found == pytest.approx({i: row[i] for i in best(row, 5)})
         assert label == pytest.approx(row[token])
@@ -278,7 +278,7 @@ def test_vllm_labels_all_beyond_the_top_do_not_widen_it(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(request(rows, tokens, 5)))
     source = Vllm([tmp_path])
     (sequence,) = source
-    assert source.facts.k == 5
+    assert source.info.k == 5
     assert [sorted(found) for found in split(sequence)] == [sorted(best(row, 5)) for row in rows]
 
 
@@ -383,7 +383,7 @@ def test_megatron_sequences_come_in_the_order_of_training(tmp_path, nucleus):
         write_tar(tmp_path / f"cp0_dp{d}__11.tar", {f"{i}.pt.zst": data[i] for i in (10, 11)})
     source = Megatron([tmp_path])
     found = list(source)
-    assert len(found) == 24 and source.facts.k == 4 and "order given" in source.facts.bias
+    assert len(found) == 24 and source.info.k == 4 and "order given" in source.info.bias
     for sequence, rows in zip(found, [rows for i in (9, 10, 11) for rows in dense[i]], strict=True):
         assert sequence.tokens is None
         same(sequence, rows, nucleus=nucleus)
@@ -446,7 +446,7 @@ def cases(folder) -> dict:
     write_tar(folder / "cp0_dp0__1.tar", {"1.pt.zst": payload([[rows]], 4)})
     return {
         "distillkit": (folder / "dk" / "data_0.parquet", DistillKit),
-        "plain": (folder / "plain.parquet", Plain),
+        "plain": (folder / "plain.parquet", PlainParquet),
         "vllm": (folder / "v.jsonl", Vllm),
         "megatron": (folder / "cp0_dp0__1.tar", Megatron),
     }
@@ -494,17 +494,17 @@ def test_ids_that_cannot_be(tmp_path, ids, named):
     table = {"input_ids": [[1, 2]], "topk_ids": [[[1, 2, 5], ids]], "topk_logprobs": [values]}
     pq.write_table(pa.table(table), tmp_path / "a.parquet")
     with pytest.raises(CacheError, match=rf"a\.parquet row 0.*{named}"):
-        list(Plain([tmp_path]))
+        list(PlainParquet([tmp_path]))
 
 
 def test_what_is_not_there_is_named(tmp_path):
     with pytest.raises(CacheError, match="nowhere: no such file"):
-        Plain([tmp_path / "nowhere"])
+        PlainParquet([tmp_path / "nowhere"])
     with pytest.raises(CacheError, match=r"no \*\.parquet"):
-        Plain([tmp_path])
+        PlainParquet([tmp_path])
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(CacheError, match="has no column input_ids, topk_ids, topk_logprobs; its columns are text"):
-        Plain([tmp_path])
+        PlainParquet([tmp_path])
     pq.write_table(pa.table({"input_ids": ["a"], "logits": [[[0.5]]]}), tmp_path / "a.parquet")
     with pytest.raises(CacheError, match="column input_ids is string; it must be a list of integers"):
-        Plain([tmp_path])
+        PlainParquet([tmp_path])

@@ -122,7 +122,7 @@ def test_all_faults_of_a_command_line_come_at_once_each_with_key_value_and_what_
         "experiment is nope; allowed: demo, digits, needle, smoke",
         "student.optim.lr is abc; Value 'abc' of type 'str' could not be converted to Float",
         "teacher.train.batch is 7.5; Value '7.5' of type 'float' could not be converted to Integer",
-        "cache.codec.name is zip; Invalid value 'zip', expected one of [systematic, threshold, multinomial, topk]",
+        "cache.codec.name is zip; allowed: systematic, threshold, multinomial, topk",
         "'bad==' is not an override",
         "data.corpora.main.sorce is no key; allowed there: source",
         "student.model.rope_scaling.factr is no key; allowed there: factor",

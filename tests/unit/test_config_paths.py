@@ -146,7 +146,7 @@ TOOL_PATHS = {"dir", "html", "into", "sources", "a", "b", "file", "files", "corp
 @pytest.mark.parametrize("command", COMMANDS)
 def test_home_in_the_arguments_of_tools(home, command):
     parser = argparse.ArgumentParser()
-    COMMANDS[command].add(parser)
+    COMMANDS[command].load().add_arguments(parser)
     found = 0
     for action in parser._actions:
         if action.nargs == 0 or action.type in (int, float) or action.dest in NO_TOOL_PATHS | {"help"}:

@@ -1,6 +1,7 @@
 """Tables and progress: plain text where stderr is not a terminal, nothing that tears or stays where it is."""
 
 import io
+import re
 import subprocess
 import sys
 
@@ -9,7 +10,30 @@ import pytest
 from distill.config import units
 from distill.config.schema import ConsoleMode
 from distill.config.terminal import Progress, advancing, text_table
-from tests.unit.test_tracking_console import Clock, Terminal
+
+
+class Terminal(io.StringIO):
+    """Keeps what a terminal would show: the lines done, and the one under the cursor."""
+
+    def isatty(self):
+        return True
+
+    def screen(self):
+        lines = [""]
+        written = self.getvalue().replace("\r\x1b[2K", "\0")
+        for part in re.sub("\x1b\\[[0-9;]*m", "", written).splitlines(keepends=True):
+            text = part.rstrip("\n")
+            lines[-1] = text.rsplit("\0", 1)[1] if "\0" in text else lines[-1] + text
+            if part.endswith("\n"):
+                lines.append("")
+        return lines
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
 
 
 def test_a_table_is_aligned_and_its_cells_stay_as_they_are():
@@ -33,6 +57,86 @@ def clock(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     return Clock()
+
+
+def test_one_live_line_with_rate_share_time_left_and_text(clock):
+    terminal = Terminal()
+    progress = Progress(units.tokens, stream=terminal, clock=clock)
+    for step in range(0, 51, 10):
+        progress.update("teacher", step, 100, amount=10_000, text=f"loss {4 - step / 100:.2f}")
+        clock.now += 2.0
+    (line,) = terminal.screen()
+    assert line.startswith("teacher  50 %") and line.count("━") == 10
+    # 10 steps and 10,000 tokens take 2 s; 50 steps remain.
+    assert all(part in line for part in ("50/100", "5k tokens/s", "10 s left", "loss 3.50"))
+
+
+def test_messages_do_not_tear_the_live_line_and_the_last_line_stays(clock):
+    terminal = Terminal()
+    progress = Progress(units.tokens, mode=ConsoleMode.bar, stream=terminal, clock=clock)
+    progress.update("teacher", 1, 2, amount=8, text="loss 3.0")
+    progress.print("a message", terminal)
+    assert terminal.screen()[0] == "a message" and terminal.screen()[1].startswith("teacher  50 %")
+    clock.now = 0.01
+    progress.update("teacher", 2, 2, amount=8, text="loss 2.0")
+    progress.close()
+    message, done, rest = terminal.screen()
+    assert message == "a message" and "100 %" in done and "loss 2.0" in done and rest == ""
+
+
+def test_a_narrow_terminal_is_never_wrapped(clock, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    terminal = Terminal()
+    progress = Progress(units.tokens, mode=ConsoleMode.bar, stream=terminal, clock=clock)
+    progress.update("teacher", 1, 1000, amount=8, text="loss " + "3" * 50)
+    assert len(terminal.screen()[-1]) == 39
+
+
+def test_redraws_are_rare_however_often_progress_is_called(clock):
+    terminal = Terminal()
+    progress = Progress(units.tokens, mode=ConsoleMode.bar, stream=terminal, clock=clock)
+    for step in range(1000):
+        progress.update("teacher", step, 10_000, amount=1)
+        clock.now += 0.001
+    assert 8 <= terminal.getvalue().count("\r") <= 11
+
+
+def test_elsewhere_a_plain_line_every_ten_seconds_and_the_last(clock):
+    stream = io.StringIO()
+    progress = Progress(units.tokens, stream=stream, clock=clock)
+    for step in range(1, 36):
+        clock.now += 1.0
+        progress.update("student", step, 35, amount=100, text="loss 1.0")
+    lines = stream.getvalue().splitlines()
+    assert ["11/35" in lines[0], "21/35" in lines[1], "31/35" in lines[2], "35/35" in lines[3]] == [True] * 4
+    assert len(lines) == 4 and "100 tokens/s" in lines[0] and "━" not in lines[0] and "\r" not in stream.getvalue()
+
+
+def test_a_resumed_run_does_not_count_what_was_done_before(clock):
+    terminal = Terminal()
+    progress = Progress(units.tokens, mode=ConsoleMode.bar, stream=terminal, clock=clock)
+    clock.now = 100.0  # what preparing took
+    progress.update("teacher", 900, 1000, amount=100)
+    assert "left" not in terminal.screen()[-1] and "tokens/s" not in terminal.screen()[-1]
+    clock.now += 5.0
+    progress.update("teacher", 910, 1000, amount=500)
+    assert "100 tokens/s" in terminal.screen()[-1] and "45 s left" in terminal.screen()[-1]
+
+
+def test_jobs_that_take_turns_have_their_own_rates(clock):
+    terminal = Terminal()
+    progress = Progress(units.tokens, mode=ConsoleMode.bar, stream=terminal, clock=clock)
+    for round in range(3):
+        for step in range(1, 11):
+            clock.now += 4.0
+            progress.update("teacher", 10 * round + step, 100, amount=400)
+        for step in range(1, 11):
+            clock.now += 1.0
+            progress.update("student", 10 * round + step, 100, amount=400)
+    line = terminal.screen()[-1]
+    assert line.startswith("student  30 %") and "400 tokens/s" in line
+    # 70 steps of 4 s and 70 of 1 s.
+    assert "5:50 min left" in line
 
 
 def test_a_transient_line_is_erased_at_the_end(clock):
@@ -81,3 +185,19 @@ def test_sizes(count, text):
 @pytest.mark.parametrize(("share", "text"), [(0.0, "0 %"), (0.0123, "1.2 %"), (0.62, "62 %"), (-1.14, "−114 %")])
 def test_shares(share, text):
     assert units.percent(share) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.6, "1:00 min"), (187, "3:07 min"), (3600, "1:00 h"), (18_720, "5:12 h"), (273_600, "3 d 4 h")],
+)
+def test_durations(seconds, text):
+    assert units.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (950, "950"), (999.7, "1k"), (38_210, "38.2k"), (999_600, "1M"), (2e7, "20M"), (3.5e12, "3.5T")],
+)
+def test_short_numbers(value, text):
+    assert units.short(value) == text

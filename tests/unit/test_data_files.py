@@ -18,7 +18,7 @@ from distill.config.errors import DataError
 from distill.config.schema import CorpusConfig, DataConfig, FileFormat, Source
 from distill.data import json_rows
 from distill.data.prepare import prepare
-from distill.data.source import Corpus
+from distill.data.raw_corpus import RawCorpus
 
 TEXTS = [f'text {i}: naïve 漢字 🙂 \\ "quoted"\n\tline two' for i in range(40)]
 LINES = "".join(json.dumps({"text": text, "n": i}) + "\n" for i, text in enumerate(TEXTS)).encode()
@@ -26,7 +26,7 @@ LINES = "".join(json.dumps({"text": text, "n": i}) + "\n" for i, text in enumera
 
 def texts(*files: str | Path, **config) -> list[str]:
     scratch = Path(files[0]).parent
-    corpus = Corpus("main", CorpusConfig(Source.files, list(map(str, files)), **config))
+    corpus = RawCorpus("main", CorpusConfig(Source.files, list(map(str, files)), **config))
     return [document.text for document in corpus.documents(scratch)]
 
 
@@ -93,9 +93,9 @@ def test_text_in_any_case_with_any_compression(tmp_path):
 def test_a_name_that_does_not_say_what_is_in_it_is_refused_until_somebody_does(tmp_path, name):
     path = write(tmp_path / name, LINES)
     with pytest.raises(
-        DataError, match=rf"files has .*{name}, whose suffix does not say .*\.parquet.*format \(text, js"
+        DataError, match=rf"files has .*{name}, whose suffix names no format.*\.parquet.*format \(text, js"
     ):
-        Corpus("main", CorpusConfig(Source.files, [str(path)]))
+        RawCorpus("main", CorpusConfig(Source.files, [str(path)]))
     if "gz" not in name:
         assert texts(path, format=FileFormat.json) == TEXTS
         assert texts(path, format=FileFormat.text) == [LINES.decode()]
@@ -110,9 +110,11 @@ def test_all_unknown_names_are_counted_and_three_shown(tmp_path):
 
 def test_what_was_read_as_text_before_is_not_found_packed_again(tmp_path):
     path = write(tmp_path / "a.jsonl", LINES)
-    names = {Corpus("a", CorpusConfig(Source.files, [str(path)], format=f)).identity for f in (None, FileFormat.text)}
+    names = {
+        RawCorpus("a", CorpusConfig(Source.files, [str(path)], format=f)).identity for f in (None, FileFormat.text)
+    }
     assert len(names) == 2
-    same = Corpus("a", CorpusConfig(Source.files, [str(path)], format=FileFormat.json)).identity
+    same = RawCorpus("a", CorpusConfig(Source.files, [str(path)], format=FileFormat.json)).identity
     assert same in names
 
 
@@ -163,7 +165,7 @@ def test_everything_that_is_wrong_with_names_comes_at_once(tmp_path):
     assert [line.split(";")[0] for line in str(caught.value).splitlines()] == [
         f"data.corpora.main.held_out_files has {str(tmp_path)!r}",
         f"data.corpora.main.files has {str(tmp_path / 'no*')!r}",
-        f"data.corpora.main.files has {tmp_path}/a.bak, whose suffix does not say what is in it",
+        f"data.corpora.main.files has {tmp_path}/a.bak, whose suffix names no format",
         f"data.corpora.other.files has {str(tmp_path / 'b.jsonl')!r}",
     ]
 
@@ -180,7 +182,7 @@ def test_the_share_that_was_read_grows_to_one(tmp_path, monkeypatch, name):
         content = "".join(json.dumps({"text": row}) + "\n" for row in rows).encode()
     content = {".gz": gzip.compress, ".zst": zstd}.get(Path(name).suffix, bytes)(content)
     half = write(tmp_path / "half.txt", bytes([65]) * len(content))
-    corpus = Corpus("main", CorpusConfig(Source.files, [str(half), str(write(tmp_path / name, content))]))
+    corpus = RawCorpus("main", CorpusConfig(Source.files, [str(half), str(write(tmp_path / name, content))]))
     shares = [corpus.share for _ in corpus.documents(tmp_path)]
     assert shares[0] == 0.0 and shares == sorted(shares)
     assert shares[1] > 0.5 and shares[-1] == pytest.approx(1.0, abs=1e-3)
@@ -255,7 +257,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
         "a.json.gz": gzip.compress(b"[" + b",".join([row] * 12_000) + b"]", 1),
     }.items():
         path = write(tmp_path / name, content)
-        documents = Corpus("main", CorpusConfig(Source.files, [str(path)])).documents(tmp_path)
+        documents = RawCorpus("main", CorpusConfig(Source.files, [str(path)])).documents(tmp_path)
         tracemalloc.start()
         assert sum(1 for _ in documents) == 12_000
         peak = tracemalloc.get_traced_memory()[1]

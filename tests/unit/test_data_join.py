@@ -11,7 +11,7 @@ import torch
 
 from distill.cache import CacheHeader, CacheReader, CacheWriter, ReadResult, SoftTargets, make_codec
 from distill.config.errors import CacheError
-from distill.config.schema import CodecConfig, CodecName, CorpusConfig, DataConfig, OnMissing, Source, TokenizerConfig
+from distill.config.schema import CodecConfig, CorpusConfig, DataConfig, OnMissing, Source, TokenizerConfig
 from distill.data.join import Joiner, Prefetch, check_cache
 from distill.data.prepare import prepare
 from tests.cli import PATIENCE
@@ -125,7 +125,7 @@ def test_a_missing_sample_may_be_refused(data):
 def cache(tmp_path, data):
     """A cache of the corpus `main` in which the even samples have an atom at (sample + position) mod V."""
     corpus = data.train["main"]
-    codec = CodecConfig(name=CodecName.threshold)
+    codec = CodecConfig(name="threshold")
     header = CacheHeader(V, data.tokenizer.digest, corpus.digest, S, len(corpus), codec, seed=0)
     ids_B = np.arange(0, len(corpus), 2)
     batch = Joiner([corpus], None, OnMissing.hard).batch(np.zeros(len(ids_B), np.int64), ids_B)

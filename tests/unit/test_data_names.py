@@ -8,7 +8,7 @@ import pytest
 
 from distill.config.schema import CorpusConfig, Source
 from distill.data.formats import kind_of
-from distill.data.source import Corpus
+from distill.data.raw_corpus import RawCorpus
 from distill.data.tables import rows
 
 NAMES = [
@@ -42,8 +42,8 @@ def test_rows_of_a_file_with_any_name(tmp_path, kind):
                     pq.write_table(pa.table({"text": [f"number {number}"]}), file)
             else:
                 path.write_bytes(gzip.compress(line) if kind == "jsonl.gz" else line)
-            found = rows(path, ["text"], ["key"], tmp_path, kind_of(path), lambda share: None)
-            assert list(found) == [(1, [f"number {number}"])], path
+            found = rows(path, kind_of(path), {"text": "key"}, tmp_path, lambda share: None)
+            assert list(found) == [(1, {"text": f"number {number}"})], path
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -57,7 +57,7 @@ def test_files_are_found_by_any_name(tmp_path, name):
     (folder / f"{name}.txt").write_text("mine")
 
     def texts(pattern):
-        corpus = Corpus("main", CorpusConfig(Source.files, [pattern], held_out=0.0))
+        corpus = RawCorpus("main", CorpusConfig(Source.files, [pattern], held_out=0.0))
         return [document.text for document in corpus.documents(tmp_path)]
 
     assert texts(f"{folder}/{name}.txt") == ["mine"]

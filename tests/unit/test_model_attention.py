@@ -126,10 +126,10 @@ def test_attention_equals_the_masked_oracle(rope, packed, chunk):
     config = config_of(chunk_size=chunk)
     model = Transformer(config)
     documents_BS = random_documents(2, 21, seed=4) if packed else torch.zeros(2, 21, dtype=torch.int64)
-    layouts = model.layouts(Segments.build(documents_BS, chunk))
+    plans = model.plans(Segments.build(documents_BS, chunk))
     layer = model.layers[0 if rope else 3]
     hidden_TD = torch.randn(42, 32)
-    found = layer.self_attn(hidden_TD, layouts[0 if rope else 1])
+    found = layer.self_attn(hidden_TD, plans[0 if rope else 1])
     expected = oracle_attention(layer, hidden_TD, documents_BS, config, rope)
     assert worst(found, expected) < 1e-5
 

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from distill.config.errors import CheckpointError
+from distill.config.model import moe_layers, rope_layers
 from distill.config.schema import RopeScaling, VisionConfig
 from distill.model import hf
-from distill.model.layer_kinds import moe_layers, rope_layers
 from tests.unit.test_model_attention import config_of
 from tests.unit.test_model_transformer import SIZED, preset
 
@@ -292,13 +292,14 @@ def test_what_transformers_does_not_read_changes_nothing():
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; it must be a number"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps is 0.0; it must be positive"),
         ({"use_qk_norm": "yes"}, "use_qk_norm is 'yes'; it must be true or false"),
-        ({"attention_chunk_size": 0}, "attention_chunk_size is 0; a positive number or null"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers is 0; it must be at least 1"),
+        ({"attention_chunk_size": 0}, "attention_chunk_size is 0; at least 1"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0; at least 1"),
         ({"interleave_moe_layer_step": -1}, "interleave_moe_layer_step is -1; at least 0"),
         ({"rope_scaling": "llama3"}, "rope_scaling is 'llama3'; it must be an object or null"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling.rope_type is 'yarn'; allowed: 'default', 'llama3'"),
         ({"rope_scaling": SCALING | {"rope_type": "llama3", "factr": 1}}, "rope_scaling.factr is no key of Llama 4"),
-        ({"rope_scaling": SCALING | {"rope_type": "llama3", "low_freq_factor": 2}}, "low at most high"),
+        ({"rope_scaling": SCALING | {"rope_type": "llama3", "low_freq_factor": 2}},
+         "rope_scaling.low_freq_factor is 2.0; at most high_freq_factor, 1.0"),
         ({"quantization_config": {"quant_method": "fbgemm_fp8"}}, "quant_method is 'fbgemm_fp8'; only"),
         ({"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}},
          "quantization_config.format is 'pack-quantized'; only 'float-quantized' is supported"),
@@ -322,11 +323,17 @@ def test_one_clear_error_for_a_fault_of_the_text_model(change, said, nested):
         ({"num_layers": 2}, "num_layers is no key of Llama 4"),
         ({"pixel_shuffle_ratio": 0.3}, "pixel_shuffle_ratio is 0.3; allowed: 1 / n for a whole n"),
         ({"vision_output_dim": 7680}, "vision_output_dim is 7680; it must be projector_output_dim, 4096"),
-        ({"projector_input_dim": 64}, "projector_input_dim is 64 and projector_output_dim 4096"),
-        ({"intermediate_size": 64}, "intermediate_size is 64; the format's adapter takes as many channels"),
+        ({"projector_input_dim": 64}, "projector_output_dim is 4096; it must equal projector_input_dim, 64"),
+        (
+            {"intermediate_size": 64},
+            "intermediate_size is 64; it must be hidden_size x (1 / pixel_shuffle_ratio)^2, 5632",
+        ),
         ({"num_attention_heads": 3}, "hidden_size is 1408; it must be a multiple of 4 x num_attention_heads"),
-        ({"image_size": 350}, "image_size is 350; it must be a multiple of patch_size / pixel_shuffle_ratio"),
-        ({"patch_size": 0}, "patch_size is 0; it must be at least 1"),
+        (
+            {"image_size": 350},
+            "image_size is 350; it must be a multiple of patch_size x (1 / pixel_shuffle_ratio), 14 x 2",
+        ),
+        ({"patch_size": 0}, "patch_size is 0; at least 1"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "rope_parameters.rope_type is 'linear'"),
     ],
 )
@@ -367,7 +374,7 @@ def test_faults_of_every_level_come_at_once():
         ({"floor_scale": 2.5}, "floor_scale is 2.5; whole only"),
         ({"vision": VisionConfig(norm_eps=1e-6)}, "norm_eps is 1e-06; transformers computes with 1e-05"),
         ({"vision": VisionConfig(mlp_hidden=8)}, "intermediate_size is 8"),
-        ({"vision": VisionConfig(adapter_out=8)}, "projector_input_dim is 4096 and projector_output_dim 8"),
+        ({"vision": VisionConfig(adapter_out=8)}, "projector_output_dim is 8; it must equal projector_input_dim, 4096"),
     ],
 )
 def test_what_the_format_cannot_hold_is_not_written(change, said):

@@ -87,7 +87,7 @@ def test_the_parts_make_the_whole(folder, layout, monkeypatch):
         quantized(folder)
     whole = dict(hf.load(folder).named_parameters())
     generator = torch.Generator().manual_seed(0)
-    monkeypatch.setattr(hf.read, "_BLOCK", 64)  # so that a matrix takes several
+    monkeypatch.setattr(hf.read_checkpoint, "_BLOCK", 64)  # so that a matrix takes several
     with hf.Reader(folder) as reader:
         assert reader.shapes == {name: parameter.shape for name, parameter in whole.items()}
         for name, parameter in whole.items():

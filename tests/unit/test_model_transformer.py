@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from distill.config.schema import ModelConfig
 from distill.model import Segments, Transformer
 from distill.model.count import count_parameters, flops_per_token
+from distill.model.parts import Parts
 from tests.closeness import worst
 from tests.unit.test_model_attention import config_of, random_documents
 
@@ -60,7 +61,7 @@ def test_functions_handed_in_do_the_products():
         return torch.cat([x[a:b] @ w for a, b, w in zip(starts, ends_E.tolist(), weight)])
 
     torch.manual_seed(0)
-    ours = Transformer(config_of(), linear_fn=linear_fn, grouped_fn=grouped_fn)
+    ours = Transformer(config_of(), Parts(linear_fn, grouped_fn))
     torch.manual_seed(0)
     plain = Transformer(config_of())
     ids_BS = torch.randint(0, 64, (2, 9))

@@ -18,6 +18,7 @@ from distill.model import Transformer, vision
 from distill.model.count import count_parameters, vision_flops_per_tile
 from distill.model.freeze import freeze
 from distill.model.images import Images
+from distill.model.parts import Parts
 from tests.closeness import apart, worst
 from tests.unit.test_model_attention import config_of, random_documents
 from tests.unit.test_model_transformer import preset
@@ -222,10 +223,10 @@ def test_the_functions_handed_in_are_for_the_text_model_alone():
 
     config, calls = config_of(vision=vision_config()), []
     torch.manual_seed(0)
-    Transformer(config, linear_fn=linear_fn).logits(*batch()[:1])
+    Transformer(config, Parts(linear_fn)).logits(*batch()[:1])
     text = len(calls)
     ids_BS, images = batch()
-    Transformer(config, linear_fn=linear_fn).logits(ids_BS, images=images)
+    Transformer(config, Parts(linear_fn)).logits(ids_BS, images=images)
     assert len(calls) == 2 * text
 
 

@@ -1,5 +1,6 @@
 """The tools of the cache: a mistake on the way in is one line and exit code 2, and a small cache is none."""
 
+import json
 import re
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from distill.cache import CacheWriter
 from distill.tools.commands import COMMANDS, main
+from tests.unit.test_tracking_report import values
 from tests.workers.cache_writers import V, header, put
 
 
@@ -33,8 +35,10 @@ def test_a_page_of_the_smallest_caches(tmp_path, capsys, parts):
     assert main(["stats", folder, "--html", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
     assert ("Lag over time" in page) == bool(parts)
-    numbers = re.findall(r'(?:points|data-left|data-right|data-low|data-high|x1|y1)="([^"]*)"', page)
-    assert bool(numbers) == bool(parts) and not any("nan" in each or "inf" in each for each in numbers)
+    drawn = [json.loads(text) for text in re.findall(r'<script type="application/json">(.*?)</script>', page)]
+    ranges = [value for chart in drawn for axis in "xy" for value in chart["layout"][f"{axis}axis"].get("range", [])]
+    points = [x for chart in drawn for trace in chart["data"] for axis in "xy" for x in values(trace[axis])]
+    assert bool(points) == bool(ranges) == bool(parts) and np.isfinite([*ranges, *points]).all()
 
 
 WRONG = {
@@ -66,8 +70,8 @@ WRONG = {
     "estimate": "--tokens is missing",
     "estimate --tokens 0": "argument --tokens: '0' is not a whole number from 1 up; ",
     "estimate --tokens nan": "argument --tokens: 'nan' is not a whole number from 1 up; ",
-    "estimate --tokens 9 --codec threshold --tau nan": "--tau is nan; allowed is 0.004 <= tau < 1",
-    "estimate --tokens 9 --codec topk --k 300": "codec topk: k is 300; allowed is 1 to 255",
+    "estimate --tokens 9 --codec threshold --tau nan": "--tau is nan; it must be a finite number",
+    "estimate --tokens 9 --codec topk --k 300": "--k is 300; allowed: 1 to 255",
     "estimate --tokens 9 --entropy nan": "--entropy is nan; it must be positive",
     "estimate --tokens 9 --entropy inf": "--entropy is inf; 202048 ids have at most 12.22 nats",
     "estimate --tokens 9 --like EMPTY": "like is empty; give it a value",

@@ -9,9 +9,9 @@ import torch
 
 from distill.cache import CacheHeader, CacheReader, CacheWriter, make_codec
 from distill.config.errors import CacheError
+from distill.config.registry import CODECS
 from distill.config.schema import (
     CodecConfig,
-    CodecName,
     EntropyFactor,
     LagFactor,
     ModelConfig,
@@ -28,7 +28,7 @@ from tests.unit.test_student_distilling import ALONE, alphas, batch
 T, D, V, PADDED = 24, 6, 48, 64
 
 
-@pytest.mark.parametrize("name", list(CodecName))
+@pytest.mark.parametrize("name", CODECS.names)
 def test_rows_after_the_teachers_get_no_mass_and_lose_theirs(name):
     """Against a dense target in fp64: what the codec stored, zeros after it; differentiated by torch."""
     g = torch.Generator().manual_seed(3)
@@ -80,7 +80,7 @@ def test_entropy_is_measured_against_the_teachers_vocabulary():
 # ------------------------------------------------------------ which caches are read
 
 
-class Corpus:
+class StubCorpus:
     digest, sample_tokens = "c", 8
 
     def __len__(self):
@@ -126,9 +126,9 @@ def lowered(record):
 
 @pytest.mark.parametrize("vocab_size", [288, 289, 640])
 def test_a_padded_student_reads_and_a_smaller_one_is_told_why_not(own, cache, vocab_size):
-    check_cache(cache, own, Corpus(), vocab_size, student=True)
+    check_cache(cache, own, StubCorpus(), vocab_size, student=True)
     with pytest.raises(CacheError) as caught:
-        check_cache(cache, own, Corpus(), 287, student=True)
+        check_cache(cache, own, StubCorpus(), 287, student=True)
     text = str(caught.value)
     assert "vocab_size is 288 in the cache, 287 in this run" in text
     assert "set student.model.vocab_size to at least as many" in text
@@ -136,9 +136,9 @@ def test_a_padded_student_reads_and_a_smaller_one_is_told_why_not(own, cache, vo
 
 @pytest.mark.parametrize("vocab_size", [287, 289])
 def test_whoever_makes_targets_has_the_caches_vocabulary(own, cache, vocab_size):
-    check_cache(cache, own, Corpus(), 288)
+    check_cache(cache, own, StubCorpus(), 288)
     with pytest.raises(CacheError, match=f"288 in the cache, {vocab_size} in this run.*a cache of its own"):
-        check_cache(cache, own, Corpus(), vocab_size)
+        check_cache(cache, own, StubCorpus(), vocab_size)
 
 
 def test_a_tokenizer_that_only_adds_is_accepted_where_the_teachers_is_at_hand(own, cache, tmp_path):
@@ -147,15 +147,15 @@ def test_a_tokenizer_that_only_adds_is_accepted_where_the_teachers_is_at_hand(ow
     with pytest.raises(
         CacheError, match=rf"set data\.tokenizer\.file .* or put its tokenizer\.json into {tmp_path}/run,"
     ):
-        check_cache(cache, more, Corpus(), 640, student=True)
+        check_cache(cache, more, StubCorpus(), 640, student=True)
     more.save(tmp_path / "run" / "tokenizer.json")  # not the teacher's: nothing to compare with
     with pytest.raises(CacheError, match=r"data\.tokenizer\.file"):
-        check_cache(cache, more, Corpus(), 640, student=True)
+        check_cache(cache, more, StubCorpus(), 640, student=True)
     own.save(tmp_path / "run" / "tokenizer.json")
-    check_cache(cache, more, Corpus(), 640, student=True)
+    check_cache(cache, more, StubCorpus(), 640, student=True)
     with pytest.raises(CacheError, match=r"tokenizer is"):  # whoever makes targets needs the very same
-        check_cache(cache, more, Corpus(), 288)
-    other = Corpus()
+        check_cache(cache, more, StubCorpus(), 288)
+    other = StubCorpus()
     other.digest = "d"
     with pytest.raises(CacheError, match=r"corpus is 'c' in the cache, 'd' in this run; the tokenizer adds tokens"):
         check_cache(cache, more, other, 640, student=True)
@@ -167,7 +167,7 @@ def test_ids_that_mean_something_else_are_refused(own, cache, tmp_path, change):
     other = changed(own, tmp_path, change)
     assert not other.extends(own)
     with pytest.raises(CacheError, match=r"tokenizer is .* ids may mean something else: set data\.tokenizer\.file"):
-        check_cache(cache, other, Corpus(), 640, student=True)
+        check_cache(cache, other, StubCorpus(), 640, student=True)
 
 
 def test_a_mixtures_cache_finds_the_tokenizer_of_its_run(own, tmp_path):
@@ -175,12 +175,12 @@ def test_a_mixtures_cache_finds_the_tokenizer_of_its_run(own, tmp_path):
     CacheWriter(tmp_path / "run" / "cache" / "main", header, writer="w").close()
     own.save(tmp_path / "run" / "tokenizer.json")
     check_cache(
-        CacheReader(tmp_path / "run" / "cache" / "main"), changed(own, tmp_path, added), Corpus(), 288, student=True
+        CacheReader(tmp_path / "run" / "cache" / "main"), changed(own, tmp_path, added), StubCorpus(), 288, student=True
     )
 
 
 def test_everything_that_differs_is_named(own, cache):
     other = dataclasses.make_dataclass("Other", ["digest"])("x")
     with pytest.raises(CacheError) as caught:
-        check_cache(cache, other, Corpus(), 8, student=True)
+        check_cache(cache, other, StubCorpus(), 8, student=True)
     assert all(part in str(caught.value) for part in ("vocab_size is 288", "tokenizer is", "student.model", "data.tok"))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from distill.cache import CacheHeader, CacheReader, CacheWriter, make_codec
-from distill.config.schema import CodecConfig, CodecName
+from distill.config.schema import CodecConfig
 from distill.data.join import Batch
 from distill.model import Transformer
 from teacher.capture import Capture
@@ -49,7 +49,7 @@ def alone(model, batch):
 
 
 def test_the_cache_holds_what_the_teacher_says_of_each_document(model, batch, tmp_path):
-    codec = CodecConfig(name=CodecName.topk, k=V)
+    codec = CodecConfig(name="topk", k=V)
     header = CacheHeader(vocab_size=V, tokenizer="t", corpus="c", sample_tokens=S, samples=SAMPLES, codec=codec, seed=3)
     made = dict(source="backfill", seen_before=True, flops_per_token=7.0)
     teacher = Own(model)

@@ -1,13 +1,14 @@
+import base64
 import json
 import re
 from html.parser import HTMLParser
-from itertools import pairwise
 
 import numpy as np
 import pytest
+from plotly.offline import get_plotlyjs
 
 from distill.config.schema import ConsoleMode, TrackingConfig
-from distill.tracking import charts, report, scale
+from distill.tracking import charts, report, thinning
 from distill.tracking.tracker import Tracker
 
 CONFIG = TrackingConfig(console=ConsoleMode.off)
@@ -17,7 +18,7 @@ HOSTILE = "</script><script>alert(1)</script> & \"quotes\" 'too' <b>"
 class Page(HTMLParser):
     """Every element with its attributes and the text below it; fails on tags that do not close in order."""
 
-    VOID = ("meta", "line", "rect", "polyline", "path", "br")
+    VOID = ("meta", "br")
 
     def __init__(self, html):
         super().__init__()
@@ -33,11 +34,6 @@ class Page(HTMLParser):
         if tag not in self.VOID:
             self.open.append(element)
 
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        if tag not in self.VOID:
-            self.open.pop()
-
     def handle_endtag(self, tag):
         assert self.open and self.open[-1]["tag"] == tag, (tag, self.getpos())
         self.open.pop()
@@ -51,15 +47,56 @@ class Page(HTMLParser):
             e for e in self.elements if e["tag"] == tag and set(kind.split()) <= set((e.get("class") or "").split())
         ]
 
-    def figure(self, title):
-        """The elements of the chart with this title."""
-        starts = [i for i, e in enumerate(self.elements) if e["tag"] == "figure"] + [len(self.elements)]
-        for start, end in pairwise(starts):
-            if any(e["tag"] == "h3" and e["text"].startswith(title) for e in self.elements[start:end]):
-                part = Page.__new__(Page)
-                part.elements = self.elements[start:end]
-                return part
-        raise AssertionError(f"no chart {title}")
+    @property
+    def charts(self):
+        """All charts, by title."""
+        titles, figures = self.all("h3"), [e for e in self.all("script") if e.get("type") == "application/json"]
+        assert len(titles) == len(figures) == len(self.all("div", "plot"))
+        return {t["text"]: Chart(json.loads(f["text"])) for t, f in zip(titles, figures, strict=True)}
+
+    def chart(self, title):
+        """The only chart whose title begins so."""
+        (found,) = [chart for text, chart in self.charts.items() if text.startswith(title)]
+        return found
+
+
+class Chart:
+    """What plotly is given."""
+
+    def __init__(self, figure):
+        self.layout, self.traces = figure["layout"], figure["data"]
+
+    @property
+    def curves(self):
+        """x and y of the traces in the legend, by label."""
+        shown = [trace for trace in reversed(self.traces) if trace.get("showlegend")]
+        return {trace["legendgroup"]: (values(trace["x"]), values(trace["y"])) for trace in shown}
+
+    @property
+    def legend(self):
+        return [trace["name"] for trace in reversed(self.traces) if trace.get("showlegend")]
+
+    @property
+    def ends(self):
+        """The point of each arm that is drawn apart, by label."""
+        apart = [trace for trace in reversed(self.traces) if trace.get("line", {}).get("dash") == "dot"]
+        return {
+            trace["legendgroup"]: (values(trace["x"])[1], values(trace["y"])[1])
+            for trace in apart
+            if not trace.get("showlegend")
+        }
+
+    def trace(self, kind):
+        (found,) = [trace for trace in self.traces if trace["type"] == kind]
+        return found
+
+
+def values(array):
+    """Numbers as plotly has them: a list, or the bytes of an array."""
+    if isinstance(array, list):
+        return np.array(array)
+    flat = np.frombuffer(base64.b64decode(array["bdata"]), array["dtype"])
+    return flat.reshape([int(size) for size in array["shape"].split(",")]) if "shape" in array else flat
 
 
 def train(folder, job="student", steps=50, alpha=True, tokens=True):
@@ -101,28 +138,62 @@ def test_a_full_run(tmp_path):
     ]  # fmt: skip
     assert "9.8 bytes per token" in [cell["text"] for cell in page.all("dd")]
 
-    held_out = page.figure("Loss on held-out text")
-    assert sorted(line["data-label"] for line in held_out.all("polyline", "main")) == [
-        "constant", "distilled", "hard", "teacher"
+    held_out = page.chart("Loss on held-out text")
+    assert sorted(held_out.curves) == ["constant", "distilled", "hard", "teacher"]
+    assert held_out.legend == [
+        "teacher <b>3.168</b>", "distilled <b>3.218</b>", "hard <b>3.299</b>", "constant <b>3.448</b>"
     ]  # fmt: skip
-    assert [line["text"] for line in held_out.all("li")] == [
-        "teacher 3.0200", "distilled 3.0200", "hard 3.0200", "constant 3.0200"
-    ]  # fmt: skip
-    assert all(len(line["points"].split()) == 5 for line in held_out.all("polyline"))
-    assert [line["data-label"] for line in page.figure("Mean alpha").all("polyline", "main")] == [
-        "constant",
-        "distilled",
-    ]
-    # One colour for an arm wherever it appears.
-    styles = {(e["data-label"], e["class"].split()[-1]) for e in page.all("polyline") if "mean" not in e["class"]}
-    assert len(styles) == 4
+    assert all(len(x) == 4 for x, _ in held_out.curves.values())
+    assert list(page.chart("Mean alpha").curves) == ["distilled", "constant"]
+    # One color for an arm wherever it appears.
+    colors = {(t["legendgroup"], t["line"]["color"]) for c in page.charts.values() for t in c.traces if "line" in t}
+    assert len({pair for pair in colors if pair[0] != "mean"}) == 4
+
+
+def test_held_out_curves_end_at_the_last_step_with_the_loss_of_the_table(tmp_path):
+    full_run(tmp_path)
+    settings = "".join(f"{role}:\n  train:\n    eval_samples: 64\n" for role in ("teacher", "student"))
+    (tmp_path / "config.yaml").write_text(f"{settings}evaluate:\n  samples: 512\n")
+    page = written(tmp_path)
+    ends = page.chart("Loss on held-out text").ends
+    assert {label: x for label, (x, _) in ends.items()} == dict.fromkeys(ends, 512 * 50)
+    losses = {"teacher": 3.168, "distilled": 3.218, "hard": 3.299, "constant": 3.448}
+    assert {label: y for label, (_, y) in ends.items()} == pytest.approx(losses)
+    note = page.all("figcaption")[0]["text"]
+    assert "Dots: 64 held-out samples. The diamond at the end, as the table: 512 samples." in note
+
+
+def test_each_corpus_of_a_mixture_has_its_held_out_charts(tmp_path):
+    with Tracker(tmp_path, CONFIG, {}) as tracker:
+        for step in (1, 2, 3):
+            tracker.log("teacher", step, {"heldout_loss": 3.0, "heldout_loss/a": 2.0, "heldout_accuracy/a": 0.5})
+    corpora = {"a": {"loss": 1.5, "accuracy": 0.6}}
+    (tmp_path / "summary.json").write_text(json.dumps({"teacher_loss": 2.9, "teacher_corpora": corpora}))
+    page = written(tmp_path)
+    assert [section["text"] for section in page.all("h2")] == ["Held-out loss"]
+    assert page.chart("Loss on held-out text: a").ends == {"teacher": pytest.approx((3, 1.5))}
+    assert page.chart("Accuracy on held-out text: a").ends == {"teacher": pytest.approx((3, 0.6))}
+
+
+def test_what_is_switched_off_has_no_curve_and_no_chart(tmp_path):
+    off = {"coverage": 1.0, "mass": 1.0 + 1e-7, "dead_experts": 0.0, "balance_loss": 0.0, "skipped_samples": 0.0}
+    for arm, factor in (("plain", 1.0), ("lagging", 0.5)):
+        with Tracker(tmp_path / "arms" / arm, CONFIG, {}) as tracker:
+            for step in (1, 2, 3):
+                tracker.log("student", step, off | {"loss": 3.0, "lag_factor": factor})
+    assert {text: list(chart.curves) for text, chart in written(tmp_path).charts.items()} == {
+        "Training loss nats per token": ["lagging", "plain"],
+        "Lag factor 1: as good as the best targets": ["lagging"],
+    }
 
 
 def test_nothing_is_fetched(tmp_path):
     full_run(tmp_path)
     page, html = written(tmp_path), (tmp_path / "report.html").read_text()
     assert page.links == [] and not page.all("link") and not page.all("img")
-    assert not re.search(r"https?://|@import|url\(|//[a-z]|fetch\(|import\(", html)
+    # What plotly's script does is tested in a browser.
+    own = html.replace(get_plotlyjs(), "")
+    assert len(own) < len(html) and not re.search(r"https?://|@import|url\(|//[a-z]|fetch\(|import\(", own)
 
 
 def test_hostile_words_stay_words(tmp_path):
@@ -133,56 +204,40 @@ def test_hostile_words_stay_words(tmp_path):
             file.write(json.dumps({"job": "teacher", "step": step, "<i>odd</i>": step}) + "\n")
     (tmp_path / "summary.json").write_text(json.dumps({"<u>": "<s>", "job": "<q>", "<em>_loss": 3.0}))
     page = written(tmp_path)
-    assert len(page.all("script")) == 1
+    assert len([script for script in page.all("script") if "type" not in script]) == 2
     assert not {"img", "u", "s", "q", "em"} & {element["tag"] for element in page.elements}
     assert HOSTILE in page.all("pre")[0]["text"]
-    assert page.figure("<i>odd</i>").all("polyline")
+    assert list(page.chart("<i>odd</i>").curves) == ["teacher"]
+    labels = [trace["legendgroup"] for trace in page.chart("Training loss").traces]
+    assert "&lt;img onerror=x&gt;" in labels and "<img onerror=x>" not in labels
 
 
-def test_points_lie_where_the_numbers_are(tmp_path):
+def test_points_are_the_numbers(tmp_path):
     train(tmp_path, "teacher", alpha=False)
-    figure = written(tmp_path).figure("Loss on held-out text")
-    (plot,), (line,) = figure.all("div", "plot"), figure.all("polyline")
-    right, low, high = (float(plot[name]) for name in ("data-right", "data-low", "data-high"))
-    points = np.array([[float(v) for v in pair.split(",")] for pair in line["points"].split()]) / 1000
+    x, y = written(tmp_path).chart("Loss on held-out text").curves["teacher"]
     steps = np.arange(10, 51, 10)
-    np.testing.assert_allclose(points[:, 0] * right, 512 * steps, rtol=1e-3)
-    np.testing.assert_allclose(high - points[:, 1] * (high - low), 3 + 1 / steps, atol=1e-4)
-    # And so do the ticks that they are read against.
-    ticks = {text["text"]: float(text["y"].rstrip("%")) / 100 for text in figure.all("text", "y")}
-    assert len(ticks) >= 3
-    for text, y in ticks.items():
-        assert high - y * (high - low) == pytest.approx(float(text), abs=1e-4)
+    np.testing.assert_allclose(x, 512 * steps)
+    np.testing.assert_allclose(y, 3 + 1 / steps, atol=1e-6)
 
 
 @pytest.mark.parametrize("log", ["", "x", "y", "xy"])
-def test_points_and_ticks_lie_alike_on_logarithmic_axes(log):
+def test_points_that_a_logarithmic_axis_has_no_place_for_are_left_out(log):
     x = np.array([0.0, 3, 20, 1e3, 5e6])
     y = np.array([4.0, 700, 20, 2.5, 0.03])
     curve = charts.Curve("arm", 1, x, y)
     frame = charts.Frame("A law", "nats", "parameters")
-    figure = Page(charts.line_chart(frame, [curve], smoothed=False, zero=False, log_x="x" in log, log_y="y" in log))
-    (plot,), (line,) = figure.all("div", "plot"), figure.all("polyline")
-    points = np.array([[float(v) for v in pair.split(",")] for pair in line["points"].split()]) / 1000
+    chart = Page(
+        charts.line_chart(frame, [curve], smoothed=False, zero=False, log_x="x" in log, log_y="y" in log)
+    ).chart("A law")
     kept = x > 0 if "x" in log else np.ones(5, bool)
-
-    def value(share, axis, low, high):
-        low, high = float(plot[low]), float(plot[high])
-        return low * (high / low) ** share if axis in log else low + (high - low) * share
-
-    np.testing.assert_allclose(value(points[:, 0], "x", "data-left", "data-right"), x[kept], rtol=2e-3, atol=2500)
-    np.testing.assert_allclose(value(1 - points[:, 1], "y", "data-low", "data-high"), y[kept], rtol=1e-2, atol=0.1)
-    sizes = {"": 1, "k": 1e3, "M": 1e6}
-    for axis, low, high in (("x", "data-left", "data-right"), ("y", "data-low", "data-high")):
-        ticks = figure.all("text", axis)
-        assert len(ticks) >= 3
-        for tick in ticks:
-            share = float(tick[axis].rstrip("%")) / 100
-            number = tick["text"].rstrip("kM")
-            expected = float(number) * sizes[tick["text"].removeprefix(number)]
-            assert value(share if axis == "x" else 1 - share, axis, low, high) == pytest.approx(
-                expected, rel=2e-3, abs=0.1
-            )
+    np.testing.assert_allclose(chart.curves["arm"], (x[kept], y[kept]), rtol=1e-6)
+    for axis, numbers in (("x", x[kept]), ("y", y[kept])):
+        low, high = chart.layout[f"{axis}axis"]["range"]
+        assert (chart.layout[f"{axis}axis"].get("type") == "log") == (axis in log)
+        if axis in log:
+            low, high = 10**low, 10**high
+            assert len(chart.layout[f"{axis}axis"]["tickvals"]) >= 3
+        assert low <= numbers.min() and high >= numbers.max()
 
 
 def test_a_curve_without_a_positive_point_has_no_place_on_a_logarithmic_axis():
@@ -191,21 +246,29 @@ def test_a_curve_without_a_positive_point_has_no_place_on_a_logarithmic_axis():
     ]
     frame = charts.Frame("A law", "nats", "parameters")
     page = Page(charts.line_chart(frame, curves, smoothed=False, zero=False, log_y=True))
-    assert [line["data-label"] for line in page.all("polyline")] == ["b"]
+    assert list(page.chart("A law").curves) == ["b"]
     assert charts.line_chart(frame, curves[:1], smoothed=False, zero=False, log_y=True) == ""
 
 
 def test_heat_map_cells(tmp_path):
     train(tmp_path)
-    figure = written(tmp_path).figure("Alpha over time: student")
-    cells = figure.all("rect")
+    chart = written(tmp_path).chart("Alpha over time: student")
+    cells = chart.trace("heatmap")
+    shares = values(cells["customdata"]) / 100
     # Rows 1, 11, 21, 31, 41 of 50 have a histogram, with two bins that are not empty.
-    assert len(cells) == 5 * 2
-    assert [cell["data-share"] for cell in cells[:2]] == ["75 %", "25 %"]
-    assert cells[0]["data-bin"] == "0.25 to 0.30" and float(cells[0]["y"]) == pytest.approx(700)
-    assert [float(cell["fill-opacity"]) for cell in cells[:2]] == pytest.approx([1.0, (1 / 3) ** 0.5], abs=0.01)
-    assert float(cells[-1]["x"]) + float(cells[-1]["width"]) == pytest.approx(1000)
-    assert [line["class"].split()[0] for line in figure.all("polyline")] == ["mean"]
+    assert shares.shape == (20, 5) and np.count_nonzero(shares) == 5 * 2
+    np.testing.assert_allclose(shares[5:7], [[0.75] * 5, [0.25] * 5])
+    np.testing.assert_allclose(values(cells["z"]) ** 2, shares, atol=1e-6)
+    np.testing.assert_allclose(values(cells["x"]), 512 * np.array([1, 11, 21, 31, 41, 50]))
+    np.testing.assert_allclose(values(cells["y"])[5:8], [0.25, 0.3, 0.35])
+    assert "± 0.025<br>" in cells["hovertemplate"] and list(chart.curves) == ["mean"]
+
+
+def test_a_heat_map_of_one_value_is_not_drawn(tmp_path):
+    with Tracker(tmp_path, CONFIG, {}) as tracker:
+        for step in range(1, 50):
+            tracker.log("student", step, {"alpha": 0.4}, {"alpha": [0.0, 40.0, 0.0]})
+    assert list(written(tmp_path).charts) == ["Mean alpha share of the soft term"]
 
 
 def test_long_runs_are_thinned(tmp_path):
@@ -218,18 +281,18 @@ def test_long_runs_are_thinned(tmp_path):
         for step in range(1, 2_001):
             file.write(json.dumps({"job": "teacher", "step": 10 * step, "name": "alpha", "counts": [1, 1]}) + "\n")
     page = written(tmp_path)
-    assert all(len(line["points"].split()) <= 600 for line in page.all("polyline"))
-    assert len(page.figure("Training loss").all("polyline", "main")[0]["points"].split()) == 600
-    assert len(page.figure("Alpha over time").all("rect")) == 200
-    assert (tmp_path / "report.html").stat().st_size < 100_000
-    x, y = scale.extremes(np.arange(20_000.0), np.where(np.arange(20_000) == 776, 5e-3, 1e-3))
-    assert len(x) <= 600 and y.max() == 5e-3
+    points = [len(values(t["x"])) for chart in page.charts.values() for t in chart.traces if t["type"] == "scatter"]
+    assert max(points) == 600 and len(page.chart("Training loss").curves["teacher"][0]) == 600
+    assert values(page.chart("Alpha over time").trace("heatmap")["z"]).shape == (2, 100)
+    assert (tmp_path / "report.html").stat().st_size < len(get_plotlyjs()) + 100_000
+    assert page.chart("Learning rate").curves["teacher"][1].max() == pytest.approx(5e-3)
 
 
 def test_steps_are_the_axis_where_an_arm_does_not_know_its_tokens(tmp_path):
     train(tmp_path, "teacher", tokens=False)
-    plot = written(tmp_path).all("div", "plot")[0]
-    assert plot["data-unit"] == "steps" and float(plot["data-right"]) == pytest.approx(50, rel=0.02)
+    page = written(tmp_path)
+    assert page.all("p", "x-unit")[0]["text"] == "steps"
+    assert page.chart("Loss on held-out text").layout["xaxis"]["range"] == pytest.approx([0, 50], rel=0.02)
 
 
 def test_rows_without_tokens_find_their_place_between_others(tmp_path):
@@ -238,10 +301,8 @@ def test_rows_without_tokens_find_their_place_between_others(tmp_path):
             tracker.log("teacher", step, {"tokens": 100 * step})
             tracker.log("teacher", step + 5, {"heldout_loss": 3.0 - step / 100})
         tracker.log("teacher", 30, {"tokens": 3000})
-    figure = written(tmp_path).figure("Loss on held-out text")
-    (plot,), (line,) = figure.all("div", "plot"), figure.all("polyline")
-    x = [float(pair.split(",")[0]) / 1000 * float(plot["data-right"]) for pair in line["points"].split()]
-    assert x == pytest.approx([1500, 2500], rel=1e-3)
+    x, _ = written(tmp_path).chart("Loss on held-out text").curves["teacher"]
+    assert x == pytest.approx([1500, 2500])
 
 
 @pytest.mark.parametrize("words", ["", '{"job": "teacher", "st', '[1]\n{"step": "x"}\n{"job": 3, "step": 1}\n'])
@@ -261,13 +322,14 @@ def test_a_run_that_was_killed_in_the_middle_of_a_line(tmp_path):
             file.write('{"job": "student", "step": 51, "lo')
     page = written(tmp_path)
     assert page.all("p", "verdict")[0]["text"] == "This run has not finished."
-    assert len(page.figure("Loss on held-out text").all("polyline")) == 4
+    chart = page.chart("Loss on held-out text")
+    assert len(chart.curves) == 4 and not chart.ends
 
 
 def test_one_arm_alone_and_names_without_data_have_no_chart(tmp_path):
     train(tmp_path / "arms" / "hard", alpha=False)
     page = written(tmp_path)
-    assert {line["data-label"] for line in page.all("polyline")} == {"hard"}
+    assert {label for chart in page.charts.values() for label in chart.curves} == {"hard"}
     titles = [title["text"] for title in page.all("h3")]
     assert "Loss on held-out text nats per token" in titles
     assert not [title for title in titles if title.startswith(("Soft", "Mean alpha", "Alpha", "Lag", "Coverage"))]
@@ -290,26 +352,13 @@ def test_the_same_run_gives_the_same_page(tmp_path):
 @pytest.mark.parametrize(
     ("low", "high", "texts"),
     [
-        (3.13, 3.82, ["3.2", "3.3", "3.4", "3.5", "3.6", "3.7", "3.8"]),
-        (0, 1_024_000, ["0", "200k", "400k", "600k", "800k", "1M"]),
-        (0, 0.0032, ["0.0000", "0.0005", "0.0010", "0.0015", "0.0020", "0.0025", "0.0030"]),
-        (-0.5, 0.6, ["−0.4", "−0.2", "0.0", "0.2", "0.4", "0.6"]),
-        (0, 2.1e-5, ["0", "5e-6", "1e-5", "1.5e-5", "2e-5"]),
-    ],
-)
-def test_ticks_are_round(low, high, texts):
-    assert scale.labels(scale.ticks(low, high)) == texts
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "texts"),
-    [
         (0.9, 1100, ["1", "10", "100", "1k"]),
         (15, 5000, ["20", "50", "100", "200", "500", "1k", "2k", "5k"]),
-        (2.1, 3.4, ["2.2", "2.4", "2.6", "2.8", "3.0", "3.2", "3.4"]),
+        (2.1, 3.4, ["2.5", "3"]),
         (1e-6, 1e-2, ["1e-6", "1e-5", "0.0001", "0.001", "0.01"]),
         (1, 1e12, ["1", "100", "10k", "1M", "100M", "10G", "1T"]),
     ],
 )
 def test_ticks_of_a_logarithmic_axis_are_powers_of_ten_or_round(low, high, texts):
-    assert [text for _, text in scale.Axis(low, high, log=True).marks()] == texts
+    ticks = thinning.log_ticks(low, high)
+    assert list(ticks.values()) == texts and all(low <= value <= high for value in ticks)

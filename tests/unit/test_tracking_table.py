@@ -50,16 +50,17 @@ def test_an_accuracy_has_a_column_and_the_parts_of_a_mixture_have_none():
     assert "main" not in text and "accuracy" not in text.splitlines()[9:]
 
 
-def test_rows_that_are_given_are_shown_as_they_are():
-    rows = [{"arm": "hard", "loss": 3.3}, {"arm": "mine", "loss": 3.2, "gap_closed": 0.054}]
-    lines = table.render({}, rows).splitlines()
-    assert [line.split() for line in lines[3:]] == [["hard", "3.300"], ["mine", "3.200", "−0.100", "5.4", "%"]]
+def test_a_name_of_ones_own_is_an_arm():
+    lines = table.render({"hard_loss": 3.3, "mine_loss": 3.2, "teacher_loss": 3.3 - 0.1 / 0.054}).splitlines()
+    rows = [["hard", "3.300"], ["mine", "3.200", "−0.100", "5.4", "%"], ["teacher", "1.448", "−1.852"]]
+    assert [line.split() for line in lines[3:6]] == rows
 
 
 def test_nothing_is_wider_than_80_columns():
     name = "a_very_long_name_of_an_arm_that_nobody_would_give"
-    rows = [{"arm": name, "loss": 123.456, "gap_closed": -12.3456, "accuracy": 1.0}]
-    assert max(map(len, table.render(SUMMARY, [*rows, {"arm": "hard", "loss": 1.0}]).splitlines())) <= 80
+    losses = {"teacher_loss": -8.0, "hard_loss": 1.0, f"{name}_loss": 123.456, f"{name}_accuracy": 1.0}
+    text = table.render(SUMMARY | losses)
+    assert max(map(len, text.splitlines())) <= 80 and "−1361 %" in text
 
 
 @pytest.mark.parametrize(
@@ -71,11 +72,11 @@ def test_nothing_is_wider_than_80_columns():
     ],
 )
 def test_the_sentence_says_how_it_came_out(changes, words):
-    assert table.sentence(SUMMARY | changes) == words
+    assert table.verdict(SUMMARY | changes) == words
 
 
 def test_other_jobs():
-    assert table.sentence({"job": "teacher", "teacher_loss": 3.1684}) == (
+    assert table.verdict({"job": "teacher", "teacher_loss": 3.1684}) == (
         "The teacher ended at 3.168 nats per token on held-out text."
     )
     text = table.render(

@@ -53,6 +53,23 @@ def test_numbers_that_are_not_finite_become_null_and_are_reported_once(tmp_path,
     assert len(warnings) == 2 and "teacher step 1: loss is nan" in warnings[0] and "grad_norm is inf" in warnings[1]
 
 
+def test_off_is_silent_but_for_warnings(tmp_path, capsys):
+    with Tracker(tmp_path, CONFIG, {}) as tracker:
+        tracker.progress("teacher", 1, 1, tokens=1)
+        tracker.message("hello")
+        assert capsys.readouterr() == ("", "")
+        tracker.log("teacher", 1, {"loss": float("nan")})
+    assert capsys.readouterr() == ("", "warning: teacher step 1: loss is nan; recorded as null\n")
+
+
+def test_results_can_be_redirected_while_progress_shows(tmp_path, capsys):
+    with Tracker(tmp_path, TrackingConfig(console=ConsoleMode.lines), {}) as tracker:
+        tracker.progress("teacher", 1, 1, tokens=1)
+        tracker.message("the table")
+    captured = capsys.readouterr()
+    assert captured.out == "the table\n" and "100 %" in captured.err
+
+
 def test_a_new_run_replaces_what_was_there(tmp_path):
     train(tmp_path, range(1, 4))
     train(tmp_path, [9])

@@ -11,7 +11,7 @@ from distill.config.schema import CodecConfig
 S, V, SAMPLES = 16, 64, 40
 
 
-class Batch(NamedTuple):
+class CapturedBatch(NamedTuple):
     ids: np.ndarray
     digests: np.ndarray
     atoms: Atoms
@@ -29,7 +29,7 @@ def digests(ids) -> np.ndarray:
     return np.asarray(ids, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
 
 
-def batch(ids, codec=None, vocab=V, step=0) -> Batch:
+def batch(ids, codec=None, vocab=V, step=0) -> CapturedBatch:
     """Targets of the samples `ids`; another step is another teacher."""
     rows = []
     for i in ids:
@@ -46,7 +46,7 @@ def batch(ids, codec=None, vocab=V, step=0) -> Batch:
         positions_T=torch.arange(S).repeat(len(ids)),
     )
     valid = torch.arange(len(ids) * S) % S != S - 1
-    return Batch(np.asarray(ids), digests(ids), atoms, logp_TV[:, 3], entropy, valid)
+    return CapturedBatch(np.asarray(ids), digests(ids), atoms, logp_TV[:, 3], entropy, valid)
 
 
 def put(writer: CacheWriter, ids, codec=None, vocab=V, step=0, teacher="t") -> bool:

@@ -1,13 +1,12 @@
-"""Codecs by name."""
+"""Codecs, made by the name that `distill.config.registry` has them under."""
 
 from __future__ import annotations
 
 from distill.cache.codecs.base import Codec, Selection
-from distill.cache.codecs.drawn import Multinomial, Systematic
-from distill.cache.codecs.threshold import Threshold
-from distill.cache.codecs.topk import TopK
-from distill.cache.header import codec_name
-from distill.config.schema import CodecConfig, CodecName
+from distill.config.errors import CacheError
+from distill.config.ranges import out_of_range
+from distill.config.registry import CODECS
+from distill.config.schema import CodecConfig
 
 __all__ = ["Codec", "Selection", "make_codec"]
 
@@ -16,15 +15,12 @@ def make_codec(config: CodecConfig, vocab_size: int) -> Codec:
     """The codec of a configuration.
 
     Raises:
-        CacheError: a name that is not known, or a parameter that cannot be stored.
+        CacheError: a name that is not registered, or a parameter out of its range; names all of them.
     """
-    name = codec_name(config)
-    match name:
-        case CodecName.systematic:
-            return Systematic(config.draws)
-        case CodecName.threshold:
-            return Threshold(config.tau)
-        case CodecName.multinomial:
-            return Multinomial(config.draws)
-        case CodecName.topk:
-            return TopK(config.k, vocab_size)
+    problems = list(out_of_range(config))
+    if not problems:
+        problems = list(CODECS[config.name].problems(config, vocab_size))
+    if problems:
+        raise CacheError("\n".join(f"codec.{problem}" for problem in problems))
+    codec: Codec = CODECS[config.name].make(config, vocab_size)
+    return codec

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distill.cache.codecs.blocks import whole_blocks
 from distill.cache.targets import Atoms
+from distill.config.schema import CodecConfig
 
 _CPU_CHUNK = 2**22
 """Numbers at one time. Their memory (16 MiB) is used again; a larger block would be paged in anew each time, at three
@@ -29,11 +30,18 @@ class Codec(ABC):
 
     unbiased: bool
     """The expected value of what is decoded is the dense distribution."""
+    has_rest: bool = False
+    """Atoms keep the mass outside of them, `rest_T`."""
     total: int = 0
     """What the codes of a token add up to; 0: to nothing in particular."""
     max_atoms: int
     """Of a token."""
     max_code: int
+    """Codes of atoms are 0 to `max_code`."""
+
+    @abstractmethod
+    def __init__(self, config: CodecConfig, vocab_size: int):
+        """Takes those of the configuration's fields, all in their ranges, that its entry in `CODECS` names."""
 
     @torch.no_grad()
     def select(

@@ -16,19 +16,14 @@ from distill.cache.codecs import blocks
 from distill.cache.codecs.base import Codec
 from distill.cache.codecs.uniform import token_keys, uniforms
 from distill.cache.targets import Atoms
-from distill.config.errors import CacheError
-
-MAX_DRAWS = 1000
+from distill.config.schema import CodecConfig
 
 
 class _Drawn(Codec):
     unbiased = True
-    name: str
 
-    def __init__(self, draws: int):
-        if not 1 <= draws <= MAX_DRAWS:
-            raise CacheError(f"codec {self.name}: draws is {draws}; allowed is 1 to {MAX_DRAWS}")
-        self.draws = self.total = self.max_atoms = self.max_code = draws
+    def __init__(self, config: CodecConfig, vocab_size: int):
+        self.draws = self.total = self.max_atoms = self.max_code = config.draws
 
     @abstractmethod
     def _points(self, keys_T: Tensor) -> Tensor:
@@ -45,16 +40,12 @@ class _Drawn(Codec):
 
 
 class Multinomial(_Drawn):
-    name = "multinomial"
-
     def _points(self, keys_T: Tensor) -> Tensor:
         # Sorted, so that equal ids are neighbours.
         return uniforms(keys_T[:, None], torch.arange(self.draws, device=keys_T.device)).sort(-1).values
 
 
 class Systematic(_Drawn):
-    name = "systematic"
-
     def _points(self, keys_T: Tensor) -> Tensor:
         draw = torch.arange(self.draws, device=keys_T.device)
         return (draw + uniforms(keys_T[:, None], 0)) / self.draws

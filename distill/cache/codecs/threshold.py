@@ -18,20 +18,18 @@ from distill.cache.codecs.base import Codec
 from distill.cache.codecs.logcode import LogCode
 from distill.cache.codecs.uniform import token_keys, uniforms
 from distill.cache.targets import Atoms
-from distill.config.errors import CacheError
+from distill.config.schema import CodecConfig
 
 
 class Threshold(Codec):
     unbiased = True
     max_code = 256
 
-    def __init__(self, tau: float):
-        if not 1 / 250 <= tau < 1:
-            raise CacheError(f"codec threshold: tau is {tau}; allowed is 0.004 <= tau < 1")
-        self.tau = tau
-        self.max_atoms = 2 * int(1 / tau) + 3
+    def __init__(self, config: CodecConfig, vocab_size: int):
+        self.tau = config.tau
+        self.max_atoms = 2 * int(1 / self.tau) + 3
         # Heads start a hair below tau, so that rounding can never make a tail interval as long as 1.
-        self.code = LogCode(tau * (1 - 2**-16))
+        self.code = LogCode(self.tau * (1 - 2**-16))
 
     def _select(self, p_TV: Tensor, seed: int, sample_ids_T: Tensor, positions_T: Tensor) -> Atoms:
         tokens, width = p_TV.shape

@@ -12,17 +12,16 @@ from torch import Tensor
 from distill.cache.codecs.base import Codec
 from distill.cache.codecs.logcode import LogCode
 from distill.cache.targets import Atoms
-from distill.config.errors import CacheError
+from distill.config.schema import CodecConfig
 
 
 class TopK(Codec):
     unbiased = False
+    has_rest = True
     max_code = 255
 
-    def __init__(self, k: int, vocab_size: int):
-        if not 1 <= k <= min(255, vocab_size):
-            raise CacheError(f"codec topk: k is {k}; allowed is 1 to {min(255, vocab_size)}")
-        self.k = self.max_atoms = k
+    def __init__(self, config: CodecConfig, vocab_size: int):
+        self.k = self.max_atoms = config.k
         self.vocab_size = vocab_size
         self.code = LogCode(1e-6)
 

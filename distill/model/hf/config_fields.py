@@ -1,9 +1,13 @@
-"""Taking values out of one object of a `config.json`: typed, every fault noted, no key passed over in silence."""
+"""Takes values out of one object of a `config.json`: each by its type, every fault noted, no unknown key accepted."""
 
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from distill.config.model import RopeScaling, scaling_rules
+from distill.config.ranges import out_of_range
 
 _WRITTEN_EVERYWHERE = """
     _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path add_cross_attention architectures
@@ -12,7 +16,7 @@ _WRITTEN_EVERYWHERE = """
     output_attentions output_hidden_states prefix problem_type pruned_heads return_dict sep_token_id
     task_specific_params tf_legacy_loss tie_encoder_decoder tokenizer_class torch_dtype torchscript transformers_version
     use_bfloat16 use_cache"""
-"""By transformers, 4 and 5, whatever the model."""
+"""Keys that transformers 4 and 5 write for every model."""
 _HOW_TO_GENERATE = """
     assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens diversity_penalty do_sample
     early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff eta_cutoff
@@ -20,10 +24,10 @@ _HOW_TO_GENERATE = """
     no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule num_beam_groups num_beams
     num_return_sequences output_scores remove_invalid_values repetition_penalty return_dict_in_generate suppress_tokens
     target_lookbehind temperature top_k top_p typical_p"""
-"""Which transformers 4 kept here."""
+"""Keys of generation that transformers 4 wrote into `config.json`."""
 _MARKS_OF_TOOLS = "for_llm_compressor unsloth_fixed unsloth_version"
 _LARGEST = 2**53
-"""Whole numbers beyond it are not all floats; nothing of a model is as large."""
+"""Not all whole numbers beyond it are floats; no size of a model is as large."""
 ANYWHERE = frozenset((_WRITTEN_EVERYWHERE + _HOW_TO_GENERATE + " " + _MARKS_OF_TOOLS).split())
 """Keys that change nothing that is computed, at every level of a file."""
 
@@ -31,35 +35,36 @@ ANYWHERE = frozenset((_WRITTEN_EVERYWHERE + _HOW_TO_GENERATE + " " + _MARKS_OF_T
 class Fields:
     """One object of a parsed `config.json`.
 
-    A value that is missing or malformed is noted and stands in as 1, so that all faults of a file are found at once.
+    A value that is missing or malformed is noted and replaced by 1, so that all faults of a file are found at once.
 
     Args:
         where: what messages put before a key, such as `config.json: text_config.`.
-        problems: takes a sentence for every fault.
-
-    Attributes:
-        faults: how many were noted here.
+        problems: gets a sentence for every fault.
     """
 
     def __init__(self, data: dict[str, Any], where: str, problems: list[str]):
         self.data, self.where, self.problems = data, where, problems
-        self.faults = 0
-        self._seen: set[str] = set()
+        self._before = len(problems)
+        self._asked: set[str] = set()
 
     def get(self, key: str, default: Any = None) -> Any:
-        self._seen.add(key)
+        self._asked.add(key)
         return self.data.get(key, default)
 
     def fault(self, key: str, what: str) -> None:
         """Notes `<where><key> <what>`."""
         self.problems.append(f"{self.where}{key} {what}")
-        self.faults += 1
+
+    @property
+    def sound(self) -> bool:
+        """No fault was noted since this object was opened."""
+        return len(self.problems) == self._before
 
     def number(self, key: str, default: Any = ..., kind: type = int, null: bool = False) -> Any:
-        """A number as `kind` (int or float); without a default the key must be there.
+        """A number as `kind` (int or float); without a default the key is required.
 
         Args:
-            null: null is allowed, and given as None.
+            null: null is allowed, and returned as None.
         """
         value = self.get(key, default)
         if value is None and (null or default is None):
@@ -67,14 +72,14 @@ class Fields:
         if value is None or value is ...:
             self.fault(key, "is missing" if value is ... else "is null")
             return 1
-        sound = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
-        if not sound or (kind is int and value != int(value)):
+        valid = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
+        if not valid or (kind is int and value != int(value)):
             self.fault(key, f"is {value!r}; it must be {'an integer' if kind is int else 'a number'}")
             return 1
         return kind(value)
 
     def integers(self, key: str) -> list[int] | None:
-        """A list of integers, or None where there is none."""
+        """A list of integers, or None where the key is missing or null."""
         value = self.get(key)
         if value is None or (isinstance(value, list) and all(isinstance(item, int) for item in value)):
             return value
@@ -82,7 +87,7 @@ class Fields:
         return None
 
     def truth(self, key: str, default: bool) -> bool:
-        """A truth value, or a number for one: early files hold the integer 4 where true is meant."""
+        """True or false, or a number for one: early files have the integer 4 in place of true."""
         value = self.get(key, default)
         if not isinstance(value, (bool, int, float)):
             self.fault(key, f"is {value!r}; it must be true or false")
@@ -97,14 +102,76 @@ class Fields:
         return size
 
     def only(self, key: str, allowed: Any) -> None:
-        """The key may be there with this one value, or with null, which says nothing."""
+        """Notes any value but this one and null, which is the same as a missing key."""
         value = self.get(key)
         if value is not None and value != allowed:
             self.fault(key, f"is {value!r}; only {allowed!r} is supported")
 
+    def check(self, config: Any, rules: Callable[..., Iterator[str]], keys: Mapping[str, str]) -> None:
+        """Notes which numbers of a configuration made of this object are out of range, or else the rules it breaks.
+
+        Args:
+            rules: of `distill.config.model`.
+            keys: the format's key of a field that has another name there.
+        """
+        if self.sound:  # else a number that replaces a fault would be held against sound ones
+            for problem in out_of_range(config):
+                name, _, what = problem.partition(" ")
+                self.fault(keys.get(name, name), what)
+        if self.sound:
+            self.problems += rules(config, self.where, lambda name: keys.get(name, name))
+
     def rest(self, inert: frozenset[str]) -> None:
-        """Refuses every key that was neither asked for nor is known to change nothing."""
-        known = self._seen | inert | ANYWHERE
+        """Notes every key that was not asked for and is not known to change nothing."""
+        known = self._asked | inert | ANYWHERE
         for key in self.data.keys() - known:
             near = difflib.get_close_matches(key, known, n=3)
             self.fault(key, "is no key of Llama 4" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+
+
+class Rope(NamedTuple):
+    theta: float
+    scaling: RopeScaling | None
+
+
+def rope(fields: Fields, spellings: Sequence[str], kinds: Sequence[str]) -> Rope:
+    """Rotary positions of a part of the model, in the object that is there under one of the spellings, or beside it.
+
+    Args:
+        spellings: keys of the object; where both are there they must agree.
+        kinds: allowed values of rope_type.
+    """
+    above = fields.get("rope_theta")
+    ropes = []
+    for spelling in spellings:
+        value = fields.get(spelling)
+        if isinstance(value, dict):
+            value = ({} if above is None else {"rope_theta": above}) | value
+            ropes.append(_one_rope(Fields(value, f"{fields.where}{spelling}.", fields.problems), kinds))
+        elif value is not None:
+            fields.fault(spelling, f"is {value!r}; it must be an object or null")
+    if not ropes:
+        return Rope(fields.number("rope_theta", kind=float), None)
+    if ropes[0] != ropes[-1]:
+        fields.fault(spellings[0], f"and {spellings[-1]} are both there and disagree; keep one")
+    return ropes[0]
+
+
+def _one_rope(fields: Fields, kinds: Sequence[str]) -> Rope:
+    theta = fields.number("rope_theta", kind=float)
+    new, old = fields.get("rope_type"), fields.get("type")
+    kind = new or old or "default"
+    fields.only("partial_rotary_factor", 1.0)
+    if kind not in kinds:
+        fields.fault("rope_type", f"is {kind!r}; allowed: {', '.join(map(repr, kinds))}")
+        return Rope(theta, None)
+    positions = "original_max_position_embeddings"
+    factors = ("factor", "low_freq_factor", "high_freq_factor")
+    if kind == "default":
+        fields.rest(frozenset((*factors, positions)))
+        return Rope(theta, None)
+    factor, low, high = (fields.number(key, kind=float) for key in factors)
+    scaling = RopeScaling(factor, low, high, fields.number(positions))
+    fields.rest(frozenset())
+    fields.check(scaling, scaling_rules, {"original_positions": positions})
+    return Rope(theta, scaling)

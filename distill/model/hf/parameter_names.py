@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 TEXT = "language_model."
-"""Before every key of the text model where the checkpoint has sight as well."""
-SIGHT = ("vision_model.", "multi_modal_projector.")
+"""Before every key of the text model where the checkpoint has vision as well."""
+VISION = ("vision_model.", "multi_modal_projector.")
 _OWN = {"embed.": "model.embed_tokens.", "head.": "lm_head."}
 
 
 def hf_name(name: str) -> str:
     """Key of a parameter, without the prefix `TEXT`."""
-    if name.startswith(SIGHT):
+    if name.startswith(VISION):
         return name
     for own, theirs in _OWN.items():
         if name.startswith(own):

@@ -1,14 +1,13 @@
-"""Reading a checkpoint by slice: any run of elements of any parameter, from the bytes that hold them and no others.
+"""Reads a checkpoint by slice: any range of elements of any parameter, from the bytes that hold them and no others.
 
-Files are mapped, so what is read is copied once, from the page to its place. Only experts that are stored one by one
-are put together in memory, and then one at a time.
+Files are mapped, so each number is copied once, from the page to its place. Only experts that are stored one by one are
+put together in memory, and then one at a time.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -19,15 +18,13 @@ from torch import Tensor
 from distill.config.errors import CheckpointError
 from distill.config.paths import home
 from distill.model.finite import is_finite
-from distill.model.hf.file_headers import Stored, read_json, stored_tensors
-from distill.model.hf.parameter_names import SIGHT, TEXT, hf_name, is_fused, unfused
+from distill.model.hf.file_headers import FLOATS, FP8, Stored, contents, read_json
+from distill.model.hf.parameter_names import TEXT, VISION, hf_name, is_fused, unfused
 from distill.model.hf.text_config import config_from_json, is_quantized
 from distill.model.transformer import Transformer
 
-DTYPES = ("F64", "F32", "F16", "BF16")
-FP8 = "F8_E4M3"
 _SCALE = "_scale"
-"""Behind the key of a weight in FP8: its scale, for the whole matrix or for each row."""
+"""Suffix of a weight in FP8: the key of its scale, for the whole matrix or for each row."""
 _BLOCK = 1 << 20
 """Elements of a matrix in FP8 that are scaled at a time."""
 
@@ -66,34 +63,21 @@ class Reader:
         with torch.device("meta"):
             model = Transformer(self.config)
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        problems: list[str] = []
-        stored: dict[str, Stored] = {}
-        tensors, lost = stored_tensors(self.folder, problems)
-        for tensor in tensors:
-            name = tensor.key.removeprefix(TEXT)
-            if name in stored:
-                problems.append(f"{tensor.key} is in {stored[name].file} and in {tensor.file}")
-            stored[name] = tensor
-        unread = dict(stored)
-        self._sources: dict[str, list[_Matrix]] = {}
-        finder = _Finder(stored, unread, lost, is_quantized(data), str(self.folder), problems)
-        for name, shape in self.shapes.items():
-            self._sources[name] = finder.find(hf_name(name), list(shape))
-        if "text_config" in data and not vision:
-            unread = {key: tensor for key, tensor in unread.items() if not key.startswith(SIGHT)}
-        problems += [f"{tensor.file}: {tensor.key} is unknown to the model" for tensor in unread.values()]
+        finder = _Finder(self.folder, is_quantized(data))
+        self._sources = {name: finder.find(hf_name(name), list(shape)) for name, shape in self.shapes.items()}
+        left_out = VISION if "text_config" in data and not vision else ()
+        unknown = [tensor for key, tensor in finder.unread.items() if not key.startswith(left_out)]
+        problems = [*finder.problems, *(f"{tensor.file}: {tensor.key} is unknown to the model" for tensor in unknown)]
         if problems:
             raise CheckpointError("\n".join(problems))
         self._block = torch.empty(0)
         self._files: dict[str, Any] = {}
-        self._stack = ExitStack()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._files.clear()
-        self._stack.close()
 
     def read(self, name: str, out_N: Tensor, start: int = 0) -> Tensor:
         """Fills `out_N` with the elements [start, start + N) of a parameter laid out row after row; returns it.
@@ -103,7 +87,7 @@ class Reader:
             out_N: of any floating dtype, to which values are converted; contiguous.
         """
         stop, whole = start + out_N.numel(), self.shapes[name]
-        assert out_N.ndim == 1 and 0 <= start <= stop <= whole.numel(), "a run of the parameter's elements"
+        assert out_N.ndim == 1 and 0 <= start <= stop <= whole.numel(), "a range of the parameter's elements"
         if start == stop:
             return out_N
         matrix = self._sources[name][0]
@@ -131,12 +115,12 @@ class Reader:
     def not_finite(self, name: str) -> str:
         """File and key of the first stored tensor of a parameter that is not finite."""
         stored = [part for matrix in self._sources[name] for part in matrix if part is not None]
-        # None is, where it overflows as it is scaled or converted.
+        # None is where a value overflows as it is scaled or converted.
         first = next((part for part in stored if not is_finite(self._mapped(part))), stored[0])
         return f"{self.folder / first.file}: {first.key}"
 
     def _experts(self, name: str, out_N: Tensor, start: int) -> Iterator[tuple[int, Tensor]]:
-        """The experts that the run touches, each [in, out] of the fused parameter, with its first element."""
+        """The experts that hold the elements, each [in, out] of the fused parameter, with its first element."""
         experts, *shape = self.shapes[name]
         size, parts = math.prod(shape), len(self._sources[name]) // experts
         expert = torch.empty(shape, dtype=out_N.dtype, device="cpu")
@@ -148,7 +132,7 @@ class Reader:
             yield e * size, expert
 
     def _scaled(self, matrix: _Matrix, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-        """Blocks of rows that cover the run, each with its first element; a scaled one gives way to the next."""
+        """Blocks of rows that cover the elements, each with its first one; a scaled block overwrites the one before."""
         weight_RC = self._mapped(matrix.stored)
         if matrix.scale is None:
             yield 0, weight_RC
@@ -168,40 +152,42 @@ class Reader:
         """A tensor whose bytes are the file's: nothing is read before it is touched."""
         try:
             if stored.file not in self._files:
-                opened = safe_open(self.folder / stored.file, framework="pt")
-                self._files[stored.file] = self._stack.enter_context(opened)
-            found: Tensor = self._files[stored.file].get_tensor(stored.key)
+                self._files[stored.file] = safe_open(self.folder / stored.file, framework="pt")
+            tensor: Tensor = self._files[stored.file].get_tensor(stored.key)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.folder / stored.file} is damaged or no safetensors file: {error}") from None
-        return found
+        return tensor
 
 
 class _Finder:
-    """Finds the stored tensors of each parameter, and notes what is missing or does not fit."""
+    """Finds the stored tensors of each parameter.
 
-    def __init__(
-        self,
-        stored: dict[str, Stored],
-        unread: dict[str, Stored],
-        lost: set[str] | None,
-        quantized: bool,
-        folder: str,
-        problems: list[str],
-    ):
-        self.unread = unread
+    Attributes:
+        unread: tensors that no parameter has asked for, by key.
+        problems: a sentence for each tensor that is missing or does not fit.
+    """
+
+    def __init__(self, folder: Path, quantized: bool):
+        self.folder, self.quantized = folder, quantized
+        tensors, lost, self.problems = contents(folder)
+        self.unread: dict[str, Stored] = {}
+        for tensor in tensors:
+            key = tensor.key.removeprefix(TEXT)
+            if key in self.unread:
+                self.problems.append(f"{tensor.key} is in {self.unread[key].file} and in {tensor.file}")
+            self.unread[key] = tensor
         self.lost = None if lost is None else {key.removeprefix(TEXT) for key in lost}
-        self.there = stored.keys() | (self.lost or set())
-        self.quantized, self.folder, self.problems = quantized, folder, problems
+        self.there = self.unread.keys() | (self.lost or set())
 
     def find(self, key: str, shape: list[int]) -> list[_Matrix]:
         """The tensor that holds a parameter, or of a fused one those of all experts in order."""
         parts = [name for expert in range(shape[0]) for name in unfused(key, expert)] if is_fused(key) else []
         if key not in self.there and any(name in self.there for name in parts):
             experts, inputs, outputs = shape
-            found = [self._matrix(name, [outputs * experts // len(parts), inputs]) for name in parts]
+            matrices = [self._matrix(name, [outputs * experts // len(parts), inputs]) for name in parts]
         else:
-            found = [self._matrix(key, shape)]
-        return [matrix for matrix in found if matrix is not None]
+            matrices = [self._matrix(key, shape)]
+        return [matrix for matrix in matrices if matrix is not None]
 
     def _matrix(self, key: str, shape: list[int]) -> _Matrix | None:
         tensor = self.unread.pop(key, None)
@@ -213,17 +199,17 @@ class _Finder:
             self.problems.append(f"{what} has shape {tensor.shape}; the model's is {shape}")
         if tensor.dtype == FP8 and self.quantized and len(shape) == 2:
             return _Matrix(tensor, self._scale(key, tensor, what))
-        if tensor.dtype not in DTYPES:
-            self.problems.append(f"{what} is stored as {tensor.dtype}; allowed: {', '.join(DTYPES)}")
+        if tensor.dtype not in FLOATS:
+            self.problems.append(f"{what} is stored as {tensor.dtype}; allowed: {', '.join(FLOATS)}")
         return _Matrix(tensor, None)
 
     def _missing(self, key: str, what: str) -> None:
-        # What went with a damaged file has been told.
+        # The damaged file that may have held it is a problem already.
         if self.lost is not None and key not in self.lost:
             self.problems.append(what)
 
     def _scale(self, key: str, tensor: Stored, what: str) -> Stored | None:
-        # Of activations, which are not quantised here.
+        # The scale of activations, which are not quantized here.
         self.unread.pop(key.removesuffix("weight") + "input_scale", None)
         scale = self.unread.pop(key + _SCALE, None)
         if scale is None:
@@ -234,6 +220,6 @@ class _Finder:
             self.problems.append(
                 f"{scale.file}: {scale.key} has shape {scale.shape}; allowed: [1] or one for each row, [{rows}, 1]"
             )
-        if scale.dtype not in DTYPES:
-            self.problems.append(f"{scale.file}: {scale.key} is stored as {scale.dtype}; allowed: {', '.join(DTYPES)}")
+        if scale.dtype not in FLOATS:
+            self.problems.append(f"{scale.file}: {scale.key} is stored as {scale.dtype}; allowed: {', '.join(FLOATS)}")
         return scale

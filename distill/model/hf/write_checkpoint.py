@@ -1,4 +1,4 @@
-"""Writing a checkpoint: a folder that transformers loads, there whole or not at all."""
+"""Writes a checkpoint: a folder that transformers loads, and that appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import nn
 from distill.config import stop
 from distill.config.errors import CheckpointError, DivergenceError
 from distill.config.files import sync, write_text
+from distill.config.model import ModelConfig, moe_layers
 from distill.config.paths import home
-from distill.config.schema import ModelConfig
 from distill.model.finite import is_finite
 from distill.model.hf.file_headers import INDEX, SINGLE
-from distill.model.hf.parameter_names import SIGHT, TEXT, hf_name
+from distill.model.hf.parameter_names import TEXT, VISION, hf_name
 from distill.model.hf.text_config import config_to_json, token_ids
 from distill.model.tensors import save_tensors
 from distill.model.transformer import Transformer
@@ -43,36 +43,27 @@ def save(
 ) -> SaveReport:
     """Writes the model so that transformers loads it; the folder appears whole or not at all.
 
-    Beyond the model one shard is in memory at most. The format has no router bias. A model that was balanced with one
-    routes otherwise without it, so that is refused unless asked for, and then what it costs is measured and printed.
+    Beyond the model one shard is in memory at most.
 
     Args:
         folder: must not exist, or be empty.
         dtype: of the weights in the files; None: the model's own.
-        drop_router_bias: leave a nonzero bias out. The model itself keeps it.
+        drop_router_bias: leave a nonzero bias out, and print what that costs. The model itself keeps it.
         heldout_loss: loss of a model in nats per token, called with and without the bias.
         max_shard_bytes: size of a file, exceeded only by a single larger tensor.
-        also: writes further files, into the folder that it is given, before the whole appears.
+        also: writes further files into a folder that it gets, before the whole appears.
 
     Raises:
-        CheckpointError: for a nonzero router bias without `drop_router_bias`, a folder that is in use, or a model that
-            the format cannot hold.
+        CheckpointError: for a nonzero router bias without `drop_router_bias`, a folder that is not empty, or a model
+            that the format cannot hold.
         DivergenceError: a weight is not finite, or not in `dtype`; names the first.
     """
     folder = Path(home(str(folder))).absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not empty; a model is written to a new folder")
     config_to_json(model.config)
-    biased = [layer for layer, router in enumerate(model.routers) if router.bias.any()]
-    report = SaveReport(None, None)
-    if biased:
-        if not drop_router_bias:
-            raise CheckpointError(
-                f"{folder}: the router bias of MoE layers {biased} is not zero and the format cannot hold it; without "
-                "it tokens go to other experts. Allow it with drop_router_bias=True"
-            )
-        report = _cost_of_dropping(model, heldout_loss)
-
+    biased = drops_router_bias(model, drop_router_bias)
+    report = _cost_of_dropping(model, heldout_loss) if biased else SaveReport(None, None)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
     partial.mkdir(parents=True)
@@ -88,6 +79,24 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return report
+
+
+def drops_router_bias(model: Transformer, allowed: bool, key: str = "drop_router_bias") -> bool:
+    """Whether the format, which has no router bias, drops one of the model that is not zero.
+
+    Args:
+        key: of `allowed`, for the message.
+
+    Raises:
+        CheckpointError: it does, and that is not allowed.
+    """
+    biased = [layer for layer, router in zip(moe_layers(model.config), model.routers) if router.bias.any()]
+    if biased and not allowed:
+        raise CheckpointError(
+            f"{key} is false; the router bias of layers {biased} is not zero and the format cannot hold it: with true "
+            "it is left out, tokens go to other experts, and what that costs on held-out text is measured"
+        )
+    return bool(biased)
 
 
 def _cost_of_dropping(model: Transformer, heldout_loss: Callable[[Transformer], float] | None) -> SaveReport:
@@ -137,7 +146,7 @@ def _write(model: Transformer, folder: Path, dtype: torch.dtype, max_shard_bytes
 
 def _key(name: str, config: ModelConfig) -> str:
     key = hf_name(name)
-    return key if config.vision is None or key.startswith(SIGHT) else TEXT + key
+    return key if config.vision is None or key.startswith(VISION) else TEXT + key
 
 
 def _dump(data: dict[str, Any], path: Path) -> None:

@@ -1,38 +1,35 @@
-"""Whole samples from pieces that come in any order, with those that wait on disk."""
+"""Whole samples from spans that come in any order; those that wait are on disk."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from distill.cache.store import reported
-from distill.tools.imports.encode import Piece
-
-_TYPES = (np.int32, np.int32, np.int32, np.uint8, np.float32, np.float32, np.bool_)
+from distill.tools.imports.encode import Span
 
 
-class Whole(NamedTuple):
+class WholeSample(NamedTuple):
     """A sample, S positions."""
 
     sample_id: int
-    piece: Piece
+    span: Span
 
 
 class _Waiting(NamedTuple):
-    """A piece in the file."""
+    """A span in the file."""
 
-    position: int
+    start: int
+    """First position, and the one after the last."""
+    end: int
     offset: int
-    sizes: tuple[int, ...]
-    """Numbers of each column."""
 
 
 class Assembler:
-    """Keeps pieces until their samples are complete; some 200 bytes of memory for each that waits.
+    """Keeps spans until their samples are complete; some 200 bytes of memory for each that waits.
 
     Use as a context manager: the file goes with it.
 
@@ -41,11 +38,11 @@ class Assembler:
 
     def __init__(self, sample_tokens: int):
         self._length = sample_tokens
-        self._pieces: dict[int, list[_Waiting]] = {}
+        self._waiting: dict[int, list[_Waiting]] = {}
         self._done: set[int] = set()
         self._file = tempfile.TemporaryFile(prefix="codistill-import-")  # noqa: SIM115
         self.repeated = 0
-        """Pieces of positions that had one already."""
+        """Spans of positions that had one already."""
 
     def __enter__(self) -> Assembler:
         return self
@@ -53,58 +50,49 @@ class Assembler:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def has(self, sample_id: int, position: int, count: int) -> bool:
-        """Whether some of these positions are there already; then the piece must not be added."""
-        known = sample_id in self._done or any(
-            each.position < position + count and position < each.position + each.sizes[0]
-            for each in self._pieces.get(sample_id, ())
+    def has(self, sample_id: int, start: int, count: int) -> bool:
+        """Whether some of these positions are there already; then the span must not be added."""
+        is_known = sample_id in self._done or any(
+            each.start < start + count and start < each.end for each in self._waiting.get(sample_id, ())
         )
-        self.repeated += known
-        return known
+        self.repeated += is_known
+        return is_known
 
-    def add(self, sample_id: int, position: int, piece: Piece, expected: int) -> Whole | None:
-        """Takes a piece that begins at `position`; the sample, if this was the last of its `expected` pieces."""
-        others = self._pieces.get(sample_id, [])
-        if len(others) + 1 < expected:
-            with reported(f"pieces of samples in {tempfile.gettempdir()}"):
-                offset = self._file.seek(0, 2)
-                for column in piece:
-                    self._file.write(np.ascontiguousarray(column).tobytes())
-            self._pieces.setdefault(sample_id, []).append(
-                _Waiting(position, offset, tuple(len(column) for column in piece))
-            )
-            return None
-        self._pieces.pop(sample_id, None)
-        return self._whole(sample_id, [(position, piece)], others)
+    def add(self, sample_id: int, start: int, span: Span, expected: int) -> WholeSample | None:
+        """Adds a span that begins at position `start`; the sample, if this was the last of its `expected` spans."""
+        others = self._waiting.setdefault(sample_id, [])
+        if len(others) + 1 == expected:
+            return self._whole(sample_id, {start: span})
+        with reported(f"spans of samples in {tempfile.gettempdir()}"):
+            offset = self._file.seek(0, 2)
+            for column in span:
+                np.save(self._file, column)
+        others.append(_Waiting(start, start + len(span.counts_T), offset))
+        return None
 
-    def rest(self) -> Iterator[Whole]:
+    def rest(self) -> Iterator[WholeSample]:
         """The samples that never were complete, with gaps where nothing came."""
-        for sample_id in sorted(self._pieces):
-            yield self._whole(sample_id, [], self._pieces.pop(sample_id))
+        for sample_id in sorted(self._waiting):
+            yield self._whole(sample_id, {})
 
-    def _whole(self, sample_id: int, pieces: list[tuple[int, Piece]], waiting: list[_Waiting]) -> Whole:
+    def _whole(self, sample_id: int, spans: dict[int, Span]) -> WholeSample:
+        """From spans by their first position, and those that wait."""
         self._done.add(sample_id)
-        parts, at = [], 0
-        keeps_rest = False
-        for position, piece in sorted(pieces + [(w.position, self._read(w)) for w in waiting], key=lambda p: p[0]):
-            parts += [_gap(position - at), piece]
-            at = position + len(piece.counts_T)
-            keeps_rest = keeps_rest or len(piece.rest_T) > 0
-        parts.append(_gap(self._length - at))
-        whole = Piece(*(np.concatenate(column) for column in zip(*parts)))
-        return Whole(sample_id, whole if keeps_rest else whole._replace(rest_T=np.zeros(0, np.uint8)))
-
-    def _read(self, waiting: _Waiting) -> Piece:
-        self._file.seek(waiting.offset)
-        columns: list[Any] = []
-        for size, kind in zip(waiting.sizes, _TYPES):
-            columns.append(np.frombuffer(self._file.read(size * np.dtype(kind).itemsize), kind))
-        return Piece(*columns)
+        for each in self._waiting.pop(sample_id):
+            self._file.seek(each.offset)
+            spans[each.start] = Span(*(np.load(self._file) for _ in Span._fields))
+        has_rest = any(len(span.rest_T) for span in spans.values())
+        parts, end = [], 0
+        for start, span in sorted(spans.items(), key=lambda item: item[0]):
+            parts += [_gap(start - end, has_rest), span]
+            end = start + len(span.counts_T)
+        parts.append(_gap(self._length - end, has_rest))
+        return WholeSample(sample_id, Span(*(np.concatenate(column) for column in zip(*parts))))
 
 
-def _gap(count: int) -> Piece:
-    assert count >= 0, "pieces overlap"
-    none: NDArray[np.int32] = np.zeros(0, np.int32)
-    zeros: list[Any] = [np.zeros(count, kind) for kind in (np.int32, np.uint8, np.float32, np.float32, np.bool_)]
-    counts, rest, label, entropy, has = zeros
-    return Piece(counts, none, none, rest, label, entropy, has)
+def _gap(count: int, has_rest: bool) -> Span:
+    """A span without distributions."""
+    assert count >= 0, "spans overlap"
+    none, zeros = np.zeros(0, np.int32), np.zeros(count, np.float32)
+    rest = np.zeros(count if has_rest else 0, np.uint8)
+    return Span(np.zeros(count, np.int32), none, none, rest, zeros, zeros, np.zeros(count, np.bool_))

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from distill.config.errors import CacheError
 from distill.tools.imports import parquet_rows as tables
-from distill.tools.imports.sequences import Facts, Sequence, entries, largest
+from distill.tools.imports.sequences import ForeignSequence, SourceInfo, entries, largest
 
 CONFIG = "compression_config.yaml"
 COLUMNS = {
@@ -50,7 +50,7 @@ _MAX_BITS = 63
 
 
 @dataclass(frozen=True)
-class Bin:
+class ResidualBin:
     """Quantised residuals of `num_elements` values after those of the bin before."""
 
     scale_dtype: str
@@ -63,7 +63,7 @@ class Bin:
 
 
 @dataclass(frozen=True)
-class Config:
+class CompressionConfig:
     """The options of compression that decide what bytes mean; names are the file's."""
 
     d: int
@@ -72,12 +72,12 @@ class Config:
     exact_dtype: str = "float32"
     polynomial_terms: list[int | str] = field(default_factory=list)
     term_dtype: str = "float32"
-    residual_bins: list[Bin] = field(default_factory=list)
+    residual_bins: list[ResidualBin] = field(default_factory=list)
     delta_encoding: bool = True
     normalize_t: bool = False
 
     @classmethod
-    def load(cls, path: Path) -> Config:
+    def load(cls, path: Path) -> CompressionConfig:
         """Raises CacheError: names the file, the option, its value, and what can be read."""
         try:
             record = yaml.safe_load(path.read_text())
@@ -99,7 +99,7 @@ class Config:
             raise CacheError(f"{path}: {unknown[0]} is not known; options are {', '.join(sorted(known))}")
         record["polynomial_terms"] = record.get("polynomial_terms") or []
         try:
-            record["residual_bins"] = [Bin(**each) for each in record.get("residual_bins") or []]
+            record["residual_bins"] = [ResidualBin(**each) for each in record.get("residual_bins") or []]
             config = cls(**record)
         except TypeError as error:
             raise CacheError(f"{path}: {error}") from error
@@ -154,7 +154,7 @@ class DistillKit:
         """config: the options; default: `compression_config.yaml` beside the first file. k: keep fewer."""
         self._files = tables.files_of(paths, "*.parquet")
         self._path = Path(config) if config else self._files[0].parent / CONFIG
-        self._config = Config.load(self._path)
+        self._config = CompressionConfig.load(self._path)
         self._k = min(k or self._config.k, self._config.k)
         for file in self._files:
             if "packed_indices" in (names := tables.columns_of(file)):
@@ -165,24 +165,24 @@ class DistillKit:
             wanted = dict(COLUMNS)
             if "attention_mask" in names:
                 wanted["attention_mask"] = "list of integers"
-            tables.demand(file, list(wanted), wanted)
+            tables.demand(file, wanted)
         c = self._config
         lossy = f"; of them the first {c.exact_k} exact ({c.exact_dtype}), the others fitted" if c.exact_k < c.k else ""
-        self.facts = Facts(
+        self.info = SourceInfo(
             format="distillkit",
             bias=f"top-{self._k} of log-probabilities over the whole vocabulary{lossy}; the mass of the rest is known, "
             "its ids are not, so the tail is not taught",
             k=self._k,
         )
 
-    def __iter__(self) -> Iterator[Sequence]:
+    def __iter__(self) -> Iterator[ForeignSequence]:
         for file in self._files:
             names = list(COLUMNS)
             names += ["attention_mask"] if "attention_mask" in tables.columns_of(file) else []
             for row in tables.rows(file, names):
                 yield from self._sequences(row)
 
-    def _sequences(self, row: tables.Row) -> Iterator[Sequence]:
+    def _sequences(self, row: tables.ParquetRow) -> Iterator[ForeignSequence]:
         tokens = tables.flat(row.columns["input_ids"]).astype(np.int64)
         values, ids = row.columns["compressed_logprobs"], row.columns["bytepacked_indices"]
         positions = len(values)
@@ -206,10 +206,10 @@ class DistillKit:
             where = row.where if (start, stop) == (0, len(tokens)) else f"{row.where} tokens {start} to {stop - 1}"
             counts = np.full(last - start, self._config.k)
             found = entries(counts, ids_PK[start:last].ravel(), logprobs_PK[start:last].ravel(), where)
-            yield Sequence(where, tokens[start:stop], largest(found, self._k))
+            yield ForeignSequence(where, tokens[start:stop], largest(found, self._k))
 
     @staticmethod
-    def _texts(row: tables.Row, tokens: int) -> list[tuple[int, int]]:
+    def _texts(row: tables.ParquetRow, tokens: int) -> list[tuple[int, int]]:
         """Where the texts of a row start and stop; padding (0) is none of them."""
         if "attention_mask" not in row.columns:
             return [(0, tokens)] if tokens else []
@@ -219,7 +219,7 @@ class DistillKit:
         borders = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), tokens]
         return [(a, b) for a, b in pairwise(borders) if a < b and mask[a]]
 
-    def _bytes(self, row: tables.Row, name: str, width: int) -> NDArray[np.uint8]:
+    def _bytes(self, row: tables.ParquetRow, name: str, width: int) -> NDArray[np.uint8]:
         sizes = tables.lengths(row.columns[name])
         if (wrong := np.flatnonzero(sizes != width)).size:
             raise CacheError(

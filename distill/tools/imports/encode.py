@@ -14,17 +14,17 @@ from distill.cache.codecs.topk import TopK
 from distill.cache.format import LABEL_TOP
 from distill.cache.targets import Atoms
 from distill.config.errors import CacheError
-from distill.tools.imports.sequences import Sequence
+from distill.tools.imports.sequences import ForeignSequence
 
 _TOO_MUCH = 1.05
 """Mean sum of a sequence's kept probabilities that cannot be one of probabilities: rounding and fitting give single
 positions more, but not a whole sequence."""
-_TELL = 1.01
+_REPORTED = 1.01
 
 
 @dataclass
 class Tally:
-    """What is said of an import once it is done."""
+    """Counts of an import."""
 
     tokens: int = 0
     """That got a target."""
@@ -37,8 +37,8 @@ class Tally:
     largest_sum: float = 0.0
 
 
-class Piece(NamedTuple):
-    """Consecutive positions of a sample; columns are those of `Atoms` and what `CacheWriter.put` takes besides."""
+class Span(NamedTuple):
+    """Consecutive positions of a sample: the columns of `Atoms`, and those that `CacheWriter.put` takes besides."""
 
     counts_T: NDArray[np.int32]
     ids_N: NDArray[np.int32]
@@ -50,10 +50,10 @@ class Piece(NamedTuple):
     """The source has a distribution."""
 
 
-class Encoder:
+class SpanEncoder:
     """Encodes with one codec: `topk` for entries, any codec for whole distributions.
 
-    Of entries the label's log-probability is exact where the label is among them, or the source says it apart;
+    Of entries the label's log-probability is exact where the label is among them, or the source holds it apart;
     otherwise the bound min(residual mass, smallest kept probability) stands for it, which is never below it. The
     entropy is that of the entries and of the residual as one lump, which is never above it.
     """
@@ -62,15 +62,15 @@ class Encoder:
         self._codec, self._vocab_size, self._seed = codec, vocab_size, seed
         self.tally = Tally()
 
-    def piece(
+    def span(
         self,
-        sequence: Sequence,
+        sequence: ForeignSequence,
         first: int,
         labels_T: NDArray[np.int64],
         valid_T: NDArray[np.bool_],
         sample_id: int,
         position: int,
-    ) -> Piece:
+    ) -> Span:
         """Positions `first` and on of a sequence, one for each label, which stand at `position` and on of a sample.
 
         valid_T: labels that count.
@@ -79,14 +79,14 @@ class Encoder:
             CacheError: ids beyond the vocabulary, or values that are no probabilities.
         """
         if sequence.dense_PV is not None:
-            found = self._whole(sequence, first, labels_T, valid_T, sample_id, position)
+            span = self._whole(sequence, first, labels_T, valid_T, sample_id, position)
         else:
-            found = self._sparse(sequence, first, labels_T, valid_T)
-        if not (np.isfinite(found.label_logprob_T) & np.isfinite(found.entropy_T)).all():
+            span = self._sparse(sequence, first, labels_T, valid_T)
+        if not (np.isfinite(span.label_logprob_T) & np.isfinite(span.entropy_T)).all():
             raise CacheError(f"{sequence.where}: a distribution is not finite")
-        return found
+        return span
 
-    def _sparse(self, sequence: Sequence, first: int, labels_T: Any, valid_T: Any) -> Piece:
+    def _sparse(self, sequence: ForeignSequence, first: int, labels_T: Any, valid_T: Any) -> Span:
         assert isinstance(self._codec, TopK) and sequence.entries is not None
         e, tokens = sequence.entries, len(labels_T)
         before = np.concatenate([[0], np.cumsum(e.counts_P)])
@@ -121,21 +121,21 @@ class Encoder:
         self._count(has_T & valid_T, kept_T, ~kept_T & ~known_T)
         atoms = self._codec.entries(*(torch.from_numpy(np.array(x)) for x in (counts_T, ids_N, probs_N, rest_T)))
         label_T = np.where(has_T, np.clip(label_T, -LABEL_TOP, 0.0), 0.0)
-        return _piece(atoms, label_T, np.maximum(entropy_T, 0.0), has_T)
+        return _span(atoms, label_T, np.maximum(entropy_T, 0.0), has_T)
 
     def _whole(
-        self, sequence: Sequence, first: int, labels_T: Any, valid_T: Any, sample_id: int, position: int
-    ) -> Piece:
+        self, sequence: ForeignSequence, first: int, labels_T: Any, valid_T: Any, sample_id: int, position: int
+    ) -> Span:
         assert sequence.dense_PV is not None
         values_TV = sequence.dense_PV[first : first + len(labels_T)]
         width = values_TV.shape[1]
         if width > self._vocab_size:
             raise CacheError(f"{sequence.where}: {width} values a token; the vocabulary has {self._vocab_size} ids")
-        # Ids that the teacher does not know have no probability.
+        # Ids beyond the teacher's vocabulary have no probability.
         values_TV = np.pad(values_TV, ((0, 0), (0, self._vocab_size - width)), constant_values=-np.inf)
         logits_TV, labels = torch.from_numpy(values_TV), torch.from_numpy(labels_T)
         lse_T = logits_TV.logsumexp(-1)
-        found = self._codec.select(
+        selection = self._codec.select(
             logits_TV,
             lse_T,
             seed=self._seed,
@@ -145,14 +145,14 @@ class Encoder:
         label_T = (logits_TV.gather(1, labels[:, None]).squeeze(1) - lse_T).clamp(-LABEL_TOP, 0.0).numpy()
         has_T = np.ones(len(labels), np.bool_)
         self._count(valid_T, has_T, ~has_T)
-        return _piece(found.atoms, label_T, found.entropy_T.clamp(min=0.0).numpy(), has_T)
+        return _span(selection.atoms, label_T, selection.entropy_T.clamp(min=0.0).numpy(), has_T)
 
     def _count(self, has_T: Any, kept_T: Any, bound_T: Any) -> None:
         self.tally.tokens += int(has_T.sum())
         self.tally.labels_kept += int((has_T & kept_T).sum())
         self.tally.labels_bound += int((has_T & bound_T).sum())
 
-    def _check_sums(self, sequence: Sequence, sum_T: Any) -> None:
+    def _check_sums(self, sequence: ForeignSequence, sum_T: Any) -> None:
         if not len(sum_T):
             return
         if sum_T.mean() > _TOO_MUCH:
@@ -160,10 +160,10 @@ class Encoder:
                 f"{sequence.where}: kept probabilities sum to {sum_T.mean():.3g} on average; they are not those of "
                 "log-probabilities over the whole vocabulary"
             )
-        self.tally.scaled += int((sum_T > _TELL).sum())
+        self.tally.scaled += int((sum_T > _REPORTED).sum())
         self.tally.largest_sum = max(self.tally.largest_sum, float(sum_T.max()))
 
 
-def _piece(atoms: Atoms, label_T: Any, entropy_T: Any, has_T: Any) -> Piece:
+def _span(atoms: Atoms, label_T: Any, entropy_T: Any, has_T: Any) -> Span:
     counts_T, ids_N, codes_N, rest_T = (column.numpy() for column in atoms)
-    return Piece(counts_T, ids_N, codes_N, rest_T, label_T.astype(np.float32), entropy_T.astype(np.float32), has_T)
+    return Span(counts_T, ids_N, codes_N, rest_T, label_T.astype(np.float32), entropy_T.astype(np.float32), has_T)

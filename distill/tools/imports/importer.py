@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from distill.cache.targets import Atoms
 from distill.cache.writer import CacheWriter
 from distill.config.errors import CacheError
-from distill.tools.imports.assemble import Assembler, Whole
-from distill.tools.imports.encode import Encoder, Tally
-from distill.tools.imports.sequences import Sequence
+from distill.data.packed import PackedCorpus
+from distill.tools.imports.assemble import Assembler, WholeSample
+from distill.tools.imports.encode import SpanEncoder, Tally
+from distill.tools.imports.sequences import ForeignSequence
 
 
-class Run(NamedTuple):
+class Placement(NamedTuple):
     """Positions of a sequence that are positions of the corpus."""
 
     start: int
@@ -30,36 +30,15 @@ class Run(NamedTuple):
     """The sequence is a sample; else it is one of its documents."""
 
 
-class Samples(Protocol):
-    """n samples of S tokens and the one after them."""
-
-    @property
-    def ids(self) -> NDArray[np.int32]: ...  # [n, S+1]
-    @property
-    def mask(self) -> NDArray[np.bool_]: ...  # [n, S+1]: may be a label
-    @property
-    def documents(self) -> NDArray[np.int32]: ...  # [n, S+1]: ordinal within the sample
-    @property
-    def digests(self) -> NDArray[np.uint64]: ...  # [n]
-
-
-class Corpus(Protocol):
-    """The packed corpus."""
-
-    sample_tokens: int
-
-    def __len__(self) -> int: ...
-    def take(self, sample_ids: NDArray[np.int64]) -> Samples: ...
-
-
-Match = Callable[[Sequence], list[Run] | None]
-"""Where a sequence stands in the corpus; no place: it does not; None: it is left out on purpose."""
+Match = Callable[[ForeignSequence], list[Placement] | None]
+"""Places of a sequence in the corpus; an empty list: it is not there; None: it is left out on purpose."""
 
 
 @dataclass
-class Report:
+class ImportReport:
     """What an import did."""
 
+    tally: Tally
     sequences: int = 0
     matched: int = 0
     left_out: int = 0
@@ -70,12 +49,11 @@ class Report:
     partial: int = 0
     """Samples of which some documents were not found."""
     repeated: int = 0
-    """Pieces of positions that had come before."""
-    tally: Tally | None = None
+    """Spans of positions that had come before."""
 
     def lines(self) -> list[str]:
         """For people."""
-        t = self.tally or Tally()
+        t = self.tally
         lines = [
             f"{self.matched} of {self.sequences} sequences matched; {self.unmatched} did not, {self.left_out} left out",
             f"{self.samples} samples, {self.partial} of them with gaps; {t.tokens} tokens have targets",
@@ -95,37 +73,42 @@ class Report:
         return lines
 
 
+def _share(count: int, total: int) -> str:
+    return f"{count} ({100 * count / max(total, 1):.1f} %)"
+
+
 def write(
-    sequences: Iterable[Sequence],
+    sequences: Iterable[ForeignSequence],
     match: Match,
-    corpus: Corpus,
+    corpus: PackedCorpus,
     writer: CacheWriter,
-    encoder: Encoder,
+    encoder: SpanEncoder,
     *,
     teacher: str,
     step: int,
     tokens_seen: int,
     allow_unmatched: bool,
-) -> Report:
+) -> ImportReport:
     """Writes all sequences that `match` finds in the corpus, and closes the writer's stream.
 
     A sample that is in the cache with this step is passed over, so an import that was cut short goes on when repeated.
 
     Raises:
-        CacheError: a sequence that is not in the corpus, unless allowed; a damaged file; what the writer refuses.
+        CacheError: a sequence that is not in the corpus, unless allowed; a damaged file; what the writer raises.
     """
-    report = Report(tally=encoder.tally)
+    report = ImportReport(encoder.tally)
 
-    def put(whole: Whole) -> None:
-        p, samples = whole.piece, corpus.take(np.array([whole.sample_id]))
-        atoms = Atoms(*map(torch.from_numpy, (p.counts_T, p.ids_N, p.codes_N, p.rest_T)))
+    def put(whole: WholeSample) -> None:
+        ids, span = np.array([whole.sample_id]), whole.span
+        samples = corpus.take(ids)
+        atoms = Atoms(*map(torch.from_numpy, (span.counts_T, span.ids_N, span.codes_N, span.rest_T)))
         writer.put(
-            np.array([whole.sample_id]),
+            ids,
             samples.digests,
             atoms,
-            p.label_logprob_T,
-            p.entropy_T,
-            samples.mask[0, 1:] & p.has_T,
+            span.label_logprob_T,
+            span.entropy_T,
+            samples.mask[0, 1:] & span.has_T,
             step=step,
             tokens_seen=tokens_seen,
             teacher=teacher,
@@ -135,16 +118,14 @@ def write(
     with Assembler(corpus.sample_tokens) as assembler:
         for sequence in sequences:
             report.sequences += 1
-            runs = match(sequence)
-            if runs is None:
-                report.left_out += 1
-            elif not runs:
-                _unmatched(report, sequence, allow_unmatched)
-            else:
-                report.matched += 1
-                for run in runs:
-                    for whole in _pieces(sequence, run, corpus, encoder, assembler):
-                        put(whole)
+            placements = match(sequence)
+            report.left_out += placements is None
+            if placements == []:
+                _note_unmatched(report, sequence, allow_unmatched)
+            report.matched += bool(placements)
+            for placement in placements or ():
+                for whole in _samples(sequence, placement, corpus, encoder, assembler):
+                    put(whole)
         for whole in assembler.rest():
             report.partial += 1
             put(whole)
@@ -155,10 +136,12 @@ def write(
     return report
 
 
-def _unmatched(report: Report, sequence: Sequence, allowed: bool) -> None:
-    start = "" if sequence.tokens is None else f" ({len(sequence.tokens)} tokens: {_some(sequence.tokens)})"
+def _note_unmatched(report: ImportReport, sequence: ForeignSequence, allowed: bool) -> None:
     report.unmatched += 1
-    report.first_unmatched = report.first_unmatched or f"{sequence.where}{start}"
+    if not report.first_unmatched:
+        tokens = [] if sequence.tokens is None else sequence.tokens.tolist()
+        some = " ".join(map(str, tokens[:8])) + (" ..." if len(tokens) > 8 else "")
+        report.first_unmatched = sequence.where + (f" ({len(tokens)} tokens: {some})" if tokens else "")
     if not allowed:
         raise CacheError(
             f"{report.first_unmatched}: neither a sample nor a document of the corpus, after {report.matched} that "
@@ -166,35 +149,26 @@ def _unmatched(report: Report, sequence: Sequence, allowed: bool) -> None:
         )
 
 
-def _share(count: int, total: int) -> str:
-    return f"{count} ({100 * count / max(total, 1):.1f} %)"
-
-
-def _some(tokens: Any) -> str:
-    return " ".join(map(str, tokens[:8])) + (" ..." if len(tokens) > 8 else "")
-
-
-def _pieces(sequence: Sequence, run: Run, corpus: Corpus, encoder: Encoder, assembler: Assembler) -> Iterable[Whole]:
-    """Hands a run to the assembler, sample by sample; yields those that are complete by it."""
+def _samples(
+    sequence: ForeignSequence, placement: Placement, corpus: PackedCorpus, encoder: SpanEncoder, assembler: Assembler
+) -> Iterator[WholeSample]:
+    """Adds a sequence to the samples on which it lies; yields those that are complete by it."""
     length = corpus.sample_tokens
-    start, first, left = run.start, run.first, min(run.positions, len(corpus) * length - run.start)
-    while left > 0:
+    start, first = placement.start, placement.first
+    end = min(start + placement.positions, len(corpus) * length)
+    while start < end:
         sample_id, position = divmod(start, length)
-        count = min(left, length - position)
+        count = min(end - start, length - position)
         samples = corpus.take(np.array([sample_id]))
-        labels_T = samples.ids[0, position + 1 : position + 1 + count].astype(np.int64)
+        here = slice(position + 1, position + 1 + count)
+        labels_T, valid_T = samples.ids[0, here].astype(np.int64), samples.mask[0, here]
         if sequence.tokens is not None:
-            told = sequence.tokens[first + 1 : first + count]
-            assert np.array_equal(told, labels_T[: len(told)]), f"{sequence.where}: matched to other tokens"
-        useful_T = samples.mask[0, position + 1 : position + 1 + count]
-        if useful_T.any() and not assembler.has(sample_id, position, count):
-            piece = encoder.piece(sequence, first, labels_T, useful_T, sample_id, position)
-            expected = 1 if run.whole else _documents(samples)
-            if whole := assembler.add(sample_id, position, piece, expected):
+            theirs = sequence.tokens[first + 1 : first + count]
+            assert np.array_equal(theirs, labels_T[: len(theirs)]), f"{sequence.where}: matched to other tokens"
+        if valid_T.any() and not assembler.has(sample_id, position, count):
+            span = encoder.span(sequence, first, labels_T, valid_T, sample_id, position)
+            # Each of its documents with a label comes by itself.
+            documents = np.unique(samples.documents[0, 1:][samples.mask[0, 1:]])
+            if whole := assembler.add(sample_id, position, span, 1 if placement.whole else len(documents)):
                 yield whole
-        start, first, left = start + count, first + count, left - count
-
-
-def _documents(samples: Samples) -> int:
-    """How many documents of the one sample have a label in it."""
-    return len(np.unique(samples.documents[0, 1:][samples.mask[0, 1:]]))
+        start, first = start + count, first + count

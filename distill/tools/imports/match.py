@@ -1,4 +1,4 @@
-"""Where foreign sequences stand in a packed corpus: by their tokens, or by an order that is given."""
+"""Places of foreign sequences in a packed corpus: by their tokens, or by an order that is given."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from distill.config.errors import DataError
 from distill.data.packed import PackedCorpus
-from distill.tools.imports.importer import Run
-from distill.tools.imports.sequences import Sequence
+from distill.tools.imports.importer import Placement
+from distill.tools.imports.sequences import ForeignSequence
 
 Tokens = NDArray[Any]
 
@@ -48,22 +48,22 @@ class ByTokens:
                         documents.add(content[:size], start + offset, has_bos)
         self._samples, self._documents = samples.close(), documents.close()
 
-    def __call__(self, sequence: Sequence) -> list[Run]:
+    def __call__(self, sequence: ForeignSequence) -> list[Placement]:
         tokens = sequence.tokens
         assert tokens is not None, "a format without tokens is matched by order"
         runs = []
         if len(tokens) in (self._length, self._length + 1):
             count = min(sequence.positions, self._length)
-            runs = [Run(start, 0, count, True) for start, _ in self._samples.find(tokens)]
+            runs = [Placement(start, 0, count, True) for start, _ in self._samples.find(tokens)]
         return runs or self._as_documents(tokens, sequence.positions)
 
-    def _as_documents(self, tokens: Tokens, positions: int) -> list[Run]:
+    def _as_documents(self, tokens: Tokens, positions: int) -> list[Placement]:
         content, offset = self._content(tokens)
         runs = []
         for start, has_bos in self._documents.find(content) if len(content) else ():
             first = max(0, offset - has_bos)
             count = min(positions, offset + len(content)) - first
-            runs.append(Run(start + first - offset, first, count, False))
+            runs.append(Placement(start + first - offset, first, count, False))
         return runs
 
     def _content(self, tokens: Tokens) -> tuple[Tokens, int]:
@@ -86,7 +86,7 @@ class ByOrder:
             raise DataError(f"{where}: entry {bad} is {order[bad]}; sample ids are 0 to {len(corpus) - 1}, or -1")
         self._order, self._where, self._length, self._next = order, where, corpus.sample_tokens, 0
 
-    def __call__(self, sequence: Sequence) -> list[Run] | None:
+    def __call__(self, sequence: ForeignSequence) -> list[Placement] | None:
         if self._next == len(self._order):
             count = len(self._order)
             raise DataError(f"{self._where}: has {count} sample ids, but {sequence.where} is one sequence more")
@@ -99,7 +99,7 @@ class ByOrder:
                 f"{sequence.where}: {sequence.positions} positions; samples of the corpus have {self._length} "
                 "(data.sample_tokens)"
             )
-        return [Run(sample_id * self._length, 0, self._length, True)]
+        return [Placement(sample_id * self._length, 0, self._length, True)]
 
 
 def load_order(path: Path) -> NDArray[np.int64]:
@@ -121,7 +121,7 @@ def load_order(path: Path) -> NDArray[np.int64]:
 
 
 class _Table:
-    """Digests of tokens and where they stand."""
+    """Places of tokens by their digest."""
 
     def __init__(self) -> None:
         self._keys, self._places, self._marks = array("Q"), array("q"), array("B")
@@ -141,7 +141,7 @@ class _Table:
         return self
 
     def find(self, tokens: Tokens) -> list[tuple[int, bool]]:
-        """Where these tokens start, and what was said of each place."""
+        """Where these tokens start, and the flag of each place."""
         key = np.uint64(_key(tokens))
         a, b = (int(np.searchsorted(self._sorted, key, side)) for side in ("left", "right"))  # type: ignore[call-overload]
         return list(zip(self._starts[a:b].tolist(), self._flags[a:b].tolist()))
@@ -152,27 +152,32 @@ def _key(tokens: Tokens) -> int:
 
 
 def _documents(corpus: PackedCorpus, samples: _Table) -> Iterator[tuple[int, Tokens]]:
-    """Every document with a label: where it starts in the corpus, and its tokens. Fills the table of samples, too."""
+    """Every document with a label: where it starts in the corpus, and its tokens. Fills the table of samples, too.
+
+    A sample's last token is the next one's first, unless there is none; then it counts where its document goes on.
+    """
     length = corpus.sample_tokens
-    parts: list[Tokens] = []
-    start, labels, goes_on = 0, False, False
+    # Of the document that is not at its end yet.
+    tokens: Tokens = np.zeros(0, np.int32)
+    is_label = np.zeros(0, np.bool_)
+    start, goes_on = 0, False
     for first in range(0, len(corpus), step := max(1, _CHUNK_TOKENS // length)):
         chunk = corpus.take(np.arange(first, min(first + step, len(corpus))))
-        for i, (ids, documents, mask) in enumerate(zip(chunk.ids, chunk.documents, chunk.mask)):
-            place = (first + i) * length
-            samples.add(ids[:-1], place)
-            samples.add(ids, place)
-            # The last token is the next sample's first, unless there is none.
-            borders = [0, *(np.flatnonzero(np.diff(documents[:-1])) + 1).tolist(), length]
-            for a, b in pairwise(borders):
-                if a or not goes_on:
-                    if labels:
-                        yield start, np.concatenate(parts)
-                    parts, start, labels = [], place + a, False
-                parts.append(ids[a:b])
-                labels = labels or bool(mask[max(a, 1) : b].any())
-            goes_on = bool(documents[-1] == documents[-2])
-            labels = labels or (goes_on and bool(mask[-1]))
-            last = ids[-1:]
-    if labels:
-        yield start, np.concatenate([*parts, *([last] if goes_on else [])])
+        for i, ids in enumerate(chunk.ids, start=first):
+            samples.add(ids[:-1], i * length)
+            samples.add(ids, i * length)
+        changes = np.diff(chunk.documents, axis=1) != 0
+        begins = np.concatenate([[[not goes_on]], changes[:-1, -1:]]), changes[:, :-1]
+        borders = np.flatnonzero(np.concatenate(begins, axis=1)) + len(tokens)
+        tokens = np.concatenate([tokens, chunk.ids[:, :-1].ravel()])
+        is_label = np.concatenate([is_label, chunk.mask[:, :-1].ravel()])
+        goes_on = not changes[-1, -1]
+        if first + step >= len(corpus) and goes_on:
+            tokens, is_label = np.append(tokens, chunk.ids[-1, -1]), np.append(is_label, chunk.mask[-1, -1])
+        for a, b in pairwise([0, *borders[borders > 0].tolist()]):
+            if is_label[a:b].any():
+                yield start + a, tokens[a:b]
+        last = int(borders[-1]) if len(borders) else 0
+        start, tokens, is_label = start + last, tokens[last:], is_label[last:]
+    if is_label.any():
+        yield start, tokens

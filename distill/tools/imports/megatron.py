@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from distill.config.errors import CacheError
 from distill.tools.imports import parquet_rows as tables
-from distill.tools.imports.sequences import Facts, Sequence, entries, largest
+from distill.tools.imports.sequences import ForeignSequence, SourceInfo, entries, largest
 
 META = "_meta.json"
 _NAME = re.compile(r"cp(\d+)_dp(\d+)__(\d+)\.tar")
@@ -75,7 +75,7 @@ class Megatron:
             raise CacheError(f"{self._ranks[0, 0][0]}: {META} does not say how many entries were kept (saver.k)")
         self._k = min(k or saver["k"], saver["k"])
         nucleus = f", cut to a nucleus of {saver['p']}" if saver.get("p") is not None else ""
-        self.facts = Facts(
+        self.info = SourceInfo(
             format="megatron",
             bias=f"top-{self._k}{nucleus} of log-probabilities over the whole vocabulary in {saver.get('save_dtype')}; "
             "the mass of the rest is known, its ids are not, so the tail is not taught; tokens are not stored: which "
@@ -83,7 +83,7 @@ class Megatron:
             k=self._k,
         )
 
-    def __iter__(self) -> Iterator[Sequence]:
+    def __iter__(self) -> Iterator[ForeignSequence]:
         streams = {rank: _iterations(files) for rank, files in self._ranks.items()}
         last: int | None = None
         while True:
@@ -107,7 +107,7 @@ class Megatron:
 
     def _of_iteration(
         self, heads: dict[tuple[int, int], tuple[int, Path, list[Micro]]], iteration: int, tar: Path
-    ) -> Iterator[Sequence]:
+    ) -> Iterator[ForeignSequence]:
         where = f"{tar} iteration {iteration}"
         if len({len(micros) for _, _, micros in heads.values()}) != 1:
             raise CacheError(f"{where}: ranks differ in their number of micro-batches")
@@ -120,7 +120,7 @@ class Megatron:
                     inside = value > _OUTSIDE
                     counts = inside.reshape(values.shape[0], -1).sum(1)
                     found = entries(counts, token[inside], value[inside], place)
-                    yield Sequence(place, None, largest(found, self._k))
+                    yield ForeignSequence(place, None, largest(found, self._k))
 
 
 def _iterations(files: list[Path]) -> Iterator[tuple[int, Path, list[Micro]]]:

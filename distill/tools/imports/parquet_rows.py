@@ -19,7 +19,7 @@ DAMAGE = (OSError, ValueError, OverflowError, pa.ArrowException)
 """What pyarrow raises for files that are not what they should be; text that is not UTF-8 is a ValueError."""
 
 
-class Row(NamedTuple):
+class ParquetRow(NamedTuple):
     """One row; a column's value is a pyarrow array, since all columns that are read are lists."""
 
     where: str
@@ -55,41 +55,40 @@ def columns_of(path: Path) -> dict[str, pa.DataType]:
     return dict(zip(schema.names, schema.types))
 
 
-def demand(path: Path, names: Sequence[str], types: dict[str, str] | None = None) -> None:
-    """Raises CacheError when the file lacks a column, or one is not the list that `types` says."""
-    found = columns_of(path)
-    if missing := [name for name in names if name not in found]:
-        raise CacheError(f"{path}: has no column {', '.join(missing)}; its columns are {', '.join(found)}")
-    for name in names:
-        depth, kind = 0, found[name]
+def demand(path: Path, types: dict[str, str]) -> None:
+    """Raises CacheError when the file lacks a column of `types`, or one is not the list that it must be."""
+    columns = columns_of(path)
+    if missing := [name for name in types if name not in columns]:
+        raise CacheError(f"{path}: has no column {', '.join(missing)}; its columns are {', '.join(columns)}")
+    for name, wanted in types.items():
+        depth, kind = 0, columns[name]
         while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
             depth, kind = depth + 1, kind.value_type
-        want = (types or {}).get(name, "list of integers")
-        number = pa.types.is_integer(kind) if want.endswith("integers") else pa.types.is_floating(kind)
-        if (depth, number) != (want.count("list"), True):
-            raise CacheError(f"{path}: column {name} is {found[name]}; it must be a {want}")
+        is_number = pa.types.is_integer(kind) if wanted.endswith("integers") else pa.types.is_floating(kind)
+        if depth != wanted.count("list") or not is_number:
+            raise CacheError(f"{path}: column {name} is {columns[name]}; it must be a {wanted}")
 
 
-def rows(path: Path, names: Sequence[str], batch_rows: int = 16) -> Iterator[Row]:
-    """The rows of one file.
-
-    Raises:
-        CacheError: not a Parquet file, damaged, or a value that is missing.
-    """
+def values(path: Path, names: Sequence[str], batch_rows: int) -> Iterator[ParquetRow]:
+    """The rows of one file, a column's value as a pyarrow scalar; CacheError: not a Parquet file, or damaged."""
     number = 0
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             for batch in file.iter_batches(batch_size=batch_rows, columns=list(names)):
                 for i in range(batch.num_rows):
-                    where = f"{path} row {number}"
-                    values = {name: batch.column(name)[i] for name in names}
-                    for name, value in values.items():
-                        if not value.is_valid or value.values.null_count:
-                            raise CacheError(f"{where}: column {name} has an empty value")
-                    yield Row(where, {name: value.values for name, value in values.items()})
+                    yield ParquetRow(f"{path} row {number}", {name: batch.column(name)[i] for name in names})
                     number += 1
     except DAMAGE as error:
         raise CacheError(f"{path} is damaged near row {number}: {short(error)}") from error
+
+
+def rows(path: Path, names: Sequence[str], batch_rows: int = 16) -> Iterator[ParquetRow]:
+    """The rows of one file; CacheError as `values`, and where a value is missing."""
+    for where, columns in values(path, names, batch_rows):
+        for name, value in columns.items():
+            if not value.is_valid or value.values.null_count:
+                raise CacheError(f"{where}: column {name} has an empty value")
+        yield ParquetRow(where, {name: value.values for name, value in columns.items()})
 
 
 def flat(values: pa.Array) -> NDArray[Any]:
@@ -112,5 +111,5 @@ def _numbers(name: str) -> list[tuple[int, str]]:
 
 
 def short(error: Exception) -> str:
-    """The first line of what a library says."""
+    """The first line of a library's message."""
     return (str(error).splitlines() or [type(error).__name__])[0][:300]

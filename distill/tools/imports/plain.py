@@ -14,13 +14,13 @@ import numpy as np
 
 from distill.config.errors import CacheError
 from distill.tools.imports import parquet_rows as tables
-from distill.tools.imports.sequences import Facts, Sequence, entries, largest
+from distill.tools.imports.sequences import ForeignSequence, SourceInfo, entries, largest
 
 DENSE = ("logprobs", "logits")
 """Columns that are looked for where none is named."""
 
 
-class Plain:
+class PlainParquet:
     """Reads Parquet files.
 
     Args:
@@ -61,15 +61,15 @@ class Plain:
         if lse and not dense:
             self._types[lse] = "list of floating-point numbers"
         for file in self._files:
-            tables.demand(file, list(self._types), self._types)
+            tables.demand(file, self._types)
         if dense:
-            self.facts = Facts("parquet", "none: whole distributions, put through the cache's codec", None)
+            self.info = SourceInfo("parquet", "none: whole distributions, put through the cache's codec", None)
             return
         self._k = k or self._most()
         tail = "the mass of the rest is known, its ids are not, so the tail is not taught"
         if self._logits:
             tail = "logits without their sum over the vocabulary, so the kept ones are scaled to 1: over-confident"
-        self.facts = Facts("parquet", f"top-{self._k}; {tail}", self._k)
+        self.info = SourceInfo("parquet", f"top-{self._k}; {tail}", self._k)
 
     def _most(self) -> int:
         """The largest k of the first row; later rows with more are refused, so that none is cut unsaid."""
@@ -78,7 +78,7 @@ class Plain:
             raise CacheError(f"{self._files[0]}: has no rows")
         return max(1, int(tables.lengths(first.columns[self._ids]).max(initial=0)))
 
-    def __iter__(self) -> Iterator[Sequence]:
+    def __iter__(self) -> Iterator[ForeignSequence]:
         for file in self._files:
             for row in tables.rows(file, list(self._types), 1 if self._dense else 16):
                 tokens = tables.flat(row.columns[self._tokens]).astype(np.int64)
@@ -91,7 +91,7 @@ class Plain:
                     )
                 yield self._sparse(row, tokens) if self._dense is None else self._whole(row, tokens)
 
-    def _whole(self, row: tables.Row, tokens: np.ndarray) -> Sequence:
+    def _whole(self, row: tables.ParquetRow, tokens: np.ndarray) -> ForeignSequence:
         assert self._dense is not None
         column = row.columns[self._dense]
         widths = tables.lengths(column)
@@ -103,9 +103,9 @@ class Plain:
             values_PV = values_PV[1:]
         if (bad := np.flatnonzero(~np.isfinite(values_PV.max(1, initial=-np.inf)))).size:
             raise CacheError(f"{row.where}, position {bad[0]}: values of {self._dense} are not finite")
-        return Sequence(row.where, tokens, dense_PV=values_PV)
+        return ForeignSequence(row.where, tokens, dense_PV=values_PV)
 
-    def _sparse(self, row: tables.Row, tokens: np.ndarray) -> Sequence:
+    def _sparse(self, row: tables.ParquetRow, tokens: np.ndarray) -> ForeignSequence:
         counts = tables.lengths(row.columns[self._ids])
         if not np.array_equal(counts, tables.lengths(row.columns[self._values])):
             raise CacheError(f"{row.where}: {self._ids} and {self._values} differ in length")
@@ -118,4 +118,4 @@ class Plain:
         if self._shifted:
             ids, values, counts = ids[counts[0] :], values[counts[0] :], counts[1:]
         found = entries(counts, ids, values, row.where, logits=self._logits)
-        return Sequence(row.where, tokens, largest(found, self._k))
+        return ForeignSequence(row.where, tokens, largest(found, self._k))

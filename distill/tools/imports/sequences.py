@@ -30,7 +30,7 @@ class Entries(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Sequence:
+class ForeignSequence:
     """One sequence of n tokens; position j of P has seen tokens 0 to j and is about token j + 1."""
 
     where: str
@@ -53,7 +53,7 @@ class Sequence:
 
 
 @dataclass(frozen=True)
-class Facts:
+class SourceInfo:
     """What holds of everything that a source yields."""
 
     format: str
@@ -63,12 +63,12 @@ class Facts:
     """Entries of a position at most; None: dense."""
 
 
-class Source(Protocol):
+class ForeignSource(Protocol):
     """Files of one foreign format. Opening it raises CacheError for what can be told without reading everything."""
 
-    facts: Facts
+    info: SourceInfo
 
-    def __iter__(self) -> Iterator[Sequence]:
+    def __iter__(self) -> Iterator[ForeignSequence]:
         """Raises CacheError for damaged files, naming the file and the place in it."""
         ...
 

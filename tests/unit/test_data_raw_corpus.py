@@ -13,13 +13,13 @@ import pytest
 
 from distill.config.errors import DataError
 from distill.config.schema import CorpusConfig, Source
-from distill.data.source import Corpus
+from distill.data.raw_corpus import RawCorpus
 
 TEXTS = [f"document {i}: naïve 漢字\nline two" for i in range(300)]
 
 
 def documents(scratch: Path, *files: str | Path, **config):
-    return list(Corpus("main", CorpusConfig(Source.files, list(map(str, files)), **config)).documents(scratch))
+    return list(RawCorpus("main", CorpusConfig(Source.files, list(map(str, files)), **config)).documents(scratch))
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -35,7 +35,7 @@ def jsonl(rows) -> str:
 
 
 def test_stdlib_is_split_by_file_without_overlap_tests_or_machine_dependent_files(tmp_path):
-    corpus = Corpus("main", CorpusConfig(held_out=0.1))
+    corpus = RawCorpus("main", CorpusConfig(held_out=0.1))
     found = list(corpus.documents(tmp_path))
     assert len(found) > 300
     root = Path(sysconfig.get_path("stdlib"))
@@ -48,7 +48,7 @@ def test_stdlib_is_split_by_file_without_overlap_tests_or_machine_dependent_file
     held_out = [d for d in found if d.held_out]
     assert 0.05 < len(held_out) / len(found) < 0.15
     assert not {d.text for d in held_out} & {d.text for d in found if not d.held_out}
-    assert found == list(Corpus("again", CorpusConfig(held_out=0.1)).documents(tmp_path))
+    assert found == list(RawCorpus("again", CorpusConfig(held_out=0.1)).documents(tmp_path))
 
 
 def test_a_larger_held_out_share_only_adds(tmp_path):
@@ -58,12 +58,12 @@ def test_a_larger_held_out_share_only_adds(tmp_path):
 
 
 def documents_of(held_out: float, scratch: Path):
-    return Corpus("main", CorpusConfig(held_out=held_out)).documents(scratch)
+    return RawCorpus("main", CorpusConfig(held_out=held_out)).documents(scratch)
 
 
 def test_max_documents_takes_the_first(tmp_path):
-    whole = Corpus("main", CorpusConfig(held_out=0.5)).documents(tmp_path)
-    some = list(Corpus("main", CorpusConfig(held_out=0.5, max_documents=40)).documents(tmp_path))
+    whole = RawCorpus("main", CorpusConfig(held_out=0.5)).documents(tmp_path)
+    some = list(RawCorpus("main", CorpusConfig(held_out=0.5, max_documents=40)).documents(tmp_path))
     assert some == [next(whole) for _ in some] and 20 < len(some) <= 40  # empty files count and give no document
 
 
@@ -135,12 +135,12 @@ def test_identity_changes_with_what_decides_the_documents(tmp_path):
     path = write(tmp_path / "a.txt", "text")
     plain = CorpusConfig(Source.files, [str(path)])
     same = CorpusConfig(Source.files, [str(path)], weight=3.0)
-    assert Corpus("a", plain).identity == Corpus("b", same).identity
-    seen = {Corpus("a", plain).identity}
+    assert RawCorpus("a", plain).identity == RawCorpus("b", same).identity
+    seen = {RawCorpus("a", plain).identity}
     for change in ({"held_out": 0.1}, {"text_key": "t"}, {"mask_key": "m"}, {"max_documents": 3}):
-        seen.add(Corpus("a", CorpusConfig(Source.files, [str(path)], **change)).identity)
+        seen.add(RawCorpus("a", CorpusConfig(Source.files, [str(path)], **change)).identity)
     write(path, "texts")
-    seen.add(Corpus("a", plain).identity)
+    seen.add(RawCorpus("a", plain).identity)
     assert len(seen) == 6
 
 
@@ -210,7 +210,7 @@ def test_files_that_may_not_be_read(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    monkeypatch.setattr("distill.data.tables._batches", refuse)
+    monkeypatch.setattr("distill.data.tables._json", refuse)
     for name in ("a.txt", "a.jsonl"):
         (tmp_path / name).write_text('{"text": "a"}\n')
         with pytest.raises(DataError, match=rf"{name}: cannot be read: Permission denied"):

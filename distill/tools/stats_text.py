@@ -1,28 +1,17 @@
-"""Findings of the tools as text. No torch."""
+"""What `stats` returns as text for a terminal. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+from distill.config.units import file_size, grouped
 
 BLOCKS = " ▏▎▍▌▋▊▉█"
 WIDTH = 40
 """Of a whole bar, in characters."""
 LINES = 16
 """Of lag over time."""
-
-
-def size(count: float) -> str:
-    """Bytes in the unit that suits them."""
-    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if abs(count) >= unit:
-            return f"{count / unit:.2f} {name}"
-    return f"{count:.0f} B"
-
-
-def number(count: float) -> str:
-    """A count with separators."""
-    return f"{count:,.0f}"
 
 
 def bar(share: float) -> str:
@@ -49,9 +38,10 @@ def stats_lines(found: dict[str, Any]) -> list[str]:
     lines = [
         found["folder"],
         f"  format {header['format']}, codec {header['codec']['name']} ({codec}), "
-        f"vocabulary {number(header['vocab_size'])}, samples of {number(header['sample_tokens'])} tokens",
-        f"  coverage: {most}{number(found['samples'])} of {number(header['samples'])} samples, {found['coverage']:.2%}",
-        f"  {number(found['records'])} records in {number(found['shards'])} shards, {number(tokens)} tokens with "
+        f"vocabulary {grouped(header['vocab_size'])}, samples of {grouped(header['sample_tokens'])} tokens",
+        f"  coverage: {most}{grouped(found['samples'])} of {grouped(header['samples'])} samples, "
+        f"{found['coverage']:.2%}",
+        f"  {grouped(found['records'])} records in {grouped(found['shards'])} shards, {grouped(tokens)} tokens with "
         f"a target, {found['atoms_per_token']:.2f} atoms a token",
         "",
         f"Bytes: {found['bytes_per_token']:.2f} a token in shards",
@@ -82,7 +72,7 @@ def _bytes(sizes: dict[str, dict[str, int]], tokens: int) -> list[str]:
             if group == "of no use" and not count:
                 continue
             share = f"{count / max(tokens, 1):.3f}" if group == "shards" else ""
-            rows.append([name if group != "of no use" else f"{name} (of no use)", size(count), share])
+            rows.append([name if group != "of no use" else f"{name} (of no use)", file_size(count), share])
     return table(rows)
 
 
@@ -92,7 +82,7 @@ def _origins(origins: Sequence[dict[str, Any]]) -> list[str]:
         losses = [f"{each[name]:.4f}" if each[name] is not None else "" for name in ("best_loss", "last_loss")]
         by = each["source"] + (", seen before" if each["seen_before"] else "")
         steps = f"{each['first_step']} to {each['last_step']}"
-        rows.append([each["teacher"], by, number(each["samples"]), number(each["tokens"]), steps, *losses])
+        rows.append([each["teacher"], by, grouped(each["samples"]), grouped(each["tokens"]), steps, *losses])
     return table(rows) + ([f"  and {len(origins) - LINES} more"] if len(origins) > LINES else [])
 
 
@@ -101,15 +91,15 @@ def _flops(flops: dict[str, float]) -> list[str]:
         [
             "forward passes taken from training",
             f"{flops['saved_tflops']:,.3g} TFLOP",
-            f"{number(flops['captured_tokens'])} tokens",
+            f"{grouped(flops['captured_tokens'])} tokens",
         ],
         [
             "forward passes made for targets",
             f"{flops['backfill_tflops']:,.3g} TFLOP",
-            f"{number(flops['backfilled_tokens'])} tokens",
+            f"{grouped(flops['backfilled_tokens'])} tokens",
         ],
-        ["imported", "", f"{number(flops['imported_tokens'])} tokens"],
-        ["of teachers whose cost is not recorded", "", f"{number(flops['unpriced_tokens'])} tokens"],
+        ["imported", "", f"{grouped(flops['imported_tokens'])} tokens"],
+        ["of teachers whose cost is not recorded", "", f"{grouped(flops['unpriced_tokens'])} tokens"],
     ]
     return table([row for row in rows if row[2] != "0 tokens"] or [["nothing", "", ""]])
 
@@ -146,7 +136,7 @@ HISTOGRAMS = {
 
 def histogram_lines(found: dict[str, Any]) -> list[str]:
     """What `sampled` found, for a terminal."""
-    lines = ["", f"From {number(found['samples'])} samples, {number(found['tokens'])} tokens with a target"]
+    lines = ["", f"From {grouped(found['samples'])} samples, {grouped(found['tokens'])} tokens with a target"]
     for name, title in HISTOGRAMS.items():
         each = found[name]
         counts, edges = each["counts"], each["edges"]
@@ -166,8 +156,3 @@ def _interval(low: float, high: float, whole: bool) -> str:
     if whole:
         return f"{int(low)}" if high - low <= 1 else f"{int(low)} to {int(high) - 1}"
     return f"{low:.2f} to {high:.2f}"
-
-
-def joined(groups: Iterable[Sequence[str]]) -> str:
-    """Texts of several caches, a blank line between them."""
-    return "\n\n".join("\n".join(lines) for lines in groups)

@@ -12,13 +12,14 @@ from distill.cache.reader import CacheReader
 from distill.cache.store import Store
 from distill.cache.view import open_shard
 from distill.config.errors import CacheError
-from distill.tools.common import Bar
+from distill.config.terminal import advancing
+from distill.config.units import grouped
 
 BINS = 20
 _BLOCK = 16
 
 
-def sampled(store: Store, count: int) -> dict[str, Any]:
+def histograms(store: Store, count: int) -> dict[str, Any]:
     """Histograms from up to `count` samples, always the same ones of a given view.
 
     Each has `edges` [bins + 1], `counts` [bins] and `mean`: `entropy` (nats), `label` (-log p of the label, nats),
@@ -32,7 +33,7 @@ def sampled(store: Store, count: int) -> dict[str, Any]:
     if not len(chosen):
         raise CacheError(f"{store.root}: holds no records yet")
     values: dict[str, list[np.ndarray]] = {name: [] for name in ("entropy", "label", "mass", "atoms")}
-    with Bar("decode", len(chosen)) as bar:
+    with advancing("decode", len(chosen), grouped) as advance:
         for first in range(0, len(chosen), _BLOCK):
             ids = chosen[first : first + _BLOCK]
             targets = reader.read(ids, reader.digests(ids)).targets
@@ -42,7 +43,7 @@ def sampled(store: Store, count: int) -> dict[str, Any]:
             values["label"].append(-targets.label_logprob_T.numpy()[valid])
             values["mass"].append(probs.sum(-1))
             values["atoms"].append((probs > 0).sum(-1))
-            bar.add(len(ids))
+            advance(len(ids))
     flat = {name: np.concatenate(parts).astype(np.float64) for name, parts in values.items()}
     most = int(flat["atoms"].max(initial=1))
     step = -(-most // BINS)

@@ -1,0 +1,69 @@
+"""The way of a MoE layer's rows to the experts and back, for experts that lie in one process.
+
+A dispatcher is handed to the model when it is built; the key `engine.dispatcher` names one (`DISPATCHERS` in
+distill/config/registry.py). An expert-parallel one holds some of the experts (`held`) and extends this one: it
+exchanges the sorted rows between processes after `dispatch` and before `combine`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Dispatched(NamedTuple):
+    """T tokens of this process on their way through the experts; R rows for the experts that it holds."""
+
+    x_RD: Tensor
+    """Input of the held experts: rows sorted by expert, each scaled by its weight."""
+    ends_E: Tensor
+    """int32, where each held expert's rows end."""
+    counts_E: Tensor
+    """int64, how many of this process's T * A rows go to each expert of the layer, held or not."""
+    state: Any
+    """Input of `combine`."""
+
+
+class Dispatcher(Protocol):
+    """Takes tokens to their experts and the results back. Holds no state of a layer: all layers share one."""
+
+    def held(self, experts: int) -> range:
+        """Which of a layer's E experts have their parameters in this process."""
+        ...
+
+    def dispatch(self, hidden_TD: Tensor, experts_TA: Tensor, weight_TA: Tensor, experts: int) -> Dispatched:
+        """The rows weight * hidden of each token's experts.
+
+        Args:
+            experts_TA: int64, which of the layer's experts each token goes to.
+            weight_TA: factor of the expert's input.
+            experts: E.
+        """
+        ...
+
+    def combine(self, y_RD: Tensor, state: Any) -> Tensor:
+        """The sum over each token's experts, [T, D], of the experts' output, in the order of the dispatched rows."""
+        ...
+
+
+class LocalDispatcher:
+    """All experts lie in this process."""
+
+    def held(self, experts: int) -> range:
+        return range(experts)
+
+    def dispatch(self, hidden_TD: Tensor, experts_TA: Tensor, weight_TA: Tensor, experts: int) -> Dispatched:
+        # Stable: tokens of an expert keep their order, so the bits depend on nothing but the input.
+        expert_R, source_R = experts_TA.flatten().sort(stable=True)
+        every_E = torch.arange(experts, device=hidden_TD.device)
+        ends_E = torch.searchsorted(expert_R, every_E, right=True, out_int32=True)
+        counts_E = ends_E.long().diff(prepend=every_E.new_zeros(1))
+        scaled_RD = (hidden_TD.unsqueeze(1) * weight_TA.unsqueeze(-1)).flatten(0, 1)
+        row_TA = source_R.argsort().view_as(experts_TA)
+        return Dispatched(scaled_RD.index_select(0, source_R), ends_E, counts_E, row_TA)
+
+    def combine(self, y_RD: Tensor, state: Tensor) -> Tensor:
+        y_TAD = y_RD.index_select(0, state.flatten()).unflatten(0, state.shape)
+        return y_TAD.squeeze(1) if y_TAD.shape[1] == 1 else y_TAD.sum(1)
