@@ -27,7 +27,7 @@ from distill.model.finite import is_finite
 from distill.model.segments import document_starts
 from losses.mixed import Select
 from teacher.labelling import Labelled, label_rows
-from teacher.probe import HeadForm, number, probe, run
+from teacher.probe import HeadForm, call, number, probe
 
 
 class _Document(NamedTuple):
@@ -73,7 +73,7 @@ class Foreign:
         return self._head.width
 
     def flops_per_token(self, sample_tokens: int, tiles: float = 0.0) -> float:
-        """An estimate: 2 for each weight that a token meets in a matrix product, and attention over half a sample."""
+        """An estimate: 2 for each weight that multiplies a token, and attention over half a sample."""
         assert not tiles, "no images"
         config = self.model.config.get_text_config()
 
@@ -85,7 +85,7 @@ class Foreign:
         tables = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
         head = self.model.get_output_embeddings()
         if head is not None:
-            tables.discard(id(head.weight))  # tied: what looks ids up is also a matrix of a product
+            tables.discard(id(head.weight))  # tied: the table is also the matrix of a product
         products = sum(
             p.numel() * (share if ".experts." in name else 1.0)
             for name, p in self.model.named_parameters()
@@ -149,7 +149,7 @@ class Foreign:
         for row, d in enumerate(group):
             ids_NL[row, : d.length] = ids_T[d.tokens]
             mask_NL[row, : d.length] = 1
-        return run(module, ids_NL, mask_NL)
+        return call(module, ids_NL, mask_NL)
 
 
 def load(folder: Path, dtype: torch.dtype) -> Foreign:

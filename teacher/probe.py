@@ -128,14 +128,14 @@ def _planted(model: Any, small: float, huge: float) -> Planted:
     hook = base.register_forward_hook(plant) if head is not None and base is not model else None
     ids_1P = torch.zeros(1, 3, dtype=torch.long, device=next(model.parameters()).device)
     try:
-        logits_PV = run(model, ids_1P, torch.ones_like(ids_1P)).logits[0]
+        logits_PV = call(model, ids_1P, torch.ones_like(ids_1P)).logits[0]
     finally:
         if hook is not None:
             hook.remove()
     return Planted(logits_PV, products[0] if products else None)
 
 
-def run(module: Any, ids_NL: Tensor, mask_NL: Tensor) -> Any:
+def call(module: Any, ids_NL: Tensor, mask_NL: Tensor) -> Any:
     """The output of a model, or its base, for rows padded on the right, where a causal model without a mask needs
     none."""
     takes_mask = "attention_mask" in inspect.signature(module.forward).parameters

@@ -14,7 +14,7 @@ MARKER = "<|image|>"
 
 
 def pgm(height: int, *halves: int) -> bytes:
-    """An image of flat grey squares side by side, each of a tile's size: its tiles are these, and last their mix."""
+    """An image of flat gray squares side by side, each of a tile's size: its tiles are these, and last their mix."""
     row = b"".join(bytes([value]) * SIDE for value in halves)
     return f"P5 {SIDE * len(halves)} {height} 255\n".encode() + row * height
 

@@ -1,4 +1,4 @@
-"""The cache of soft targets: the only code that knows bytes on disk. docs/python.md shows its use.
+"""The cache of soft targets: its format on disk, readers and writers. docs/python.md shows its use.
 
 Names are loaded on first use, so that `CacheHeader` and the ledger start without torch.
 """

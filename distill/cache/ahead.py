@@ -1,8 +1,8 @@
 """Read-ahead over files that never change, bounded in memory: a request to a far store costs more than its bytes.
 
-A read that goes on where the one before it in the same file ended brings more than was asked for, each time four times
-as much; any other brings what was asked for and no more. So a student that meets samples in the order of their capture
-needs a few requests for each shard, and one that jumps about pays for no bytes that it does not use.
+A read that goes on where the one before it in the same file ended fetches more than it needs, each time four times as
+much; any other fetches what it needs and no more. A student that reads samples in the order of their capture needs a
+few requests for each shard, and random access fetches no bytes that it does not use.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 AHEAD = 4 << 20
-"""Bytes that a read brings beyond what was asked for, at most."""
+"""Most bytes that a read fetches beyond what it needs."""
 NEAR = 1 << 18
-"""Bytes that a read may leave out and still count as going on."""
+"""Most bytes that a read may leave out and still count as going on."""
 KEPT = 64 << 20
-"""Bytes kept for all files together."""
+"""Most bytes kept for all files together."""
 FILES = 4096
-"""Of which the last place is remembered."""
+"""Most files whose last place is remembered."""
 _GROWTH = 4
 
 
 class _Place(NamedTuple):
-    """Where the last read of a file ended, and what is there of the file."""
+    """Where the last read of a file ended, and the bytes that are kept of the file."""
 
     read_to: int = -1
     start: int = 0
@@ -33,7 +33,7 @@ class _Place(NamedTuple):
 
 
 class ReadAhead:
-    """Any number of threads may read."""
+    """Reads files by a function of the caller's; any number of threads may read."""
 
     def __init__(self, fetch: Callable[[str, int, int], bytes]):
         """fetch(name, start, end): bytes of a file, fewer where it ends."""
@@ -53,9 +53,9 @@ class ReadAhead:
             kept = place.data[offset:] if offset >= 0 else b""
             place = _Place(end, start, kept + self._fetch(name, start + len(kept), end + ahead), ahead)
             offset = 0
-        found = place.data[offset : offset + size]
+        wanted = place.data[offset : offset + size]
         self._remember(name, place._replace(read_to=end, data=place.data if place.ahead else b""))
-        return found
+        return wanted
 
     def _remember(self, name: str, place: _Place) -> None:
         with self._lock:

@@ -1,7 +1,7 @@
 """The entropy coder of records: adaptive 32-symbol models and a range coder, compiled.
 
 Bit for bit what docs/format.md says under "Record". A record depends on its own sample only: every model starts uniform
-and learns as it goes. Compiled by numba without the GIL, so that writer and reader threads leave training alone; the
+and learns as it goes. Compiled by numba without the GIL, so that writer and reader threads do not hold training up; the
 first use on a machine takes some seconds, later ones load the compiled code.
 """
 
@@ -23,7 +23,7 @@ BITS = 15
 COUNT, ENTROPY, LABEL, GAP, VALUE, AHEAD, REST, MODELS = 0, 1, 17, 49, 75, 101, 110, 111
 """First model of each kind."""
 SAMPLE_BYTES, TOKEN_BYTES, ATOM_BYTES = 16, 16, 12
-"""More than the end of a sample, a token without its atoms, and an atom can ever take."""
+"""Upper bounds of the bytes of a sample's end, of a token without its atoms, and of an atom."""
 
 
 def fresh() -> NDArray[np.int32]:

@@ -1,4 +1,4 @@
-"""What differs between two cache headers, in words: one line for each key, never a dictionary."""
+"""Differences between two cache headers as sentences, one for each key."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _NAMES = {
     "stream.planned": "the number of samples that the teacher trains on (teacher.train.steps x batch)",
     "stream.seed": "data.seed",
 }
-"""What a run calls a key of the header, where it is not the same."""
+"""Names that keys of the header have in a run's configuration, where they differ."""
 
 
 def pairs(here: dict[str, Any], there: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Dotted key and both values, wherever two headers' JSON differ; None where one has no such key."""
+    """Dotted key and both values, wherever the JSON of two headers differs; None: one of them has no such key."""
     for key in dict.fromkeys([*here, *there]):
         a, b = here.get(key), there.get(key)
         if a and b and isinstance(a, dict) and isinstance(b, dict):
@@ -28,7 +28,7 @@ def pairs(here: dict[str, Any], there: dict[str, Any], prefix: str = "") -> Iter
 
 
 def lines(here: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
-    """A sentence for each difference between what a cache has and what a run wants."""
+    """A sentence for each difference between a cache's header and a run."""
     for key, a, b in pairs(here, wanted):
         if key == "stream.writers":
             yield f"its teacher ran on {_ranks(a)}, this run is on {_ranks(b)}: start with {_ranks(a)}"

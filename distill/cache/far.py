@@ -1,7 +1,7 @@
-"""A cache on any file system that fsspec knows: object stores first of all, where nothing grows and nothing is renamed.
+"""A cache on any file system of fsspec: object stores first of all, where no file grows and none is renamed.
 
-An object appears whole when its upload ends, so that a put is a publication. Retries of requests are the client
-library's (s3fs: five, with growing waits).
+An object appears whole when its upload ends, so that a put publishes it. The client library repeats requests that fail
+(s3fs: five times, with growing waits).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 REQUESTS = 32
-"""At one time."""
+"""Requests at one time."""
 SHORT = 1 << 16
-"""Bytes of a file that are asked for without asking for its size."""
+"""Bytes of a small file, which are requested without a request for its size."""
 
 
 class FarStore(Store):
@@ -32,21 +32,21 @@ class FarStore(Store):
     slow = True
 
     def __init__(self, url: str):
-        """Raises CacheError: no such file system, a library of its own is missing, or it refuses."""
+        """Raises CacheError: no such file system, its library is not installed, or access is denied."""
         self.root = url.rstrip("/")
         self._open()
 
     def _open(self) -> None:
         self._pid = os.getpid()
         with self._reported(""):
-            # What others put must be seen: no listing is kept, nor, where sizes come from listings, a size.
+            # No listing is kept, nor a size that comes from one, so that new files of other processes appear.
             self._fs_here, self._folder = fsspec.core.url_to_fs(self.root, use_listings_cache=False)
         self._pool = ThreadPoolExecutor(REQUESTS, "far-store")
         self._ahead = ReadAhead(self._range)
 
     @property
     def _fs(self) -> Any:
-        """The file system. Neither its connections nor threads survive a fork: a child opens its own."""
+        """The file system, opened anew after a fork, which connections and threads do not survive."""
         if self._pid != os.getpid():
             self._open()
         return self._fs_here
@@ -54,10 +54,10 @@ class FarStore(Store):
     def names(self, folder: str) -> list[str]:
         with self._reported(folder):
             try:
-                found = self._fs.ls(self._at(folder), detail=False)
+                paths = self._fs.ls(self._at(folder), detail=False)
             except FileNotFoundError:
                 return []
-        return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in found if name.rstrip("/") != self._at(folder))
+        return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in paths if name.rstrip("/") != self._at(folder))
 
     def read(self, name: str) -> bytes:
         with self._reported(name):
@@ -71,7 +71,7 @@ class FarStore(Store):
         return self._range(name, start, start + size) if size else b""
 
     def read_ahead(self, name: str, start: int, size: int) -> bytes:
-        _ = self._fs  # what a fork left of the read-ahead is not used
+        _ = self._fs  # opens the file system, and with it the read-ahead, anew after a fork
         return self._ahead.read(name, start, size) if size else b""
 
     def size(self, name: str) -> int:
@@ -80,24 +80,24 @@ class FarStore(Store):
 
     def bytes_in(self, folder: str) -> int:
         with self._reported(folder):
-            return sum(int(facts["size"]) for facts in self._fs.find(self._at(folder), detail=True).values())
+            return sum(int(info["size"]) for info in self._fs.find(self._at(folder), detail=True).values())
 
     def publish(self, name: str, data: bytes) -> None:
         with self._reported(name):
             self._fs.pipe_file(self._at(name), data)
 
     def create(self, name: str, data: bytes) -> bool:
-        """As everywhere; but True where the same bytes are there already: a put whose answer was lost is sent twice.
+        """As `Store.create`, but also True where the same bytes are there: a put whose answer was lost is sent twice.
 
-        Of two who create at one moment both would succeed only where the file system cannot put on a condition. S3,
-        Google, Azure and memory can.
+        Two processes that create a file at one moment both succeed where the file system has no conditional put. S3,
+        Google, Azure and memory have it.
         """
         path = self._at(name)
         with self._reported(name):
             if not self._fs.exists(path):
                 try:
                     self._create(path, data)
-                except Exception:  # "there is one" has many dialects; what is there decides
+                except Exception:  # errors for "there is one" differ between libraries; what is there decides
                     if not self._fs.exists(path):
                         raise
                 else:
@@ -109,7 +109,6 @@ class FarStore(Store):
             self._fs.rm_file(self._at(name))
 
     def map(self, function: Callable[[T], U], items: Iterable[T]) -> list[U]:
-        """Many at one time."""
         _ = self._fs
         return list(self._pool.map(function, items))
 
@@ -133,12 +132,12 @@ class FarStore(Store):
     def _create(self, path: str, data: bytes) -> None:
         try:
             self._fs.pipe_file(path, data, mode="create")
-        except (TypeError, ValueError, NotImplementedError):  # it cannot put on a condition
+        except (TypeError, ValueError, NotImplementedError):  # no conditional put
             self._fs.pipe_file(path, data)
 
     @contextlib.contextmanager
     def _reported(self, name: str) -> Iterator[None]:
-        """Client libraries raise errors of their own; whatever one says is told with the file's name."""
+        """Turns any error of a client library into a CacheError that names the file and the reason."""
         try:
             yield
         except CacheError:

@@ -16,7 +16,7 @@ LEDGER = "ledger"
 TOOLS_LOCK = ".tools.lock"
 QUARANTINE = "quarantine"
 TEMPORARY = ".tmp"
-"""Suffix of local files that are not published yet; whoever would write the file may remove a leftover."""
+"""Suffix of local files that are not published yet; a process that may write the file may remove a leftover."""
 
 INDEX = ("sample_ids", "digests", "checks", "ends", "steps", "atoms", "origins")
 RECORDS = "records"
@@ -25,7 +25,7 @@ ENTROPY_LEVELS = 255
 
 
 def ranks_name(digest: str) -> str:
-    """The table of ranks is named by its content, so that two who create one cache cannot harm each other."""
+    """File of the table of ranks, named by its content, so that two processes that create one cache do no harm."""
     return f"ranks-{digest}.safetensors"
 
 

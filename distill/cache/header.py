@@ -72,17 +72,13 @@ class CacheHeader:
         return seal(self.json(), indent=1)
 
     @classmethod
-    def load(cls, folder: str | Path) -> CacheHeader:
-        """Reads and verifies `folder`/cache.json; CacheError as for `read`."""
-        return cls.read(open_store(folder))
-
-    @classmethod
-    def read(cls, store: Store) -> CacheHeader:
-        """Reads and verifies cache.json.
+    def load(cls, where: Store | str | Path) -> CacheHeader:
+        """Loads and verifies cache.json from a store, path or URL.
 
         Raises:
             CacheError: no such cache, a damaged file, another format version, or a codec that is not registered.
         """
+        store = where if isinstance(where, Store) else open_store(where)
         path = store.path(HEADER)
         try:
             data = store.read(HEADER)

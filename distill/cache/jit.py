@@ -1,4 +1,4 @@
-"""The compiler of the cache's inner loops: numba without the GIL, machine code kept on disk where there is a place.
+"""Compiles the cache's inner loops by numba, without the GIL; keeps the machine code on disk where it can.
 
 Places are numba's: NUMBA_CACHE_DIR, beside the module, the user's cache folder. Numba raises an error where none of
 them can be written, where the disk is full and where a kept file is damaged; here the function is then compiled anew.
@@ -44,7 +44,7 @@ class _Kept(FunctionCache):  # type: ignore[misc]
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
             return super().load_overload(sig, target_context)
-        except Exception:  # whatever bytes that are no pickle lead to
+        except Exception:  # bytes that are no pickle can raise anything
             with contextlib.suppress(OSError):
                 self.flush()  # or the damaged index would stay for ever
             return None

@@ -1,7 +1,7 @@
-"""Targets that a writer has accepted and not yet published; as plain tensors, so that a checkpoint can hold them.
+"""Targets that a writer has accepted and not yet published, which a checkpoint can hold as plain tensors.
 
-A run that stops between two shards takes them along: cut short there, the shards would be others than those of a run
-that was not stopped, and with them all that a student learns from a shard's mean loss.
+A run that stops between two shards keeps them in its checkpoint. If it published a short shard instead, its shards, and
+the mean losses that a student takes from them, would differ from those of a run that was not stopped.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Pending(NamedTuple):
     teacher: str
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it, by the names of the fields."""
+        """All fields as tensors, by name."""
         named = self.atoms._asdict() | {"clock_2": torch.tensor([self.step, self.tokens_seen])}
         named["teacher"] = torch.tensor(list(self.teacher.encode()), dtype=torch.uint8)
         named["digests_B"] = torch.from_numpy(self.digests_B.view(np.int64))
@@ -56,7 +56,7 @@ class Pending(NamedTuple):
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor]) -> Pending:
-        """What `tensors` gave."""
+        """Inverse of `tensors`."""
         array = {name: tensor.numpy() for name, tensor in tensors.items()}
         step, tokens_seen = map(int, array["clock_2"])
         return cls(

@@ -29,7 +29,7 @@ def create(store: Store, header: CacheHeader, counts_V: Array | None) -> CacheHe
         store.create(ranks_name(header.ranks), table)
         if store.create(HEADER, data):
             return header
-    there = CacheHeader.read(store)
+    there = CacheHeader.load(store)
     expected = header.json()
     if counts_V is None:
         del expected["ranks"]

@@ -1,4 +1,4 @@
-"""The table of corpus-frequency ranks: common ids get small numbers, which cost few bits. No torch."""
+"""The table of corpus-frequency ranks: frequent ids get small numbers, which take few bits. No torch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def rank_table(counts_V: NDArray[Any] | None, vocab_size: int) -> bytes:
 
 
 def load_ranks(store: Store, header: CacheHeader) -> NDArray[np.uint32]:
-    """ids_by_rank [V], verified against the digest in the header; CacheError when the file is not that one."""
+    """ids_by_rank [V], verified against the digest in the header; CacheError when the file is missing or damaged."""
     name = ranks_name(header.ranks)
     data = store.read(name)
     if digest(data) != header.ranks:
@@ -41,7 +41,7 @@ def load_ranks(store: Store, header: CacheHeader) -> NDArray[np.uint32]:
         )
     try:
         ids_by_rank: NDArray[np.uint32] = safetensors.numpy.load(data)["ids_by_rank"]
-        # The length first: what the header says must not decide how much memory is taken.
+        # The length first, so that a wrong vocabulary in the header does not decide how much memory is reserved.
         if ids_by_rank.dtype != np.uint32 or ids_by_rank.shape != (header.vocab_size,):
             raise ValueError(f"{ids_by_rank.dtype} {list(ids_by_rank.shape)} in place of {header.vocab_size} ids")
         if not np.array_equal(np.sort(ids_by_rank), np.arange(header.vocab_size)):

@@ -53,19 +53,22 @@ class Sample(NamedTuple):
 
 
 class CacheReader:
-    """A view of a cache: what was published at the last `refresh`. Any number of readers may follow any writers.
+    """Looks up soft targets by sample id and verifies token digests.
+
+    A reader has a view of the cache: what was published at its last `refresh`. Any number of readers may follow any
+    number of writers.
 
     Args:
-        folder: a path, or a URL of a file system that fsspec knows.
-        view: rows of each ledger to take in, as another reader's `view` says; None: all that are there. What comes
-            later is taken in by `refresh`.
+        folder: a path, or a URL of a file system of fsspec.
+        view: number of rows of each ledger that the view begins with, from another reader's `view`; None: all that are
+            published. `refresh` adds those published later.
     """
 
     def __init__(self, folder: str | Path, view: Mapping[str, int] | None = None):
         """Raises CacheError: no cache, an unknown format or codec, a damaged header, rank table, ledger or index."""
         self.folder = folder
         self._store = open_store(folder)
-        self.header = CacheHeader.read(self._store)
+        self.header = CacheHeader.load(self._store)
         self.codec = make_codec(self.header.codec, self.header.vocab_size)
         self._ids_by_rank = load_ranks(self._store, self.header).astype(np.int32)
         self._ledgers: dict[str, LedgerReader] = {}
@@ -80,11 +83,11 @@ class CacheReader:
             self._open_view(view)
 
     def __reduce__(self) -> tuple[type[CacheReader], tuple[str | Path, dict[str, int]]]:
-        """For worker processes: there it is opened anew, with the same view."""
+        """A pickled reader is opened anew, with the same view, in a worker process."""
         return CacheReader, (self.folder, self.view)
 
     def refresh(self) -> int:
-        """Takes in what has been published since; returns the number of new shards.
+        """Adds what has been published since to the view; returns the number of new shards.
 
         Raises:
             CacheError: a damaged ledger or shard. The view stays what it was, and the next call fails again.
@@ -95,7 +98,7 @@ class CacheReader:
 
     @property
     def view(self) -> dict[str, int]:
-        """Rows of each ledger that this reader has taken in; `CacheReader(folder, view)` sees the same."""
+        """Number of rows of each ledger in the view; `CacheReader(folder, view)` has the same view."""
         return dict(self._rows_read)
 
     @property
@@ -110,7 +113,7 @@ class CacheReader:
 
     @property
     def finished(self) -> bool:
-        """There is a teacher's writer, and every one seen so far has said that its stream is complete."""
+        """Whether there are ledgers of teachers in training, and all of them are marked as complete."""
         teachers = self._teachers()
         return bool(teachers) and all(ledger.finished for ledger in teachers)
 
@@ -134,13 +137,6 @@ class CacheReader:
         """For each sample id, the teacher's step when it made the targets, -1 where there are none; CacheError for an
         id that the corpus does not have."""
         return self._view.newest.steps(self._checked(sample_ids))
-
-    def losses(self, sample_ids: Array) -> NDArray[np.float64]:
-        """For each sample id, the teacher's mean label loss on the sample's shard when captured, nats; nan: none."""
-        numbers, origins = self.origins(sample_ids)
-        losses = np.array([np.nan if o.loss is None else o.loss for o in origins] + [np.nan])
-        found: NDArray[np.float64] = losses[numbers]  # -1, no record, is the last
-        return found
 
     def origins(self, sample_ids: Array) -> tuple[NDArray[np.int64], list[Origin]]:
         """For each sample id, which of the returned origins its newest record has; -1: there is no record."""
@@ -221,8 +217,8 @@ class CacheReader:
     def stats(self) -> dict[str, Any]:
         """Plain numbers, and arrays by origin in the order of steps.
 
-        Each sample counts once; bytes and atoms are those of all published shards per token in them, so that a token
-        written twice does not look cheap.
+        Each sample counts once; bytes and atoms are those of all published shards per token in them, so that tokens
+        which are stored twice count twice.
         """
         rows = self.rows
         origins = sorted((o for row in rows for o in row.origins), key=lambda origin: origin.last_step)
@@ -271,7 +267,7 @@ class CacheReader:
         return len(rows)
 
     def _teachers(self) -> list[LedgerReader]:
-        """Ledgers of teachers in training; one without a row does not say yet whose it is."""
+        """Ledgers of teachers in training; a ledger without rows may become one of any source."""
         return [ledger for ledger in self._ledgers.values() if ledger.captures and ledger.seq]
 
     def _checked(self, sample_ids: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Atoms and statistics of whole samples to records, and back: one contiguous run of bytes for each sample."""
+"""Encodes atoms and statistics of whole samples as records, one contiguous run of bytes each, and decodes them."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class Encoded(NamedTuple):
     """Records of n samples."""
 
     records: NDArray[np.uint8]
-    """Sample after sample."""
+    """The bytes of all records, sample after sample."""
     ends: NDArray[np.int64]
-    """[n]: where each ends."""
+    """[n]: the end of each record in `records`."""
     atoms: NDArray[np.int64]
-    """[n]: atoms in each."""
+    """[n]: atoms in each record."""
 
 
 class Decoded(NamedTuple):
-    """What `encode` took, in the order of ranks within a token."""
+    """The arguments of `encode`; atoms of a token are in the order of their ranks."""
 
     atoms: Atoms
     label_logprob_T: Tensor
@@ -56,7 +56,7 @@ def encode_stat(values: Array, top: float, levels: int) -> NDArray[np.uint8]:
 
 
 def decode_stat(codes: Array, top: float, levels: int) -> NDArray[np.float32]:
-    """What the codes stand for."""
+    """The values of codes that `encode_stat` made, each with its error."""
     table: NDArray[np.float32] = (top * (np.arange(256) / levels) ** 2).astype(np.float32)
     return table[codes]
 
@@ -103,7 +103,7 @@ def decode(raws: Sequence[Raw], sample_tokens: int, ids_by_rank: Array, codec: C
     """Inverse of `encode` for the records of any samples; ValueError with the index of one that is not a record."""
     samples, tokens = len(raws), len(raws) * sample_tokens
     atoms_B = np.array([raw.atoms for raw in raws], np.int64)
-    # Memory is taken for as much as the bytes can hold: no symbol has more than 32,610 of 32,768 parts, 0.007 bits.
+    # Reserves no more memory than the bytes can fill: no symbol has more than 32,610 of 32,768 parts, 0.007 bits.
     room_B = np.array([len(raw.data) + 8 for raw in raws], np.int64) * _PER_BYTE
     too_many_B = (atoms_B > np.minimum(room_B, sample_tokens * codec.max_atoms)) | (sample_tokens > room_B)
     for index in np.flatnonzero(too_many_B):

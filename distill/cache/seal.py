@@ -17,7 +17,7 @@ def digest(data: bytes | memoryview) -> str:
 
 
 def seal(record: dict[str, Any], indent: int | None = None) -> bytes:
-    """One JSON object and a newline, on a single line unless `indent` is given. NaN is not JSON: pass None."""
+    """A sealed JSON object and a newline, on a single line unless `indent` is given; NaN is not allowed."""
     text = json.dumps(record, indent=indent, allow_nan=False)
     body = text.removesuffix("}").rstrip().encode() + (b", " if indent is None else b",\n" + b" " * indent)
     return body + _end(body)

@@ -1,4 +1,4 @@
-"""One shard: to the bytes of its file, and read back. The format is that of docs/format.md. No torch."""
+"""Shards, written and read in the format of docs/format.md. No torch."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ WIDTHS = {name: np.dtype(_TYPES[dtype]).itemsize for name, dtype in _COLUMNS.ite
 
 
 class Columns(NamedTuple):
-    """What a shard says of its n samples beside their records; all of length n."""
+    """The index of a shard's n samples, without what locates and verifies their records; all of length n."""
 
     sample_ids: NDArray[np.int64]
     digests: NDArray[np.uint64]
-    """Of the tokens that the teacher saw."""
+    """Digests of the tokens that the teacher predicted from."""
     steps: NDArray[np.int64]
-    """The teacher's."""
+    """The teacher's steps."""
     atoms: NDArray[np.int64]
     origins: NDArray[np.int64]
     """Index into the row's origins."""
 
     def take(self, places: Array) -> Columns:
-        """Of the samples at these places."""
+        """The columns of the samples at these places."""
         return Columns(
             self.sample_ids[places], self.digests[places], self.steps[places], self.atoms[places], self.origins[places]
         )
@@ -126,7 +126,7 @@ def row_of_file(data: bytes, name: str, source: str | None = None) -> ShardRow:
 
 
 def check(sample_id: int, token_digest: int, record: memoryview | bytes) -> int:
-    """xxh3-64 that binds a record to its sample and to the tokens that the teacher saw."""
+    """xxh3-64 that binds a record to its sample and to the sample's tokens."""
     state = xxhash.xxh3_64(record)
     state.update(sample_id.to_bytes(8, "little") + token_digest.to_bytes(8, "little"))
     return state.intdigest()
@@ -138,12 +138,12 @@ class Shard:
     def __init__(self, store: Store, row: ShardRow, *, whole: bool = True, sound: bool = True):
         """Raises CacheError when the file is missing, of another size, or its index is damaged.
 
-        whole: it must be of the size in the ledger. sound: so must be the index's digest; without it only what a record
-        that verifies binds can be trusted, its id and token digest.
+        whole: check the size of the file. sound: check the digest of the index; without it only the ids and token
+        digests of records that verify can be trusted.
         """
         self.row, self._store, self._name = row, store, f"{SHARDS}/{row.shard}"
         self.path = store.path(self._name)
-        # In a slow store that is one request more; the records' own digests find what is missing.
+        # One request more in a slow store, where the digests of the records find what is missing.
         if whole and not store.slow:
             with self._there():
                 size = store.size(self._name)
@@ -153,8 +153,8 @@ class Shard:
             raise CacheError(f"{self.name} is damaged: an index of {row.index_bytes} bytes in a file of {row.bytes}")
         with self._there():
             data = store.read_at(self._name, 0, row.index_bytes)
-        if sound and (found := digest(data)) != row.index_digest:
-            raise CacheError(f"{self.name} is damaged: index digest {found}, {row.index_digest} in the ledger")
+        if sound and (actual := digest(data)) != row.index_digest:
+            raise CacheError(f"{self.name} is damaged: index digest {actual}, {row.index_digest} in the ledger")
         try:
             spans = parse(data, row.bytes)
             arrays = {name: _column(data, spans, name) for name in INDEX}
@@ -179,7 +179,7 @@ class Shard:
         )
 
     def _fits(self, arrays: dict[str, Array]) -> bool:
-        """The columns say what the row says."""
+        """Whether the columns agree with the ledger's row."""
         row, ids = self.row, arrays["sample_ids"]
         return bool(
             (arrays["origins"] < len(row.origins)).all()
@@ -207,14 +207,14 @@ class Shard:
         return [self.verified(first + i, data[bounds[i] : bounds[i + 1]]) for i in range(end - first)]
 
     def read(self, first: int, end: int) -> bytes:
-        """Their bytes, not verified."""
+        """The bytes of samples number `first` to `end` - 1, not verified."""
         start, stop = int(self.bounds[first]), int(self.bounds[end])
         with self._there():
             return self._store.read_at(self._name, start, stop - start)
 
     def records(self, indexes: Sequence[int] | Array) -> list[bytes]:
-        """Those of some samples, verified; neighbors come in one read. CacheError as `span`."""
-        found: dict[int, bytes] = {}
+        """The records of some samples, verified; neighbors are read at once. CacheError as `span`."""
+        records: dict[int, bytes] = {}
         wanted = np.unique(indexes)
         gaps = self.bounds[wanted[1:]] - self.bounds[wanted[:-1] + 1]
         for run in np.split(wanted, np.flatnonzero(gaps > (NEAR if self._store.slow else 0)) + 1):
@@ -223,12 +223,12 @@ class Shard:
                 data = self._store.read_ahead(self._name, first, int(self.bounds[run[-1] + 1]) - first)
             for index in run.tolist():
                 start, end = (self.bounds[index : index + 2] - first).tolist()
-                found[index] = self.verified(index, data[start:end])
-        return [found[index] for index in indexes]
+                records[index] = self.verified(index, data[start:end])
+        return [records[index] for index in indexes]
 
     @contextlib.contextmanager
     def _there(self) -> Iterator[None]:
-        """A file that is gone was either lost, or retired and then purged behind a reader's back."""
+        """Adds the likely cause to the error for a missing file: it was lost, or retired and then purged."""
         try:
             yield
         except CacheError as error:
@@ -240,6 +240,7 @@ class Shard:
             raise
 
     def verified(self, index: int, data: bytes) -> bytes:
+        """The record of one sample; CacheError when its bytes do not have their digest."""
         sample, token_digest = int(self.columns.sample_ids[index]), int(self.columns.digests[index])
         if check(sample, token_digest, data) != self._checks[index]:
             raise CacheError(f"{self.path} is damaged: sample {sample} does not verify")

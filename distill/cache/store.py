@@ -30,7 +30,7 @@ class Store(ABC):
     grows: bool
     """Files can grow, so that a ledger is one file of lines; otherwise a ledger is one object for each row."""
     slow: bool
-    """A request takes long: many are sent at one time, each asks for much, and none is sent that can be spared."""
+    """Requests take long: they are few and large, and many are sent at one time."""
 
     def path(self, name: str) -> str:
         """Path or URL of a file, for messages."""
@@ -110,7 +110,7 @@ class Store(ABC):
         return contextlib.nullcontext(False)
 
     def is_locked(self, name: str) -> bool:
-        """Whether a live process holds a lock file; False in a store without locks, where nobody can know."""
+        """Whether a live process holds a lock file; False in a store without locks."""
         return False
 
 

@@ -1,4 +1,4 @@
-"""What goes into the cache (`Atoms`) and what comes out of it (`SoftTargets`).
+"""Atoms, which a writer takes, and soft targets, which a reader gives.
 
 Atoms are ragged, so they are kept in compressed-row form: counts per token and one flat run of values. The letter N
 stands for the atoms of all tokens together.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Atoms(NamedTuple):
-    """Stored (id, code) pairs of T tokens, not yet packed. What a code means is the codec's business."""
+    """Stored (id, code) pairs of T tokens, not yet encoded; the codec defines the codes."""
 
     counts_T: Tensor
     """int32: atoms of each token."""

@@ -1,4 +1,4 @@
-"""The digest by which a cache knows a sample's tokens again. No torch."""
+"""The digest of a sample's tokens, which binds a record to them. No torch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 def token_digests(ids_BS: NDArray[Any], *more_BS: NDArray[Any]) -> NDArray[np.uint64]:
     """uint64 [B]: xxh3-64 of each sample's ids as little-endian int32, then its rows of the other arrays as they are.
 
-    Whatever changes what the teacher predicts at a place belongs in: ids alone where a sample is one document; the
-    bounds of documents, say, where attention stops at them. Writer and reader must compute it alike.
+    The digest has to cover all that decides what the teacher predicts: ids alone where a sample is one document, ids
+    and the bounds of documents where attention ends at them. Writer and reader have to compute it alike.
     """
     assert sys.byteorder == "little"
     arrays = [np.asarray(ids_BS, "<i4"), *more_BS]

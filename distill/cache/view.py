@@ -76,8 +76,8 @@ class Places(NamedTuple):
 class Newest:
     """A table of the newest record of each sample, in a nameless file, so that memory does not grow with the corpus.
 
-    It is made from the shards' verified indexes by whoever opens the cache; it is not shared, so never stale. One
-    thread may look up records while another adds shards.
+    Each process makes its own from the shards' verified indexes, so that the table is never stale. One thread may look
+    up records while another adds shards.
     """
 
     def __init__(self, samples: int):

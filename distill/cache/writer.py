@@ -29,20 +29,20 @@ from distill.config.schema import OnFull
 
 
 class WriterStats(NamedTuple):
-    """What one writer has done since it was opened."""
+    """Counts of one writer since it was opened."""
 
     samples: int
-    """Published."""
+    """Samples published."""
     tokens: int
-    """Published that have a target."""
+    """Tokens published that have a target."""
     bytes: int
-    """Published."""
+    """Bytes published."""
     skipped: int
     """Samples left out because the queue was full."""
 
 
 class _Request(NamedTuple):
-    """Of the caller to the thread."""
+    """A request of the caller's to the thread."""
 
     kind: str
     """flush, finish, hand over or stop."""
@@ -68,7 +68,7 @@ class CacheWriter:
     ):
         """Opens the cache, or creates it, and resumes this writer's ledger.
 
-        folder: a path, or a URL of a file system that fsspec knows.
+        folder: a path, or a URL of a file system of fsspec.
         writer: name of the ledger and prefix of the shards; one live process only.
         counts_V: corpus frequency of every id, for the rank table; None takes the table that is there, or none.
         shard_samples: publish as soon as so many samples wait. queue: micro-batches that may wait for the thread.
@@ -141,7 +141,7 @@ class CacheWriter:
         tokens_seen: int,
         teacher: str,
     ) -> bool:
-        """Hands over one micro-batch of T = B * S tokens; False if it was skipped because the queue is full.
+        """Accepts one micro-batch of T = B * S tokens for the thread; False: skipped, because the queue is full.
 
         digests_B: uint64 of each sample's tokens. label_logprob_T, entropy_T: float nats of the teacher. valid_T:
         bool, tokens that have a label; others are stored as having no target. step: the teacher's, before its update.
@@ -187,7 +187,7 @@ class CacheWriter:
         tokens_seen: int,
         teacher: str,
     ) -> bool:
-        """`put` of what the codec makes of a teacher's logits, taken at temperature 1 on the device that they are on.
+        """`put` of atoms that the codec takes from a teacher's logits at temperature 1, on the logits' device.
 
         logits_TV: any float type, row t predicts labels_T[t]; T = B * S tokens, V = the header's vocab_size. labels_T:
         int64, any id of the vocabulary where not valid. valid_T: bool.
@@ -196,7 +196,7 @@ class CacheWriter:
         assert logits_TV.shape == (tokens, vocab), f"logits are {tuple(logits_TV.shape)}, expected {(tokens, vocab)}"
         device = logits_TV.device
         lse_T = logits_TV.float().logsumexp(-1)
-        found = self._codec.select(
+        selection = self._codec.select(
             logits_TV,
             lse_T,
             seed=self.header.seed,
@@ -207,9 +207,9 @@ class CacheWriter:
         return self.put(
             sample_ids_B,
             digests_B,
-            found.atoms,
+            selection.atoms,
             label_logprob_T,
-            found.entropy_T,
+            selection.entropy_T,
             valid_T,
             step=step,
             tokens_seen=tokens_seen,
@@ -270,8 +270,10 @@ class CacheWriter:
             raise CacheError(f"cache {self.folder}: the teacher's log-probabilities of sample {sample} are not finite")
 
     def _undone(self, batch: Pending) -> Pending:
-        """Without the samples whose targets of this step, or of a later one, had been published before this writer's
-        first `put`: a run that goes on from a checkpoint does some steps again."""
+        """Drops samples whose targets of this step, or of a later one, had been published before the first `put`.
+
+        A run that goes on from a checkpoint does some steps again.
+        """
         if self._done is None:
             self._done = newest_since(self._store, self.header, batch.step)
         return batch.select(self._done.steps(batch.sample_ids_B) < batch.step, self.header.sample_tokens)
@@ -364,7 +366,7 @@ class CacheWriter:
 
 
 def _own(values: Tensor | Array, dtype: Any) -> Array:
-    """A copy that the caller cannot change any more."""
+    """A copy, so that the caller may change the original."""
     if isinstance(values, Tensor):
         values = (values.float() if values.is_floating_point() else values).cpu().numpy()  # numpy has no bfloat16
     return np.array(values, dtype)

@@ -1,155 +1,143 @@
-"""A command line taken apart: Hydra's flags, and overrides; what is neither is a problem that says how to spell it."""
+"""A command line taken apart by Hydra's own parser: flags and overrides; for what is neither, the way to spell it."""
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
-PLAIN = {
-    "-h": "--help", "-r": "--run", "-m": "--multirun", "-sc": "--shell-completion",
-    "--hydra-help": "--hydra-help", "--version": "--version", "--resolve": "--resolve",
-}  # fmt: skip
-VALUED = {
-    "-c": "--cfg", "-p": "--package", "-cp": "--config-path", "-cn": "--config-name", "-cd": "--config-dir",
-    "-i": "--info", "--experimental-rerun": "--experimental-rerun",
-}  # fmt: skip
-CHOICES = {
-    "--cfg": ("job", "hydra", "all"),
-    "--info": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
-}
-ACTIONS = ("--run", "--multirun", "--cfg", "--info", "--shell-completion")
-"""At most one of them at a time."""
-SHOWN = ("--help", "--hydra-help", "--version", "--shell-completion")
-"""Hydra answers these alone, whatever else is there."""
+from hydra._internal.utils import get_args_parser
 
-LONG = {*PLAIN.values(), *VALUED.values()}
+from distill.config.paths import home
+
 _DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
 TYPOGRAPHIC = {each: '"' for each in "\u201c\u201d\u201e\u00ab\u00bb"} | {each: "'" for each in "\u2018\u2019\u201a"}
 TYPOGRAPHIC |= dict.fromkeys(_DASHES, "-") | dict.fromkeys("\u00a0\u2007\u202f", " ")
-"""What word processors and web pages make of quotes, dashes and spaces."""
+"""Quotes, dashes and spaces of word processors and web pages, and the plain ones that they replace."""
+
+SHOWN = ("--help", "--hydra-help", "--version", "--shell-completion")
+"""Hydra answers these alone, whatever else is given."""
+_REFUSED = {
+    "--config-path": "it would replace the project's own folder of values: --config-dir adds another one",
+    "--experimental-rerun": "a rerun loads a pickle, which may hold any program: give the overrides of that run again",
+}
+
+
+class _Refused(Exception):
+    """A flag that Hydra's parser does not accept."""
+
+
+def _refuse(message: str) -> NoReturn:
+    raise _Refused(message)
+
+
+_PARSER = get_args_parser()
+_PARSER.error = _refuse  # type: ignore[method-assign]
+_PARSER._optionals.conflict_handler = "resolve"
+_PARSER.add_argument("--version", action="store_true")  # Hydra's prints Hydra's own
+_END = "\0"  # of an argument, which cannot hold it
+_SPACED = re.compile(rf"(?<![^{_END}])([^{_END}=-][^{_END}=]*)(?:={_END}|{_END}={_END}?)([^{_END}=-][^{_END}=]*){_END}")
+FLAGS = [name for action in _PARSER._actions for name in action.option_strings]
 
 
 @dataclass
 class CommandLine:
     overrides: list[str] = field(default_factory=list)
     flags: dict[str, str] = field(default_factory=dict)
-    """By long name; a flag without a value has an empty one."""
+    """By long name; the value of a flag that takes none is empty."""
     problems: list[str] = field(default_factory=list)
 
     @property
     def asks(self) -> bool:
-        """It asks for a help text, which takes no configuration."""
+        """A help text is asked for, which takes no configuration."""
         return any(flag in self.flags for flag in SHOWN)
 
     @property
-    def looks(self) -> bool:
-        """It asks to see the configuration, which need not be complete for that."""
+    def shows(self) -> bool:
+        """The configuration is to be printed, for which it need not be complete."""
         return "--cfg" in self.flags or "--info" in self.flags
 
     @property
+    def sweeps(self) -> bool:
+        return "--multirun" in self.flags or "hydra.mode=MULTIRUN" in self.overrides
+
+    @property
     def arguments(self) -> list[str]:
-        """For Hydra, which takes flags only before, or only behind, the overrides."""
+        """For Hydra, flags first."""
         flags = [f"{flag}={value}" if value else flag for flag, value in self.flags.items()]
         return [*flags, *self.overrides]
 
 
 def split(arguments: list[str]) -> CommandLine:
     line = CommandLine()
-    rest = list(arguments)
+    rest, words = _joined(arguments, line.problems), []
     while rest:
         argument = rest.pop(0)
-        spaced = _spaced(argument, rest)
-        if spaced:
-            line.problems.append(spaced)
-        elif argument[:1] in ("-", *_DASHES) and argument.strip("-") and not argument[1:2].isdigit():
-            _flag(argument, rest, line)
+        if problem := _no_flag(argument, rest):
+            line.problems.append(problem)
+        elif argument in ("--info", "-i") and not (rest and rest[0].isalpha()):
+            words.append("--info=all")  # else Hydra's parser takes the next override for the value
         else:
-            line.overrides.append(argument)
-    _agree(line)
+            words.append(argument)
+    try:
+        parsed, others = _PARSER.parse_known_intermixed_args(words)
+    except _Refused as refused:
+        line.problems.append(str(refused))
+        line.overrides = [word for word in words if "=" in word and not word.startswith("-")]
+        return line
+    line.overrides = [*parsed.overrides, *others]
+    for action in _PARSER._actions:
+        value = getattr(parsed, action.dest)
+        if action.option_strings and value not in (None, False):
+            flag = next(name for name in action.option_strings if name.startswith("--"))
+            line.flags[flag] = "" if value is True else value
+    if "--config-dir" in line.flags:
+        line.flags["--config-dir"] = home(line.flags["--config-dir"])
+    line.problems += _unfit(line.flags)
     return line
 
 
-def _spaced(argument: str, rest: list[str]) -> str | None:
-    """`seed = 1`, `seed= 1` and `seed =1` are several words to a shell; takes what belongs to them off `rest`."""
-    if argument.startswith("-") or "=" in argument.rstrip("=") or not argument.strip("="):
-        return None
-    if argument.endswith("="):
-        words = rest[:1] if rest and "=" not in rest[0] and not rest[0].startswith("-") else []
-    elif rest and rest[0] == "=":
-        words = rest[:2]
-    else:
-        words = rest[:1] if rest and rest[0].startswith("=") and rest[0] != "==" else []
-    if not words:
-        return None
-    del rest[: len(words)]
-    key, value = argument.rstrip("="), "".join(words).removeprefix("=")
-    spelt = shlex.quote(f"{key}={value}") if value else f"{key}=VALUE"
-    return f"{' '.join([argument, *words])!r} has spaces around its =; write {spelt}"
+def _joined(arguments: list[str], problems: list[str]) -> list[str]:
+    """The arguments without `seed = 1`, `seed= 1` and `seed =1`, which are several words to a shell."""
+
+    def note(words: re.Match[str]) -> str:
+        spelt = shlex.quote(f"{words[1]}={words[2]}")
+        problems.append(f"{words[0].replace(_END, ' ').strip()!r} has spaces around its =; write {spelt}")
+        return ""
+
+    return _SPACED.sub(note, "".join(f"{each}{_END}" for each in arguments)).split(_END)[:-1]
 
 
-def _flag(argument: str, rest: list[str], line: CommandLine) -> None:
-    plain = "".join(TYPOGRAPHIC.get(each, each) for each in argument)
-    name, equals, value = plain.partition("=")
-    if len(plain.lstrip("-")) > 2 and not plain.startswith("--") and plain[0] != argument[0]:
-        name = f"--{name.lstrip('-')}"  # a long dash was two
-    found = _long(name)
-    if found is None:
-        if not equals and rest and "=" not in rest[0] and not rest[0].startswith("-"):
-            value = rest.pop(0)
-        spelt = shlex.quote(f"{name.lstrip('-')}={value or 'VALUE'}")
-        line.problems.append(f"{argument} is no flag; a key is set without dashes, {spelt}, and --help lists the flags")
-        return
-    if plain != argument:
-        line.problems.append(
-            f"{argument!r} begins with a long dash, as documents have it; write {found}{equals}{value}"
-        )
-        return
-    takes = found in VALUED.values() and not equals and bool(rest) and not rest[0].startswith("-")
-    if takes and (found != "--info" or rest[0] in CHOICES["--info"]):
+def _no_flag(argument: str, rest: list[str]) -> str | None:
+    """A word that begins with a dash and is no flag; takes the value that was meant for it off `rest`."""
+    if argument[:1] not in ("-", *_DASHES) or not argument.strip("-") or argument[1:2].isdigit():
+        return None
+    bare = "".join(TYPOGRAPHIC.get(each, each) for each in argument).lstrip("-")
+    name, equals, value = bare.partition("=")
+    known = any(flag.startswith(f"--{name}") or flag == f"-{name}" for flag in FLAGS)
+    if known and argument[0] != "-":
+        return f"{argument!r} begins with a long dash, as documents have it; write --{bare}"
+    if known:
+        return None
+    if not equals and rest and "=" not in rest[0] and not rest[0].startswith("-"):
         value = rest.pop(0)
-    if found == "--info" and not value:
-        value = "all"  # what Hydra means; without it, it would take the next override for the value
-    allowed = CHOICES.get(found)
-    if found in PLAIN.values() and equals:
-        line.problems.append(f"{argument}: {found} takes no value")
-    elif found in VALUED.values() and found != "--info" and not value:
-        line.problems.append(f"{found} has no value; write {found} {'|'.join(allowed) if allowed else 'VALUE'}")
-    elif allowed and value and value not in allowed:
-        line.problems.append(f"{found} is {value}; allowed: {', '.join(allowed)}")
-    elif line.flags.get(found, value) != value:
-        line.problems.append(f"{found} is given twice, {line.flags[found]} and {value}; once")
-    else:
-        line.flags[found] = value
+    spelt = shlex.quote(f"{name}={value or 'VALUE'}")
+    return f"{argument} is no flag; a key is set without dashes, {spelt}, and --help lists the flags"
 
 
-def _long(name: str) -> str | None:
-    """The long name of a flag, a short or an abbreviated one; None: there is no such flag."""
-    if name in LONG:
-        return name
-    if name in PLAIN or name in VALUED:
-        return PLAIN.get(name) or VALUED[name]
-    near = [each for each in LONG if name.startswith("--") and len(name) > 3 and each.startswith(name)]
-    return near[0] if len(near) == 1 else None
-
-
-def _agree(line: CommandLine) -> None:
-    """What flags demand of each other, and of the files that they name."""
-    add = line.problems.append
-    actions = [flag for flag in ACTIONS if flag in line.flags]
+def _unfit(flags: dict[str, str]) -> list[str]:
+    """Problems of flags with each other, and with the files that they name."""
+    problems = [f"{flag} is {flags[flag]}; {why}" for flag, why in _REFUSED.items() if flag in flags]
+    actions = [flag for flag in ("--run", "--multirun", "--cfg", "--info", "--shell-completion") if flag in flags]
     if len(actions) > 1:
-        add(f"{' and '.join(actions)} are given; one of them at a time")
-    for flag, needed in (("--resolve", ("--cfg", "--help")), ("--package", ("--cfg",))):
-        if flag in line.flags and not any(each in line.flags for each in needed):
-            add(f"{flag} is given without {needed[0]}, whose output it changes; add {needed[0]} job")
-    if "--config-path" in line.flags:
-        add(
-            f"--config-path is {line.flags['--config-path']}; it would replace the project's own folder of values: "
-            "--config-dir adds another one"
-        )
-    if "--experimental-rerun" in line.flags:
-        add("--experimental-rerun loads a pickle, which may hold any program; give the overrides of that run again")
-    own = line.flags.get("--config-dir")
+        problems.append(f"{' and '.join(actions)} are given; one of them at a time")
+    for flag, others in (("--resolve", ("--cfg", "--help")), ("--package", ("--cfg",))):
+        if flag in flags and not any(other in flags for other in others):
+            problems.append(f"{flag} is given without {others[0]}, whose output it changes; add {others[0]} job")
+    own = flags.get("--config-dir")
     if own is not None and not Path(own).is_dir():
         what = "it is a file, not a folder" if Path(own).exists() else "no such folder"
-        add(f"--config-dir is {own}; {what}")
+        problems.append(f"--config-dir is {own}; {what}")
+    return problems

@@ -1,11 +1,12 @@
-"""Rules between fields: what types and ranges cannot say.
+"""Rules between fields of the schema; the range of a field is part of its type.
 
-Yields one sentence per broken rule, never stops at the first. A field's range stands in its type.
+A function of rules yields a sentence for each one that is broken: key, value, what is allowed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from distill.config.model import model_rules, vision_rules
@@ -23,15 +24,17 @@ from distill.config.schema import (
     Parametrization,
     ReplayOrder,
     RunConfig,
+    Schedule,
     Source,
     TrainConfig,
     VisionConfig,
     WeightingConfig,
 )
+from distill.config.sentences import shown
 
 
 def check(run: RunConfig) -> Iterator[str]:
-    """Every broken rule and range of a complete configuration: key, value, what is allowed."""
+    """Every broken rule and range of a complete configuration."""
     wrong = list(out_of_range(run))
     named = tuple(f"{problem.split(' ', 1)[0]} " for problem in wrong)
     yield from (problem for problem in _rules(run) if not problem.startswith(named))
@@ -55,11 +58,10 @@ def _rules(run: RunConfig) -> Iterator[str]:
                 f"{role}.train.freeze is {part.train.freeze.value} and {role}.model.vision is null; only a model with "
                 "vision has a half to freeze"
             )
-        yield from _folder(f"{role}.init_from", part.init_from)
     yield from _weighting("student.weighting", run.student.weighting)
+    yield from _folder_names("codistill.arms", run.codistill.arms)
+    yield from _folder_names("data.corpora", run.data.corpora)
     for name, arm in run.codistill.arms.items():
-        if not name.replace("_", "").replace("-", "").isalnum():
-            yield f"codistill.arms.{name}: an arm's name becomes a folder; letters, digits, '-' and '_' only"
         yield from _weighting(f"codistill.arms.{name}.weighting", arm.weighting)
     yield from _data(run)
     yield from _images(run)
@@ -70,17 +72,23 @@ def _rules(run: RunConfig) -> Iterator[str]:
     if on is not None and on not in held_out:
         yield f"evaluate.accuracy_on is {on}; allowed: {', '.join(held_out)}, the corpora that hold something out"
     yield from _needle_test(run)
-    yield from _folder("evaluate.teacher_from", run.evaluate.teacher_from)
-    yield from _folder("init_from", run.init_from)
-    if run.engine.zero not in (0, 1):
-        yield f"engine.zero is {run.engine.zero}; allowed: 0, 1"
+    folders = {
+        "init_from": run.init_from,
+        "teacher.init_from": run.teacher.init_from,
+        "teacher.from": run.teacher.from_ and run.teacher.from_.removeprefix("hf:"),
+        "student.init_from": run.student.init_from,
+        "evaluate.teacher_from": run.evaluate.teacher_from,
+    }
+    for key, folder in folders.items():
+        if folder is not None and not Path(folder).is_dir():
+            yield f"{key} is {folder}; no such folder"
     if run.precision == "bf16" and run.engine.zero == 0 and run.job != "backfill":
         yield "precision is bf16 with engine.zero 0; fp32 master weights need engine.zero 1"
     if run.cache.follow and run.job != "student":
         yield f"cache.follow is true with job={run.job}; only job=student follows another run's cache"
     if run.student.replay.order is ReplayOrder.own and (run.job == "codistill" or run.cache.follow):
         where = "with cache.follow" if run.cache.follow else f"with job={run.job}"
-        yield f"student.replay.order is own {where}; whoever keeps pace with a teacher takes its stream"
+        yield f"student.replay.order is own {where}; a student that keeps pace with a teacher takes its stream"
     yield from _backfill(run)
     if run.job in JOBS.names:
         yield from JOBS[run.job].problems(run)
@@ -136,12 +144,8 @@ def export_rules(run: RunConfig) -> Iterator[str]:
         yield "init_from is null; job=export needs the run, checkpoint or folder of the model to export"
     if run.export.dir is None:
         yield "export.dir is null; job=export needs the folder to write"
-    elif Path(run.export.dir).exists() and not (Path(run.export.dir).is_dir() and _is_empty(Path(run.export.dir))):
+    elif os.path.exists(run.export.dir) and not (os.path.isdir(run.export.dir) and not os.listdir(run.export.dir)):
         yield f"export.dir is {run.export.dir}; it exists and is not empty: choose a new folder"
-
-
-def _is_empty(folder: Path) -> bool:
-    return next(folder.iterdir(), None) is None
 
 
 # ---------------------------------------------------------------- of one codec each
@@ -157,10 +161,8 @@ def topk_rules(codec: CodecConfig, vocab_size: int) -> Iterator[str]:
 
 def _backfill(run: RunConfig) -> Iterator[str]:
     b, source = run.backfill, run.teacher.from_
-    if source is not None:
-        if run.job != "backfill":
-            yield f"teacher.from is {source} with job={run.job}; only job=backfill labels with a frozen teacher"
-        yield from _folder("teacher.from", source.removeprefix("hf:"))
+    if source is not None and run.job != "backfill":
+        yield f"teacher.from is {source} with job={run.job}; only job=backfill labels with a frozen teacher"
     for name in b.corpora:
         if name not in run.data.corpora:
             yield f"backfill.corpora has {name}; allowed: {', '.join(run.data.corpora)}"
@@ -187,8 +189,12 @@ def _optim(key: str, o: OptimConfig) -> Iterator[str]:
         yield f"{key}.betas is {list(o.betas)}; two numbers in [0, 1)"
     if o.optimizer is OptimizerName.adamw and o.eps <= 0:
         yield f"{key}.eps is {o.eps}; it must be positive"
-    if o.warmup + o.decay > 1 and o.schedule.value == "wsd":
-        yield f"{key}.warmup + decay is {o.warmup + o.decay}; at most 1"
+    yield from _schedule(key, o)
+
+
+def _schedule(key: str, part: OptimConfig | WeightingConfig) -> Iterator[str]:
+    if part.schedule is Schedule.wsd and part.warmup + part.decay > 1:
+        yield f"{key}.warmup + decay is {part.warmup + part.decay}; at most 1"
 
 
 def _train(key: str, t: TrainConfig) -> Iterator[str]:
@@ -200,8 +206,7 @@ def _train(key: str, t: TrainConfig) -> Iterator[str]:
 
 
 def _weighting(key: str, w: WeightingConfig) -> Iterator[str]:
-    if w.warmup + w.decay > 1 and w.schedule.value == "wsd":
-        yield f"{key}.warmup + decay is {w.warmup + w.decay}; at most 1"
+    yield from _schedule(key, w)
     if w.entropy.enabled and not w.entropy.scale and w.entropy.skip == 0:
         yield f"{key}.entropy is enabled but does nothing; set scale=true or skip above 0"
     for name, options in w.plugins.items():
@@ -219,20 +224,15 @@ def _data(run: RunConfig) -> Iterator[str]:
         yield "data.corpora.*.held_out is 0 for all; one of them must hold out text for evaluation"
     for name, corpus in d.corpora.items():
         key = f"data.corpora.{name}"
-        if not name.replace("_", "").replace("-", "").isalnum():
-            yield f"{key}: a corpus' name becomes a folder; letters, digits, '-' and '_' only"
         if corpus.source is Source.files and not corpus.files:
             yield f"{key}.files is empty; source=files needs paths or globs"
-        if corpus.source is not Source.files and (corpus.files or corpus.held_out_files):
-            yield f"{key}.files is {list(corpus.files)}; source={corpus.source.value} takes none (use source=files)"
-        if corpus.source is not Source.files and corpus.format is not None:
-            yield f"{key}.format is {corpus.format.value}; source={corpus.source.value} takes none (use source=files)"
+        for name in ("files", "held_out_files", "format", "mask_key", "image_key"):
+            if corpus.source is not Source.files and (value := getattr(corpus, name)):
+                yield f"{key}.{name} is {shown(value)}; source={corpus.source.value} takes none (use source=files)"
         if corpus.source is Source.needle:
             yield from _needle(key, corpus)
     if d.tokenizer.file is None:
-        specials = sum(t is not None for t in (d.tokenizer.bos, d.tokenizer.eos))
-        if d.has_images:
-            specials += len(IMAGE_TOKENS)
+        specials = _specials(run) + len(IMAGE_TOKENS) * d.has_images
         yield from _at_least("data.tokenizer.vocab_size", d.tokenizer.vocab_size, 256 + specials)
         # job=backfill takes its teacher as it was saved: it is checked when it is there.
         for role in () if run.job == "backfill" else ("teacher", "student"):
@@ -243,18 +243,17 @@ def _data(run: RunConfig) -> Iterator[str]:
 
 def _images(run: RunConfig) -> Iterator[str]:
     d, images = run.data, run.data.images
-    for name, corpus in d.corpora.items():
-        for key in ("mask_key", "image_key"):
-            if (column := getattr(corpus, key)) is not None and corpus.source is not Source.files:
-                yield f"data.corpora.{name}.{key} is {column!r}; source={corpus.source.value} takes none"
     if not d.has_images:
         return
-    patch_id = None
-    if d.tokenizer.file is None:
-        patch_id = sum(t is not None for t in (d.tokenizer.bos, d.tokenizer.eos)) + IMAGE_TOKENS.index("<|patch|>")
+    patch_id = None if d.tokenizer.file is not None else _specials(run) + IMAGE_TOKENS.index("<|patch|>")
     # job=evaluate takes its models as they were saved: they are checked when they are there.
     for role in JOBS[run.job].trains if run.job in JOBS.names else ():
         yield from vision_problems(f"{role}.model.vision", getattr(run, role).model.vision, images, patch_id)
+
+
+def _specials(run: RunConfig) -> int:
+    """Ids of a trained tokenizer before those of images."""
+    return sum(token is not None for token in (run.data.tokenizer.bos, run.data.tokenizer.eos))
 
 
 def vision_problems(key: str, vision: VisionConfig | None, images: ImageConfig, patch_id: int | None) -> Iterator[str]:
@@ -277,8 +276,6 @@ def _needle(key: str, corpus: CorpusConfig) -> Iterator[str]:
     n = corpus.needle
     if corpus.max_documents is None:
         yield f"{key}.max_documents is null; source=needle makes as many documents as it says"
-    # A fact and a question that it answers.
-    yield from _at_least(f"{key}.needle.shortest", n.shortest, 12)
     yield from _at_least(f"{key}.needle.longest", n.longest, n.shortest)
 
 
@@ -311,6 +308,7 @@ def _at_least(key: str, value: float, least: float) -> Iterator[str]:
         yield f"{key} is {value}; at least {least}"
 
 
-def _folder(key: str, value: str | None) -> Iterator[str]:
-    if value is not None and not Path(value).is_dir():
-        yield f"{key} is {value}; no such folder"
+def _folder_names(key: str, names: Iterable[str]) -> Iterator[str]:
+    for name in names:
+        if not name.replace("_", "").replace("-", "").isalnum():
+            yield f"{key}.{name}: the name becomes a folder's; letters, digits, '-' and '_' only"

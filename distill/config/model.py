@@ -154,7 +154,8 @@ def model_rules(m: ModelConfig, where: str, name: Callable[[str], str] = str) ->
         yield f"{where}{name('heads')} is {m.heads}; it must be a multiple of {name('kv_heads')}, {m.kv_heads}"
     if m.head_dim % 2:
         yield f"{where}{name('head_dim')} is {m.head_dim}; RoPE rotates pairs, so it must be even"
-    if moe_layers(m) and not 1 <= m.active_experts <= m.experts:
+    has_experts = 0 < m.moe_step <= m.layers if m.moe_layers is None else bool(m.moe_layers)
+    if has_experts and not 1 <= m.active_experts <= m.experts:
         yield f"{where}{name('active_experts')} is {m.active_experts}; allowed: 1 to {name('experts')}, {m.experts}"
     for layer in m.moe_layers or []:
         if not 0 <= layer < m.layers:

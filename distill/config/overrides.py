@@ -1,6 +1,6 @@
 """Each override of a command line alone: is it one, does its key exist, does the key take the value?
 
-Where shell or Hydra read something else than was meant, the problem says the spelling that works.
+Where shell or Hydra take a value for something else than was meant, the problem has the spelling that works.
 """
 
 from __future__ import annotations
@@ -8,167 +8,135 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import shlex
 import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.config_repository import IConfigRepository
+from hydra.core.default_element import GroupDefault
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
+from distill.config import userfiles
 from distill.config.arguments import TYPOGRAPHIC
-from distill.config.keys import kind_of, shown, unknown_key, wrong_value
+from distill.config.keys import kind_of, unknown_key, wrong_value
 from distill.config.registry import JOBS
-from distill.config.sentences import sentence
-from distill.config.spelling import as_list, parses, right, typographic
-from distill.config.userfiles import Files
+from distill.config.sentences import sentence, shown
+from distill.config.spelling import right
 
 _MOST = 100
-"""Values of a sweep that are looked at."""
+"""Values of a sweep that are checked."""
 
 
-def problems_of(text: str, files: Files, loader: Any, swept: bool, ours: bool) -> Iterator[str]:
+def problems_of(text: str, root: str, repository: IConfigRepository, loader: Any, swept: bool) -> Iterator[str]:
     """What is wrong with one override, and the way out.
 
     Args:
-        loader: Hydra's, for its own groups.
+        root: name of the root file.
+        repository: all files, those of the user included.
+        loader: Hydra's, which globs search.
         swept: of a command line that runs sweeps.
-        ours: the root file is the project's, whose groups are known.
     """
     try:
         override: Override = OverridesParser.create().parse_override(text)
-    except Exception as error:
-        yield _unparsed(text, files, error)
+        override.config_loader = loader
+        swept_values = override.is_sweep_override()
+        values = list(itertools.islice(override.sweep_iterator(), _MOST)) if swept_values else [override.value()]
+    except Exception as error:  # the grammar's; or of an interval, which only other packages' sweepers draw from
+        yield _unparsed(text, repository, error)
         return
-    override.config_loader = loader  # which globs look through
-    if override.is_sweep_override():
-        try:
-            list(itertools.islice(override.sweep_iterator(), 1))
-        except Exception as error:  # an interval, which only the sweepers of other packages can draw from
-            yield f"{text}: {sentence(error)}"
-            return
-    key, package = override.key_or_group, override.package
+    key = override.key_or_group
+    group = key != "hydra" and (repository.group_exists(key) or "/" in key or override.package is not None)
     if not key:
         yield f"{text!r} has no key; write KEY{text if text.startswith('=') else '=VALUE'}"
-        return
-    if files.is_group(key) or key.startswith("hydra/"):
-        yield from _choice(text, override, files, loader, swept, ours)
-        return
-    if package is not None or "/" in key:
-        groups = sorted({path.name for path in files.ours.iterdir() if path.is_dir()})
-        yield f"{key} is no group; allowed: {', '.join(groups)}"
-        return
-    unknown = unknown_key(key)
-    if unknown:
+    elif not group and (unknown := unknown_key(key)):
         yield unknown
-        return
-    if override.is_delete():
+    elif swept_values and (refused := _sweep(text, key, swept)):
+        yield refused
+    elif group:
+        yield from _choice(text, override, values, root, repository)
+    elif override.is_delete():
         parent = key.rpartition(".")[0]
         if not parent or unknown_key(f"{parent}.any name"):  # only where names are free may one be left out
             yield f"{text!r} deletes a key; every key of the schema is needed"
-        return
-    raw = text.partition("=")[2].strip()
-    if override.is_sweep_override() and (refused := _sweep(text, key, raw, override, swept)):
-        yield refused
-        return
-    for value in _values(override):
-        problem = _wrong(key, value, raw if not override.is_sweep_override() else str(value))
-        if problem:
-            yield problem
+    else:
+        for value in values:
+            raw = str(value) if swept_values else text.partition("=")[2].strip()
+            if problem := _wrong(key, value, raw):
+                yield problem
 
 
-def _choice(text: str, override: Override, files: Files, loader: Any, swept: bool, ours: bool) -> Iterator[str]:
-    """Of a group's files."""
-    group, package = override.key_or_group, override.package
-    hydras = group.startswith("hydra/")
-    if override.is_sweep_override() and hydras:
-        yield f"{text} would sweep over Hydra's own settings; choose one"
+def _choice(
+    text: str, override: Override, values: list[Any], root: str, repository: IConfigRepository
+) -> Iterator[str]:
+    """Problems of a group's choice."""
+    group = override.key_or_group
+    options = repository.get_group_options(group)
+    if not options:
+        above, slash, _ = group.rpartition("/")
+        groups = {f"{above}{slash}{each}" for each in repository.get_group_options(above, ObjectType.GROUP)} - {"hydra"}
+        yield f"{group} is no group; allowed: {', '.join(sorted(groups))}"
         return
-    if override.is_sweep_override() and not swept:
-        yield f"{text} is a sweep; add --multirun to run one after the other, or choose one"
+    chosen = [
+        f"{each.group}@{each.package}" if each.package else each.group
+        for each in repository.load_config(root).defaults_list or []  # type: ignore[union-attr]
+        if isinstance(each, GroupDefault)
+    ]
+    if text.startswith("+") and (f"{group}@{override.package}" if override.package else group) in chosen:
+        yield f"{text}: {root}.yaml chooses one already; write {text.lstrip('+')}"
         return
-    choices = loader.get_group_options(group) if hydras else files.choices(group)
-    if hydras and not choices:
-        groups = ", ".join(f"hydra/{each}" for each in loader.get_group_options("hydra", ObjectType.GROUP))
-        yield f"{group} is no group; allowed: {groups}"
-        return
-    if hydras:
-        choices = sorted(set(choices))
-    elif ours and not (override.is_add() or override.is_force_add() or override.is_delete()):
-        known = [each for each in files.chosen if each.partition("@")[0] == group]
-        if known and (f"{group}@{package}" if package else group) not in known:
-            value = text.partition("=")[2]
-            yield f"{text} names no place for {group}; write " + " or ".join(f"{each}={value}" for each in known)
-            return
-    if (
-        ours
-        and (override.is_add() or override.is_force_add())
-        and (f"{group}@{package}" if package else group) in files.chosen
-    ):
-        yield f"{text}: config.yaml chooses one already; write {text.lstrip('+')}"
-        return
-    for value in _values(override):
-        for each in value if isinstance(value, list) else [value]:
-            if each is not None and str(each) not in choices:
-                hint = files.why_not(group, str(each)) if not hydras else ""
-                yield f"{group} is {each or 'empty'}; allowed: {', '.join(choices)}{hint}"
-            elif each is not None and not hydras:
-                files.choose(group, str(each), package)
+    for each in itertools.chain.from_iterable(value if isinstance(value, list) else [value] for value in values):
+        name = Path(str(each))
+        named = name.suffix != ".yaml" and not name.is_absolute() and repository.config_exists(f"{group}/{name}")
+        if each is not None and not named:
+            allowed = ", ".join(options)
+            hint = userfiles.hint(group, str(each), userfiles.folders(repository))
+            yield f"{group} is {shown(each)}; allowed: {allowed}{hint}"
 
 
-def _sweep(text: str, key: str, raw: str, override: Override, swept: bool) -> str | None:
+def _sweep(text: str, key: str, swept: bool) -> str | None:
     """A comma outside of brackets and quotes is a sweep; is one meant?"""
-    if key.split(".", 1)[0] == "hydra":
-        spelling = right(key, raw, kind_of(key))
-        return f"{text} would sweep over Hydra's own settings; " + (f"write {spelling}" if spelling else "give one")
-    kind = kind_of(key)
+    raw, kind = text.partition("=")[2], kind_of(key)
+    hydras = key.partition("/")[0].partition(".")[0] == "hydra"
+    spelling = right(key, raw) if kind is str or typing.get_origin(kind) is list else None
     if typing.get_origin(kind) is list and "[" not in raw:
-        return f"{key} is {raw}; it is a list: write {right(key, raw, kind)}"
-    if swept:
+        return f"{key} is {raw}; it is a list: write {spelling}"
+    if swept and not hydras:
         return None
-    spelling = right(key, raw, str) if kind is str else None
-    return (
-        f"{text} is a sweep over {key}; add --multirun to run one after the other"
-        + (f", or write {spelling} for this text" if spelling else ", or give one value")
-    )  # fmt: skip
-
-
-def _values(override: Override) -> list[Any]:
-    if not override.is_sweep_override():
-        return [override.value()]
-    return list(itertools.islice(override.sweep_iterator(), _MOST))
+    way_out = f"write {spelling}" if spelling else "give one value"
+    if hydras:
+        return f"{text} is a sweep over {key}, a setting of Hydra's own; {way_out}"
+    return f"{text} is a sweep over {key}; add --multirun to run one after the other, or {way_out}"
 
 
 def _wrong(key: str, value: Any, raw: str) -> str | None:
     """A sentence about a value that its key cannot take, or takes for something else than was written."""
     kind = kind_of(key)
-    if key == "hydra.searchpath":
-        return _searchpath(value)
     if isinstance(value, str) and "${" in value:
         return None  # checked when all is composed
-    if typing.get_origin(kind) is list and isinstance(value, str | int | float) and not isinstance(value, bool):
-        if value == "":
-            return f"{key} is empty; for no elements write {shlex.quote(f'{key}=[]')}"
-        return f"{key} is {raw}; it is a list: write {as_list(key, raw, kind)}"
-    if kind is str and value is not None and not isinstance(value, str):
-        spelling = right(key, raw, str)
-        way_out = f"; for this text write {spelling}" if spelling else ""
-        if isinstance(value, list | dict):
-            return f"{key} is {raw}; it takes one text, not {'a list' if isinstance(value, list) else 'keys'}{way_out}"
-        if str(value) != raw:
-            return f"{key} is {raw}, which reads as {shown(value)}{way_out}"
-        return None
-    if isinstance(value, str) and (found := re.search(r"\$(\w+)", value)) and found[1] in os.environ:
-        return (
-            f"{key} is {value}; nothing replaces {found[0]} within single quotes: leave them out, or write "
-            f"{value.replace(found[0], f'${{oc.env:{found[1]}}}')}"
+    if key == "hydra.searchpath":
+        return _searchpath(value)
+    if typing.get_origin(kind) is list and not isinstance(value, list | None):
+        why = "it is a list"
+    elif kind is str and value is not None and not isinstance(value, str):
+        if str(value) == raw and not isinstance(value, list | dict):
+            return None
+        why = (
+            "it is read as several values, not one text"
+            if isinstance(value, list | dict)
+            else f"it is read as {shown(value)}"
         )
-    problem = wrong_value(key, value)
-    if problem and typing.get_origin(kind) is list and isinstance(value, str):
-        return f"{problem}; write {as_list(key, value, kind)}"
-    return problem
+    elif isinstance(value, str) and (name := re.search(r"\$(\w+)", value)) and name[1] in os.environ:
+        return (
+            f"{key} is {value}; nothing replaces {name[0]} within single quotes: leave them out, or write "
+            f"{value.replace(name[0], f'${{oc.env:{name[1]}}}')}"
+        )
+    else:
+        return wrong_value(key, value)
+    spelling = right(key, raw)
+    return f"{key} is {raw or 'empty'}; {why}" + (f": write {spelling}" if spelling else "")
 
 
 def _searchpath(value: Any) -> str | None:
@@ -180,57 +148,25 @@ def _searchpath(value: Any) -> str | None:
     return None
 
 
-def _unparsed(text: str, files: Files, error: Exception) -> str:
-    """Why Hydra cannot read it, in our words, and how to write it."""
+def _unparsed(text: str, repository: IConfigRepository, error: Exception) -> str:
+    """Why Hydra cannot read an override, and how to write it."""
     key, equals, raw = text.partition("=")
     if not equals and not text.startswith("~"):
-        return f"{text!r} is not an override: it has no value; write {_completed(text.strip(), files)}"
-    if not key.strip("+~ "):
-        return f"{text!r} is not an override: it has no key; write KEY={raw}"
-    what = f"{text!r} is not an override"
-    name = typographic(key).strip().strip("'\"")
-    if name != key:
-        plain = f"{name}={typographic(raw).strip().strip(chr(34) + chr(39))}"
-        why = "its key has spaces, quotes or dashes that belong to none"
-        return f"{what}: {why}; write {shlex.quote(plain)}" if parses(plain) else f"{what}: {why}"
+        return f"{text!r} is not an override: it has no value; write {_completed(text.strip(), repository)}"
+    key = "".join(TYPOGRAPHIC.get(each, each) for each in key).strip(" '\"")
     unknown = unknown_key(key.lstrip("+~"))
     if unknown and not re.search("[/@]", key):
         return f"{text!r} is not an override: {unknown}"
-    raw = raw.strip()
-    kind = kind_of(key.lstrip("+~"))
-    spelling = None
-    if any(each in raw for each in TYPOGRAPHIC):
-        why = "it has quotes, dashes or spaces as documents have them"
-        plain = f"{key}={typographic(raw)}"
-        spelling = shlex.quote(plain) if parses(plain) else right(key, typographic(raw), kind)
-    elif "${" in raw and raw.count("{") > raw.count("}"):
-        why = "its ${ is not closed; write ${KEY}"
-    else:
-        marks = {each for each in raw if not re.match(r"[\w\s/.:*@?|+$%\\-]", each)}
-        marks -= set("[],") if typing.get_origin(kind) is list else set()
-        listed = f" {' '.join(sorted(marks))} " if marks else " "
-        why = f"Hydra reads{listed}in a value as marks of its own" if marks else sentence(error)
-        spelling = right(key, raw, kind)
-        if spelling is not None and not _takes(spelling):
-            spelling = None
-    return f"{what}: {why}" + (f"; write {spelling}" if spelling else "")
+    spelling = right(key, raw)
+    why = f"Hydra cannot read its value ({sentence(error)})"
+    return f"{text!r} is not an override: {why}" + (f"; write {spelling}" if spelling else "")
 
 
-def _completed(text: str, files: Files) -> str:
-    """What someone may have meant who left out `KEY=`."""
+def _completed(text: str, repository: IConfigRepository) -> str:
+    """What may be meant by an override without `KEY=`."""
     if text in JOBS.names:
         return f"job={text}"
     for group in ("experiment", "cache", "data"):
-        if text in files.choices(group):
+        if text in repository.get_group_options(group):
             return f"{group}={text}"
-    return (
-        f"{text}=VALUE" if unknown_key(text.lstrip("+")) is None else "KEY=VALUE, in quotes if there are spaces in it"
-    )
-
-
-def _takes(spelling: str) -> bool:
-    """The key takes the value of an argument that is spelt for a shell."""
-    override = OverridesParser.create().parse_override(shlex.split(spelling)[0])
-    return (
-        unknown_key(override.key_or_group) is not None or wrong_value(override.key_or_group, override.value()) is None
-    )
+    return "KEY=VALUE, in quotes if there are spaces in it" if unknown_key(text.lstrip("+")) else f"{text}=VALUE"

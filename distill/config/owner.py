@@ -1,11 +1,11 @@
 """One process owns a folder that a run writes into; a second one is refused, by the owner's name, and changes nothing.
 
-A file says who owns the folder. Its owner holds an flock on it, which the kernel drops when the process ends, however
-it ends; on a clean end the file goes, too. It is flock and not a POSIX lock, since those are lost as soon as anything
+A file in the folder names its owner, who holds an flock on it. The kernel drops the lock when the process ends, however
+it ends; a clean end removes the file, too. It is flock and not a POSIX lock, since those are lost as soon as anything
 in the process closes the file; a child that is forked without an exec gives up its share.
 
-Where the file system has no locks, the process that the file names counts: its number and start time on the same host.
-Where locks do not reach other hosts, one that was left there by another host is for a person to judge.
+Where the file system has no locks, the owner is the process that the file names, by its number and start time on the
+same host. Where locks do not reach other hosts, a person has to judge a file that another host left.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import errno
 import fcntl
 import json
 import os
-import re
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
@@ -36,9 +36,25 @@ _TOKEN = secrets.token_hex(3)
 OmegaConf.register_new_resolver("token", lambda: _TOKEN, use_cache=True, replace=True)
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)
-_LOCAL = "ext2 ext3 ext4 xfs btrfs zfs f2fs bcachefs tmpfs ramfs overlay"
-_SHARED = "ceph gpfs ocfs2 gfs2"
+_LOCAL = ["ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "tmpfs", "ramfs", "overlay"]
+_SHARED = ["ceph", "gpfs", "ocfs2", "gfs2"]
 """File systems of one kernel, and those whose flock is the same for all hosts."""
+
+
+@dataclass(frozen=True)
+class _Owner:
+    """A process, as the file names it."""
+
+    host: str
+    pid: int
+    job: str
+    since: str
+    boot: str
+    """Names the running kernel: containers of one host share it, and its locks."""
+    pids: str
+    """Names the set of processes in which `pid` means something."""
+    started: str | None
+    """When the process was started, by its kernel's clock."""
 
 
 class _Held(NamedTuple):
@@ -48,7 +64,7 @@ class _Held(NamedTuple):
 
 
 _held: dict[Path, _Held] = {}
-"""By the path of the file that says so: what this process owns."""
+"""What this process owns, by the path of the file that names it."""
 
 _refusal: list[ConfigError] = []
 
@@ -154,7 +170,7 @@ def _take(lock: Path, key: str, folder: Path, job: str) -> int:
                 continue
             with contextlib.suppress(OSError):  # a full disk must not keep the lock from being held
                 os.ftruncate(fd, 0)
-                os.pwrite(fd, json.dumps(_me(job)).encode(), 0)
+                os.pwrite(fd, json.dumps(asdict(_me(job))).encode(), 0)
             return fd
         except BaseException:
             os.close(fd)
@@ -162,7 +178,7 @@ def _take(lock: Path, key: str, folder: Path, job: str) -> int:
 
 
 def _owner(lock: Path) -> str | None:
-    """What there is to say of a live owner, or of one that may live; None: there is none. Changes nothing."""
+    """A sentence about a live owner, or one that may live; None: there is none. Changes nothing."""
     try:
         fd = os.open(lock, os.O_RDONLY)
     except OSError:
@@ -174,11 +190,9 @@ def _owner(lock: Path) -> str | None:
 
 
 def _judge(fd: int, lock: Path, locked: bool | None) -> str | None:
-    """The same of an open file, when it is known whether it could be locked."""
+    """The same of an open file; locked: what `_lock` returned."""
     owner = _read(fd)
-    name = "it has just started"
-    if owner:
-        name = f"host {owner['host']}, pid {owner['pid']}, {owner['job']}, since {owner['since']}"
+    name = f"host {owner.host}, pid {owner.pid}, {owner.job}, since {owner.since}" if owner else "it has just started"
     live = f"belongs to a process that is still running ({name}): wait for its end, stop it, or choose another folder"
     unsure = (
         f"belongs to a process that may still be running ({name}), which cannot be seen from here: if it is not, "
@@ -186,12 +200,12 @@ def _judge(fd: int, lock: Path, locked: bool | None) -> str | None:
     )
     if locked is False:
         return live
-    same_kernel = owner.get("boot") == _boot()
+    same_kernel = owner is not None and owner.boot == _boot()
     if locked:
-        return None if not owner or same_kernel or _reaches_all_hosts(lock) else unsure
-    if not same_kernel or owner["pids"] != _pids():
+        return None if owner is None or same_kernel or _reaches_all_hosts(lock) else unsure
+    if owner is None or not same_kernel or owner.pids != _pids():
         return unsure
-    return live if _started(owner["pid"]) == owner["started"] else None
+    return live if _started(owner.pid) == owner.started else None
 
 
 def _lock(fd: int, kind: int) -> bool | None:
@@ -207,36 +221,25 @@ def _lock(fd: int, kind: int) -> bool | None:
     return True
 
 
-def _read(fd: int) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(os.pread(fd, 4096, 0))
-        if isinstance(found, dict) and found.keys() >= {"host", "pid", "job", "since", "boot", "pids", "started"}:
-            return found
-    return {}
+def _read(fd: int) -> _Owner | None:
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return _Owner(**json.loads(os.pread(fd, 4096, 0)))
+    return None
 
 
-def _me(job: str) -> dict[str, Any]:
+def _me(job: str) -> _Owner:
     pid = os.getpid()
-    return {
-        "host": socket.gethostname(),
-        "pid": pid,
-        "job": job,
-        "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "boot": _boot(),
-        "pids": _pids(),
-        "started": _started(pid),
-    }
+    since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    return _Owner(socket.gethostname(), pid, job, since, _boot(), _pids(), _started(pid))
 
 
 def _boot() -> str:
-    """Names the running kernel: containers of one host share it, and its locks."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return socket.gethostname()
 
 
 def _pids() -> str:
-    """Names the set of processes in which a pid means something."""
     with contextlib.suppress(OSError):
         return os.readlink("/proc/self/ns/pid")
     return ""
@@ -244,13 +247,9 @@ def _pids() -> str:
 
 def _started(pid: int) -> str | None:
     """When a process was started, so that a later one of its number is not taken for it; None: there is none."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+    if not psutil.pid_exists(pid):
         return None
-    except PermissionError:
-        pass
-    with contextlib.suppress(OSError, IndexError):
+    with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     return ""
 
@@ -265,34 +264,16 @@ def _is_still(fd: int, path: Path) -> bool:
 
 def _reaches_all_hosts(path: Path) -> bool:
     """No process on another host can hold an flock on this file that this kernel does not see."""
-    kind, options = _mount(path)
-    if kind.startswith("nfs"):
-        return not {"local_lock=all", "local_lock=flock", "nolock"} & options
-    if kind == "lustre":
+    mounts = [each for each in psutil.disk_partitions(all=True) if path.is_relative_to(each.mountpoint)]
+    if not mounts:
+        return False
+    mount = max(reversed(mounts), key=lambda each: len(each.mountpoint))  # of several in one place the last counts
+    options = mount.opts.split(",")
+    if mount.fstype.startswith("nfs"):
+        return not {"local_lock=all", "local_lock=flock", "nolock"} & {*options}
+    if mount.fstype == "lustre":
         return "flock" in options
-    return kind in f"{_LOCAL} {_SHARED}".split()
-
-
-def _mount(path: Path) -> tuple[str, set[str]]:
-    """Type and options of the file system that a path is on; nothing where the system does not say."""
-    found: tuple[str, set[str]] = ("", set())
-    longest = -1
-    for mount, kind, options in _mounts():
-        if len(mount) >= longest and (path == Path(mount) or Path(mount) in path.parents):
-            found, longest = (kind, options), len(mount)
-    return found
-
-
-def _mounts() -> Iterator[tuple[str, str, set[str]]]:
-    try:
-        lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        left, _, right = line.partition(" - ")
-        kind, _, options = right.split(" ", 2)
-        mount = re.sub(r"\\(\d{3})", lambda found: chr(int(found[1], 8)), left.split()[4])  # \040 is a blank
-        yield mount, kind, {*options.split(",")}
+    return mount.fstype in (*_LOCAL, *_SHARED)
 
 
 def _forget() -> None:

@@ -1,30 +1,18 @@
-"""Paths: which keys hold one, `~` for the home folder in each, and what is a URL.
+"""Paths: `~` for the home folder in each, and what is a URL.
 
-A saved configuration has the whole path, so that it means the same to another user and in a comparison.
+Keys that hold a path have the type `PathText`. A saved configuration has the whole path, so that it means the same to
+another user and in a comparison.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
-from collections.abc import Iterator
+import typing
 from typing import Any
 
-KEYS = (
-    "init_from",
-    "teacher.init_from",
-    "teacher.from_",
-    "student.init_from",
-    "evaluate.teacher_from",
-    "export.dir",
-    "cache.dir",
-    "cache.dirs.*",
-    "data.dir",
-    "data.tokenizer.file",
-    "data.corpora.*.files.*",
-    "data.corpora.*.held_out_files.*",
-)
-"""Every key of the schema that holds a path; `*` is any name or place in a list."""
+from distill.config.ranges import IS_PATH, hints
 
 FOREIGN = "hf:"
 """Stands before a path in teacher.from."""
@@ -44,29 +32,27 @@ def home(path: str) -> str:
     return os.path.expanduser(path)
 
 
-def expand(config: Any) -> None:
-    """Replaces `~` in every path of a configuration, typed objects or plain containers, in its place."""
-    for key in KEYS:
-        _expand(config, key.split("."))
+def has_paths(hint: Any) -> bool:
+    """A type of the schema is a path, a list of paths, or names with a path each."""
+    return any(each is IS_PATH or has_paths(each) for each in typing.get_args(hint))
 
 
-def _expand(node: Any, names: list[str]) -> None:
-    name, *rest = names
-    for at in _members(node, name):
-        value = node[at] if isinstance(node, dict | list) else getattr(node, at)
-        if rest:
-            _expand(value, rest)
-        elif isinstance(value, str):
-            if isinstance(node, dict | list):
-                node[at] = home(value)
-            else:
-                setattr(node, at, home(value))
+def expanded(value: Any, hint: Any) -> Any:
+    """The value of a key, typed objects or plain containers, with `~` replaced in each of its paths.
 
-
-def _members(node: Any, name: str) -> Iterator[Any]:
-    if isinstance(node, list):
-        yield from range(len(node)) if name == "*" else ()
-    elif isinstance(node, dict):
-        yield from list(node) if name == "*" else [name] if name in node else []
-    elif hasattr(node, name):
-        yield name
+    hint: the key's type.
+    """
+    if isinstance(value, str):
+        return home(value) if has_paths(hint) else value
+    below = typing.get_args(hint)[-1] if typing.get_args(hint) else None
+    if isinstance(value, list):
+        return [expanded(each, below) for each in value]
+    if isinstance(value, dict):
+        kinds = (
+            hints(hint) if isinstance(hint, type) and dataclasses.is_dataclass(hint) else dict.fromkeys(value, below)
+        )
+        return {name: expanded(each, kinds.get(name)) for name, each in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        kinds = hints(type(value))
+        return dataclasses.replace(value, **{name: expanded(getattr(value, name), kinds[name]) for name in kinds})
+    return value

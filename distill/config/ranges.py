@@ -1,4 +1,4 @@
-"""What each number of the schema may be: ranges that stand in its types, and one check over all of them.
+"""What each number and text of the schema may be: ranges as metadata of its types, and one check over all of them.
 
 A field of a plain `int` or `float` has no range; a test refuses such fields. Rules between fields are in `checks`.
 """
@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-_TOLD = 4096
-"""The end of a range is told with its beginning up to here; a larger one only keeps nonsense out."""
+_NAMED = 4096
+"""The end of a range is named with its beginning up to here; a larger one only keeps nonsense out."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Range:
         high = value >= self.most if self.below else value > self.most
         if not (low or high):
             return None
-        if self.most <= _TOLD or self.below:
+        if self.most <= _NAMED or self.below:
             open_ends = f"{'(' if self.above else '['}{self.least:g}, {self.most:g}{')' if self.below else ']'}"
             return f"{key} is {value}; allowed: " + (
                 open_ends if self.above or self.below else f"{self.least} to {self.most}"
@@ -52,7 +52,7 @@ MOST_IDS = 2**24
 Natural = Annotated[int, Range(0, LARGE)]
 Count = Annotated[int, Range(1, LARGE)]
 Many = Annotated[int, Range(1, 10**15)]
-"""Samples, documents: what a corpus has most of."""
+"""Samples or documents of a corpus."""
 Size = Annotated[int, Range(1, 2**20)]
 """A dimension of a tensor."""
 Layers = Annotated[int, Range(1, 10_000)]
@@ -66,8 +66,10 @@ TopK = Annotated[int, Range(1, 255)]
 Tau = Annotated[float, Range(0.004, 1, below=True)]
 Facts = Annotated[int, Range(1, 50)]
 """Each has a name of its own, and there are so many."""
-Words = Annotated[int, Range(1, 10**6)]
+Words = Annotated[int, Range(12, 10**6)]
+"""Of a document with a fact, and a question that the fact answers."""
 Tiles = Annotated[int, Range(1, 1024)]
+Stage = Annotated[int, Range(0, 1)]
 Threads = Annotated[int, Range(0, 4096)]
 Seed = Annotated[int, Range(0, 2**63 - 1)]
 Share = Annotated[float, Range(0, 1)]
@@ -79,12 +81,41 @@ Seconds = Annotated[float, Range(0, 366 * 86400, above=True)]
 """At most a year: beyond a few of them the clocks of collectives overflow."""
 
 
-def out_of_range(config: object, prefix: str = "") -> Iterator[str]:
-    """A sentence for each number of a dataclass, at any depth, that is not in its range, and for each broken text."""
-    kind: Any = type(config)
-    for name, hint in hints(kind).items():
-        key = f"{prefix}{name.rstrip('_')}"
-        yield from _value(key, getattr(config, name), hint)
+class _Text:
+    """Any text that can be seen."""
+
+    def problem(self, key: str, value: str) -> str | None:
+        if not value.strip():
+            return f"{key} is empty; give it a value, or null where it may have none"
+        if not value.isprintable():
+            return f"{key} is {value!r:.200}; it has characters that cannot be printed"
+        return None
+
+
+_TEXT, IS_PATH = _Text(), _Text()
+PathText = Annotated[str, IS_PATH]
+"""The path of a file or folder; `~` at its start is the home folder."""
+
+
+def out_of_range(value: Any, hint: Any = None, key: str = "") -> Iterator[str]:
+    """A sentence for each number or text of a dataclass, at any depth, that its type does not allow.
+
+    Args:
+        hint: the type of `value` with its range.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for name, kind in hints(type(value)).items():
+            yield from out_of_range(getattr(value, name), kind, f"{key}.{name.rstrip('_')}".lstrip("."))
+    elif isinstance(value, dict):
+        for name, each in value.items():
+            yield from out_of_range(each, typing.get_args(hint)[1], f"{key}.{name}")
+    elif isinstance(value, list) and hint is not Any:
+        for each in value:
+            yield from out_of_range(each, typing.get_args(hint)[0], key)
+    elif value is not None and hint is not Any:
+        allowed = typing.get_args(hint)[1] if typing.get_origin(hint) is Annotated else _TEXT if hint is str else None
+        if allowed and (problem := allowed.problem(key, value)):
+            yield problem
 
 
 @functools.cache
@@ -94,33 +125,12 @@ def hints(kind: type) -> dict[str, Any]:
     return {field.name: _some(found[field.name]) for field in dataclasses.fields(kind)}
 
 
+def bare(hint: Any) -> Any:
+    """A type without its range."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+
+
 def _some(hint: Any) -> Any:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return next(each for each in typing.get_args(hint) if each is not types.NoneType)
     return hint
-
-
-def _value(key: str, value: Any, hint: Any) -> Iterator[str]:
-    if value is None:
-        return
-    if dataclasses.is_dataclass(value):
-        yield from out_of_range(value, f"{key}.")
-    elif isinstance(value, dict):
-        for name, each in value.items():
-            yield from _value(f"{key}.{name}", each, typing.get_args(hint)[1])
-    elif isinstance(value, list):
-        for each in value:
-            yield from _value(key, each, typing.get_args(hint)[0])
-    elif typing.get_origin(hint) is Annotated:
-        problem = typing.get_args(hint)[1].problem(key, value)
-        if problem:
-            yield problem
-    elif isinstance(value, str):
-        yield from _text(key, value)
-
-
-def _text(key: str, value: str) -> Iterator[str]:
-    if not value.strip():
-        yield f"{key} is empty; give it a value, or null where it may have none"
-    elif not value.isprintable():
-        yield f"{key} is {value!r:.200}; it has characters that cannot be printed"

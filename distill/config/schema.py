@@ -27,11 +27,13 @@ from distill.config.ranges import (
     Many,
     Natural,
     NotNegative,
+    PathText,
     Positive,
     Seconds,
     Seed,
     Share,
     Size,
+    Stage,
     Tau,
     Tflops,
     Threads,
@@ -263,11 +265,11 @@ class TeacherConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    init_from: str | None = None
+    init_from: PathText | None = None
     """Hugging Face folder or our checkpoint that gives the first weights."""
     capture: bool = True
     """Write soft targets of every training batch to the cache."""
-    from_: str | None = None
+    from_: PathText | None = None
     """Frozen teacher of job=backfill, on the command line also spelt `teacher.from`: a run, a checkpoint, a Hugging
     Face Llama 4 folder; or `hf:FOLDER`, any causal language model that transformers loads (extra `hf`)."""
 
@@ -277,7 +279,7 @@ class StudentConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    init_from: str | None = None
+    init_from: PathText | None = None
     cached: bool = True
     """False: hard labels alone; no cache is opened."""
     loss: LossName = "mixed"
@@ -297,7 +299,7 @@ IMAGE_TOKENS = (
 
 @dataclass
 class TokenizerConfig:
-    file: str | None = None
+    file: PathText | None = None
     """A `tokenizer.json`; null trains a byte-level BPE on the training split."""
     vocab_size: Ids = 512
     """Size of the trained BPE, special tokens included (six more if a corpus has images); unused with `file`."""
@@ -326,9 +328,9 @@ class NeedleConfig:
 @dataclass
 class CorpusConfig:
     source: Source = Source.stdlib
-    files: list[str] = field(default_factory=list)
+    files: list[PathText] = field(default_factory=list)
     """Paths or globs of jsonl, json, parquet, arrow, feather or text files, compressed or not (source=files)."""
-    held_out_files: list[str] = field(default_factory=list)
+    held_out_files: list[PathText] = field(default_factory=list)
     """The same for the held-out split; empty: `held_out` splits `files` by document."""
     format: FileFormat | None = None
     """What all files hold; null: what the suffix of each says."""
@@ -383,7 +385,7 @@ class DataConfig:
     images: ImageConfig = field(default_factory=ImageConfig)
     seed: Seed = 0
     """Of the order of samples."""
-    dir: str | None = None
+    dir: PathText | None = None
     """Where packed corpora are kept and found again; null: `data/` in the run folder."""
 
     @property
@@ -406,10 +408,10 @@ class CodecConfig:
 
 @dataclass
 class CacheConfig:
-    dir: str | None = None
+    dir: PathText | None = None
     """Folder of the cache, or URL of one that fsspec knows (s3://bucket/folder); null: `cache/` in the run folder. A
     mixture keeps one folder per corpus in it."""
-    dirs: dict[str, str] = field(default_factory=dict)
+    dirs: dict[str, PathText] = field(default_factory=dict)
     """Folder, or URL, of the cache of a corpus, by the corpus' name, where it is not the one that `dir` gives."""
     codec: CodecConfig = field(default_factory=CodecConfig)
     shard_samples: Many = 256
@@ -431,7 +433,7 @@ class CacheConfig:
 
 @dataclass
 class EngineConfig:
-    zero: Natural = 0
+    zero: Stage = 0
     """ZeRO stage."""
     dispatcher: DispatcherName = "local"
     """Takes rows of a MoE layer to their experts and back."""
@@ -504,7 +506,7 @@ class NeedleTestConfig:
 
 @dataclass
 class EvaluateConfig:
-    teacher_from: str | None = None
+    teacher_from: PathText | None = None
     """Folder of the teacher, for agreement; null: none is reported."""
     samples: Many | None = None
     """Held-out samples; null: all."""
@@ -520,7 +522,7 @@ class EvaluateConfig:
 
 @dataclass
 class ExportConfig:
-    dir: str | None = None
+    dir: PathText | None = None
     """Folder that the Hugging Face checkpoint is written to; it must not exist, or be empty."""
     role: Role = Role.student
     """Which model of a run that trained two."""
@@ -539,7 +541,7 @@ class RunConfig:
     """Of initial weights, sampling of targets, and (unless data.seed is set apart) nothing else."""
     resume: bool = False
     """Go on from the run folder's newest valid checkpoint, or start if there is none."""
-    init_from: str | None = None
+    init_from: PathText | None = None
     """First weights of the model that the job trains, or the model that it evaluates, exports or labels with: a run, a
     checkpoint or a Hugging Face folder (job=codistill: use teacher. / student.init_from)."""
     data: DataConfig = field(default_factory=DataConfig)

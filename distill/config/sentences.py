@@ -1,18 +1,34 @@
-"""What Hydra, OmegaConf and YAML say in exceptions, as one sentence: the rest speaks of the libraries' own types."""
+"""Exceptions of Hydra, OmegaConf and YAML as one sentence each, and values as a user would write them."""
 
 from __future__ import annotations
 
 import re
+from enum import Enum
 from typing import Any
 
+from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 _NOISE = ("full_key:", "object_type=", "reference_type=", "See https://", "Search path:", "Set the environment")
 
 
+def shown(value: Any) -> str:
+    """A value of a configuration, as a user would write it."""
+    if isinstance(value, dict) and value:
+        return ", ".join(f"{name} {shown(each)}" for name, each in value.items())
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, Enum):
+        return str(value.value)
+    return "empty" if value in ({}, [], "") else str(value)
+
+
 def sentence(error: BaseException) -> str:
     """One line, whatever the exception is."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return f"{group} is {name}; allowed: {', '.join(error.options)}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and line.strip(" ^")]
     lines = [re.sub(r", set env var HYDRA_FULL_ERROR.*", "", line) for line in lines if not line.startswith(_NOISE)]
     cause = error.__cause__

@@ -2,91 +2,94 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+import typing
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.core.override_parser.types import Override
 
 from distill.config.arguments import TYPOGRAPHIC
+from distill.config.keys import hint_of, kind_of, wrong_value
+from distill.config.paths import has_paths, home
+from distill.config.ranges import bare
 
-MARKS = set("[]{}()'\",")
+HYDRA_KEYS = ("hydra.run.dir", "hydra.sweep.dir")
+_MARKS = set("[]{}()'\",")
 """What a name has to be quoted for by its user: it may mean something else."""
 
 
-def right(key: str, raw: str, kind: Any) -> str | None:
-    """The argument, for a shell, that sets `key` to the text `raw`, or to a list of such texts; None: there is none.
+def spelt(arguments: list[str]) -> list[str]:
+    """Arguments as Hydra takes them: `teacher.from` is no name of a Python field, and a key that no file of `conf/`
+    has needs a `+`; a path may have what Hydra's grammar cannot read without quotes."""
+    return [each if each.startswith("-") else _spelt(each) for each in arguments]
 
-    Args:
-        kind: the key's type; of `list` the parts of `raw` become elements.
-    """
-    raw = raw.strip()
-    if getattr(kind, "__origin__", kind) is list:
-        meant: Any = [_bare(part) for part in raw.strip("[]").split(",") if part.strip()]
-        value = f"[{','.join(map(_element, meant))}]"
-    elif kind is not str and _one_value(f"{key}={_bare(raw)}"):
-        return shlex.quote(f"{key}={_bare(raw)}")
+
+def _spelt(argument: str) -> str:
+    key, equals, value = argument.partition("=")
+    plain = key.lstrip("+")
+    key, plain = ("teacher.from_",) * 2 if key == "teacher.from" else (key, plain)
+    if f"{key}.".startswith("cache.dirs."):
+        key = f"++{key}"
+    if equals and "=" not in value and (plain in HYDRA_KEYS or has_paths(hint_of(plain))):
+        value = _path(plain, value)
+    return f"{key}{equals}{value}"
+
+
+def _path(key: str, value: str) -> str:
+    """A path, or several, in quotes unless they may mean something else than names; `~` of Hydra's folders replaced."""
+    if key in HYDRA_KEYS and _unquoted(value).startswith("~"):
+        return quoted(home(_unquoted(value)))
+    several = value[:1] + value[-1:] in ("[]", "{}")
+    inner = value[1:-1] if several else value
+    if parsed(value) is not None or (_MARKS - {","}) & set(inner):
+        return value
+    parts = []
+    for part in inner.split(","):
+        name, colon, path = part.partition(":") if value[:1] == "{" else ("", "", part)
+        parts.append(name + colon + (path if parsed(path) is not None else quoted(path.strip())))
+    return f"{value[0]}{','.join(parts)}{value[-1]}" if several else ",".join(parts)
+
+
+def right(key: str, raw: str) -> str | None:
+    """The argument, for a shell, that sets a key to what `raw` seems to mean; None: there is none."""
+    kind = kind_of(key.lstrip("+~"))
+    raw = "".join(TYPOGRAPHIC.get(each, each) for each in raw).strip()
+    if typing.get_origin(kind) is list:
+        parts = [_unquoted(part) for part in raw.strip("[]").split(",") if part.strip()]
+        value = f"[{','.join(_written(part, bare(typing.get_args(kind)[0])) for part in parts)}]"
     else:
-        meant = _bare(raw)
-        value = quoted(meant)
-    found = f"{key}={value}"
-    try:
-        taken = OverridesParser.create().parse_override(found)
-    except HydraException:
+        value = _written(_unquoted(raw), kind)
+    taken = parsed(value)
+    if taken is None or taken.is_sweep_override() or wrong_value(key.lstrip("+~"), taken.value()):
         return None
-    return shlex.quote(found) if not taken.is_sweep_override() and taken.value() == meant else None
+    return shlex.quote(f"{key}={value}")
 
 
-def as_list(key: str, value: str, kind: Any) -> str:
-    """The argument, for a shell, that sets `key`, a list, to this one element."""
-    return shlex.quote(f"{key}=[{_element(value) if kind.__args__[0] is str else value}]")
-
-
-def parses(text: str) -> bool:
-    """Hydra's grammar reads it as an override, whatever its key."""
+def parsed(value: str) -> Override | None:
+    """What Hydra's grammar makes of a value; None: it cannot read it."""
     try:
-        OverridesParser.create().parse_override(text)
+        return OverridesParser.create().parse_override(f"key={value}")
     except Exception:  # the grammar's own errors, and those of what it makes of a text
-        return False
-    return True
+        return None
 
 
-def _one_value(text: str) -> bool:
-    return parses(text) and not OverridesParser.create().parse_override(text).is_sweep_override()
-
-
-def typographic(text: str) -> str:
-    """The text with the plain quotes, dashes and spaces that documents make others of."""
-    return "".join(TYPOGRAPHIC.get(each, each) for each in text)
-
-
-def _element(text: str) -> str:
-    try:
-        plain = OverridesParser.create().parse_override(f"key=[{text}]").value() == [text]
-    except HydraException:
-        plain = False
-    return text if plain else quoted(text)
-
-
-def _bare(text: str) -> str:
-    """Without quotes around it, whole ones or what is left of them."""
-    text = text.strip()
-    if text[:1] in ("'", '"') and (len(text) == 1 or text.count(text[0]) == 1 or text[-1] == text[0]):
-        return text[1:].removesuffix(text[0])
-    if text[-1:] in ("'", '"') and text.count(text[-1]) == 1:
-        return text[:-1]
+def _written(text: str, kind: Any) -> str:
+    """A text as Hydra takes it for a value of this kind."""
+    taken = parsed(text)
+    if taken is None or taken.is_sweep_override() or (kind is str and taken.value() != text):
+        return quoted(text)
     return text
+
+
+def _unquoted(text: str) -> str:
+    """Without quotes around it, whole ones or what is left of them."""
+    return text.strip().strip("'\"")
 
 
 def quoted(text: str) -> str:
     """In Hydra's quotes; a run of backslashes counts double only before a quote."""
     mark = '"' if '"' not in text else "'"
-    out, slashes = "", 0
-    for each in [*text, ""]:
-        if each == "\\":
-            slashes += 1
-            continue
-        out += "\\" * (2 * slashes if each in (mark, "") else slashes)
-        out += f"\\{each}" if each == mark else each
-        slashes = 0
-    return f"{mark}{out}{mark}"
+    inner = re.sub(rf"(\\*)({mark}|\Z)", lambda run: run[1] * 2 + (run[2] and f"\\{mark}"), text)
+    return f"{mark}{inner}{mark}"

@@ -41,7 +41,7 @@ class Digit(NamedTuple):
     answer: tuple[int, int] | None
     """[start, end) of the digit's name in the text; None: the text gives a hint instead."""
     image: bytes
-    """A PGM file: grey, white on black."""
+    """A PGM file: gray, white on black."""
     original: bytes
     """The digit before it was drawn, which all documents about it share."""
 
@@ -83,6 +83,6 @@ def _draw(image: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.ui
     return sheet
 
 
-def _pgm(grey: NDArray[np.uint8]) -> bytes:
-    height, width = grey.shape
-    return f"P5 {width} {height} 255\n".encode() + grey.tobytes()
+def _pgm(gray: NDArray[np.uint8]) -> bytes:
+    height, width = gray.shape
+    return f"P5 {width} {height} 255\n".encode() + gray.tobytes()

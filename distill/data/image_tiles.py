@@ -60,9 +60,9 @@ def _rgb(image: Image, where: str) -> Image:
 
     if image.mode == "F":
         raise DataError(f"{where}: its pixels are floating-point numbers; 8 or 16 bits a channel are needed")
-    if image.mode.startswith("I"):  # 16 bits of grey, which pillow's own conversion would clip at 255
-        grey = np.asarray(image).astype(np.int64).clip(0, 0xFFFF) >> 8
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I"):  # 16 bits of gray, which pillow's own conversion would clip at 255
+        gray = np.asarray(image).astype(np.int64).clip(0, 0xFFFF) >> 8
+        return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

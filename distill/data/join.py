@@ -17,11 +17,8 @@ from distill.config.errors import CacheError
 from distill.config.paths import is_url
 from distill.config.schema import OnMissing, TokenizerConfig
 from distill.data.packed import PackedCorpus, PackedSamples
-from distill.data.prefetch import Prefetch
-from distill.data.tokenizer import TOKENIZER, Tokenizer, load
+from distill.data.tokenizer import TOKENIZER, Tokenizer, load_tokenizer
 from distill.model.images import Images
-
-__all__ = ["Batch", "Joiner", "Prefetch", "check_cache"]
 
 
 @dataclass(frozen=True)
@@ -132,7 +129,7 @@ def _is_extended(reader: CacheReader, tokenizer: Tokenizer) -> bool:
     for folder in list(Path(reader.folder).absolute().parents)[:2]:  # a mixture's cache lies one folder deeper
         path = folder / TOKENIZER
         if path.exists():
-            theirs = load(TokenizerConfig(bos=None, eos=None), path)
+            theirs = load_tokenizer(TokenizerConfig(bos=None, eos=None), path)
             if theirs.digest == reader.header.tokenizer:
                 return tokenizer.extends(theirs)
     return False

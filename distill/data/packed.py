@@ -120,6 +120,7 @@ class SplitWriter:
         self.tokens = self._samples = self._documents = self._ordinal = 0
 
     def add(self, document: DocumentTokens) -> None:
+        """Appends a document to the split, and writes the samples that are complete."""
         ids, loss, tiles_NCHW = document
         place = self._tokens_waiting % self._length
         # The last of the S + 1 tokens of a sample is a label alone.

@@ -14,12 +14,11 @@ from distill.config.errors import DataError
 from distill.config.files import reason
 from distill.config.schema import IMAGE_TOKENS, DataConfig
 from distill.data import made_folders
-from distill.data import tokenizer as tokenizers
 from distill.data.corpus_files import MissingFiles
 from distill.data.pack import pack
 from distill.data.packed import PackedCorpus
 from distill.data.raw_corpus import MARKER, RawCorpus
-from distill.data.tokenizer import TOKENIZER, Tokenizer
+from distill.data.tokenizer import TOKENIZER, Tokenizer, load_tokenizer, train_tokenizer
 
 TRAIN_CHARACTERS = 1 << 24
 """Text that a tokenizer is trained on, at most; the corpora share it equally and give what comes first."""
@@ -113,11 +112,11 @@ def _raw_corpora(config: DataConfig) -> dict[str, RawCorpus | MissingFiles]:
 
 def _tokenizer(config: DataConfig, folder: Path, corpora: dict[str, RawCorpus | MissingFiles]) -> Tokenizer:
     if config.tokenizer.file is not None:
-        return tokenizers.load(config.tokenizer)
+        return load_tokenizer(config.tokenizer)
     t, about = config.tokenizer, made_folders.about_tokenizer(config)
     present = [corpus for corpus in corpora.values() if isinstance(corpus, RawCorpus)]
     if missing := next((corpus for corpus in corpora.values() if isinstance(corpus, MissingFiles)), None):
-        return tokenizers.load(t, made_folders.find_one(folder, "tokenizer", about, missing) / TOKENIZER)
+        return load_tokenizer(t, made_folders.find_one(folder, "tokenizer", about, missing) / TOKENIZER)
     parts: list[object] = ["tokenizer", t.vocab_size, t.bos, t.eos, TRAIN_CHARACTERS, [c.identity for c in present]]
     if config.has_images:
         parts.append(IMAGE_TOKENS)
@@ -125,9 +124,9 @@ def _tokenizer(config: DataConfig, folder: Path, corpora: dict[str, RawCorpus | 
     def train(new: Path, scratch: Path) -> None:
         share = TRAIN_CHARACTERS // len(present)
         texts = chain.from_iterable(_train_texts(corpus, scratch, share) for corpus in present)
-        tokenizers.train(t, texts, config.has_images).save(new / TOKENIZER)
+        train_tokenizer(t, texts, config.has_images).save(new / TOKENIZER)
 
-    return tokenizers.load(t, made_folders.make(folder, "tokenizer", parts, train, about) / TOKENIZER)
+    return load_tokenizer(t, made_folders.make(folder, "tokenizer", parts, train, about) / TOKENIZER)
 
 
 def _train_texts(corpus: RawCorpus, scratch: Path, characters: int) -> Iterator[str]:

@@ -27,6 +27,7 @@ class RowWriter:
         self._writer = pa.ipc.new_file(str(path), self._schema)
 
     def write(self, columns: Columns) -> None:
+        """One batch, with a row for each entry of the columns."""
         arrays = [
             pa.FixedSizeListArray.from_arrays(pa.array(column.ravel()), column.shape[1])
             if column.ndim == 2

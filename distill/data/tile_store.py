@@ -88,6 +88,7 @@ class TileWriter:
         """Image tokens of the samples that are sealed."""
 
     def add(self, tiles_NCHW: Tiles) -> None:
+        """Appends the tiles of a document."""
         self._waiting.append(tiles_NCHW)
         self._tiles_waiting += len(tiles_NCHW)
         self._digests |= enumerate(map(_digest, tiles_NCHW), self._count)

@@ -47,7 +47,7 @@ class Tokenizer:
     """
 
     def __init__(self, record: dict[str, Any], bos: str | None, eos: str | None, name: str):
-        self.name = name
+        self.name, self._record = name, record
         self._json = json.dumps(record, sort_keys=True, separators=(",", ":"))
         # A post-processor would trim offsets and may add tokens of its own.
         plain = {**record, "post_processor": None, "padding": None, "truncation": None}
@@ -129,19 +129,18 @@ class Tokenizer:
 
     def agrees(self, other: Tokenizer) -> bool:
         """Whether both give every text the same ids, as far as their files say: padding and templates aside."""
-        deciding = ("model", "added_tokens", "normalizer", "pre_tokenizer")
-        mine, theirs = json.loads(self._json), json.loads(other._json)
-        return all(mine.get(part) == theirs.get(part) for part in deciding)
+        return self._same(other, "model", "added_tokens", "normalizer", "pre_tokenizer")
 
     def extends(self, other: Tokenizer) -> bool:
         """Whether every id of the other means the same here; this one may have more."""
-        mine, theirs = json.loads(self._json), json.loads(other._json)
-        same = all(mine.get(part) == theirs.get(part) for part in ("normalizer", "pre_tokenizer", "decoder"))
-        for record in (mine["model"], theirs["model"]):
-            for part in ("vocab", "merges"):  # more merges change which ids a text has, which digests of samples show
-                record.pop(part, None)
+        # More merges change the ids of a text; the digests of samples show that.
+        models = ({k: v for k, v in t._record["model"].items() if k not in ("vocab", "merges")} for t in (self, other))
         ids, more = (t._library.get_vocab(with_added_tokens=True) for t in (other, self))
-        return bool(same and mine["model"] == theirs["model"] and ids.items() <= more.items())
+        same = self._same(other, "normalizer", "pre_tokenizer", "decoder") and next(models) == next(models)
+        return bool(same and ids.items() <= more.items())
+
+    def _same(self, other: Tokenizer, *parts: str) -> bool:
+        return all(self._record.get(part) == other._record.get(part) for part in parts)
 
     def save(self, path: str | Path) -> None:
         """Writes a `tokenizer.json` as a whole; equal tokenizers have equal bytes."""
@@ -157,7 +156,7 @@ def _library(record: dict[str, Any], name: str) -> Any:
         raise DataError(f"{name}: not a tokenizer.json: {error}") from error
 
 
-def load(config: TokenizerConfig, file: str | Path | None = None) -> Tokenizer:
+def load_tokenizer(config: TokenizerConfig, file: str | Path | None = None) -> Tokenizer:
     """The tokenizer of `file`, or else of `config.file`.
 
     Raises:
@@ -177,7 +176,7 @@ def load(config: TokenizerConfig, file: str | Path | None = None) -> Tokenizer:
     return Tokenizer(record, config.bos, config.eos, str(path))
 
 
-def train(config: TokenizerConfig, texts: Iterable[str], images: bool = False) -> Tokenizer:
+def train_tokenizer(config: TokenizerConfig, texts: Iterable[str], images: bool = False) -> Tokenizer:
     """A byte-level BPE over `texts`, never above `config.vocab_size` ids; equal texts give equal bytes.
 
     bos and eos are its first ids, then IMAGE_TOKENS if it is for `images`, then the 256 bytes, then merges: every

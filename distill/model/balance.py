@@ -26,17 +26,17 @@ def update_bias(model: Transformer, counts_LE: Tensor, rate: float) -> None:
 
 
 def degenerate_routers(model: Transformer) -> list[int]:
-    """Layers whose router cannot tell tokens apart: all rows of its weight are equal, and so is all of its bias.
+    """Layers whose router gives all experts one logit: all rows of its weight are equal, and so is all of its bias.
 
-    Every token then ties between all experts and goes to the same ones; training on does not show it, since the loss
-    still falls (see the derivation that accompanies arXiv 2601.20205).
+    Every token then goes to the same experts. Training does not show it, since the loss still falls (see the derivation
+    that accompanies arXiv 2601.20205).
     """
-    found = []
+    degenerate = []
     for layer, router in zip(moe_layers(model.config), model.routers, strict=True):
-        choice = router.active < len(router.weight)
-        if choice and bool((router.weight == router.weight[0]).all() and (router.bias == router.bias[0]).all()):
-            found.append(layer)
-    return found
+        selects = router.active < len(router.weight)
+        if selects and bool((router.weight == router.weight[0]).all() and (router.bias == router.bias[0]).all()):
+            degenerate.append(layer)
+    return degenerate
 
 
 def load_stats(counts_LE: Tensor) -> dict[str, Tensor]:

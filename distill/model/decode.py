@@ -19,7 +19,7 @@ from distill.model.segments import Block, SegmentPlan, Segments
 
 
 class Decodable(Protocol):
-    """What cached decoding needs of a model; the Transformer has it."""
+    """The part of the Transformer that cached decoding uses."""
 
     config: ModelConfig
 
@@ -29,7 +29,7 @@ class Decodable(Protocol):
 
     def embedded(self, ids_BS: Tensor, images: Images | None = None) -> Tensor: ...
 
-    def run(
+    def through_layers(
         self, hidden_TD: Tensor, plans: Plans, head_fn: Callable[[Tensor, Tensor], Any], caches: Sequence[KV]
     ) -> tuple[Any, Any]: ...
 
@@ -86,7 +86,7 @@ class Generation:
 
 
 class Decoder:
-    """B rows that grow; each has its own length, and none is padded.
+    """B rows that grow token by token; each has its own length, and none is padded.
 
     Args:
         rows: B.
@@ -128,7 +128,7 @@ class Decoder:
         last_B = (length_B.cumsum(0) - 1).to(self.device)
         ids_1T = torch.cat([prompt.to(self.device) for prompt in prompts])[None]
         hidden_TD = self.model.embedded(ids_1T, images)
-        logits_BV, _ = self.model.run(
+        logits_BV, _ = self.model.through_layers(
             hidden_TD, Plans(rope, nope), lambda h_TD, w_VD: F.linear(h_TD[last_B], w_VD), self.caches
         )
         return logits_BV
@@ -168,7 +168,7 @@ class Decoder:
         chunked, chunk = plan([length % self.chunk for length in self.lengths])
         rope, nope = self.model.plans(Segments(full, chunked))
         plans = Plans(rope._replace(slots=chunk), nope._replace(slots=everything))
-        logits_PV, _ = self.model.run(self.model.embedded(ids_Bn), plans, F.linear, self.caches)
+        logits_PV, _ = self.model.through_layers(self.model.embedded(ids_Bn), plans, F.linear, self.caches)
         self.lengths = [length + new for length in self.lengths]
         return logits_PV.unflatten(0, (rows, new))
 

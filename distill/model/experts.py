@@ -31,7 +31,7 @@ class Experts(nn.Module):
 
 
 class Routed(NamedTuple):
-    """What one MoE layer's router did with T tokens."""
+    """The selection of one MoE layer's router for T tokens."""
 
     logits_TE: Tensor
     """Attached to the graph."""
@@ -56,7 +56,7 @@ class MoE(nn.Module):
         self.shared_expert = SwiGLU(size, hidden, parts.linear_fn)
 
     def forward(self, hidden_TD: Tensor) -> tuple[Tensor, Routed]:
-        """Output [T, D], and what the router did."""
+        """Output [T, D], and the router's selection."""
         logits_TE, experts_TA, weight_TA = self.router(hidden_TD)
         there = self.dispatcher.dispatch(hidden_TD, experts_TA, weight_TA, logits_TE.shape[1])
         routed_TD = self.dispatcher.combine(self.experts(there.x_RD, there.ends_E), there.state)

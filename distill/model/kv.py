@@ -1,8 +1,8 @@
 """Keys and values that cached decoding keeps, and attention over them.
 
-A layer without positions keeps every token's. A layer with positions sees nothing outside a token's chunk, so it has
-room for one chunk and no more: a token goes to slot position % chunk, over what the chunk before left there. Positions
-come one after another, so the slots up to a token's own are those of its chunk.
+A layer without positions keeps those of every token. A layer with positions attends to a token's chunk alone, so it has
+room for one chunk: a token goes to slot position % chunk, over a token of the chunk before. Positions come one after
+another, so the slots up to a token's own are those of its chunk.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from torch import Tensor
 
 
 class Slots(NamedTuple):
-    """Where new tokens go in the caches of all layers of one kind, and what they see there."""
+    """Where new tokens go in the caches of all layers of one kind, and which slots they attend to."""
 
     row_N: Tensor
     """int64, row of the cache."""
     slot_N: Tensor
     """int64, place in the row."""
     source_N: Tensor | None
-    """int64, which of the call's P keys goes there; None: all of them, in order."""
+    """int64, which of the P new keys goes there; None: all of them, in order."""
     visible_BnS: Tensor | None
-    """bool, slots that each of the n new tokens of a row sees; None: they see each other as the plan says (prefill)."""
+    """bool, slots that each of the n new tokens of a row attends to; None: new tokens attend to each other alone, as
+    planned (prefill)."""
 
 
 class KV:
@@ -40,10 +41,10 @@ class KV:
             cache_BGSC[slots.row_N, :, slots.slot_N] = new_NGC
 
     def attend(self, q_PHC: Tensor, visible_BnS: Tensor) -> Tensor:
-        """n queries of each row, row after row, over what they see in it; [P, H * C] with P = B * n."""
-        rows, new, seen = visible_BnS.shape
+        """n queries of each row, row after row, over its visible slots; [P, H * C] with P = B * n."""
+        rows, new, slots = visible_BnS.shape
         q_BHnC = q_PHC.unflatten(0, (rows, new)).transpose(1, 2)
-        keys_BGSC, values_BGSC = self.keys_BGSC[:, :, :seen], self.values_BGSC[:, :, :seen]
+        keys_BGSC, values_BGSC = self.keys_BGSC[:, :, :slots], self.values_BGSC[:, :, :slots]
         mask_B1nS = visible_BnS.unsqueeze(1)
         y = F.scaled_dot_product_attention(q_BHnC, keys_BGSC, values_BGSC, attn_mask=mask_B1nS, enable_gqa=True)
         return y.transpose(1, 2).flatten(2).flatten(0, 1)

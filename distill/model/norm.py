@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation with the cast order of the released models."""
+"""Root-mean-square normalization with the cast order of the released models."""
 
 from __future__ import annotations
 

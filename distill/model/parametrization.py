@@ -3,7 +3,7 @@
 The published rules put constants into the forward pass: 1/mL on every residual branch, 1/mN on the logits. Here there
 are none. Under Adam with decoupled weight decay a matrix W that is used as a W trains exactly as one that is used as it
 is and has its initial standard deviation and learning rate times a, its eps and weight decay over a: the gradient of
-the product is 1/a of that of W, and Adam's step does not see its size but for eps. So all constants are absorbed, and
+the product is 1/a of that of W, and only eps makes Adam's step depend on its size. So all constants are absorbed, and
 the model is at every moment a plain checkpoint of the family.
 
 Factors, with the ratios mN, mL, mM of hidden_size, layers and the feed-forward's width M (expert_hidden, dense_hidden)
@@ -40,7 +40,7 @@ from distill.config.schema import ModelConfig, Parametrization
 
 
 class Scales(NamedTuple):
-    """What a parameter's initial std, learning rate, eps and weight decay are multiplied by."""
+    """Factors on a parameter's initial std, learning rate, eps and weight decay."""
 
     init: float = 1.0
     lr: float = 1.0
@@ -52,7 +52,7 @@ def scales(config: ModelConfig, name: str) -> Scales:
     """Factors of the Transformer's parameter `name`; all 1 under `standard` and in the vision tower.
 
     The projector of images is an input layer like the embedding: its inputs are the tower's, which has one size, and
-    its outputs stand beside the embedding's.
+    its outputs are rows beside the embedding's.
     """
     if config.parametrization is Parametrization.standard or name.startswith("vision_model."):
         return Scales()
@@ -73,6 +73,6 @@ def scales(config: ModelConfig, name: str) -> Scales:
         r"norm\.": Scales(1, 1, 1 / width, 1),
         r"head\.": Scales(1 / width, 1 / width, 1, width),
     }
-    found = [factors for pattern, factors in table.items() if re.match(pattern, name)]
-    assert len(found) == 1, f"{name} has {len(found)} rules"
-    return found[0]
+    matches = [factors for pattern, factors in table.items() if re.match(pattern, name)]
+    assert len(matches) == 1, f"{name} has {len(matches)} rules"
+    return matches[0]

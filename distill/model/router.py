@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 
 class Router(nn.Module):
-    """Top-A experts by logit; each is weighted by the sigmoid of its logit, without renormalisation.
+    """Top-A experts by logit; each is weighted by the sigmoid of its logit, without renormalization.
 
-    The bias [E] is state of load balancing, not a parameter: it moves the selection, never the weights. All zero, as in
-    released checkpoints, the selection is that of the logits; otherwise that of sigmoid(logit) + bias.
+    The bias [E] is state of load balancing, not a parameter: it moves the selection, never the weights. Where it is all
+    zero, as in released checkpoints, experts are selected by logit; otherwise by sigmoid(logit) + bias.
     """
 
     bias: Tensor

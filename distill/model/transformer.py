@@ -32,7 +32,7 @@ HeadFn = Callable[[Tensor, Tensor], Any]
 
 
 class Routing(NamedTuple):
-    """What the routers of one forward pass did; L counts MoE layers only."""
+    """The selections of all routers in one forward pass; L counts MoE layers only."""
 
     counts_LE: Tensor
     """int64, tokens given to each expert; a row sums to T * A."""
@@ -56,7 +56,7 @@ class Layer(nn.Module):
         )
 
     def forward(self, hidden_TD: Tensor, plan: AttentionPlan, kv: KV | None = None) -> tuple[Tensor, Routed | None]:
-        """New hidden states, and what the router did where the layer is MoE."""
+        """New hidden states, and the router's selection where the layer is MoE."""
         hidden_TD = hidden_TD + self.self_attn(self.input_layernorm(hidden_TD), plan, kv)
         normed_TD = self.post_attention_layernorm(hidden_TD)
         if isinstance(self.feed_forward, MoE):
@@ -77,7 +77,7 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Owns the unembedding weight [V, D] and applies whatever needs it inside its own forward.
+    """Owns the unembedding weight [V, D] and applies functions that need it inside its own forward.
 
     ZeRO-3 gathers a weight for the forward of the module that owns it, so a fused head-and-loss must run here.
     """
@@ -142,28 +142,28 @@ class Transformer(Generation, nn.Module):
             ids_BS: token ids.
             documents_BS: ordinal of each token's document within its row (int, on the CPU, non-decreasing), or
                 `Segments` built from it; None: each row is one document. Positions, chunks and attention are the
-                document's own: packed documents do not see each other.
+                document's own: packed documents do not attend to each other.
             head_fn: called with the normed hidden states [T, D] and the unembedding weight [V, D].
-            images: their features take the place of the embedding where `patch_BS` says so.
+            images: their features take the place of embeddings where `patch_BS` has them.
 
         Returns:
-            What head_fn returned, or without it the normed hidden states [T, D] with T = B * S; and the routing.
+            The result of head_fn, or without it the normed hidden states [T, D] with T = B * S; and the routing.
 
         Raises:
             DataError: a document is longer than the configuration's `max_positions`, or images do not fit the model or
                 the batch.
         """
         plans = self.plans(self._segments(ids_BS, documents_BS))
-        return self.run(self.embedded(ids_BS, images), plans, head_fn)
+        return self.through_layers(self.embedded(ids_BS, images), plans, head_fn)
 
     def embedded(self, ids_BS: Tensor, images: Images | None = None) -> Tensor:
-        """What the first layer takes, [B * S, D]; arguments as in `forward`."""
+        """Input of the first layer, [B * S, D]; arguments as in `forward`."""
         if images is not None:
             check_images(images, self.config.vision, ids_BS)
         hidden_TD = self.embed(ids_BS.flatten())
         return hidden_TD if self.vision_model is None else self._with_images(hidden_TD, images)
 
-    def run(
+    def through_layers(
         self,
         hidden_TD: Tensor,
         plans: Plans,

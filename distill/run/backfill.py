@@ -23,8 +23,9 @@ from distill.config import stop
 from distill.config.errors import DivergenceError
 from distill.config.schema import OnFull, OnMissing
 from distill.config.units import duration, file_size, short
-from distill.data.join import Batch, Joiner, Prefetch, check_cache
+from distill.data.join import Batch, Joiner, check_cache
 from distill.data.packed import PackedCorpus
+from distill.data.prefetch import Prefetch
 from distill.run.caches import cache_entries, cache_folders, new_header
 from distill.run.frozen import Teacher, load_teacher
 from distill.run.run import Run, as_job

@@ -20,9 +20,8 @@ from distill.config.errors import ConfigError
 from distill.config.files import write_text
 from distill.config.registry import PRECISIONS
 from distill.config.schema import DataConfig, ModelConfig, RunConfig, VisionConfig
-from distill.data import tokenizer as tokenizers
 from distill.data.prepare import Prepared, prepare, reopen
-from distill.data.tokenizer import TOKENIZER, Tokenizer
+from distill.data.tokenizer import TOKENIZER, Tokenizer, load_tokenizer
 from distill.engine import checkpoint
 from distill.engine.dist import Dist
 from distill.model import hf
@@ -138,7 +137,7 @@ class _Home:
     def tokenizer(self) -> Tokenizer:
         """It, with the bos and eos that the data were packed with (of a Hugging Face folder: none)."""
         config = dataclasses.replace(self.data.tokenizer, bos=None, eos=None) if self.is_hf else self.data.tokenizer
-        return tokenizers.load(config, self.file)
+        return load_tokenizer(config, self.file)
 
     def held_out(self, tokenizer: Tokenizer, folder: Path, vocab_size: int) -> Prepared:
         """The corpora, as the run packed them; else packed in `folder`."""

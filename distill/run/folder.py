@@ -15,6 +15,7 @@ from distill.config import paths
 from distill.config.errors import ConfigError
 from distill.config.load import to_dict
 from distill.config.schema import RunConfig
+from distill.config.sentences import shown
 from distill.tracking.tracker import METRICS
 
 CONFIG, SUMMARY, CHECKPOINTS = "config.yaml", "summary.json", "checkpoints"
@@ -70,8 +71,8 @@ def problems(folder: Path, config: RunConfig) -> Iterator[str]:
             "another folder"
         )
         return
-    paths.expand(before)  # as `now` has them, whoever wrote it
-    was, now = flat(before), flat(to_dict(config))
+    # Paths as `now` has them, whoever wrote it.
+    was, now = flat(paths.expanded(before, RunConfig)), flat(to_dict(config))
     for key in sorted(was.keys() | now.keys()):
         if not key.startswith(_FREE) and was.get(key) != now.get(key):
             yield f"{key} is {shown(now.get(key))}; the run in {folder} was started with {shown(was.get(key))}"
@@ -101,12 +102,3 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(value, dict) and value:
         return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}{key}.").items()}
     return {prefix.rstrip("."): value}
-
-
-def shown(value: Any) -> str:
-    """A value of a configuration, as a user would write it."""
-    if isinstance(value, dict) and value:
-        return ", ".join(f"{name} {shown(each)}" for name, each in value.items())
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    return "empty" if value in ({}, []) else str(value)

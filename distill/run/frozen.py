@@ -11,8 +11,7 @@ from omegaconf import OmegaConf
 from distill.cache import CacheHeader
 from distill.config.errors import CacheError, ConfigError
 from distill.config.registry import PRECISIONS
-from distill.data import tokenizer as tokenizers
-from distill.data.tokenizer import TOKENIZER
+from distill.data.tokenizer import TOKENIZER, load_tokenizer
 from distill.engine import checkpoint
 from distill.engine.checkpoint import Checkpoint
 from distill.run import identity
@@ -101,7 +100,7 @@ def _check_tokenizer(run: Run, home: Path) -> None:
     path = home / TOKENIZER
     if not path.exists():
         return
-    theirs = tokenizers.load(dataclasses.replace(run.config.data.tokenizer, bos=None, eos=None), path)
+    theirs = load_tokenizer(dataclasses.replace(run.config.data.tokenizer, bos=None, eos=None), path)
     if not run.data.tokenizer.agrees(theirs):
         raise ConfigError(
             f"data.tokenizer.file is {run.config.data.tokenizer.file or 'null (a trained one)'}; its ids (of "

@@ -157,7 +157,7 @@ class Trainer:
         self.halt = Halt(self.dist)
         self.stopped = False
         """SIGTERM has ended `advance` before its goal."""
-        self.clock = Clock(part.train.batch * run.config.data.sample_tokens)
+        self.clock = StepClock(part.train.batch * run.config.data.sample_tokens)
 
     def advance(self, goal: int) -> None:
         """Trains up to step `goal`, or after SIGTERM to the end of the step that is being made (`stopped`)."""
@@ -310,7 +310,7 @@ class Window(NamedTuple):
     tokens: int = 0
 
 
-class Clock:
+class StepClock:
     """Times steps, since the last logged row and since this process began."""
 
     def __init__(self, tokens_per_step: int):

@@ -1,4 +1,4 @@
-"""What `stats` found as one page with pictures, by the charts of the run's report."""
+"""What `stats` found as one page, with the charts of the run's report."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def compact(store: Store, *, shard_bytes: int, purge: bool = False) -> Compactio
     Raises:
         CacheError: damage (then nothing is retired), another tool at work, or a file that cannot be written.
     """
-    header = CacheHeader.read(store)
+    header = CacheHeader.load(store)
     with alone(store) as is_alone:
         rows, retired = published(store, header)
         if is_alone:

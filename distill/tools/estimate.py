@@ -113,7 +113,7 @@ def from_cache(store: Store) -> Measured:
     Raises:
         CacheError: no cache, one without records, or damage.
     """
-    header = CacheHeader.read(store)
+    header = CacheHeader.load(store)
     rows = [row for row in published(store, header).rows if row.tokens]
     if not rows:
         raise CacheError(f"{store.root}: holds no records yet; nothing can be estimated from it")
@@ -251,7 +251,7 @@ def _with_options(shapes: _Shapes, args: argparse.Namespace) -> _Shapes:
     codec = dataclasses.replace(shapes.codec, **given("draws", "tau", "k"))
     if args.codec:
         codec = dataclasses.replace(codec, name=args.codec)
-    if problems := list(out_of_range(codec, "--")):
+    if problems := [f"--{problem}" for problem in out_of_range(codec)]:
         raise ConfigError(*problems)
     options = given("sample_tokens", "vocab_size", "shard_samples", "tokens")
     return dataclasses.replace(shapes, codec=codec, **options)

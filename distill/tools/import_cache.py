@@ -105,12 +105,12 @@ def import_files(args: argparse.Namespace) -> ImportReport:
         ConfigError, DataError, CacheError: arguments that do not fit each other, or files that cannot be read.
     """
     from distill.cache import CacheWriter, make_codec
-    from distill.data import tokenizer as tokenizers
     from distill.data.packed import PackedCorpus
+    from distill.data.tokenizer import load_tokenizer
     from distill.tools.imports.encode import SpanEncoder
     from distill.tools.imports.importer import write
 
-    tokenizer = tokenizers.load(TokenizerConfig(bos=args.bos or None, eos=args.eos or None), args.tokenizer)
+    tokenizer = load_tokenizer(TokenizerConfig(bos=args.bos or None, eos=args.eos or None), args.tokenizer)
     if not tokenizer.vocab_size <= args.vocab_size:
         raise ConfigError(f"--vocab-size is {args.vocab_size}; {args.tokenizer} has {tokenizer.vocab_size} ids")
     if args.step < 0 or args.tokens_seen < 0:

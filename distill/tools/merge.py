@@ -51,7 +51,7 @@ class _MergedCache:
     """A source or the target, and which of its records count."""
 
     def __init__(self, store: Store):
-        self.store, self.header = store, CacheHeader.read(store)
+        self.store, self.header = store, CacheHeader.load(store)
         self.rows, retired = published(store, self.header)
         self.files = {row.shard for row in self.rows + retired}
         self.newest = newest_records(store, self.header, self.rows)
@@ -107,7 +107,7 @@ def _common(header: CacheHeader) -> dict[str, object]:
 def _open(target: Store, source: _MergedCache) -> CacheHeader:
     """The target's header, which fits the source's; made where there is none."""
     try:
-        there = CacheHeader.read(target)
+        there = CacheHeader.load(target)
     except CacheError as error:
         if "no cache here" not in str(error):
             raise

@@ -94,7 +94,7 @@ def repair(store: Store, *, dry_run: bool = False) -> Repair:
 
 def _header(store: Store) -> CacheHeader:
     try:
-        header = CacheHeader.read(store)
+        header = CacheHeader.load(store)
         load_ranks(store, header)
     except CacheError as error:
         if "no cache here" in str(error) and not store.names(LEDGER):

@@ -32,7 +32,7 @@ def stats(store: Store, *, quick: bool = False) -> dict[str, Any]:
     Raises:
         CacheError: no cache, or a damaged header, ledger or index.
     """
-    header = CacheHeader.read(store)
+    header = CacheHeader.load(store)
     ledgers = ledger_readers(store, header)
     rows, retired = settle(entry for ledger in ledgers for entry in ledger.poll())
     records, tokens = sum(row.samples for row in rows), sum(row.tokens for row in rows)

@@ -40,7 +40,7 @@ def verify(store: Store, *, decode: bool = False, jobs: int = 1) -> Verdict:
     decode: take every record apart, too. jobs: shards that are verified together.
     """
     try:
-        header = CacheHeader.read(store)
+        header = CacheHeader.load(store)
     except CacheError as error:
         return Verdict([str(error)], [], 0, 0, 0)
     problems, notes = [], []

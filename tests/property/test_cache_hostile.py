@@ -74,7 +74,7 @@ def use(folder):
             reader.stats()
             ids = np.arange(min(reader.header.samples, 50))
             covered = ids[reader.covers(ids)]
-            reader.losses(ids)
+            reader.origins(ids)
             for sample in covered:
                 reader.read(np.array([sample]), reader.digests([sample]))
             reader.decode(list(reader.samples()))

@@ -14,7 +14,7 @@ from tokenizers import AddedToken
 from distill.config.errors import CheckpointError, ConfigError
 from distill.config.load import CONF, load
 from distill.config.schema import ModelConfig, Role, TokenizerConfig, VisionConfig, WeightDtype
-from distill.data import tokenizer as tokenizers
+from distill.data.tokenizer import load_tokenizer, train_tokenizer
 from distill.engine.dist import Dist
 from distill.model import Transformer, hf
 from distill.run import export
@@ -103,7 +103,7 @@ def test_transformers_loads_tokenizes_and_generates(made, tmp_path, capsys):
     with torch.no_grad():
         assert worst(theirs(ids_BS).logits, model.logits(ids_BS)) < 1e-5
 
-    own = tokenizers.load(TokenizerConfig(), made / "run" / "tokenizer.json")
+    own = load_tokenizer(TokenizerConfig(), made / "run" / "tokenizer.json")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (
         own.bos_id,
@@ -162,10 +162,10 @@ def test_the_command_line_exports_a_folder_again(made, tmp_path):
 
 
 def test_a_model_with_vision_comes_with_its_processor(tmp_path):
-    plain = tokenizers.train(TokenizerConfig(vocab_size=264), ["images"])
+    plain = train_tokenizer(TokenizerConfig(vocab_size=264), ["images"])
     plain._library.add_special_tokens([AddedToken("<|patch|>", special=True)])
     (tmp_path / "tokenizer.json").write_text(plain._library.to_str())
-    tokenizer = tokenizers.load(TokenizerConfig(), tmp_path / "tokenizer.json")
+    tokenizer = load_tokenizer(TokenizerConfig(), tmp_path / "tokenizer.json")
     model = released(tmp_path / "released")
     config = export._with_ids_of(tokenizer, dataclasses.replace(model.config, eos_ids=[9, 1], pad_id=200018))
     assert (config.bos_id, config.eos_ids, config.pad_id) == (0, [9, 1], 1)  # further ends of a turn are kept

@@ -92,7 +92,7 @@ def test_faults_are_told_at_once(tmp_path):
         "student.model.vision makes 16 tokens of a tile, (tile_size / patch_size / shuffle)^2; data.images.tile_tokens",
         "student.model.vision.image_token_id is 9; the tokenizer's <|patch|> is 7",
         "evaluate.accuracy_on is digit; allowed: main, digits",
-        "data.corpora.main.image_key is 'image'; source=stdlib takes none",
+        "data.corpora.main.image_key is image; source=stdlib takes none",
     ):
         assert part in done.stderr, (part, done.stderr)
     assert "Traceback" not in done.stderr

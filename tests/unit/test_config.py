@@ -6,8 +6,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from distill.config.errors import ConfigError
-from distill.config.load import CONF, load, precheck, spelt, to_dict
+from distill.config.load import CONF, load, precheck, to_dict
 from distill.config.schema import Freeze
+from distill.config.spelling import spelt
 from tests.cli import PATIENCE, environment
 
 
@@ -289,7 +290,7 @@ def test_needles_that_cannot_be_made_or_tried_are_named_together():
     for part in (
         "data.corpora.main.max_documents is null; source=needle makes as many documents as it says",
         "data.corpora.main.needle.shortest is 11; at least 12",
-        "data.corpora.main.needle.longest is 10; at least 11",
+        "data.corpora.main.needle.longest is 10; at least 12",
         "data.corpora.main.needle.facts is 53; allowed: 1 to 50",
         "data.corpora.main.files is ['a.txt']; source=needle takes none",
         "evaluate.trained_tokens is 0; at least 1",
@@ -299,3 +300,6 @@ def test_needles_that_cannot_be_made_or_tried_are_named_together():
         "evaluate.needle.facts is 0; allowed: 1 to 50",
     ):
         assert part in text, (part, text)
+    assert problems("experiment=needle", "data.corpora.main.needle.longest=20") == [
+        "data.corpora.main.needle.longest is 20; at least 24"
+    ]

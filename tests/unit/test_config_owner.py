@@ -7,7 +7,10 @@ import json
 import os
 import subprocess
 import sys
+import types
+from pathlib import Path
 
+import psutil
 import pytest
 
 from distill.config import owner
@@ -193,7 +196,8 @@ def test_an_owner_on_another_host(tmp_path, monkeypatch, locks, kind):
     lock.write_text(json.dumps(said | {"host": "node7", "boot": "another", "pid": 12345}))
     before = snapshot(tmp_path)
     name, _, options = kind.partition(" ")
-    monkeypatch.setattr(owner, "_mounts", lambda: [("/", name, {"rw", *options.split(",")})])
+    root = types.SimpleNamespace(mountpoint="/", fstype=name, opts=f"rw,{options}")
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: [root])
     if not locks:
         without_locks(monkeypatch)
     if locks and kind in ("ext4", "nfs4"):
@@ -214,9 +218,14 @@ def test_a_folder_that_cannot_be_made_is_a_mistake_of_the_command(tmp_path):
         own(tmp_path / "file" / "run")
 
 
-def test_mounts_of_this_machine_are_read():
-    mounts = list(owner._mounts())
-    assert mounts and all(mount.startswith("/") and kind for mount, kind, _ in mounts)
+def test_mounts_of_this_machine_are_read(monkeypatch):
+    mounts = psutil.disk_partitions(all=True)
+    assert mounts and all(mount.mountpoint.startswith("/") and mount.fstype for mount in mounts)
+    kinds = [("/", "ext4"), ("/data", "fuse.sshfs"), ("/data/fast", "xfs"), ("/data/fast", "fuse.sshfs")]
+    mounts = [types.SimpleNamespace(mountpoint=where, fstype=kind, opts="rw") for where, kind in kinds]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: mounts[:last])
+    for last, reached in ((0, False), (1, True), (2, False), (3, True), (4, False)):
+        assert owner._reaches_all_hosts(Path("/data/fast/run")) == reached, last
 
 
 def test_default_folders_differ_between_two_processes_of_one_second():

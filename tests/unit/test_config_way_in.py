@@ -110,9 +110,9 @@ SENTENCES = {
     "teacher.model.vision=${job}": "teacher.model.vision: ",
     "teacher.model.moe_layers=${job}": "teacher.model.moe_layers: ",
     "data.corpora=${oc.env:HOME}": "data.corpora: ",
-    "teacher.model.moe_layers=[[1]]": "teacher.model.moe_layers has [1]; each of its elements is one value",
-    "data.corpora.main.files=[{a:1}]": "data.corpora.main.files has {'a': 1}; each of its elements is one value",
-    "teacher.optim.lr=${": "'teacher.optim.lr=${' is not an override: its ${ is not closed; write ${KEY}",
+    "teacher.model.moe_layers=[[1]]": "teacher.model.moe_layers is [[1]]; each of its elements is one value",
+    "data.corpora.main.files=[{a:1}]": "data.corpora.main.files is [{'a': 1}]; each of its elements is one value",
+    "teacher.optim.lr=${": "'teacher.optim.lr=${' is not an override: Hydra cannot read its value (extraneous input",
     "teacher.optim.lr=${nope:1}": "teacher.optim.lr is ${nope:1}; Unsupported interpolation type nope",
     "seed": "'seed' is not an override: it has no value; write seed=VALUE",
     "smoke": "'smoke' is not an override: it has no value; write experiment=smoke",
@@ -127,24 +127,24 @@ SENTENCES = {
     "cache.dir=$PATH/x": "cache.dir is $PATH/x; nothing replaces $PATH within single quotes: leave them out",
     "cache.dirs=x": "cache.dirs is x; ",
     "teacher=big": "teacher is big; it has keys of its own: teacher.model, ",
-    "data.corpora.main.files=": "data.corpora.main.files is empty; for no elements write 'data.corpora.main.files=[]'",
+    "data.corpora.main.files=": "data.corpora.main.files is empty; it is a list: write 'data.corpora.main.files=[]'",
     "data.corpora.code.source=files": "Could not override 'data.corpora.code.source'. To append to your config use +da",
-    "model=maverick": "model=maverick names no place for model; write model@teacher.model=maverick or model@student.mo",
+    "model=maverick": "Could not override 'model'. Did you mean to override one of model@student.model, model@teacher",
     "modle@student.model=maverick": "modle is no group; allowed: cache, data, engine, experiment, model, ",
     "seed=1,2": "seed=1,2 is a sweep over seed; add --multirun to run one after the other, or give one value",
     "seed=range(0,3)": "seed=range(0,3) is a sweep over seed; add --multirun",
-    "cache=topk,threshold": "cache=topk,threshold is a sweep; add --multirun to run one after the other, or choose",
+    "cache=topk,threshold": "cache=topk,threshold is a sweep over cache; add --multirun to run one after the other, or",
     "tracking.name=a,b": "tracking.name=a,b is a sweep over tracking.name; add --multirun to run one",
     "seed=nope(1)": "'seed=nope(1)' is not an override: ",
     "-k": "-k is no flag; a key is set without dashes, k=VALUE, and --help lists the flags",
-    "--cfg=jobs": "--cfg is jobs; allowed: job, hydra, all",
-    "--cfg": "--cfg has no value; write --cfg job|hydra|all",
+    "--cfg=jobs": "argument --cfg/-c: invalid choice: 'jobs' (choose from ",
+    "--cfg": "argument --cfg/-c: expected one argument",
     "--resolve": "--resolve is given without --cfg, whose output it changes; add --cfg job",
-    "--multirun=3": "--multirun=3: --multirun takes no value",
+    "--multirun=3": "argument --multirun/-m: ignored explicit argument '3'",
     "--config-path=x": "--config-path is x; it would replace the project's own folder of values: --config-dir adds",
     "--config-name=x": "--config-name is x; no such file in ",
     "--config-dir=/nowhere": "--config-dir is /nowhere; no such folder",
-    "--experimental-rerun=x": "--experimental-rerun loads a pickle",
+    "--experimental-rerun=x": "--experimental-rerun is x; a rerun loads a pickle",
     "\u2013-multirun": "'\u2013-multirun' begins with a long dash, as documents have it; write --multirun",
     "\u2014multirun": "'\u2014multirun' begins with a long dash, as documents have it; write --multirun",
     "\ud800=1": "'\\ud800=1' is not an override: ",
@@ -196,7 +196,8 @@ def test_all_of_a_command_line_comes_at_once_in_its_order_and_nothing_twice():
         "hydra.run.dirr is no key; allowed there: dir",
         "seed is x; Value 'x' of type 'str' could not be converted to Integer",
         "cache is zip; allowed: multinomial, systematic, threshold, topk",
-        "'cache.dir=a=b' is not an override: Hydra reads = in a value as marks of its own; write 'cache.dir=\"a=b\"'",
+        "'cache.dir=a=b' is not an override: Hydra cannot read its value (mismatched input '=' expecting <EOF>); write "
+        "'cache.dir=\"a=b\"'",
         "student.optim.lrr is no key; allowed there: lr",
         "teacher.optim.lr is ${nope}; Interpolation key 'nope' not found: ${KEY} takes the value of another key, and a "
         "$ that is meant as such is written \\${",
@@ -228,8 +229,9 @@ def test_every_combination_of_a_sweep_is_checked_and_flags_may_stand_anywhere(mo
         "cache.codec.k is 300; allowed: 1 to 255"
     ]
     assert problems("-m", "job=teacher", "seed=interval(0,1)", "hydra/launcher=basic,x", "cache.queue=0") == [
-        "seed=interval(0,1): Can only enumerate CHOICE and RANGE sweeps, type is ValueType.INTERVAL_SWEEP",
-        "hydra/launcher=basic,x would sweep over Hydra's own settings; choose one",
+        "'seed=interval(0,1)' is not an override: Hydra cannot read its value (Can only enumerate CHOICE and RANGE "
+        "sweeps, type is ValueType.INTERVAL_SWEEP)",
+        "hydra/launcher=basic,x is a sweep over hydra/launcher, a setting of Hydra's own; give one value",
         "cache.queue is 0; at least 1",
     ]
     precheck(["-m", "job=teacher", "cache=glob(t*)"])
@@ -238,8 +240,13 @@ def test_every_combination_of_a_sweep_is_checked_and_flags_may_stand_anywhere(mo
 
 
 def test_flags_are_those_of_hydra():
-    spelt = {name for action in get_args_parser()._actions for name in action.option_strings}
-    assert spelt == arguments.LONG | arguments.PLAIN.keys() | arguments.VALUED.keys()
+    given = {"--cfg": "job", "--info": "all"}
+    for action in get_args_parser()._actions:
+        for name in action.option_strings:
+            value = given.get(action.option_strings[0], "x") if action.nargs != 0 else ""
+            line = arguments.split([name, value] if value else [name])
+            assert line.flags == {action.option_strings[0]: value}, name
+            assert arguments.split([f"{name}={value}"]).flags == line.flags or not value or len(name) == 2, name
 
 
 @pytest.mark.parametrize("asked", [["--help"], ["--hydra-help"], ["--version"], ["--cfg", "job"], ["--info"]])

@@ -10,7 +10,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from distill.config.errors import DataError
 from distill.config.schema import CorpusConfig, DataConfig, Source, TokenizerConfig
 from distill.data.prepare import prepare
-from distill.data.tokenizer import Tokenizer, load, train
+from distill.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 LETTERS = {"c": 0, "a": 1, "t": 2, "ca": 3, "cat": 4}
 MERGES = [("c", "a"), ("ca", "t")]
@@ -85,7 +85,7 @@ def test_a_tokenizer_with_an_unknown_token_or_all_bytes_leaves_nothing_out(model
 
 
 def test_a_byte_level_tokenizer_leaves_nothing_out_and_is_not_run_twice():
-    tokenizer = train(TokenizerConfig(vocab_size=300), [TEXT])
+    tokenizer = train_tokenizer(TokenizerConfig(vocab_size=300), [TEXT])
     assert tokenizer.unencodable(["Ω≈ç√ \0 🙃"]) == [[]]
     assert tokenizer._gaps is None
 
@@ -158,7 +158,7 @@ def test_nothing_is_cut_filled_dropped_or_added(tmp_path):
     want = Library.from_str(json.dumps(plain)).encode(texts[0]).ids
     for mark in (b"", b"\xef\xbb\xbf"):
         (tmp_path / "t.json").write_bytes(mark + json.dumps(full, indent=2).encode() + b"\n\n")
-        tokenizer = load(TokenizerConfig(file=str(tmp_path / "t.json"), bos="<s>", eos="</s>"))
+        tokenizer = load_tokenizer(TokenizerConfig(file=str(tmp_path / "t.json"), bos="<s>", eos="</s>"))
         for offsets in (True, False):
             assert {tuple(ids) for ids, _ in tokenizer.encode_batch(texts, offsets)} == {tuple(want)}
     assert len(want) == 7
@@ -167,7 +167,7 @@ def test_nothing_is_cut_filled_dropped_or_added(tmp_path):
 def test_missing_special_tokens_are_named_both_at_once_with_those_that_are_there(tmp_path):
     (tmp_path / "t.json").write_text(json.dumps(record(models.WordLevel({"a": 0}, "<unk>"))))
     with pytest.raises(DataError) as caught:
-        load(TokenizerConfig(file=str(tmp_path / "t.json")))
+        load_tokenizer(TokenizerConfig(file=str(tmp_path / "t.json")))
     bos, eos = str(caught.value).splitlines()
     for line, role, token in ((bos, "bos", "<|begin_of_text|>"), (eos, "eos", "<|end_of_text|>")):
         assert f"t.json: has no token '{token}' (data.tokenizer.{role}); name one that it has, or null" in line
@@ -177,7 +177,7 @@ def test_missing_special_tokens_are_named_both_at_once_with_those_that_are_there
 def test_a_pointer_of_git_lfs_is_no_tokenizer(tmp_path):
     (tmp_path / "t.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
     with pytest.raises(DataError, match=r"t\.json; is a pointer of Git LFS"):
-        load(TokenizerConfig(file=str(tmp_path / "t.json")))
+        load_tokenizer(TokenizerConfig(file=str(tmp_path / "t.json")))
 
 
 def test_an_added_token_with_the_id_of_a_word_is_refused():
@@ -189,7 +189,7 @@ def test_added_tokens_and_holes_decide_the_size_of_the_vocabulary(tmp_path):
     data = record(models.WordLevel({"cat": 0, "far": 50}, "<unk>"))
     (tmp_path / "t.json").write_text(json.dumps(data))
     ids = Library.from_str(json.dumps(data)).get_vocab().values()
-    tokenizer = load(TokenizerConfig(file=str(tmp_path / "t.json"), bos="<s>", eos="</s>"))
+    tokenizer = load_tokenizer(TokenizerConfig(file=str(tmp_path / "t.json"), bos="<s>", eos="</s>"))
     assert tokenizer.vocab_size == max(ids) + 1 == 51
     (tmp_path / "a.txt").write_text("cat " * 20)
     config = DataConfig(

@@ -24,7 +24,7 @@ from distill.data import digits, packed
 from distill.data import tile_store as tiles
 from distill.data.join import Joiner
 from distill.data.prepare import prepare
-from distill.data.tokenizer import train
+from distill.data.tokenizer import train_tokenizer
 from distill.model.images import Images
 from tests.image_corpus import MARKER, SIDE, P, parquet, pgm, prepared, rows
 
@@ -292,10 +292,10 @@ def test_ids_of_a_trained_tokenizer_are_known(tmp_path):
 
 def test_a_given_tokenizer_needs_the_tokens_of_images(tmp_path):
     corpus = parquet(tmp_path / "a.parquet", rows())
-    train(TokenizerConfig(vocab_size=290), ["words"] * 5).save(tmp_path / "text.json")
+    train_tokenizer(TokenizerConfig(vocab_size=290), ["words"] * 5).save(tmp_path / "text.json")
     with pytest.raises(DataError, match=r"text\.json: has no <\|image_start\|>, .*<\|patch\|>; a corpus with images"):
         prepared(tmp_path, corpus, 16, file=str(tmp_path / "text.json"))
-    own = train(TokenizerConfig(vocab_size=290), ["words"] * 5, images=True)
+    own = train_tokenizer(TokenizerConfig(vocab_size=290), ["words"] * 5, images=True)
     own.save(tmp_path / "own.json")
     assert prepared(tmp_path, corpus, 16, file=str(tmp_path / "own.json")).tokenizer.digest == own.digest
 

@@ -145,7 +145,7 @@ def test_released_lengths_and_names():
 # ------------------------------------------------------------ files
 
 
-def grey16() -> Image.Image:
+def gray16() -> Image.Image:
     return Image.fromarray(np.array([[0, 255, 256, 65535]], np.uint16))
 
 
@@ -168,7 +168,7 @@ WHITE = (255, 255, 255)
     [
         (file([[0, 7, 255]]), [(0, 0, 0), (7, 7, 7), WHITE]),
         (file(Image.fromarray(np.array([[False, True]]))), [(0, 0, 0), WHITE]),
-        (file(grey16()), [(0, 0, 0), (0, 0, 0), (1, 1, 1), WHITE]),
+        (file(gray16()), [(0, 0, 0), (0, 0, 0), (1, 1, 1), WHITE]),
         # Alpha over white: 0 hides, 255 shows, 51 is a fifth.
         (file(rgba((9, 8, 7, 255), (9, 8, 7, 0), (0, 255, 100, 51))), [(9, 8, 7), WHITE, (204, 255, 224)]),
         (file(rgba((50, 50, 50, 255), (0, 0, 0, 0)).convert("LA")), [(50, 50, 50), WHITE]),

@@ -12,7 +12,8 @@ import torch
 from distill.cache import CacheHeader, CacheReader, CacheWriter, ReadResult, SoftTargets, make_codec
 from distill.config.errors import CacheError
 from distill.config.schema import CodecConfig, CorpusConfig, DataConfig, OnMissing, Source, TokenizerConfig
-from distill.data.join import Joiner, Prefetch, check_cache
+from distill.data.join import Joiner, check_cache
+from distill.data.prefetch import Prefetch
 from distill.data.prepare import prepare
 from tests.cli import PATIENCE
 

@@ -18,7 +18,7 @@ from distill.config.errors import DataError
 from distill.config.schema import CorpusConfig, DataConfig, Source, TokenizerConfig
 from distill.data import packed
 from distill.data.prepare import prepare
-from distill.data.tokenizer import train
+from distill.data.tokenizer import train_tokenizer
 
 S = 16
 
@@ -172,7 +172,7 @@ def test_a_second_time_it_is_found(tmp_path, monkeypatch):
     config = corpus_file(tmp_path / "a.jsonl", texts(60))
     first = prepared(tmp_path / "data", config)
     monkeypatch.setattr("distill.data.prepare.pack", lambda *args: pytest.fail("packed again"))
-    monkeypatch.setattr("distill.data.tokenizer.train", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr("distill.data.prepare.train_tokenizer", lambda *args: pytest.fail("trained again"))
     began = time.perf_counter()
     second = prepared(tmp_path / "data", config)
     assert time.perf_counter() - began < 1
@@ -195,7 +195,7 @@ def test_what_decides_the_content_decides_the_folder(tmp_path):
 
 def test_a_given_tokenizer_is_taken_and_a_too_large_one_refused(tmp_path):
     config = corpus_file(tmp_path / "a.jsonl", texts(60))
-    own = train(TokenizerConfig(vocab_size=290), ["own words"] * 9 + texts(60, seed=1))
+    own = train_tokenizer(TokenizerConfig(vocab_size=290), ["own words"] * 9 + texts(60, seed=1))
     own.save(tmp_path / "own.json")
     data = DataConfig({"main": config}, TokenizerConfig(str(tmp_path / "own.json")), sample_tokens=S)
     assert prepare(data, tmp_path / "data", own.vocab_size + 1000).tokenizer.digest == own.digest

@@ -294,6 +294,7 @@ def test_what_transformers_does_not_read_changes_nothing():
         ({"use_qk_norm": "yes"}, "use_qk_norm is 'yes'; it must be true or false"),
         ({"attention_chunk_size": 0}, "attention_chunk_size is 0; at least 1"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0; at least 1"),
+        ({"num_hidden_layers": 10**14}, "num_hidden_layers is 100000000000000; at most 10000"),  # no list is that long
         ({"interleave_moe_layer_step": -1}, "interleave_moe_layer_step is -1; at least 0"),
         ({"rope_scaling": "llama3"}, "rope_scaling is 'llama3'; it must be an object or null"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling.rope_type is 'yarn'; allowed: 'default', 'llama3'"),

@@ -20,7 +20,7 @@ from distill.config.schema import (
     WeightingConfig,
 )
 from distill.data.join import check_cache
-from distill.data.tokenizer import load, train
+from distill.data.tokenizer import load_tokenizer, train_tokenizer
 from losses import mixed_loss
 from student.distilling import StudentRecipe
 from tests.unit.test_student_distilling import ALONE, alphas, batch
@@ -89,7 +89,7 @@ class StubCorpus:
 
 @pytest.fixture(scope="module")
 def own():
-    return train(TokenizerConfig(vocab_size=280), ["the cat sat on the mat"] * 9)
+    return train_tokenizer(TokenizerConfig(vocab_size=280), ["the cat sat on the mat"] * 9)
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def changed(own, tmp_path, change):
     record = json.loads((tmp_path / "changed.json").read_text())
     change(record)
     (tmp_path / "changed.json").write_text(json.dumps(record))
-    return load(TokenizerConfig(), tmp_path / "changed.json")
+    return load_tokenizer(TokenizerConfig(), tmp_path / "changed.json")
 
 
 def added(record):

@@ -1,4 +1,4 @@
-"""The face that all codecs share."""
+"""The interface of codecs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from distill.cache.targets import Atoms
 from distill.config.schema import CodecConfig
 
 _CPU_CHUNK = 2**22
-"""Numbers at one time. Their memory (16 MiB) is used again; a larger block would be paged in anew each time, at three
-times the cost of computing it."""
+"""Probabilities computed at one time on a CPU. Their memory (16 MiB) is used again; a larger block would be paged in
+anew each time, at three times the cost of computing it."""
 
 
 class Selection(NamedTuple):
-    """What is taken out of dense distributions of T tokens."""
+    """Atoms and entropies of dense distributions of T tokens."""
 
     atoms: Atoms
     entropy_T: Tensor
@@ -33,9 +33,9 @@ class Codec(ABC):
     has_rest: bool = False
     """Atoms keep the mass outside of them, `rest_T`."""
     total: int = 0
-    """What the codes of a token add up to; 0: to nothing in particular."""
+    """Sum of the codes of any token; 0: there is no fixed sum."""
     max_atoms: int
-    """Of a token."""
+    """Most atoms of a token."""
     max_code: int
     """Codes of atoms are 0 to `max_code`."""
 
@@ -65,7 +65,7 @@ class Codec(ABC):
     def select_probs(
         self, probs_TV: Tensor, logprobs_TV: Tensor, *, seed: int, sample_ids_T: Tensor, positions_T: Tensor
     ) -> Selection:
-        """`select` for whoever has probabilities and their logarithms at hand; they are left as they are."""
+        """`select` from probabilities and their logarithms, which are not changed."""
         entropy_T = probs_TV.new_empty(len(probs_TV), dtype=torch.float32)
         least = torch.finfo(logprobs_TV.dtype).min
         for rows in _chunks(probs_TV):
@@ -83,7 +83,7 @@ class Codec(ABC):
 
     def decode(self, atoms: Atoms) -> tuple[Tensor, Tensor]:
         """ids int64 [T, K] and probabilities float32 [T, K], zero where padded; on the CPU."""
-        from distill.cache.coder import pad  # compiled; selecting on a GPU needs none of it
+        from distill.cache.coder import pad  # loads numba, which selection on a GPU does not need
 
         counts_T = atoms.counts_T
         width = max(int(counts_T.max()) if len(counts_T) else 0, 1)
@@ -94,7 +94,7 @@ class Codec(ABC):
 
 
 def _chunks(rows_TV: Tensor) -> list[slice]:
-    """Of rows, at least one."""
+    """Slices of rows that are computed at one time; at least one."""
     tokens, vocab = rows_TV.shape
     size = max(1, _CPU_CHUNK // vocab) if rows_TV.device.type == "cpu" else max(tokens, 1)
     return [slice(t, t + size) for t in range(0, max(tokens, 1), size)]

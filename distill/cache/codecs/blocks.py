@@ -1,7 +1,7 @@
 """Finding ids by cumulative probability without a cumulative sum over the vocabulary.
 
 Probabilities are summed in blocks; the running sum (fp64, so that no small probability is lost in a large sum) goes
-over blocks only, and a block is looked into only where a draw falls. That is one cheap pass over T x V.
+over blocks only, and ids within a block are summed only where a draw falls. That is one cheap pass over T x V.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def locate(p_TV: Tensor, block: Tensor, within: Tensor) -> Tensor:
     Never an id without mass, as long as the block has some.
     """
     if p_TV.device.type == "cpu":
-        from distill.cache.codecs import compiled  # a GPU needs none of it
+        from distill.cache.codecs import compiled  # loads numba, which a GPU does not need
 
-        found = torch.empty_like(block)
-        compiled.locate(p_TV.view(-1).numpy(), WIDTH, block.numpy(), within.numpy(), found.numpy())
-        return found
+        indices = torch.empty_like(block)
+        compiled.locate(p_TV.view(-1).numpy(), WIDTH, block.numpy(), within.numpy(), indices.numpy())
+        return indices
     return locate_by_sums(p_TV, block, within)
 
 

@@ -38,12 +38,12 @@ def draw(p_TV, mass_TB, points_TN, width, counts_T, ids_N, codes_N):  # type: ig
     """
     tokens, blocks = mass_TB.shape
     p_N = p_TV.reshape(-1)
-    found = 0
+    atoms = 0
     for t in range(tokens):
         if not mass_TB[t, blocks - 1] > 0:
             continue
         row = t * p_TV.shape[1]
-        first, block, last = found, 0, -1
+        first, block, last = atoms, 0, -1
         at, mass, place = row, 0.0, row
         for n in range(points_TN.shape[1]):
             point = points_TN[t, n]
@@ -54,10 +54,10 @@ def draw(p_TV, mass_TB, points_TN, width, counts_T, ids_N, codes_N):  # type: ig
                 last, at, mass, place = block, start, 0.0, start
             before = mass_TB[t, block - 1] if block else 0.0
             at, mass, place = _walk(p_N, at, start + width, point - before, mass, place)
-            if found > first and ids_N[found - 1] == place - row:
-                codes_N[found - 1] += 1
+            if atoms > first and ids_N[atoms - 1] == place - row:
+                codes_N[atoms - 1] += 1
             else:
-                ids_N[found], codes_N[found] = np.int32(place - row), 1
-                found += 1
-        counts_T[t] = found - first
-    return found
+                ids_N[atoms], codes_N[atoms] = np.int32(place - row), 1
+                atoms += 1
+        counts_T[t] = atoms - first
+    return atoms

@@ -52,14 +52,14 @@ class Systematic(_Drawn):
 
 
 def _compiled(p_TV: Tensor, mass_TB: Tensor, points_TN: Tensor) -> Atoms:
-    from distill.cache.codecs import compiled  # a GPU needs none of it
+    from distill.cache.codecs import compiled  # loads numba, which a GPU does not need
 
     counts_T = torch.zeros(len(p_TV), dtype=torch.int32)
     ids_N, codes_N = (torch.empty(points_TN.numel(), dtype=torch.int32) for _ in range(2))
-    found = compiled.draw(
+    atoms = compiled.draw(
         p_TV.numpy(), mass_TB.numpy(), points_TN.numpy(), blocks.WIDTH, counts_T.numpy(), ids_N.numpy(), codes_N.numpy()
     )
-    return Atoms(counts_T, ids_N[:found].clone(), codes_N[:found].clone(), torch.empty(0, dtype=torch.uint8))
+    return Atoms(counts_T, ids_N[:atoms].clone(), codes_N[:atoms].clone(), torch.empty(0, dtype=torch.uint8))
 
 
 def by_tensors(p_TV: Tensor, mass_TB: Tensor, points_TN: Tensor) -> Atoms:

@@ -1,11 +1,11 @@
-"""Keep what is large exactly, sample what is small.
+"""A codec that keeps large probabilities and samples small ones.
 
 Every p >= tau is kept, in a byte whose rounding is unbiased (code 1 + level). Every smaller p is kept with probability
 p / tau at weight tau (code 0), by systematic sampling: on the running mass of the small ids in units of tau, one
 uniform offset u per token marks the points u, u + 1, u + 2, ...; an id is kept where a point falls into its interval.
 Each interval is shorter than 1, so no id is kept twice, and the number of tail atoms is within one of tail mass / tau.
 Of all unbiased codecs with that average number of atoms this has the least expected squared error; counted in bytes,
-`systematic` has less: precise heads cost more than they bring.
+`systematic` has less, because the precision of heads costs more than it saves.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ ANYWHERE = frozenset((_WRITTEN_EVERYWHERE + _HOW_TO_GENERATE + " " + _MARKS_OF_T
 class Fields:
     """One object of a parsed `config.json`.
 
-    A value that is missing or malformed is noted and replaced by 1, so that all faults of a file are found at once.
+    A value that is missing or malformed is noted and replaced by 1, so that all faults of a file are named at once.
 
     Args:
         where: what messages put before a key, such as `config.json: text_config.`.

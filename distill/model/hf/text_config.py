@@ -72,9 +72,9 @@ def config_from_json(data: dict[str, Any], file: str = "config.json", vision: bo
         _common(top)
         config = _text(_part(top, "text_config"))
         if vision:
-            seen = vision_config.from_fields(_part(top, "vision_config"))
-            seen = dataclasses.replace(seen, image_token_id=top.number("image_token_index"))
-            config = dataclasses.replace(config, vision=seen)
+            tower = vision_config.from_fields(_part(top, "vision_config"))
+            tower = dataclasses.replace(tower, image_token_id=top.number("image_token_index"))
+            config = dataclasses.replace(config, vision=tower)
         top.rest(_INERT_ABOVE | _IMAGE_TOKENS.keys() | {"vision_config", "image_token_index"})
     if problems:
         raise CheckpointError("\n".join(problems))
@@ -92,12 +92,12 @@ def _part(top: Fields, key: str) -> Fields:
     value = top.get(key)
     if not isinstance(value, dict):
         top.fault(key, "is missing" if value is None else f"is {value!r}; it must be an object")
-        return Fields({}, f"{top.where}{key}.", [])  # that it is not there is all that need be said
+        return Fields({}, f"{top.where}{key}.", [])  # faults of what is missing are not noted
     return Fields(value, f"{top.where}{key}.", top.problems)
 
 
 def _common(fields: Fields) -> None:
-    """What may stand beside or inside text_config."""
+    """Keys that files have beside text_config or inside it."""
     fields.only("tie_word_embeddings", False)
     quantization = fields.get("quantization_config")
     if not quantization:
@@ -125,7 +125,9 @@ def _text(text: Fields) -> ModelConfig:
         kv_heads=text.number("num_key_value_heads", null=True) or sizes["heads"],
         head_dim=text.number("head_dim", null=True) or sizes["hidden_size"] // max(sizes["heads"], 1),
         moe_step=text.number("interleave_moe_layer_step", 1),
+        moe_layers=text.integers("moe_layers"),
         nope_step=text.number("no_rope_layer_interval", 4),
+        rope_layers=[bool(rotates) for rotates in text.integers("no_rope_layers") or []] or None,
         # Absent, it is what both transformers and the released files have; only a written null is "no chunks".
         chunk_size=text.number("attention_chunk_size", 8192, null=True),
         qk_norm=text.truth("use_qk_norm", True),
@@ -140,16 +142,18 @@ def _text(text: Fields) -> ModelConfig:
         eos_ids=[token for token in eos or [] if token is not None],
         pad_id=text.number("pad_token_id", None),
     )
-    moe, rotates = text.integers("moe_layers"), [bool(r) for r in text.integers("no_rope_layers") or []]
-    config = dataclasses.replace(  # a list that repeats what the steps give is left out
-        config,
-        moe_layers=None if moe == moe_layers(config) else moe,
-        rope_layers=None if rotates == rope_layers(config) else rotates or None,
-    )
     text.check(config, model_rules, _KEYS)
-    kinds = ["chunked_attention" if rotates else "full_attention" for rotates in rope_layers(config)]
-    if text.get("layer_types") not in (None, kinds) and text.sound:
-        text.fault("layer_types", "disagrees with no_rope_layers; only chunked RoPE and full NoPE layers exist")
+    types = text.get("layer_types")
+    if text.sound:
+        kinds = ["chunked_attention" if rotates else "full_attention" for rotates in rope_layers(config)]
+        if types not in (None, kinds):
+            text.fault("layer_types", "disagrees with no_rope_layers; only chunked RoPE and full NoPE layers exist")
+        derived = dataclasses.replace(config, moe_layers=None, rope_layers=None)
+        config = dataclasses.replace(  # a list that repeats what the steps give is left out
+            config,
+            moe_layers=None if moe_layers(config) == moe_layers(derived) else config.moe_layers,
+            rope_layers=None if rope_layers(config) == rope_layers(derived) else config.rope_layers,
+        )
     text.rest(_INERT)
     return config
 
@@ -159,7 +163,7 @@ def _warn_about_old_scout(config: ModelConfig, file: str) -> None:
     scout = (config.hidden_size, config.layers, config.experts) == (5120, 48, 16)
     if scout and scaling is not None and (scaling.factor, scaling.high_freq_factor) == (8.0, 4.0):
         warnings.warn(
-            f"{file}: RoPE scaling 8 / 4 is what Scout was first shipped with by mistake; the corrected files say "
+            f"{file}: RoPE scaling 8 / 4 is what Scout was first shipped with by mistake; the corrected files have "
             "16 / 1. The file is followed.",
             stacklevel=3,
         )

@@ -64,7 +64,7 @@ def misfits(config: VisionConfig) -> Iterator[str]:
     """A sentence for each number that the format cannot hold."""
     yield from vision_rules(config, "", lambda name: _NAMES.get(name, name))
     if config.norm_eps != _INERT["norm_eps"]:
-        yield f"norm_eps is {config.norm_eps}; transformers computes with {_INERT['norm_eps']} whatever the file says"
+        yield f"norm_eps is {config.norm_eps}; transformers computes with {_INERT['norm_eps']}, not with the file's"
 
 
 def to_json(config: VisionConfig) -> dict[str, Any]:
