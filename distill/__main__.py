@@ -36,9 +36,8 @@ def compose_and_run(cfg: DictConfig) -> None:
     try:
         run_job(load(cfg))
     except (UserError, OSError) as error:
-        # Here, not only in main: on its way there Hydra would print the whole command line.
-        sys.exit(_told(error))
-    except Exception:  # a mistake of ours; what reaches main is Hydra's, and a mistake of the command line
+        sys.exit(_printed(error))  # not raised: Hydra would print the whole command line
+    except Exception:  # a fault of the program; what reaches main is Hydra's, and a fault of the command line
         sys.excepthook(*sys.exc_info())
         sys.exit(1)
     finally:
@@ -57,17 +56,17 @@ def run_job(config: RunConfig) -> None:
     if alone and refusal is not None:
         raise refusal
     stop.check()
-    # Of a sweep before its first job alone: loaded, torch looks no more.
-    if alone and "torch" not in sys.modules and (told := cores.settle(config.engine.threads)):
-        print(told, file=sys.stderr)
-    # Imported only now: a wrong configuration must be told before torch and DeepSpeed are loaded.
+    # Before the first job of a sweep alone: torch reads the number of threads when it is loaded.
+    if alone and "torch" not in sys.modules and (message := cores.settle(config.engine.threads)):
+        print(message, file=sys.stderr)
+    # Imported only now: problems of a configuration are printed before torch and DeepSpeed are loaded.
     from distill.engine import dist
 
     ranks = dist.start(config.engine)
     # Each rank composes its own time stamp; the main rank's folder is the run's.
     refusal, folder = ranks.from_main((refusal, folder))
     if refusal is not None:
-        ranks.barrier()  # all have it before the first one leaves
+        ranks.barrier()  # no rank ends before all have received it
         raise refusal
     try:
         stop.check()
@@ -79,26 +78,26 @@ def run_job(config: RunConfig) -> None:
     except Exception:
         if alone or (number := stop.asked()) is None:
             raise
-        # Another rank has stopped first, and what this one was waiting for will not come.
+        # Another rank has stopped first, and this one waited for it in vain.
         sys.exit(stop.EXIT_CODES[number])
 
 
 def _remains(job: Job, folder: Path) -> str:
-    """What there is to go on from, in a sentence."""
+    """A sentence about the checkpoint, or other work, that the run can go on from."""
     from distill.engine import checkpoint
 
     again = f"the same command with hydra.run.dir={folder} resume=true"
     if not (folder / "config.yaml").exists():
         return "nothing was begun; the same command starts it"
     places = [folder / "checkpoints", *(folder / "arms").glob("*/checkpoints")]
-    found = [newest for place in places if (newest := checkpoint.last(place)) is not None]
-    if found:
-        return f"{max(found, key=lambda path: path.stat().st_mtime)} remains; {again} goes on from it"
+    newest = [last for place in places if (last := checkpoint.last(place)) is not None]
+    if newest:
+        return f"{max(newest, key=lambda path: path.stat().st_mtime)} remains; {again} goes on from it"
     return job.remains.format(again=again)
 
 
 def main() -> int:
-    """The error's exit code and one line per fault for what a person can mend; tracebacks are for our own mistakes."""
+    """Returns the exit code; a problem that a user can remedy is one line, a fault of the program a traceback."""
     with console.spared(), stop.signals():
         try:
             return _main()
@@ -107,17 +106,17 @@ def main() -> int:
             return stopped.exit_code
         finally:
             owner.release_all()
-            gc.freeze()  # else Python goes through all that torch and DeepSpeed have made once more, for seconds
+            gc.freeze()  # else Python collects the garbage of torch and DeepSpeed once more, for seconds
 
 
 def _main() -> int:
-    if "--version" in sys.argv[1:]:  # Hydra would print its own
-        print(f"codistill {__version__}")
-        return 0
     try:
         sys.argv[1:] = precheck(sys.argv[1:])
     except UserError as error:
-        return _told(error)
+        return _printed(error)
+    if "--version" in sys.argv[1:]:  # Hydra would print its own
+        print(f"codistill {__version__}")
+        return 0
     stop.check()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints what it raises
     with contextlib.ExitStack() as stack:
@@ -128,17 +127,17 @@ def _main() -> int:
         try:
             compose_and_run()
         except OSError as error:  # Hydra makes the run folder before it calls us
-            return _told(error)
+            return _printed(error)
         except Exception as error:
-            return _told(ConfigError(sentence(error)))
+            return _printed(ConfigError(sentence(error)))
     return 0
 
 
-def _told(error: UserError | OSError) -> int:
+def _printed(error: UserError | OSError) -> int:
     if isinstance(error, OSError) and not has_remedy(error):
         raise error
     if isinstance(error, DivergenceError) and int(os.environ.get("RANK", "0")) > 0:
-        return error.exit_code  # raised on all ranks alike, and told by the main one
+        return error.exit_code  # raised on all ranks alike, and printed by the main one
     text = str(error)
     if isinstance(error, OSError) and error.filename:
         text = f"{error.filename}: {error.strerror}"

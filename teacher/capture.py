@@ -33,7 +33,7 @@ class MicroTargets(NamedTuple):
     """Atoms and entropies of the head's chunks, in order."""
 
 
-class _Waiting(NamedTuple):
+class _StepTargets(NamedTuple):
     """Targets of one micro-batch, on the CPU."""
 
     batch: Batch
@@ -75,7 +75,7 @@ class Capture:
         self.puts = 0
         self.watch = watch
         self.broken: int | None = None
-        self._held: list[_Waiting] = []
+        self._held: list[_StepTargets] = []
 
     def selector(self, batch: Batch) -> Select:
         """Selects the targets of one micro-batch, chunk by chunk of its pass over the head."""
@@ -109,7 +109,7 @@ class Capture:
         atoms = Atoms.cat([part.atoms for part in selections]).cpu()
         entropy_T = torch.cat([part.entropy_T for part in selections]).cpu()
         seen = step * self.tokens_per_step if tokens_seen is None else tokens_seen
-        held = _Waiting(batch, atoms, hard_T.cpu(), entropy_T, batch.valid_BS.flatten().cpu(), step, seen)
+        held = _StepTargets(batch, atoms, hard_T.cpu(), entropy_T, batch.valid_BS.flatten().cpu(), step, seen)
         finite_T = held.hard_T.isfinite() & held.entropy_T.isfinite()
         if self._held and self._held[0].step != step:
             self._release()
@@ -130,7 +130,7 @@ class Capture:
         for targets in held:
             self._write(targets)
 
-    def _write(self, targets: _Waiting) -> None:
+    def _write(self, targets: _StepTargets) -> None:
         batch = targets.batch
         for corpus, writer in enumerate(self.writers):
             rows_B = torch.as_tensor(batch.corpus_B == corpus)

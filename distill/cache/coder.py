@@ -124,6 +124,28 @@ def _put_byte(out, at, low, width, raw, bit, model, value):
     return at, low, width, _raw(raw, bit, value, 3)
 
 
+@njit
+def _finish(out, at, low, width, raw, bit):
+    """Ends a record: the fewest bytes that fix a number in [low, low + width) whatever follows, then the raw bits."""
+    shift = 24
+    while True:
+        free = (np.int64(1) << shift) - 1
+        value = (low + free) & ~free
+        if value + free < low + width:
+            break
+        shift -= 8
+    if value >> 32:
+        value = _carry(out, at, value)
+    for place in range(24, shift - 1, -8):
+        out[at] = (value >> place) & 255
+        at += 1
+    size = (bit + 7) >> 3
+    for i in range(size):
+        out[at + i] = raw[size - 1 - i]
+        raw[size - 1 - i] = 0
+    return at + size
+
+
 @compiled
 def encode(
     valid_T, label_T, entropy_T, counts_T, ids_N, codes_N, rest_T, rank_of_id, implied, sample_tokens, models0, out, raw
@@ -180,24 +202,7 @@ def encode(
                 if values[i] == 0:
                     ahead = False
                 last = rank
-        # The fewest bytes after which whatever follows stays within [low, low + width).
-        shift = 24
-        while True:
-            free = (np.int64(1) << shift) - 1
-            value = (low + free) & ~free
-            if value + free < low + width:
-                break
-            shift -= 8
-        if value >> 32:
-            value = _carry(out, at, value)
-        for place in range(24, shift - 1, -8):
-            out[at] = (value >> place) & 255
-            at += 1
-        size = (bit + 7) >> 3
-        for i in range(size):
-            out[at + i] = raw[size - 1 - i]
-            raw[size - 1 - i] = 0
-        at += size
+        at = _finish(out, at, low, width, raw, bit)
         ends[sample] = at
     return ends, kept
 

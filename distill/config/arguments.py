@@ -50,13 +50,13 @@ class CommandLine:
     problems: list[str] = field(default_factory=list)
 
     @property
-    def asks(self) -> bool:
-        """A help text is asked for, which takes no configuration."""
+    def only_helps(self) -> bool:
+        """Hydra prints a help text, which takes no configuration."""
         return any(flag in self.flags for flag in SHOWN)
 
     @property
-    def shows(self) -> bool:
-        """The configuration is to be printed, for which it need not be complete."""
+    def only_prints(self) -> bool:
+        """Hydra prints the configuration, which need not be complete for that."""
         return "--cfg" in self.flags or "--info" in self.flags
 
     @property

@@ -275,7 +275,7 @@ def vision_problems(key: str, vision: VisionConfig | None, images: ImageConfig, 
 def _needle(key: str, corpus: CorpusConfig) -> Iterator[str]:
     n = corpus.needle
     if corpus.max_documents is None:
-        yield f"{key}.max_documents is null; source=needle makes as many documents as it says"
+        yield f"{key}.max_documents is null; source=needle makes so many documents"
     yield from _at_least(f"{key}.needle.longest", n.longest, n.shortest)
 
 

@@ -1,19 +1,19 @@
-"""The kinds of error that people, not programmers, can cause or mend.
+"""Errors that a user can cause and remedy, by kind.
 
-Each message names the key or file, the value found and what is allowed. `__main__` prints them
-without a traceback and exits with their code; our own invariants use `assert` instead.
+Each message names the key or file, the value, and what is allowed. `__main__` prints it without a traceback and exits
+with the error's code; invariants of the program itself use `assert`.
 """
 
 
 class UserError(Exception):
-    """Base of everything that a person can mend."""
+    """Base of all errors that a user can remedy."""
 
     exit_code = 2
     """Of the process that ends with it."""
 
 
 class ConfigError(UserError):
-    """A configuration that cannot run; holds every problem found, not only the first."""
+    """A configuration that cannot run; holds every problem, not only the first."""
 
     def __init__(self, *problems: str):
         self.problems = list(problems)
@@ -33,6 +33,6 @@ class CheckpointError(UserError):
 
 
 class DivergenceError(UserError):
-    """A loss, gradient or weight that is not finite: going on would only spoil what is good."""
+    """A loss, gradient or weight that is not finite: going on would overwrite good checkpoints with worse ones."""
 
     exit_code = 3

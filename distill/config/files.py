@@ -32,7 +32,7 @@ def has_remedy(error: OSError) -> bool:
 
 
 def reason(error: Exception) -> str:
-    """What the system says, without what pyarrow puts around it."""
+    """The system's own text of an error, without what pyarrow puts around it."""
     if not isinstance(error, OSError) or not error.errno:
         return str(error)
     text = error.strerror or ""

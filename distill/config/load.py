@@ -51,7 +51,7 @@ alone, and what its other combinations break is refused when their turn comes.""
 
 
 def load(cfg: DictConfig) -> RunConfig:
-    """A composed configuration as typed objects; raises ConfigError with every problem found."""
+    """A composed configuration as typed objects; ConfigError with every problem."""
     problems, run = _load(cfg)
     if problems or run is None:
         raise ConfigError(*problems)
@@ -68,7 +68,7 @@ def precheck(arguments: list[str]) -> list[str]:
         The same as Hydra takes them: flags first, one spelling.
     """
     line = split(spelt(arguments))
-    if line.asks and not line.problems:
+    if line.only_helps and not line.problems:
         return line.arguments
     own = line.flags.get("--config-dir", "")
     with _hydra([Path(own).absolute()] if Path(own).is_dir() and own else []) as hydra:
@@ -79,7 +79,7 @@ def precheck(arguments: list[str]) -> list[str]:
 
 
 def resolve(overrides: list[str], config_dir: str | None = None) -> RunConfig:
-    """The configuration that a command line of overrides stands for, Hydra not started; ConfigError as precheck."""
+    """The configuration of a command line of overrides, without starting Hydra; ConfigError as precheck."""
     precheck([*([f"--config-dir={config_dir}"] if config_dir else []), *overrides])
     with _hydra([Path(config_dir).absolute()] if config_dir else []) as hydra:
         return load(_compose(hydra, "config", spelt(overrides)))
@@ -113,7 +113,7 @@ def _problems(line: CommandLine, hydra: Hydra) -> list[str]:
     for overrides in itertools.islice(_combinations(line.overrides, refused, loader), MOST_COMBINATIONS):
         for problem in _composed_problems(hydra, name, overrides, where, line):
             key = problem.split(" ", 1)[0].rstrip(":")
-            if key not in named and not (line.shows and problem.startswith(f"{key} has no value;")):
+            if key not in named and not (line.only_prints and problem.startswith(f"{key} has no value;")):
                 problems.append(problem)
     return problems
 
@@ -216,7 +216,7 @@ def _load(cfg: DictConfig) -> tuple[list[str], RunConfig | None]:
     if problems:
         return problems, None
     try:
-        # Merged again onto the schema: Hydra's `+` may have added keys that only this refuses.
+        # Merged again onto the schema, which refuses keys that Hydra's `+` may have added.
         typed = OmegaConf.merge(schema(), plain)
         problems = unresolved(typed, missing=True)
         if problems:
@@ -255,7 +255,7 @@ def _folder(cfg: DictConfig, swept: bool) -> Iterator[str]:
         return
     try:
         value = str(part.dir)
-    except OmegaConfBaseException:  # a key that it names has no value, which is told
+    except OmegaConfBaseException:  # a key that it refers to has no value, which is a problem of that key
         return
     if not value.strip():
         yield f"{key} is empty; give it a folder, or leave it out for one of its own"

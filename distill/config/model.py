@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import Enum
 from typing import Any
 
+from distill.config.immutable import frozen
 from distill.config.ranges import Count, Every, Id, Ids, Layers, Natural, NotNegative, Positive, Size
 
 MISSING: Any = "???"
@@ -18,7 +19,7 @@ class Parametrization(Enum):
     transfer = "transfer"
 
 
-@dataclass
+@frozen
 class RopeScaling:
     """llama3 frequency scaling; low == high is a hard step without a smooth band."""
 
@@ -28,7 +29,7 @@ class RopeScaling:
     original_positions: Count = 8192
 
 
-@dataclass
+@frozen
 class VisionConfig:
     """The vision tower, its adapter and the projector into the text model; defaults are the released values.
 
@@ -60,7 +61,7 @@ class VisionConfig:
         return (self.tile_size // self.patch_size // self.shuffle) ** 2
 
 
-@dataclass
+@frozen
 class BaseSizes:
     """Sizes of the model for which learning rate and `init_std` were chosen (parametrization=transfer)."""
 
@@ -70,7 +71,7 @@ class BaseSizes:
     dense_hidden: Size = 256
 
 
-@dataclass
+@frozen
 class ModelConfig:
     """One Transformer of the Llama 4 family: teacher and student differ only in these numbers.
 

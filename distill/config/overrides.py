@@ -1,6 +1,6 @@
 """Each override of a command line alone: is it one, does its key exist, does the key take the value?
 
-Where shell or Hydra take a value for something else than was meant, the problem has the spelling that works.
+Where a shell or Hydra reads a value as something else, the problem gives the spelling that works.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _choice(
 
 
 def _sweep(text: str, key: str, swept: bool) -> str | None:
-    """A comma outside of brackets and quotes is a sweep; is one meant?"""
+    """A problem of a comma outside of brackets and quotes, which is a sweep to Hydra."""
     raw, kind = text.partition("=")[2], kind_of(key)
     hydras = key.partition("/")[0].partition(".")[0] == "hydra"
     spelling = right(key, raw) if kind is str or typing.get_origin(kind) is list else None
@@ -112,7 +112,7 @@ def _sweep(text: str, key: str, swept: bool) -> str | None:
 
 
 def _wrong(key: str, value: Any, raw: str) -> str | None:
-    """A sentence about a value that its key cannot take, or takes for something else than was written."""
+    """A sentence about a value that its key cannot take, or that Hydra reads as another one."""
     kind = kind_of(key)
     if isinstance(value, str) and "${" in value:
         return None  # checked when all is composed
@@ -163,7 +163,7 @@ def _unparsed(text: str, repository: IConfigRepository, error: Exception) -> str
 
 
 def _completed(text: str, repository: IConfigRepository) -> str:
-    """What may be meant by an override without `KEY=`."""
+    """A likely override for a word without `KEY=`."""
     if text in JOBS.names:
         return f"job={text}"
     for group in ("experiment", "cache", "data"):

@@ -5,7 +5,7 @@ it ends; a clean end removes the file, too. It is flock and not a POSIX lock, si
 in the process closes the file; a child that is forked without an exec gives up its share.
 
 Where the file system has no locks, the owner is the process that the file names, by its number and start time on the
-same host. Where locks do not reach other hosts, a person has to judge a file that another host left.
+same host. Where locks do not reach other hosts, a file that another host left is for the user to remove.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class _Owner:
     boot: str
     """Names the running kernel: containers of one host share it, and its locks."""
     pids: str
-    """Names the set of processes in which `pid` means something."""
+    """Names the set of processes that `pid` is a number of."""
     started: str | None
     """When the process was started, by its kernel's clock."""
 
@@ -127,7 +127,7 @@ def _own(lock: Path, key: str, folder: Path, job: str, above: list[Path], below:
         return
 
     def look_around() -> None:
-        for other in (*above, *(found for pattern in below for found in folder.glob(pattern))):
+        for other in (*above, *(path for pattern in below for path in folder.glob(pattern))):
             if other not in _held and other.exists() and (owner := _owner(other)) is not None:
                 where = "above" if other in above else "below"
                 raise ConfigError(f"{key} is {folder}; {other.parent} {where} it {owner}")

@@ -1,7 +1,7 @@
 """Paths: `~` for the home folder in each, and what is a URL.
 
-Keys that hold a path have the type `PathText`. A saved configuration has the whole path, so that it means the same to
-another user and in a comparison.
+Keys that hold a path have the type `PathText`. A saved configuration has the whole path, which is the same to another
+user and in a comparison.
 """
 
 from __future__ import annotations

@@ -121,8 +121,8 @@ def out_of_range(value: Any, hint: Any = None, key: str = "") -> Iterator[str]:
 @functools.cache
 def hints(kind: type) -> dict[str, Any]:
     """Name and type of a dataclass' fields, ranges included; `X | None` counts as X."""
-    found = typing.get_type_hints(kind, include_extras=True)
-    return {field.name: _some(found[field.name]) for field in dataclasses.fields(kind)}
+    every = typing.get_type_hints(kind, include_extras=True)
+    return {field.name: _some(every[field.name]) for field in dataclasses.fields(kind)}
 
 
 def bare(hint: Any) -> Any:

@@ -1,17 +1,18 @@
 """Types, defaults and meaning of every configuration key; values live in `conf/`, construction in code.
 
 Shape letters and words are those of the README's glossary. Losses are in nats per token. Fields are plain dataclasses
-so that Hydra and OmegaConf type-check YAML and command line alike. Treat a loaded `RunConfig` as immutable. No torch
-here: tools that only look at a config must start at once. Longer than other files, so that the whole surface is read in
-one place.
+so that Hydra and OmegaConf type-check YAML and command line alike. No attribute of theirs can be set: another value is
+another object (`dataclasses.replace`). No torch here: tools that read only a configuration start at once. Longer than
+other files, so that the whole surface is read in one place.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import Enum, StrEnum
 from typing import Annotated, Any
 
+from distill.config.immutable import frozen
 from distill.config.model import MISSING
 from distill.config.model import BaseSizes as BaseSizes
 from distill.config.model import ModelConfig as ModelConfig
@@ -130,7 +131,7 @@ class ConsoleMode(Enum):
 # ---------------------------------------------------------------- optimisation
 
 
-@dataclass
+@frozen
 class WeightDecay:
     """Decoupled weight decay of each parameter group, per unit of learning rate."""
 
@@ -143,7 +144,7 @@ class WeightDecay:
     """Norm weights; biases, class and positional embeddings of vision."""
 
 
-@dataclass
+@frozen
 class OptimConfig:
     optimizer: OptimizerName = OptimizerName.adamw
     lr: Positive = 1e-3
@@ -163,7 +164,7 @@ class OptimConfig:
     """Learning rate at the end, as a share of the peak."""
 
 
-@dataclass
+@frozen
 class TrainConfig:
     steps: Count | None = None
     """Optimizer steps; null: as many as `epochs` gives."""
@@ -199,9 +200,9 @@ class TrainConfig:
 # ---------------------------------------------------------------- weighting, replay
 
 
-@dataclass
+@frozen
 class LagFactor:
-    """alpha falls with how much worse the teacher was on a shard than the best the student has met."""
+    """alpha falls with how much worse the teacher of a shard was than the best teacher that the student has read."""
 
     enabled: bool = False
     power: Positive = 0.5
@@ -209,7 +210,7 @@ class LagFactor:
     """Decay of the running average of the student's own loss, per step."""
 
 
-@dataclass
+@frozen
 class EntropyFactor:
     """alpha by the entropy of the teacher's prediction."""
 
@@ -220,7 +221,7 @@ class EntropyFactor:
     """Share of a batch's covered tokens, the lowest in entropy, that get no soft loss."""
 
 
-@dataclass
+@frozen
 class WeightingConfig:
     """alpha_T = schedule(step) x lag x entropy; loss = alpha * soft + (1 - alpha) * hard."""
 
@@ -239,14 +240,14 @@ class WeightingConfig:
     """Further factors by the name that a module of `plugins` registered, each with a mapping of its own options."""
 
 
-@dataclass
+@frozen
 class ReplayConfig:
     order: ReplayOrder = ReplayOrder.late_first
-    """Order over the teacher's stream: as the teacher met it (same), backwards, or its second half first; own: not the
+    """Order over the teacher's stream: the teacher's (same), backwards, or its second half first; own: not the
     teacher's stream but the run's own, from its corpora, their weights and data.seed."""
 
 
-@dataclass
+@frozen
 class ArmConfig:
     """A further student that is trained after the codistilled one, from the same init on the same samples."""
 
@@ -260,7 +261,7 @@ class ArmConfig:
     """False: hard labels alone; the cache is never opened."""
 
 
-@dataclass
+@frozen
 class TeacherConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -274,7 +275,7 @@ class TeacherConfig:
     Face Llama 4 folder; or `hf:FOLDER`, any causal language model that transformers loads (extra `hf`)."""
 
 
-@dataclass
+@frozen
 class StudentConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -297,7 +298,7 @@ IMAGE_TOKENS = (
 """A tokenizer for images has them. In a trained one they follow bos and eos: with both they are ids 2 to 7."""
 
 
-@dataclass
+@frozen
 class TokenizerConfig:
     file: PathText | None = None
     """A `tokenizer.json`; null trains a byte-level BPE on the training split."""
@@ -309,11 +310,11 @@ class TokenizerConfig:
     """Token put after every document; null: none."""
 
 
-@dataclass
+@frozen
 class NeedleConfig:
     """Made-up documents that teach retrieval: filler with facts in it, then questions (source=needle).
 
-    Lengths count words, numbers, marks and line ends: tokens, to a tokenizer that knows each of them.
+    Lengths count words, numbers, marks and line ends, which are tokens of a tokenizer that has one for each.
     """
 
     shortest: Words = 32
@@ -325,7 +326,7 @@ class NeedleConfig:
     seed: Seed = 0
 
 
-@dataclass
+@frozen
 class CorpusConfig:
     source: Source = Source.stdlib
     files: list[PathText] = field(default_factory=list)
@@ -333,7 +334,7 @@ class CorpusConfig:
     held_out_files: list[PathText] = field(default_factory=list)
     """The same for the held-out split; empty: `held_out` splits `files` by document."""
     format: FileFormat | None = None
-    """What all files hold; null: what the suffix of each says."""
+    """Of all files; null: by the suffix of each."""
     text_key: str = "text"
     """Column that holds a document's text."""
     mask_key: str | None = None
@@ -362,7 +363,7 @@ class CorpusConfig:
         return self.held_out > 0 or bool(self.held_out_files)
 
 
-@dataclass
+@frozen
 class ImageConfig:
     """How an image becomes tiles and tokens; defaults are the released values."""
 
@@ -376,7 +377,7 @@ class ImageConfig:
     """Enlarge an image as far as some canvas allows; false: only up to the side of a tile."""
 
 
-@dataclass
+@frozen
 class DataConfig:
     corpora: dict[str, CorpusConfig] = field(default_factory=lambda: {"main": CorpusConfig()})
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -386,14 +387,14 @@ class DataConfig:
     seed: Seed = 0
     """Of the order of samples."""
     dir: PathText | None = None
-    """Where packed corpora are kept and found again; null: `data/` in the run folder."""
+    """Folder in which packed corpora are kept for later runs; null: `data/` in the run folder."""
 
     @property
     def has_images(self) -> bool:
         return any(corpus.has_images for corpus in self.corpora.values())
 
 
-@dataclass
+@frozen
 class CodecConfig:
     name: Annotated[str, CODECS] = "systematic"
     draws: Draws = 20
@@ -406,10 +407,10 @@ class CodecConfig:
     """Codecs of plugins: what they are made of."""
 
 
-@dataclass
+@frozen
 class CacheConfig:
     dir: PathText | None = None
-    """Folder of the cache, or URL of one that fsspec knows (s3://bucket/folder); null: `cache/` in the run folder. A
+    """Folder of the cache, or URL of one that fsspec supports (s3://bucket/folder); null: `cache/` in the run folder. A
     mixture keeps one folder per corpus in it."""
     dirs: dict[str, PathText] = field(default_factory=dict)
     """Folder, or URL, of the cache of a corpus, by the corpus' name, where it is not the one that `dir` gives."""
@@ -431,7 +432,7 @@ class CacheConfig:
 # ---------------------------------------------------------------- engine, tracking, run
 
 
-@dataclass
+@frozen
 class EngineConfig:
     zero: Stage = 0
     """ZeRO stage."""
@@ -445,7 +446,7 @@ class EngineConfig:
     """Seconds after which a collective that one rank never joins is an error."""
 
 
-@dataclass
+@frozen
 class TrackingConfig:
     wandb: WandbMode = WandbMode.off
     project: str = "codistill"
@@ -459,7 +460,7 @@ class TrackingConfig:
     """Write report.html at the end of the job."""
 
 
-@dataclass
+@frozen
 class CodistillConfig:
     rounds: Count = 20
     """Alternations of teacher and student in one process."""
@@ -467,12 +468,12 @@ class CodistillConfig:
     """Further students for comparison, by name."""
 
 
-@dataclass
+@frozen
 class BackfillConfig:
     """A frozen teacher labels, forward only, what the caches of the run's corpora lack or hold too stale."""
 
     corpora: list[str] = field(default_factory=list)
-    """Corpora to look at; empty: all of data.corpora."""
+    """Corpora to label; empty: all of data.corpora."""
     min_lag: Positive | None = None
     """Nats by which a record's teacher was worse than the best of its cache from which on it counts as stale, and is
     replaced if this teacher is better; null: only gaps are filled."""
@@ -490,21 +491,21 @@ class BackfillConfig:
     """Tell the plan and what it would cost, label nothing."""
 
 
-@dataclass
+@frozen
 class NeedleTestConfig:
-    """Needle in a haystack: is a fact found again, by the length of the text and where in it the fact lies?"""
+    """Needle in a haystack: share of facts that a model retrieves, by length of the text and place of the fact."""
 
     lengths: list[Count] = field(default_factory=list)
     """Tokens of the whole text, question and answer included; empty: no such test."""
     depths: list[Share] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
-    """Share of the haystack that lies before the fact."""
+    """Share of the haystack that is before the fact."""
     trials: Count = 20
     """Texts for each length and depth."""
     facts: Facts = 1
     """Facts of the same kind in a text, one of which is asked for."""
 
 
-@dataclass
+@frozen
 class EvaluateConfig:
     teacher_from: PathText | None = None
     """Folder of the teacher, for agreement; null: none is reported."""
@@ -520,7 +521,7 @@ class EvaluateConfig:
     needle: NeedleTestConfig = field(default_factory=NeedleTestConfig)
 
 
-@dataclass
+@frozen
 class ExportConfig:
     dir: PathText | None = None
     """Folder that the Hugging Face checkpoint is written to; it must not exist, or be empty."""
@@ -534,7 +535,7 @@ class ExportConfig:
     """Largest file in GB (10^9 bytes), exceeded only by a single larger tensor."""
 
 
-@dataclass
+@frozen
 class RunConfig:
     job: JobName = MISSING
     seed: Seed = 0

@@ -44,16 +44,18 @@ def sentence(error: BaseException) -> str:
 
 
 def unresolved(config: Any, prefix: str = "", missing: bool = False) -> list[str]:
-    """A sentence for each value `${...}` of a configuration, at any depth, that leads nowhere or to a wrong type; and,
-    with `missing`, for each that has to be given and is not."""
-    found: list[str] = []
+    """A sentence for each value `${...}` of a configuration, at any depth, that has no value or one of a wrong type.
+
+    missing: also for each value that has to be given and is not.
+    """
+    problems: list[str] = []
     names = list(config) if isinstance(config, DictConfig) else range(len(config))
     for name in names:
         key = f"{prefix}{name}" if isinstance(config, DictConfig) else prefix.rstrip(".")
         node = config._get_node(name)
         if node is None or OmegaConf.is_missing(config, name):
             if node is not None and missing:
-                found.append(f"{key} has no value; set {key}=...")
+                problems.append(f"{key} has no value; set {key}=...")
             continue
         if OmegaConf.is_interpolation(config, name):
             try:
@@ -61,10 +63,10 @@ def unresolved(config: Any, prefix: str = "", missing: bool = False) -> list[str
             except InterpolationToMissingValueError:  # that key is missing, not this one
                 continue
             except Exception as error:  # a resolver is any function
-                found.append(f"{key} is {node._value()}; {_way_out(error)}")
+                problems.append(f"{key} is {node._value()}; {_way_out(error)}")
         elif isinstance(node, DictConfig | ListConfig) and node._value() is not None:
-            found += unresolved(node, f"{key}.", missing)
-    return found
+            problems += unresolved(node, f"{key}.", missing)
+    return problems
 
 
 def _way_out(error: Exception) -> str:

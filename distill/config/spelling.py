@@ -1,4 +1,4 @@
-"""How to write a value so that shell and Hydra take it for what was meant."""
+"""How to write a value for a shell and for Hydra's grammar."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distill.config.ranges import bare
 
 HYDRA_KEYS = ("hydra.run.dir", "hydra.sweep.dir")
 _MARKS = set("[]{}()'\",")
-"""What a name has to be quoted for by its user: it may mean something else."""
+"""A text with one of these has to be quoted by the user: it may be a list, a choice or a call of a function."""
 
 
 def spelt(arguments: list[str]) -> list[str]:
@@ -38,7 +38,7 @@ def _spelt(argument: str) -> str:
 
 
 def _path(key: str, value: str) -> str:
-    """A path, or several, in quotes unless they may mean something else than names; `~` of Hydra's folders replaced."""
+    """A path, or several, in the quotes that they need, `~` of Hydra's folders replaced; with a mark, as it is."""
     if key in HYDRA_KEYS and _unquoted(value).startswith("~"):
         return quoted(home(_unquoted(value)))
     several = value[:1] + value[-1:] in ("[]", "{}")
@@ -53,7 +53,7 @@ def _path(key: str, value: str) -> str:
 
 
 def right(key: str, raw: str) -> str | None:
-    """The argument, for a shell, that sets a key to what `raw` seems to mean; None: there is none."""
+    """The argument, for a shell, that sets a key to the text or the list of texts `raw`; None: there is none."""
     kind = kind_of(key.lstrip("+~"))
     raw = "".join(TYPOGRAPHIC.get(each, each) for each in raw).strip()
     if typing.get_origin(kind) is list:

@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM: a handler takes note, and whoever is at a point where ending is safe looks at the note.
+"""Ctrl-C and SIGTERM: a handler records the signal, and code at a point where ending is safe checks the record.
 
-A step of training is such a point, and so is every turn of a long loop; nothing is ended in the middle. A second Ctrl-C
-does not wait.
+The end of a training step is such a point, and so is every turn of a long loop; nothing is ended in the middle. A
+second Ctrl-C ends the process at once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _asked: list[signal.Signals] = []
 
 
 class Stopped(BaseException):
-    """A signal asked to stop, and all is in a state to go on from. No Exception: nobody is to take it for a fault."""
+    """The run ends for a signal, in a state to go on from. No Exception, so that no handler takes it for a fault."""
 
     def __init__(self, number: signal.Signals):
         super().__init__(number.name)
@@ -32,30 +32,29 @@ class Stopped(BaseException):
 
 
 def asked() -> signal.Signals | None:
-    """The signal that asks to stop; Ctrl-C before SIGTERM, which launchers send after it."""
+    """The signal that arrived, if one did; Ctrl-C before SIGTERM, which launchers send after it."""
     return min(_asked, default=None)
 
 
 def check() -> None:
-    """Raises Stopped if a signal asks to stop."""
+    """Raises Stopped if a signal arrived."""
     if (number := asked()) is not None:
         raise Stopped(number)
 
 
 def checked(items: Iterable[T]) -> Iterator[T]:
-    """The items, with a look at the signals before each."""
+    """The items, with a `check` before each."""
     for item in items:
         check()
         yield item
 
 
 def listen() -> dict[signal.Signals, Any]:
-    """Takes note of Ctrl-C and SIGTERM from now on; what is ignored (nohup, a shell's `&`) stays so. Returns who had
-    listened."""
+    """Records Ctrl-C and SIGTERM from now on; returns the handlers before. An ignored signal (nohup, `&`) stays so."""
     before = {number: signal.getsignal(number) for number in EXIT_CODES}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
-            signal.signal(number, _note)
+            signal.signal(number, _record)
     return before
 
 
@@ -71,10 +70,10 @@ def signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _asked.clear()  # nobody is asked any more
+        _asked.clear()
 
 
-def _note(number: int, frame: FrameType | None) -> None:
+def _record(number: int, frame: FrameType | None) -> None:
     if number == signal.SIGINT and signal.SIGINT in _asked:
         os._exit(EXIT_CODES[signal.SIGINT])
     _asked.append(signal.Signals(number))

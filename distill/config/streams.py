@@ -1,4 +1,4 @@
-"""Standard output and error that may go away, as a pipe into `head` or a closed terminal do, without ending a run."""
+"""Standard output and error may be closed by their reader, such as `head` or a terminal, without ending a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 
 class Spare:
-    """A stream that falls silent at the first error in writing; all else is the stream's own."""
+    """A stream that writes nothing more after its first error in writing; all else is the stream's own."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -21,10 +21,6 @@ class Spare:
         except OSError:
             silence(self._stream)
             return len(text)
-
-    def writelines(self, lines: Any) -> None:
-        for line in lines:
-            self.write(line)
 
     def flush(self) -> None:
         try:
@@ -37,7 +33,7 @@ class Spare:
 
 
 def silence(stream: TextIO) -> None:
-    """Sends what the stream still holds, and all that follows, nowhere."""
+    """Sends what the stream's buffer holds, and all that follows, to /dev/null."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())
     os.close(null)
@@ -45,9 +41,9 @@ def silence(stream: TextIO) -> None:
 
 @contextmanager
 def spared() -> Iterator[None]:
-    """Standard output and error are spare inside; None, which they are where a parent has closed them, is nowhere."""
+    """Standard output and error are `Spare` inside; one that is None, since a parent has closed it, is /dev/null."""
     while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass  # whatever is opened later must not be taken for the stream that is closed
+        pass  # else a file that is opened later gets the number of the closed stream
     os.close(spare)
     before = sys.stdout, sys.stderr
     with open(os.devnull, "w") as nowhere:
@@ -57,5 +53,5 @@ def spared() -> Iterator[None]:
             yield
         finally:
             for stream in streams:
-                stream.flush()  # else Python would, as it ends, and complain
+                stream.flush()  # else Python does, as it ends, and prints the error
             sys.stdout, sys.stderr = before

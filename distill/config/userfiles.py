@@ -38,9 +38,9 @@ class UserFile:
     text: str = ""
     problems: list[str] = field(default_factory=list)
     values: dict[str, tuple[Any, str]] = field(default_factory=dict)
-    """By key within the file: value, and where it stands, `FILE, line L, column C`."""
+    """By key within the file: value and place, `FILE, line L, column C`."""
     defaults: list[tuple[set[str], str]] = field(default_factory=list)
-    """Words of each entry of its list `defaults`, and where it stands."""
+    """Words and place of each entry of its list `defaults`."""
 
 
 read: dict[Path, UserFile] = {}
@@ -89,8 +89,8 @@ def check(entries: Iterable[ResultDefault], where: list[Path], problems: list[st
         for path in (folder / name for folder in where if (folder / name).is_file()):
             if (CONF / name).is_file() and (CONF / name).read_bytes() != path.read_bytes():
                 problems.append(
-                    f"{path} has the name of one of the project's own files, which would win; rename it, and choose it "
-                    "by that name"
+                    f"{path} has the name of one of the project's own files, which Hydra would load; rename it, and "
+                    "choose it by that name"
                 )
             file, package = read.get(path, UserFile(path)), entry.package or ""
             problems += file.problems
@@ -119,7 +119,7 @@ def defaults_problem(error: Exception) -> str:
 
 
 def hint(group: str, name: str, where: list[Path]) -> str:
-    """How a file is chosen that may be meant by a name that its group lacks; empty: there is no such file."""
+    """How to choose a file that has the name, or nearly, but that its group lacks; empty: there is none."""
     stem = Path(name).stem
     for folder in where:
         for path in (

@@ -1,5 +1,7 @@
 """Vision against transformers: tower, projector, logits, gradients, bf16, and that the comparison bites."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -66,8 +68,7 @@ def own_name(key):
 
 def ours_of(config, text, theirs):
     whole = hf.config_from_json(text | {"model_type": "llama4_text"})
-    whole.vision = config
-    ours = Transformer(whole)
+    ours = Transformer(dataclasses.replace(whole, vision=config))
     state = {own_name(key): value for key, value in theirs.state_dict().items()}
     missing, unknown = ours.load_state_dict(state, strict=False)
     assert not unknown and all(key.endswith("router.bias") for key in missing)

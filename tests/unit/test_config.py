@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from distill.config.errors import ConfigError
-from distill.config.load import CONF, load, precheck, to_dict
+from distill.config.load import CONF, load, precheck, resolve, to_dict
 from distill.config.schema import Freeze
 from distill.config.spelling import spelt
 from tests.cli import PATIENCE, environment
@@ -288,7 +288,7 @@ def test_needles_that_cannot_be_made_or_tried_are_named_together():
         )
     )
     for part in (
-        "data.corpora.main.max_documents is null; source=needle makes as many documents as it says",
+        "data.corpora.main.max_documents is null; source=needle makes so many documents",
         "data.corpora.main.needle.shortest is 11; at least 12",
         "data.corpora.main.needle.longest is 10; at least 12",
         "data.corpora.main.needle.facts is 53; allowed: 1 to 50",
@@ -303,3 +303,18 @@ def test_needles_that_cannot_be_made_or_tried_are_named_together():
     assert problems("experiment=needle", "data.corpora.main.needle.longest=20") == [
         "data.corpora.main.needle.longest is 20; at least 24"
     ]
+
+
+def test_no_attribute_of_a_configuration_can_be_set_or_deleted():
+    run = resolve(["job=teacher", "vision@teacher.model.vision=tiny"])
+    parts = [run]
+    for part in parts:
+        for name in vars(part):
+            value = getattr(part, name)
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                setattr(part, name, value)
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                delattr(part, name)
+            below = value.values() if isinstance(value, dict) else [value]
+            parts += [each for each in below if dataclasses.is_dataclass(each)]
+    assert len(parts) > 25

@@ -172,7 +172,7 @@ def test_a_file_of_our_name_is_refused_where_it_would_be_chosen_since_ours_wins(
     """data/stdlib is a choice of config.yaml: nobody has to name it."""
     path = write(folder, (CONF / name).read_bytes() + b"seed: 5\n", name)
     (line,) = problems(folder, "job=teacher", "experiment=smoke")
-    assert line.startswith(f"{path} has the name of one of the project's own files, which would win; rename it")
+    assert line.startswith(f"{path} has the name of one of the project's own files, which Hydra would load; rename it")
     path.write_bytes((CONF / name).read_bytes())
     precheck(["--config-dir", str(folder), "job=teacher", "experiment=smoke"])
     write(folder, "not: [yaml", "experiment/unused.yaml")  # what is not chosen is nobody's business

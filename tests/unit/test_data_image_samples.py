@@ -1,5 +1,6 @@
 """Images among text, from table rows to batches, against a packer in plain Python."""
 
+import dataclasses
 import json
 import struct
 
@@ -130,8 +131,7 @@ def test_character_ranges_count_the_marker(tmp_path):
 @pytest.mark.parametrize("sample_tokens", [1, 8, 21, 30, 64])
 def test_whole_documents_begin_a_new_sample_rather_than_be_cut(tmp_path, sample_tokens):
     documents = rows()
-    corpus = parquet(tmp_path / "a.parquet", documents)
-    corpus.whole_documents = True
+    corpus = dataclasses.replace(parquet(tmp_path / "a.parquet", documents), whole_documents=True)
     data = prepared(tmp_path, corpus, sample_tokens)
     plain, shades = expected(documents, data.tokenizer)
     stream = []
@@ -209,8 +209,7 @@ def features(table, many: bool = False):
 def test_rows_about_the_same_image_fall_on_the_same_side(tmp_path):
     shades = [bytes(pgm(SIDE, i)) for i in range(1, 101)]
     documents = [(f"{MARKER} question {turn}, and words enough", [data]) for turn in range(3) for data in shades]
-    corpus = parquet(tmp_path / "a.parquet", documents)
-    corpus.held_out = 0.3
+    corpus = dataclasses.replace(parquet(tmp_path / "a.parquet", documents), held_out=0.3)
     data = prepared(tmp_path, corpus, 16)
     sides = []
     for split in (data.train, data.held_out):

@@ -19,8 +19,8 @@ PIECE = re.compile(r"\w+|[.?\n]")
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    corpus = CorpusConfig(Source.needle, max_documents=3000, held_out=0.1, whole_documents=True)
-    corpus.needle.longest = 100
+    needle = NeedleConfig(longest=100)
+    corpus = CorpusConfig(Source.needle, max_documents=3000, held_out=0.1, whole_documents=True, needle=needle)
     tokenizer = TokenizerConfig(vocab_size=640)
     return prepare(DataConfig({"main": corpus}, tokenizer, sample_tokens=128), tmp_path_factory.mktemp("data"), 640)
 

@@ -1,5 +1,6 @@
 """Packed samples against a packer in plain Python: labels, documents, masks, digests, counts, identity."""
 
+import dataclasses
 import json
 import os
 import re
@@ -205,7 +206,7 @@ def test_a_given_tokenizer_is_taken_and_a_too_large_one_refused(tmp_path):
 
 def test_a_mixture_keeps_the_order_of_its_corpora(tmp_path):
     corpora = {name: corpus_file(tmp_path / f"{name}.jsonl", texts(60, seed)) for seed, name in enumerate("zam")}
-    corpora["a"].held_out = 0.5
+    corpora["a"] = dataclasses.replace(corpora["a"], held_out=0.5)
     data = prepare(DataConfig(corpora, TokenizerConfig(vocab_size=300), sample_tokens=S), tmp_path / "data", 300)
     assert list(data.train) == ["z", "a", "m"] and list(data.held_out) == ["a"]
     assert [corpus.name for corpus in data.train.values()] == ["z", "a", "m"]
@@ -214,9 +215,9 @@ def test_a_mixture_keeps_the_order_of_its_corpora(tmp_path):
 
 def test_what_is_held_out_never_trains_the_tokenizer(tmp_path):
     train_text, held_out_text = "aaaa bbbb " * 50, "qqqq zzzz " * 50
-    config = corpus_file(tmp_path / "a.jsonl", [train_text])
     (tmp_path / "h.jsonl").write_text(json.dumps({"text": held_out_text}) + "\n")
-    config.held_out_files = [str(tmp_path / "h.jsonl")]
+    config = corpus_file(tmp_path / "a.jsonl", [train_text])
+    config = dataclasses.replace(config, held_out_files=[str(tmp_path / "h.jsonl")])
     data = prepared(tmp_path / "data", config)
     lengths = [len(data.tokenizer.encode_batch([text])[0][0]) for text in (train_text, held_out_text)]
     assert lengths[0] < lengths[1] == len(held_out_text)
@@ -236,8 +237,7 @@ def test_what_is_held_out_never_trains_the_tokenizer(tmp_path):
     ],
 )
 def test_splits_shorter_than_one_sample(tmp_path, documents, held_out, message):
-    config = corpus_file(tmp_path / "a.jsonl", documents)
-    config.held_out = held_out
+    config = dataclasses.replace(corpus_file(tmp_path / "a.jsonl", documents), held_out=held_out)
     with pytest.raises(DataError, match=message):
         prepared(tmp_path / "data", config)
     assert [path.name for path in (tmp_path / "data").glob("main*")] == []

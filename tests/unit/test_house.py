@@ -19,10 +19,10 @@ MOST_FUNCTION_LINES = 65
 # What is not clean yet. These lists only get shorter; at the end they are empty.
 CIRCLES: set[tuple[str, str]] = set()
 SAME_FILES = {"length.py", "units.py"}
-SAME_CLASSES = {"Found", "Reader", "Run"}
-LONG_FILES = {"tests/unit/test_cache_far.py", "tests/unit/test_cache_imports.py"}
+SAME_CLASSES: set[str] = set()
+LONG_FILES = {"tests/unit/test_cache_imports.py"}
 LONG_FUNCTIONS = {
-    "distill/cache/coder.py: encode", "distill/config/checks.py: _rules", "distill/engine/checkpoint.py: save",
+    "distill/config/checks.py: _rules", "distill/engine/checkpoint.py: save",
 
 }  # fmt: skip
 
