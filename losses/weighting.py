@@ -1,117 +1,133 @@
 """How much the soft targets count: alpha_T = schedule(step) x product of factors in [0, 1].
 
-Everything is a pure function or an init / update pair on explicit state. No factor here looks at the label of its own
-token, so the fixed point of the loss stays the proper mixture (1 - alpha) q + alpha p and calibration is safe.
+A factor is an object of one kind: it has a name, an explicit state that is handed in and returned, a value for each
+token, and metrics. No factor of ours looks at the label of its own token, so the fixed point of the loss stays the
+proper mixture (1 - alpha) q + alpha p and calibration is safe.
 """
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+State = dict[str, Tensor]
+Collective = Callable[[Tensor], Tensor]
+"""Sum or minimum over all ranks, in place; returns its argument."""
 
-def schedule(kind: str, progress: float, *, peak: float, final: float, warmup: float, decay: float) -> float:
-    """Value at `progress` in [0, 1] through a run.
 
-    constant: peak. linear, cosine: from peak to final. wsd: rises linearly from 0 over the first `warmup` share,
-    holds peak, falls linearly to final over the last `decay` share.
+class Setting(NamedTuple):
+    """What is fixed for a whole run."""
 
-    Source: wsd tied to a learning rate of the same shape, arXiv 2410.16215 section 3.4.
+    vocab_size: int
+    """V of the student."""
+    teacher_vocab_size: int
+    """V of the teachers whose entropies are read, the largest where they differ."""
+    best_teacher_loss_C: Tensor
+    """fp64 nats: least mean loss of a shard in the cache of each corpus C; inf: not known before it is read."""
+
+
+class Signals(NamedTuple):
+    """What factors may look at, of B samples and their T tokens."""
+
+    corpus_B: Tensor
+    """int64, the corpus of each sample."""
+    shard_loss_B: Tensor
+    """float32 nats: the teacher's mean label loss on the sample's shard when captured; nan: no targets."""
+    entropy_T: Tensor
+    """float32 nats, of the teacher's distribution."""
+    covered_T: Tensor
+    """bool: the token has targets and carries loss."""
+
+
+class Mean(NamedTuple):
+    """A metric as a sum over items and their number, scalars, to be added up over batches and ranks."""
+
+    sum: Tensor | float
+    weight: Tensor | float
+
+
+class Factor(Protocol):
+    """One part of alpha.
+
+    The classes are registered in `FACTORS` of `distill.config.registry` and called with (Setting, options).
     """
-    assert 0.0 <= progress <= 1.0, progress
-    if kind == "constant":
-        return peak
-    if kind == "linear":
-        return peak + (final - peak) * progress
-    if kind == "cosine":
-        return final + (peak - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
-    assert kind == "wsd", kind
-    if progress < warmup:
-        return peak * progress / warmup
-    if progress > 1.0 - decay:
-        return peak + (final - peak) * (progress - (1.0 - decay)) / decay
-    return peak
+
+    def init(self) -> State:
+        """The state at the start of a run."""
+        ...
+
+    def observe(self, state: State, signals: Signals, total: Collective, least: Collective) -> State:
+        """The state after this rank's share of a whole optimizer step was seen, before it is weighed. Collective."""
+        ...
+
+    def value(self, state: State, signals: Signals) -> Tensor:
+        """The factor of each token, float32 [T] in [0, 1]."""
+        ...
+
+    def update(self, state: State, hard_loss_C: Tensor) -> State:
+        """The state after a step in which the student's mean hard loss on each corpus was this; nan: no tokens."""
+        ...
+
+    def metrics(self, state: State, signals: Signals) -> Mapping[str, Mean]:
+        """What is logged beside the mean of the factor."""
+        ...
 
 
-class LagState(NamedTuple):
-    """student_loss: running average of the student's hard loss; best_teacher_loss: least mean loss of a shard met.
+class Weighting:
+    """Schedule and factors of one student; all methods are functions of their arguments.
 
-    Both are fp64 nats, one of each corpus, since what is a good loss on one says nothing about another. "Met", not
-    "published": the state is then a function of the student's own position, and a run that follows a live teacher
-    weighs alike however the two are timed, killed or resumed.
+    Args:
+        peak: step -> largest alpha.
     """
 
-    student_loss: Tensor
-    best_teacher_loss: Tensor
+    def __init__(self, peak: Callable[[int], float], factors: Mapping[str, Factor]):
+        self.peak, self.factors = peak, factors
+
+    def init(self) -> dict[str, State]:
+        """By the name of each factor."""
+        return {name: factor.init() for name, factor in self.factors.items()}
+
+    def observe(
+        self, state: dict[str, State], signals: Signals, total: Collective, least: Collective
+    ) -> dict[str, State]:
+        return {name: f.observe(state[name], signals, total, least) for name, f in self.factors.items()}
+
+    def alpha(self, state: dict[str, State], step: int, signals: Signals, covered_T: Tensor) -> Tensor:
+        """alpha_T, float32; zero where a token has no targets (`covered_T`, bool)."""
+        alpha_T = self.peak(step) * covered_T.float()
+        for name, factor in self.factors.items():
+            alpha_T = alpha_T * factor.value(state[name], signals)
+        return alpha_T
+
+    def update(self, state: dict[str, State], hard_loss_C: Tensor) -> dict[str, State]:
+        return {name: factor.update(state[name], hard_loss_C) for name, factor in self.factors.items()}
+
+    def metrics(self, state: dict[str, State], signals: Signals) -> dict[str, Mean]:
+        found: dict[str, Mean] = {}
+        for name, factor in self.factors.items():
+            found |= factor.metrics(state[name], signals)
+        return found
 
 
-def init_lag(vocab_size: int, device: torch.device | str = "cpu", corpora: int = 1) -> LagState:
-    """A student that knows nothing (uniform, log V nats) and has met no shard; [corpora] of each number."""
-    return LagState(
-        torch.full((corpora,), math.log(vocab_size), dtype=torch.float64, device=device),
-        torch.full((corpora,), math.inf, dtype=torch.float64, device=device),
-    )
+def to_json(state: Mapping[str, State]) -> dict[str, dict[str, Any]]:
+    """A state as JSON-able numbers, exact; infinity is null."""
+    return {
+        name: {key: [None if x == float("inf") else x for x in tensor.tolist()] for key, tensor in part.items()}
+        for name, part in state.items()
+    }
 
 
-def meet(state: LagState, least_shard_loss: Tensor) -> LagState:
-    """Takes note of the shards of a batch, before it is weighed; nan (no targets) changes nothing."""
-    return state._replace(best_teacher_loss=torch.fmin(state.best_teacher_loss, least_shard_loss))
-
-
-def update_lag(state: LagState, hard_mean: Tensor, smoothing: float) -> LagState:
-    """Takes note of the student's own mean hard loss, after a batch; nan (no tokens) changes nothing."""
-    moved = smoothing * state.student_loss + (1.0 - smoothing) * hard_mean
-    return state._replace(student_loss=torch.where(moved.isnan(), state.student_loss, moved))
-
-
-def lag_factor(shard_loss_B: Tensor, state: LagState, power: float) -> Tensor:
-    """clip((student - shard) / (student - best), 0, 1) ** power, per sample; nan (no targets) gives 0.
-
-    state: of each sample's corpus [B], or one for all.
-
-    1 where the targets come from the best teacher met, 0 where the teacher that made them was no better than the
-    student is now. A student ahead of every teacher gets 0.
-
-    Source: ours. Motivated by arXiv 2410.16215, where early logits of a learning teacher harm at a constant weight.
-    """
-    ahead = state.student_loss - state.best_teacher_loss
-    ratio_B = (state.student_loss - shard_loss_B.double()) / ahead
-    ratio_B = torch.where(ahead > 0, ratio_B.clamp(0.0, 1.0), 0.0)
-    return torch.nan_to_num(ratio_B, nan=0.0).pow(power).float()
-
-
-ENTROPY_BINS = 256
-
-
-def entropy_histogram(entropy_T: Tensor, counted_T: Tensor, vocab_size: int) -> Tensor:
-    """Counts of the counted tokens over ENTROPY_BINS equal bins of [0, log V]; fp64, to be summed over ranks."""
-    bins_T = _entropy_bin(entropy_T, vocab_size)
-    return torch.bincount(bins_T[counted_T], minlength=ENTROPY_BINS).double()
-
-
-def entropy_factor(
-    entropy_T: Tensor, vocab_size: int, *, scale: bool, skip: float, histogram: Tensor | None = None
-) -> Tensor:
-    """Per token: 0 for the `skip` share of lowest teacher entropy, else 1, times entropy / log V with `scale`.
-
-    `histogram` is the global batch's (see entropy_histogram), so that the share does not depend on how the batch is cut
-    into ranks and micro-batches. The bin in which the share ends is kept whole, so at most `skip` is dropped.
-
-    Source: dropping the lowest 15 %, arXiv 2509.01649; entropy / log V, arXiv 2605.26246.
-    """
-    factor_T = torch.ones_like(entropy_T)
-    if skip > 0.0:
-        assert histogram is not None
-        below = histogram.cumsum(0) <= skip * histogram.sum()
-        first_kept = below.sum()
-        factor_T = (_entropy_bin(entropy_T, vocab_size) >= first_kept).to(entropy_T.dtype)
-    if scale:
-        factor_T = factor_T * (entropy_T / math.log(vocab_size)).clamp(0.0, 1.0)
-    return factor_T
-
-
-def _entropy_bin(entropy_T: Tensor, vocab_size: int) -> Tensor:
-    return (entropy_T * (ENTROPY_BINS / math.log(vocab_size))).long().clamp(0, ENTROPY_BINS - 1)
+def from_json(stored: Mapping[str, Mapping[str, Any]], like: Mapping[str, State]) -> dict[str, State]:
+    """What `to_json` gave, in the dtypes and on the devices of another state of the same factors."""
+    return {
+        name: {
+            key: torch.tensor(
+                [float("inf") if x is None else x for x in stored[name][key]], dtype=tensor.dtype, device=tensor.device
+            )
+            for key, tensor in part.items()
+        }
+        for name, part in like.items()
+    }

@@ -1,181 +1,133 @@
-"""One training step of the student: soft and hard loss in one pass, weighed per token by schedule, lag and entropy."""
+"""The student's recipe: soft and hard loss in one pass, weighted per token by a schedule and factors."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from distill.config.schema import WeightingConfig
+from distill.config.registry import FACTORS, LOSSES
+from distill.config.schema import StudentConfig, WeightingConfig
 from distill.data.join import Batch
 from distill.engine.dist import Dist
-from distill.model.transformer import Routing
-from distill.tracking.meters import Meters
-from losses import mixed_loss, weighting
+from distill.engine.forward import Forward
+from losses import head_loss, weighting
+from losses.schedule import schedule
+from losses.weighting import Factor, Mean, Setting, Signals, State, Weighting
 
 ALPHA_BINS = 20
+COVERED = {"soft": "soft_loss", "mass": "mass", "agreement": "agreement"}
+"""Parts of the loss that are averaged over tokens with targets, and the names of their metrics; the others are averaged
+over all valid tokens."""
 
 
-class StudentStep:
-    """The student's half of the training loop's protocol: `begin`, `loss` per micro-batch, `end`, `state`."""
+class StepPlan(NamedTuple):
+    """What a whole optimizer step decides before its micro-batches run."""
+
+    step: int
+    state: dict[str, State]
+    """Of the weighting's factors."""
+
+
+class StudentRecipe:
+    """See `distill.run.trainer.Recipe`.
+
+    Args:
+        steps: of the run.
+        teacher_vocab_size: V of the teachers whose entropies are read, the largest where they differ; None: the
+            student's.
+        best_teacher_loss: nats, of the best shard of each corpus' cache, where the caches are complete.
+        corpora: number of corpora.
+    """
 
     def __init__(
         self,
-        meters: Meters,
-        head_chunk: int,
-        config: WeightingConfig,
-        vocab_size: int,
+        config: StudentConfig,
+        dist: Dist,
         steps: int,
         corpora: int = 1,
         teacher_vocab_size: int | None = None,
+        best_teacher_loss: Sequence[float] | None = None,
     ):
-        """
-        Args:
-            vocab_size: V of the student.
-            teacher_vocab_size: V of the teachers whose entropies are read, the largest where they differ; None: the
-                student's.
-        """
-        assert meters.device is not None, "the state of the weighting lives where the meters do"
-        self.meters, self.head_chunk, self.config = meters, head_chunk, config
-        self.steps = steps
-        self.teacher_vocab_size = teacher_vocab_size or vocab_size
-        self.lag = weighting.init_lag(vocab_size, meters.device, corpora)
-        self.covered = torch.zeros(2, dtype=torch.float64, device=meters.device)
-        """Valid tokens met so far: those with targets, and all."""
+        self.config, self.dist = config, dist
+        best_C = torch.full((corpora,), torch.inf, dtype=torch.float64, device=dist.device)
+        if best_teacher_loss is not None:
+            best_C = torch.fmin(best_C, best_C.new_tensor(best_teacher_loss))
+        vocab_size = config.model.vocab_size
+        setting = Setting(vocab_size, teacher_vocab_size or vocab_size, best_C)
+        self.weighting = Weighting(partial(_peak, config.weighting, steps), _factors(config.weighting, setting))
+        self.weighting_state = self.weighting.init()
+        self.covered = torch.zeros(2, dtype=torch.float64, device=dist.device)
+        """Valid tokens so far: those with targets, and all."""
+        self._corpora = corpora
 
-    def know_best(self, teacher_loss: Sequence[float]) -> None:
-        """Tells the weighting the best teacher of each complete cache, before the first step."""
-        self.lag = weighting.meet(self.lag, self.covered.new_tensor(teacher_loss))
-
-    def begin(self, batch: Batch, step: int, dist: Dist) -> None:
-        """Takes note of the whole optimizer step's targets on this rank; collective where a factor needs all ranks."""
-        config = self.config
-        # Of this optimizer step on this rank and each corpus: hard loss, tokens with targets, valid tokens.
-        self._sums_C3 = torch.zeros(len(self.lag.student_loss), 3, dtype=torch.float64, device=dist.device)
-        self._peak = weighting.schedule(
-            config.schedule.value,
-            step / self.steps,
-            peak=config.alpha,
-            final=config.final_alpha,
-            warmup=config.warmup,
-            decay=config.decay,
-        )
-        self._histogram = None
+    def begin(self, batch: Batch, step: int) -> StepPlan:
+        """The factors' view of the whole optimizer step; collective."""
         if batch.targets is None:
-            return
-        if config.lag.enabled:
-            losses_B = torch.nan_to_num(batch.shard_loss_B.double(), nan=math.inf)
-            least_C = torch.full(self.lag.student_loss.shape, math.inf, dtype=torch.float64)
-            least_C.scatter_reduce_(0, torch.as_tensor(batch.corpus_B), losses_B, "amin")
-            self.lag = weighting.meet(self.lag, dist.least(least_C.to(dist.device)))
-        if config.entropy.enabled and config.entropy.skip > 0:
-            covered_T = batch.targets.covered_T & batch.valid_BS.flatten()
-            counts = weighting.entropy_histogram(batch.targets.entropy_T, covered_T, self.teacher_vocab_size)
-            self._histogram = dist.sum(counts.to(dist.device))
+            return StepPlan(step, self.weighting_state)
+        signals = _signals(batch, torch.device("cpu"))
+        return StepPlan(step, self.weighting.observe(self.weighting_state, signals, self.dist.sum, self.dist.least))
 
-    def weigh(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """alpha_T, zero where a token has no targets, and the lag factor per sample (nan: no targets)."""
-        assert batch.targets is not None
-        config, length = self.config, batch.ids_BS.shape[1]
-        alpha_T = self._peak * batch.targets.covered_T.float()
-        lag_B = torch.where(batch.shard_loss_B.isnan(), torch.nan, 1.0)
-        if config.lag.enabled:
-            factor_B = weighting.lag_factor(batch.shard_loss_B, self._lag_of(batch), config.lag.power)
-            lag_B = torch.where(batch.shard_loss_B.isnan(), torch.nan, factor_B)
-        alpha_T = alpha_T * torch.nan_to_num(lag_B, nan=0.0).repeat_interleave(length)
-        if config.entropy.enabled:
-            alpha_T = alpha_T * weighting.entropy_factor(
-                batch.targets.entropy_T,
-                self.teacher_vocab_size,
-                scale=config.entropy.scale,
-                skip=config.entropy.skip,
-                histogram=self._histogram,
-            )
-        return alpha_T, lag_B
+    def alpha(self, micro: Batch, plan: StepPlan) -> Tensor:
+        """alpha_T, zero where a token has no targets."""
+        assert micro.targets is not None
+        signals = _signals(micro, self.dist.device)
+        return self.weighting.alpha(plan.state, plan.step, signals, micro.targets.covered_T)
 
-    def _lag_of(self, batch: Batch) -> weighting.LagState:
-        """The state of each sample's corpus."""
-        corpus_B = self._corpus(batch)
-        return weighting.LagState(*(part[corpus_B] for part in self.lag))
+    def forward(self, model: Any, micro: Batch, plan: StepPlan) -> Forward:
+        """Sum over valid tokens of soft and hard loss, weighted (nats); the result is the sums that `end` takes."""
+        labels_T, valid_T = micro.labels_BS.flatten(), micro.valid_BS.flatten()
+        alpha_T = torch.zeros(len(valid_T), device=valid_T.device)
+        soft: tuple[Tensor, ...] = ()
+        if micro.targets is not None:
+            alpha_T = self.alpha(micro, plan).to(valid_T.device)
+            soft = micro.targets.ids_TK, micro.targets.probs_TK, alpha_T * valid_T
+        rows = LOSSES[self.config.loss](labels_T, (1.0 - alpha_T) * valid_T, *soft)
+        head_fn = partial(head_loss, row_function=rows, chunk=self.config.train.head_chunk)
+        head, routing = model(micro.ids_BS, micro.documents_BS, head_fn, micro.images)
 
-    def _corpus(self, batch: Batch) -> Tensor:
-        return torch.as_tensor(batch.corpus_B).to(self.covered.device, non_blocking=True)
-
-    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, Routing]:
-        """Sum over valid tokens of soft and hard loss, weighted (nats), and what the routers did."""
-        labels_T, valid_T = batch.labels_BS.flatten(), batch.valid_BS.flatten()
-        alpha_T, ids_TK, probs_TK, w_soft_T = torch.zeros(len(valid_T), device=valid_T.device), None, None, None
-        if batch.targets is not None:
-            alpha_T, lag_B = self.weigh(batch)
-            alpha_T = alpha_T.to(valid_T.device)
-            ids_TK, probs_TK = batch.targets.ids_TK, batch.targets.probs_TK
-            w_soft_T = alpha_T * valid_T
-        w_hard_T = (1.0 - alpha_T) * valid_T
-        parts = []
-
-        def head(hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
-            parts.append(
-                mixed_loss(hidden_TD, weight_VD, labels_T, w_hard_T, ids_TK, probs_TK, w_soft_T, chunk=self.head_chunk)
-            )
-            return parts[0].loss_sum
-
-        loss_sum, routing = model(batch.ids_BS, batch.documents_BS, head, batch.images)
-        out, num_valid = parts[0], valid_T.sum()
         covered_T = torch.zeros_like(valid_T)
-        add = self.meters.add
-        add("loss", loss_sum.detach(), num_valid)
-        add("hard_loss", (out.hard_T * valid_T).sum(), num_valid)
-        if batch.targets is not None:
-            covered_T = (batch.targets.covered_T & valid_T).to(out.hard_T.device)
-            num_covered = covered_T.sum()
-            add("soft_loss", (out.soft_T * covered_T).sum(), num_covered)
-            add("mass", (out.mass_T * covered_T).sum(), num_covered)
-            add("agreement", (out.agree_T & covered_T).sum(), num_covered)
-            add("alpha", (alpha_T * valid_T).sum(), num_valid)
-            add("coverage", num_covered, num_valid)
-            met_B = ~lag_B.isnan()
-            shard_loss_B = torch.nan_to_num(batch.shard_loss_B)
-            add("lag_factor", torch.nan_to_num(lag_B).sum(), met_B.sum())
-            add("teacher_loss", shard_loss_B.sum(), met_B.sum())
-            if self.config.lag.enabled:
-                best_B = self._lag_of(batch).best_teacher_loss.float()
-                add("lag", torch.where(met_B, shard_loss_B - best_B, 0.0).sum(), met_B.sum())
-                add("student_loss", self.lag.student_loss.mean(), 1.0)
+        if micro.targets is not None:
+            covered_T = (micro.targets.covered_T & valid_T).to(valid_T.device)
+        means = {"loss": Mean(head.loss_sum.detach(), valid_T.sum())} | _means(head.parts, valid_T, covered_T)
+        histograms = {}
+        if micro.targets is not None:
+            means |= self._target_means(micro, plan, alpha_T, covered_T)
             bins_T = (alpha_T * ALPHA_BINS).long().clamp(0, ALPHA_BINS - 1)
             # index_add_, not bincount: that would wait for the device.
-            self.meters.histogram("alpha", alpha_T.new_zeros(ALPHA_BINS).index_add_(0, bins_T, valid_T.float()))
-        corpus_T = self._corpus(batch).repeat_interleave(batch.ids_BS.shape[1])
-        for corpus, sums_3 in enumerate(self._sums_C3):
-            mine_T = valid_T & (corpus_T == corpus)
-            sums = (out.hard_T * mine_T).sum(), (covered_T & mine_T).sum(), mine_T.sum()
-            sums_3 += torch.stack([part.double() for part in sums])
-        return loss_sum, routing
+            histograms["alpha"] = alpha_T.new_zeros(ALPHA_BINS).index_add_(0, bins_T, valid_T.float())
+        result = self._sums(micro, head.parts["hard"], covered_T, valid_T)
+        return Forward(head.loss_sum, routing, means, histograms, result)
 
-    def end(self, dist: Dist) -> None:
-        """Lets coverage and the running average of the student's own loss follow; collective."""
-        sums_C3 = dist.sum(self._sums_C3)
+    def end(self, plan: StepPlan, results: list[Tensor]) -> None:
+        """Moves coverage and the factors' state on, by all ranks' sums; collective."""
+        sums_C3 = torch.zeros(self._corpora, 3, dtype=torch.float64, device=self.dist.device)
+        for part_C3 in results:
+            sums_C3 += part_C3
+        sums_C3 = self.dist.sum(sums_C3)
         self.covered += sums_C3[:, 1:].sum(0)
-        self.lag = weighting.update_lag(self.lag, sums_C3[:, 0] / sums_C3[:, 2], self.config.lag.smoothing)
+        self.weighting_state = self.weighting.update(plan.state, sums_C3[:, 0] / sums_C3[:, 2])
 
-    def figures(self) -> dict[str, float]:
+    def publish(self, last: bool) -> None:
+        pass
+
+    def metrics(self) -> dict[str, float]:
         return {}
 
     @property
     def coverage(self) -> float:
-        """Share of the valid tokens met so far that had targets."""
+        """Share of the valid tokens so far that had targets."""
         return float(self.covered[0] / self.covered[1].clamp(min=1))
 
     def state(self) -> dict[str, Any]:
-        """The weighting's state as JSON-able numbers, exact."""
-        lag = [[None if math.isinf(x) else x for x in part.tolist()] for part in self.lag]
-        return {"lag": lag, "covered": self.covered.tolist()}
+        """JSON-able numbers, exact."""
+        return {"weighting": weighting.to_json(self.weighting_state), "covered": self.covered.tolist()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        values = [[math.inf if x is None else x for x in part] for part in state["lag"]]
-        self.lag = weighting.LagState(*(self.covered.new_tensor(x) for x in values))
+        self.weighting_state = weighting.from_json(state["weighting"], self.weighting_state)
         self.covered = self.covered.new_tensor(state["covered"])
 
     def hand_over(self) -> dict[str, Tensor]:
@@ -183,3 +135,55 @@ class StudentStep:
 
     def take_back(self, tensors: dict[str, Tensor]) -> None:
         assert not tensors, list(tensors)
+
+    def _target_means(self, micro: Batch, plan: StepPlan, alpha_T: Tensor, covered_T: Tensor) -> dict[str, Mean]:
+        valid_T = micro.valid_BS.flatten()
+        covered_B = ~micro.shard_loss_B.isnan()
+        means = {
+            "alpha": Mean((alpha_T * valid_T).sum(), valid_T.sum()),
+            "coverage": Mean(covered_T.sum(), valid_T.sum()),
+            "teacher_loss": Mean(torch.nan_to_num(micro.shard_loss_B).sum(), covered_B.sum()),
+        }
+        return means | self.weighting.metrics(plan.state, _signals(micro, self.dist.device))
+
+    def _sums(self, micro: Batch, hard_T: Tensor, covered_T: Tensor, valid_T: Tensor) -> Tensor:
+        """Of each corpus: hard loss, tokens with targets, valid tokens; fp64 [C, 3]."""
+        corpus_B = torch.as_tensor(micro.corpus_B).to(valid_T.device, non_blocking=True)
+        corpus_T = corpus_B.repeat_interleave(micro.ids_BS.shape[1])
+        rows = []
+        for corpus in range(self._corpora):
+            mine_T = valid_T & (corpus_T == corpus)
+            sums = (hard_T * mine_T).sum(), (covered_T & mine_T).sum(), mine_T.sum()
+            rows.append(torch.stack([part.double() for part in sums]))
+        return torch.stack(rows)
+
+
+def _peak(config: WeightingConfig, steps: int, step: int) -> float:
+    """The largest alpha of a step; only wsd has a warm-up."""
+    kind = config.schedule.value
+    warmup, decay = (config.warmup * steps if kind == "wsd" else 0.0), config.decay * steps
+    return schedule(kind, step, steps, peak=config.alpha, final=config.final_alpha, warmup=warmup, decay=decay)
+
+
+def _factors(config: WeightingConfig, setting: Setting) -> dict[str, Factor]:
+    """The factors that are switched on, by name, in the order of their product."""
+    options: dict[str, Any] = {name: part for name in ("lag", "entropy") if (part := getattr(config, name)).enabled}
+    return {name: FACTORS[name](setting, part) for name, part in (options | config.plugins).items()}
+
+
+def _signals(batch: Batch, device: torch.device) -> Signals:
+    assert batch.targets is not None
+    covered_T = batch.targets.covered_T & batch.valid_BS.flatten()
+    corpus_B = torch.as_tensor(batch.corpus_B).to(device, non_blocking=True)
+    return Signals(corpus_B, batch.shard_loss_B, batch.targets.entropy_T, covered_T)
+
+
+def _means(parts: Mapping[str, Tensor], valid_T: Tensor, covered_T: Tensor) -> dict[str, Mean]:
+    """Metrics of the loss' parts, each over the tokens that it is defined on."""
+    means = {}
+    for name, part_T in parts.items():
+        if name in COVERED:
+            means[COVERED[name]] = Mean((part_T * covered_T).sum(), covered_T.sum())
+        else:
+            means["hard_loss" if name == "hard" else name] = Mean((part_T * valid_T).sum(), valid_T.sum())
+    return means

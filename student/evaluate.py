@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from distill.config.errors import DataError
 from distill.data.join import Batch
 from distill.engine.dist import Dist
-from losses import MixedLoss, mixed_loss
+from losses import Mixed, head_loss
 from losses.calibration import bin_confidence, expected_calibration_error
 from student import positions
 
@@ -35,7 +36,7 @@ class Evaluation(NamedTuple):
     corpora: dict[str, Evaluation]
     """The same of each corpus that has valid tokens; theirs is empty."""
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Name -> number, without what was not measured."""
         return {k: v for k, v in self._asdict().items() if isinstance(v, int | float)}
 
@@ -73,16 +74,16 @@ def evaluate(
         assert (batch.corpus_B == corpus).all(), "one corpus per batch"
         batch = batch.to(dist.device)
         labels_T, valid_T = batch.labels_BS.flatten(), batch.valid_BS.flatten()
-        loss, best_T, confidence_T = _predict(model, batch, chunk)
-        hit_T = best_T == labels_T
-        agreed, taught = torch.zeros_like(valid_T), torch.zeros_like(loss.loss_sum)
+        ours = _predict(model, batch, chunk)
+        hit_T = ours.best_T == labels_T
+        agreed, taught = torch.zeros_like(valid_T), torch.zeros_like(ours.loss_sum)
         if teacher is not None:
-            theirs, first_T, _ = _predict(teacher, batch, chunk)
-            agreed, taught = (first_T == best_T) & valid_T, theirs.loss_sum
-        sums = (loss.loss_sum, valid_T, hit_T & valid_T, agreed, taught)
+            theirs = _predict(teacher, batch, chunk)
+            agreed, taught = (theirs.best_T == ours.best_T) & valid_T, theirs.loss_sum
+        sums = (ours.loss_sum, valid_T, hit_T & valid_T, agreed, taught)
         sums_C5[corpus] += torch.stack([x.sum().double() for x in sums])
-        calibration_C3B[corpus] += bin_confidence(confidence_T[valid_T], hit_T[valid_T], bins)
-        positions.add(by_position_C2N[corpus], loss.hard_T, valid_T, batch.documents_BS)
+        calibration_C3B[corpus] += bin_confidence(ours.confidence_T[valid_T], hit_T[valid_T], bins)
+        positions.add(by_position_C2N[corpus], ours.hard_T, valid_T, batch.documents_BS)
     model.train(training)
     parts = [dist.sum(part) for part in (sums_C5, calibration_C3B, by_position_C2N)]
     if not parts[0][:, 1].sum():
@@ -107,18 +108,24 @@ def _evaluation(
     return Evaluation(loss, perplexity, ece, hits / tokens, agreement, int(tokens), by_position, corpora)
 
 
-def _predict(model: nn.Module, batch: Batch, chunk: int) -> tuple[MixedLoss, Tensor, Tensor]:
-    """The loss of all valid tokens and of each, and per token the most probable id and its probability."""
+class _Prediction(NamedTuple):
+    loss_sum: Tensor
+    """Of all valid tokens, nats."""
+    hard_T: Tensor
+    best_T: Tensor
+    """The most probable id."""
+    confidence_T: Tensor
+    """Its probability."""
+
+
+def _predict(model: nn.Module, batch: Batch, chunk: int) -> _Prediction:
     labels_T, valid_T = batch.labels_BS.flatten(), batch.valid_BS.flatten()
-    best, confidence = [], []
 
-    def tap(start: int, probs_TV: Tensor, logprobs_TV: Tensor) -> None:
-        top_T, ids_T = logprobs_TV.max(-1)
-        best.append(ids_T)
-        confidence.append(top_T.exp())
+    def best(rows: slice, probs_tV: Tensor, logprobs_tV: Tensor) -> tuple[Tensor, Tensor]:
+        logprob_t, ids_t = logprobs_tV.max(-1)
+        return ids_t, logprob_t.exp()
 
-    def head(hidden_TD: Tensor, weight_VD: Tensor) -> MixedLoss:
-        return mixed_loss(hidden_TD, weight_VD, labels_T, valid_T.float(), chunk=chunk, tap=tap)
-
-    loss, _ = model(batch.ids_BS, batch.documents_BS, head, batch.images)
-    return loss, torch.cat(best), torch.cat(confidence)
+    head_fn = partial(head_loss, row_function=Mixed(labels_T, valid_T.float(), select=best), chunk=chunk)
+    head, _ = model(batch.ids_BS, batch.documents_BS, head_fn, batch.images)
+    ids, confidence = zip(*head.selected)
+    return _Prediction(head.loss_sum, head.parts["hard"], torch.cat(ids), torch.cat(confidence))

@@ -15,7 +15,7 @@ from distill.engine.dist import Dist
 from distill.model import Transformer
 
 
-class Found(NamedTuple):
+class NeedleCounts(NamedTuple):
     """Counts, lengths in rows and depths in columns."""
 
     hits_ND: Tensor
@@ -27,7 +27,7 @@ class Found(NamedTuple):
 
 def find(
     model: Transformer, tokenizer: Tokenizer, config: NeedleTestConfig, batch: int, seed: int, dist: Dist
-) -> Found:
+) -> NeedleCounts:
     """Tries every length and depth; each rank takes a share of the trials. Collective.
 
     Args:
@@ -49,11 +49,13 @@ def find(
                     hit = ids[: len(t.answer)].tolist() == t.answer
                     across = chunk is not None and t.stated // chunk < (len(t.prompt) - 1) // chunk
                     counts[:, row, column] += counts.new_tensor([hit, True, hit and across, across])
-    return Found(*dist.sum(counts).cpu())
+    return NeedleCounts(*dist.sum(counts).cpu())
 
 
-def figures(found: Found, config: NeedleTestConfig, chunk_size: int | None, trained_tokens: int) -> dict[str, Any]:
-    """Entries of a summary: shares within the trained length and by length, and the grid that the report draws."""
+def entries(
+    found: NeedleCounts, config: NeedleTestConfig, chunk_size: int | None, trained_tokens: int
+) -> dict[str, Any]:
+    """Summary entries: shares within the trained length and by length, and the grid that the report draws."""
     within_N = torch.tensor([length <= trained_tokens for length in config.lengths])
     shares = {
         "needle_accuracy": _share(found.hits_ND[within_N], found.trials_ND[within_N]),

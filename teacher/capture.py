@@ -1,7 +1,7 @@
 """Soft targets taken out of the forward passes of a teacher in training.
 
-Per chunk of the head: probabilities -> atoms of the codec and the entropy; per micro-batch: one
-`put` into the writer of its corpus. Probabilities are normalised over all of V at temperature 1.
+Per chunk of the head: probabilities -> atoms of the codec and the entropy; per micro-batch: one `put` into the writer
+of its corpus. Probabilities are normalized over all of V at temperature 1.
 
 The targets of a step wait on the host until the next step begins: then it is known, and asking costs no wait beyond
 that for the targets themselves, whether the step was finite on all ranks. If it was not, neither they nor any later
@@ -16,15 +16,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distill.cache import Atoms, CacheWriter, Codec
+from distill.cache import Atoms, CacheWriter, Codec, Selection
 from distill.cache.pending import Pending
 from distill.data.join import Batch
 from distill.engine.watch import Watch
-from losses.mixed import Tap
+from losses.mixed import Select
 
 
-class _Targets(NamedTuple):
-    """Of one micro-batch, on the CPU."""
+class MicroTargets(NamedTuple):
+    """What a forward pass over a micro-batch gives for the cache."""
+
+    batch: Batch
+    hard_T: Tensor
+    """Cross entropy against the labels, nats."""
+    selections: list[Selection]
+    """Atoms and entropies of the head's chunks, in order."""
+
+
+class _StepTargets(NamedTuple):
+    """Targets of one micro-batch, on the CPU."""
 
     batch: Batch
     atoms: Atoms
@@ -65,50 +75,48 @@ class Capture:
         self.puts = 0
         self.watch = watch
         self.broken: int | None = None
-        self._held: list[_Targets] = []
+        self._held: list[_StepTargets] = []
 
-    def begin(self, batch: Batch) -> Tap:
-        """The tap for one micro-batch's pass over the head."""
+    def selector(self, batch: Batch) -> Select:
+        """Selects the targets of one micro-batch, chunk by chunk of its pass over the head."""
         batch_size, length = batch.ids_BS.shape
         sample_ids_T = torch.as_tensor(batch.sample_ids_B).repeat_interleave(length)
         positions_T = torch.arange(length).repeat(batch_size)
-        self._atoms: list[Atoms] = []
-        self._entropy: list[Tensor] = []
 
         @torch.no_grad()
-        def tap(start: int, probs_TV: Tensor, logprobs_TV: Tensor) -> None:
+        def select(rows: slice, probs_tV: Tensor, logprobs_tV: Tensor) -> Selection:
             began = time.perf_counter()
-            rows = slice(start, start + len(probs_TV))
-            device = probs_TV.device
-            found = self.codec.select_probs(
-                probs_TV,
-                logprobs_TV,
+            device = probs_tV.device
+            selection = self.codec.select_probs(
+                probs_tV,
+                logprobs_tV,
                 seed=self.seed,
                 sample_ids_T=sample_ids_T[rows].to(device),
                 positions_T=positions_T[rows].to(device),
             )
-            self._atoms.append(found.atoms)
-            self._entropy.append(found.entropy_T)
             self.seconds += time.perf_counter() - began
+            return selection
 
-        return tap
+        return select
 
-    def put(self, batch: Batch, hard_T: Tensor, step: int, tokens_seen: int | None = None) -> None:
-        """Hands the micro-batch's targets to the writers; waits or skips when their queue is full.
+    def put(self, targets: MicroTargets, step: int, tokens_seen: int | None = None) -> None:
+        """Hands a micro-batch's targets to the writers; waits or skips when their queue is full.
 
         tokens_seen: by the teacher; None: those of its steps so far.
         """
-        seen = step * self.tokens_per_step if tokens_seen is None else tokens_seen
         began = time.perf_counter()
-        atoms, entropy_T, valid_T = Atoms.cat(self._atoms).cpu(), torch.cat(self._entropy), batch.valid_BS.flatten()
-        found = _Targets(batch, atoms, hard_T.cpu(), entropy_T.cpu(), valid_T.cpu(), step, seen)
-        finite_T = found.hard_T.isfinite() & found.entropy_T.isfinite()
+        batch, hard_T, selections = targets
+        atoms = Atoms.cat([part.atoms for part in selections]).cpu()
+        entropy_T = torch.cat([part.entropy_T for part in selections]).cpu()
+        seen = step * self.tokens_per_step if tokens_seen is None else tokens_seen
+        held = _StepTargets(batch, atoms, hard_T.cpu(), entropy_T, batch.valid_BS.flatten().cpu(), step, seen)
+        finite_T = held.hard_T.isfinite() & held.entropy_T.isfinite()
         if self._held and self._held[0].step != step:
             self._release()
         if self.broken is None and not finite_T.all():
             self.broken = int(batch.sample_ids_B[int(finite_T.int().argmin()) // batch.ids_BS.shape[1]])
         if self.broken is None:
-            self._held.append(found)
+            self._held.append(held)
         if self.watch is None:
             self._release()
         self.seconds += time.perf_counter() - began
@@ -122,7 +130,7 @@ class Capture:
         for targets in held:
             self._write(targets)
 
-    def _write(self, targets: _Targets) -> None:
+    def _write(self, targets: _StepTargets) -> None:
         batch = targets.batch
         for corpus, writer in enumerate(self.writers):
             rows_B = torch.as_tensor(batch.corpus_B == corpus)
@@ -141,15 +149,15 @@ class Capture:
                 teacher=self.teacher,
             )
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         stats = [writer.stats for writer in self.writers]
-        found = {"skipped_samples": float(sum(s.skipped for s in stats))}
+        metrics = {"skipped_samples": float(sum(s.skipped for s in stats))}
         if self.puts:
-            found["capture_seconds"] = self.seconds / self.puts
+            metrics["capture_seconds"] = self.seconds / self.puts
         tokens = sum(s.tokens for s in stats)
         if tokens:
-            found["bytes_per_token"] = sum(s.bytes for s in stats) / tokens
-        return found
+            metrics["bytes_per_token"] = sum(s.bytes for s in stats) / tokens
+        return metrics
 
     def flush(self) -> None:
         """Publishes everything; at the end of a step."""

@@ -25,8 +25,8 @@ from distill.config.files import LFS_CURE, is_lfs_pointer
 from distill.data.join import Batch
 from distill.model.finite import is_finite
 from distill.model.segments import document_starts
-from losses.mixed import Tap
-from teacher.labelling import hard_loss
+from losses.mixed import Select
+from teacher.labelling import Labelled, label_rows
 from teacher.probe import HeadForm, call, number, probe
 
 
@@ -95,7 +95,7 @@ class Foreign:
         width = size("head_dim") or size("hidden_size") / max(heads, 1)
         return 2.0 * products + 4.0 * layers * heads * width * (sample_tokens + 1) / 2
 
-    def label(self, batch: Batch, tap: Tap, head_chunk: int) -> Tensor:
+    def label(self, batch: Batch, select: Select | None, head_chunk: int) -> Labelled:
         ids_T, labels_T = batch.ids_BS.flatten(), batch.labels_BS.flatten()
         documents = _documents(batch.documents_BS)
         if self._plain_head is None:
@@ -103,17 +103,19 @@ class Foreign:
             self._plain_head = self._head.plain and self._has_plain_head(ids_T, few)
         if self._plain_head:
             hidden_TD = self._hidden(ids_T, documents, room=len(ids_T))
-            return hard_loss(hidden_TD, self.model.get_output_embeddings().weight, batch, tap, head_chunk)
-        hard = []
+            head = label_rows(hidden_TD, self.model.get_output_embeddings().weight, batch, select, head_chunk)
+            return Labelled(head.parts["hard"], head.selected)
+        hard, selections = [], []
         for group in _groups(documents, head_chunk, in_order=True):
             logits_NLV = self._rows(self.model, ids_T, group).logits
             logits_tV = torch.cat([row_LV[: d.length] for row_LV, d in zip(logits_NLV, group)])
             logits_tV = logits_tV.to(torch.promote_types(logits_tV.dtype, torch.float32))
             logprobs_tV, start = logits_tV.log_softmax(-1), group[0].start
-            tap(start, logprobs_tV.exp(), logprobs_tV)
+            if select is not None:
+                selections.append(select(slice(start, start + len(logprobs_tV)), logprobs_tV.exp(), logprobs_tV))
             labels_t1 = labels_T[start : start + len(logprobs_tV), None]
             hard.append(-logprobs_tV.gather(-1, labels_t1).squeeze(-1))
-        return torch.cat(hard)
+        return Labelled(torch.cat(hard), selections)
 
     def _has_plain_head(self, ids_T: Tensor, documents: list[_Document]) -> bool:
         """Whether the product gives, number for number, the logits that the model gives on these documents."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,18 @@ from torch import Tensor, nn
 from distill.data.join import Batch
 from distill.model.count import flops_per_token
 from distill.model.transformer import Transformer
-from losses import mixed_loss
-from losses.mixed import Tap
-from teacher.capture import Capture
+from losses import HeadLoss, Mixed, head_loss
+from losses.mixed import Select
+from teacher.capture import Capture, MicroTargets
+
+
+class Labelled(NamedTuple):
+    """What a frozen teacher's pass over a batch gives."""
+
+    hard_T: Tensor
+    """Cross entropy against the labels, nats."""
+    selections: list[Any]
+    """What `select` returned for each chunk, in order."""
 
 
 class Frozen(Protocol):
@@ -30,11 +39,8 @@ class Frozen(Protocol):
         """Of a forward pass over samples of S tokens, with so many tiles of images in the mean."""
         ...
 
-    def label(self, batch: Batch, tap: Tap, head_chunk: int) -> Tensor:
-        """Shows the probabilities of every token to the tap, at most `head_chunk` at a time and in order.
-
-        Returns the cross entropy against the labels, hard_T, nats.
-        """
+    def label(self, batch: Batch, select: Select | None, head_chunk: int) -> Labelled:
+        """Selects from the probabilities of every token, at most `head_chunk` at a time and in order."""
         ...
 
 
@@ -48,19 +54,19 @@ class Own:
     def flops_per_token(self, sample_tokens: int, tiles: float) -> float:
         return flops_per_token(self.model.config, sample_tokens, tiles)
 
-    def label(self, batch: Batch, tap: Tap, head_chunk: int) -> Tensor:
-        def head(hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
-            return hard_loss(hidden_TD, weight_VD, batch, tap, head_chunk)
+    def label(self, batch: Batch, select: Select | None, head_chunk: int) -> Labelled:
+        def head_fn(hidden_TD: Tensor, weight_VD: Tensor) -> HeadLoss:
+            return label_rows(hidden_TD, weight_VD, batch, select, head_chunk)
 
-        hard_T, _ = self.model(batch.ids_BS, batch.documents_BS, head, batch.images)
-        return hard_T
+        head, _ = self.model(batch.ids_BS, batch.documents_BS, head_fn, batch.images)
+        return Labelled(head.parts["hard"], head.selected)
 
 
-def hard_loss(hidden_TD: Tensor, weight_VD: Tensor, batch: Batch, tap: Tap, chunk: int) -> Tensor:
-    """Cross entropy against the labels, hard_T in nats, by the head's pass over chunks that the tap looks into."""
+def label_rows(hidden_TD: Tensor, weight_VD: Tensor, batch: Batch, select: Select | None, chunk: int) -> HeadLoss:
+    """The head's pass over chunks; its part `hard` is the cross entropy against the labels, nats."""
     labels_T = batch.labels_BS.flatten()
     no_weight_T = torch.zeros(len(labels_T), device=labels_T.device)
-    return mixed_loss(hidden_TD, weight_VD, labels_T, no_weight_T, chunk=chunk, tap=tap).hard_T
+    return head_loss(hidden_TD, weight_VD, Mixed(labels_T, no_weight_T, select=select), chunk=chunk)
 
 
 @torch.inference_mode()
@@ -75,15 +81,15 @@ def label(
     Returns:
         Sum of the label losses over valid tokens (nats) and their number; on the device, nothing waits for it.
     """
-    hard_T = teacher.label(batch, capture.begin(batch), head_chunk)
-    capture.put(batch, hard_T, step, tokens_seen)
+    labelled = teacher.label(batch, capture.selector(batch), head_chunk)
+    capture.put(MicroTargets(batch, *labelled), step, tokens_seen)
     valid_T = batch.valid_BS.flatten()
-    return (hard_T.double() * valid_T).sum(), valid_T.sum()
+    return (labelled.hard_T.double() * valid_T).sum(), valid_T.sum()
 
 
 @torch.inference_mode()
 def label_loss(teacher: Frozen, batch: Batch, head_chunk: int) -> tuple[float, int]:
     """Sum of the label losses over the valid tokens of a batch (nats), and their number; nothing is kept."""
     valid_T = batch.valid_BS.flatten()
-    hard_T = teacher.label(batch, lambda start, logits_TV, lse_T: None, head_chunk)
+    hard_T = teacher.label(batch, None, head_chunk).hard_T
     return float((hard_T.double() * valid_T).sum()), int(valid_T.sum())

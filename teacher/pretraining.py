@@ -1,58 +1,59 @@
-"""One pretraining step of the teacher: hard loss, and on the same forward pass the capture of its soft targets."""
+"""The teacher's recipe: hard loss, and on the same forward pass the capture of its soft targets."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from distill.data.join import Batch
-from distill.engine.dist import Dist
-from distill.model.transformer import Routing
-from distill.tracking.meters import Meters
-from losses import mixed_loss
-from teacher.capture import Capture
+from distill.engine.forward import Forward
+from losses import Mixed, head_loss
+from losses.weighting import Mean
+from teacher.capture import Capture, MicroTargets
 
 
-class TeacherStep:
-    """The teacher's half of the training loop's protocol: `begin`, `loss` per micro-batch, `end`, `state`.
+class TeacherRecipe:
+    """See `distill.run.trainer.Recipe`. Targets are selected before the teacher trains on the batch, so they are never
+    memorized ones."""
 
-    Targets are made before the teacher trains on the batch, so they are never memorised ones.
-    """
+    def __init__(self, head_chunk: int, capture: Capture | None):
+        self.head_chunk, self.capture = head_chunk, capture
 
-    def __init__(self, meters: Meters, head_chunk: int, capture: Capture | None):
-        self.meters, self.head_chunk, self.capture = meters, head_chunk, capture
+    def begin(self, batch: Batch, step: int) -> int:
+        return step
 
-    def begin(self, batch: Batch, step: int, dist: Dist) -> None:
-        self.step = step
+    def forward(self, model: Any, micro: Batch, step: int) -> Forward:
+        """Sum over valid tokens of the hard loss; the result is the micro-batch's targets, if they are captured."""
+        labels_T, valid_T = micro.labels_BS.flatten(), micro.valid_BS.flatten()
+        select = None if self.capture is None else self.capture.selector(micro)
+        head_fn = partial(
+            head_loss, row_function=Mixed(labels_T, valid_T.float(), select=select), chunk=self.head_chunk
+        )
+        head, routing = model(micro.ids_BS, micro.documents_BS, head_fn, micro.images)
+        hard_T = head.parts["hard"]
+        means = {"loss": Mean((hard_T * valid_T).sum(), valid_T.sum())}
+        targets = None if self.capture is None else MicroTargets(micro, hard_T, head.selected)
+        return Forward(head.loss_sum, routing, means, result=targets)
 
-    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, Routing]:
-        """Sum over valid tokens of the hard loss, and what the routers did with this micro-batch."""
-        labels_T, valid_T = batch.labels_BS.flatten(), batch.valid_BS.flatten()
-        tap = None if self.capture is None else self.capture.begin(batch)
-        parts = []
-
-        def head(hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
-            out = mixed_loss(hidden_TD, weight_VD, labels_T, valid_T.float(), chunk=self.head_chunk, tap=tap)
-            parts.append(out)
-            return out.loss_sum
-
-        loss_sum, routing = model(batch.ids_BS, batch.documents_BS, head, batch.images)
-        hard_T = parts[0].hard_T
+    def end(self, step: int, results: list[MicroTargets]) -> None:
         if self.capture is not None:
-            self.capture.put(batch, hard_T, self.step)
-        self.meters.add("loss", (hard_T * valid_T).sum(), valid_T.sum())
-        return loss_sum, routing
+            for targets in results:
+                self.capture.put(targets, step)
 
-    def end(self, dist: Dist) -> None:
-        pass
+    def publish(self, last: bool) -> None:
+        """Everything that was captured; `last`: nothing more will come."""
+        if self.capture is not None:
+            (self.capture.finish if last else self.capture.flush)()
 
-    def figures(self) -> dict[str, float]:
-        """Of this process's capture since it started: bytes per published token, seconds a step, samples left out."""
-        return {} if self.capture is None else self.capture.figures()
+    def metrics(self) -> dict[str, float]:
+        """Of this process's capture since it started: bytes per published token, seconds a micro-batch, samples left
+        out."""
+        return {} if self.capture is None else self.capture.metrics()
 
     def state(self) -> dict[str, Any]:
-        """Nothing: all that a resumed teacher needs is its weights and its place in the stream."""
+        """Nothing: a resumed teacher needs its weights and its place in the stream alone."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:

@@ -107,7 +107,7 @@ JOBS: Registry[Job] = Registry(
             f"{_RULES}:backfill_rules",
             "what was labelled is published; {again} does what is left",
         ),
-        "evaluate": Job("distill.run.student:evaluate", (), f"{_RULES}:evaluate_rules"),
+        "evaluate": Job("distill.run.evaluation:evaluate", (), f"{_RULES}:evaluate_rules"),
         "export": Job("distill.run.export:export", (), f"{_RULES}:export_rules"),
     },
 )

@@ -31,7 +31,7 @@ from distill.engine.zero import Engine
 from distill.model.finite import is_finite
 from distill.model.tensors import save_tensors
 
-FORMAT = 1
+FORMAT = 2
 REST = "rest"
 _NAME = re.compile(r"step-(\d{8})")
 log = logging.getLogger(__name__)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import nn
 
-from distill.config.schema import OptimConfig, OptimizerName, Parametrization, Schedule
+from distill.config.schema import OptimConfig, OptimizerName, Parametrization
 from distill.model import Transformer
 from distill.model.parametrization import scales
+from losses.schedule import schedule
 
 
 def decay_group(name: str) -> str:
@@ -62,21 +62,7 @@ def moments(config: OptimConfig) -> tuple[str, ...]:
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """Learning rate of the update that turns `step` finished steps into step + 1, of `steps` in all.
-
-    Rises linearly over the warm-up share, then: constant; linear or cosine to final_lr of the peak; or (wsd) holds and
-    falls linearly to it over the last `decay` share.
-    """
-    warmup = round(config.warmup * steps)
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    if config.schedule is Schedule.constant:
-        return config.lr
-    final = config.lr * config.final_lr
-    if config.schedule is Schedule.wsd:
-        falling = max(1, round(config.decay * steps))
-        left = min(1.0, (steps - step) / falling)
-        return final + (config.lr - final) * left
-    progress = (step - warmup) / max(1, steps - warmup)
-    left = 1.0 - progress if config.schedule is Schedule.linear else 0.5 * (1.0 + math.cos(math.pi * progress))
-    return final + (config.lr - final) * left
+    """Learning rate of the update that turns `step` finished steps into step + 1, of `steps` in all."""
+    kind, final = config.schedule.value, config.lr * config.final_lr
+    warmup, decay = round(config.warmup * steps), max(1, round(config.decay * steps))
+    return schedule(kind, step, steps, peak=config.lr, final=final, warmup=warmup, decay=decay, first=1)

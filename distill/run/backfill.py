@@ -26,7 +26,7 @@ from distill.config.units import duration, file_size, short
 from distill.data.join import Batch, Joiner, check_cache
 from distill.data.packed import PackedCorpus
 from distill.data.prefetch import Prefetch
-from distill.run import build
+from distill.run.caches import cache_entries, cache_folders, new_header
 from distill.run.frozen import Teacher, load_teacher
 from distill.run.run import Run, as_job
 from distill.run.units import Held, Plan, Unit, make_plan
@@ -75,6 +75,7 @@ class Rate(NamedTuple):
 def backfill(run: Run) -> None:
     b, dist = run.config.backfill, run.dist
     teacher = load_teacher(run)
+    run.start()
     # Only the main rank looks: what it sees is the plan of all.
     places, plan = dist.from_main(_planned(run, teacher) if dist.is_main else None)
     for place in places:
@@ -84,11 +85,11 @@ def backfill(run: Run) -> None:
     rate = measure(run, teacher, places, mine)
     for line in describe(run, places, plan, teacher, rate):
         run.tracker.message(line)
-    summary: dict[str, Any] = {"job": "backfill", "teacher": teacher.identity, "gaps": plan.gaps}
-    summary |= {"stale": plan.samples - plan.gaps, "left_out": plan.left_out}
+    entries: dict[str, Any] = {"teacher": teacher.identity, "gaps": plan.gaps}
+    entries |= {"stale": plan.samples - plan.gaps, "left_out": plan.left_out}
     if b.dry_run:
         tokens = plan.samples * run.config.data.sample_tokens
-        summary |= {
+        entries |= {
             "dry_run": True,
             "planned_tokens": tokens,
             "planned_tflops": _tflops(places, plan.units),
@@ -96,12 +97,12 @@ def backfill(run: Run) -> None:
             "planned_seconds": tokens / rate.tokens_per_second if tokens else 0.0,
         }
     else:
-        summary |= _label_all(run, teacher, places, plan, mine)
+        entries |= _label_all(run, teacher, places, plan, mine)
         readers = [CacheReader(place.folder) for place in places]
         stats = [reader.stats() for reader in readers]
-        summary["coverage"] = sum(s["samples"] for s in stats) / max(sum(place.header.samples for place in places), 1)
-        summary |= build.cache_figures(readers)
-    run.finish({**summary, "seconds": run.seconds})
+        entries["coverage"] = sum(s["samples"] for s in stats) / max(sum(place.header.samples for place in places), 1)
+        entries |= cache_entries(readers)
+    run.finish(entries)
 
 
 def _planned(run: Run, teacher: Teacher) -> tuple[list[Place], Plan]:
@@ -122,7 +123,7 @@ def _planned(run: Run, teacher: Teacher) -> tuple[list[Place], Plan]:
 def _places(run: Run, teacher: Teacher) -> Iterator[tuple[Place, Held]]:
     config, vocab_size = run.config, teacher.model.vocab_size
     wanted = config.backfill.corpora or list(run.data.train)
-    for name, folder in build.cache_folders(run).items():
+    for name, folder in cache_folders(run).items():
         if name not in wanted:
             continue
         corpus, newest = run.data.train[name], -1
@@ -135,7 +136,7 @@ def _places(run: Run, teacher: Teacher) -> Iterator[tuple[Place, Held]]:
             newest = max((o.last_step for o in others), default=-1)
             seen = seen or any(o.source == "capture" for o in others)
         else:
-            header = build.new_header(run, corpus, vocab_size, {})
+            header = new_header(run, corpus, vocab_size, {})
             none_N = np.zeros(len(corpus), bool)
             held = Held(none_N, np.full(len(corpus), np.nan), none_N)
         if config.backfill.min_lag is not None:
@@ -323,6 +324,6 @@ def _label_all(run: Run, teacher: Teacher, places: list[Place], plan: Plan, mine
         dist.barrier()  # every rank's shards are out before any rank looks
     stop.check()  # what was labelled is published
     loss, valid = totals.tolist()
-    figures: dict[str, Any] = {"samples": labelled, "tokens": labelled * length}
-    figures["tflops"] = _tflops(places, plan.units)
-    return figures | ({"loss": loss / valid} if valid else {})
+    entries: dict[str, Any] = {"samples": labelled, "tokens": labelled * length}
+    entries["tflops"] = _tflops(places, plan.units)
+    return entries | ({"loss": loss / valid} if valid else {})

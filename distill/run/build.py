@@ -1,30 +1,39 @@
-"""Wiring: from a run to a trainer with its stream, its cache and its step."""
+"""Wiring: from a run to a trainer with its model, stream, caches and recipe."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from distill.cache import CacheHeader, CacheReader, CacheWriter, is_written, make_codec
+from distill.cache import CacheReader
 from distill.config.errors import ConfigError
 from distill.config.schema import OnMissing, Parametrization, ReplayOrder, TrainConfig
-from distill.data.join import Joiner, check_cache
-from distill.data.packed import PackedCorpus
+from distill.data.join import Joiner
 from distill.data.stream import Stream, replay
 from distill.engine.watch import Watch
-from distill.model.count import flops_per_token
-from distill.run.identity import Lineage, lineage
-from distill.run.run import Run, architecture
-from distill.run.trainer import Positions, Step, Trainer
-from distill.tools.flops import flop_ledger
-from distill.tracking.meters import Meters
-from student.distilling import StudentStep
+from distill.model import Transformer
+from distill.run import evaluation, identity
+from distill.run.caches import cache_folders, open_capture
+from distill.run.feed import Feed, FollowingFeed, Positions
+from distill.run.identity import Lineage
+from distill.run.models import architecture, check_vision, engine_of, first_model
+from distill.run.run import Run
+from distill.run.trainer import Recipe, Trainer
+from student.distilling import StudentRecipe
 from teacher.capture import Capture
-from teacher.pretraining import TeacherStep
+from teacher.pretraining import TeacherRecipe
+
+
+def prepare(run: Run) -> None:
+    """The data of a run that trains, for all its models, and its records."""
+    models = [(role, getattr(run.config, role).model) for role in run.roles]
+    run.prepare(min(model.vocab_size for _, model in models))
+    for role, model in models:
+        check_vision(f"{role}.model.vision", model.vision, run.config.data, run.data.tokenizer)
+    run.start()
 
 
 def steps_of(run: Run, role: str) -> int:
@@ -44,154 +53,11 @@ def steps_of(run: Run, role: str) -> int:
     return steps
 
 
-def cache_root(run: Run) -> str:
-    """A path, or a URL of a file system that fsspec knows."""
-    return run.config.cache.dir or str(run.folder / "cache")
-
-
-def cache_folders(run: Run) -> dict[str, str]:
-    """The cache of each corpus: as `cache.dirs` says, else the root itself, or a folder in it for each of a mixture."""
-    root, names = cache_root(run).rstrip("/"), list(run.data.train)
-    usual = {names[0]: root} if len(names) == 1 else {name: f"{root}/{name}" for name in names}
-    return {name: run.config.cache.dirs.get(name, folder) for name, folder in usual.items()}
-
-
 def own_stream(run: Run) -> Stream:
     """Of the run's corpora by their weights and data.seed."""
     sizes = {name: len(corpus) for name, corpus in run.data.train.items()}
     weights = {name: run.config.data.corpora[name].weight for name in sizes}
     return Stream(sizes, weights, run.config.data.seed)
-
-
-def teacher(run: Run) -> tuple[Trainer, Capture | None]:
-    part, steps = run.config.teacher, steps_of(run, "teacher")
-    stream, batch = own_stream(run), part.train.batch
-    planned = {**stream.describe(), "planned": steps * batch, "batch": batch, "writers": run.dist.world}
-    # A resumed run stays who it was.
-    known = run.lineages.get("teacher") or lineage_of(run, steps, stream)
-    run.lineages["teacher"] = known
-    watch = Watch(run.dist)
-    capture = open_capture(run, planned, cache_folders(run), known.base, watch) if part.capture else None
-    step = TeacherStep(Meters(run.dist.device), part.train.head_chunk, capture)
-    positions = replay(ReplayOrder.same, steps * batch)
-    return _trainer(run, "teacher", step, steps, stream, positions, None, watch), capture
-
-
-def lineage_of(run: Run, steps: int, stream: Stream) -> Lineage:
-    """Of the run's teacher, as it starts. Collective."""
-    part = run.config.teacher
-    like = architecture(part.model) | {"parametrization": part.model.parametrization}
-    if part.model.parametrization is Parametrization.transfer:
-        like["base"] = dataclasses.asdict(part.model.base)
-    start, corpora = run.first_weights("teacher"), run.data.train
-    return lineage(start, like, part.optim, part.train, steps, run.config.precision, stream, corpora)
-
-
-def open_capture(
-    run: Run,
-    planned: dict[str, object],
-    folders: Mapping[str, str | Path],
-    teacher: str,
-    watch: Watch | None = None,
-) -> Capture:
-    """One writer per corpus on every rank; the rank that comes first creates the cache.
-
-    teacher: its identity.
-
-    A cache that holds another run's targets is refused: they would give way to this run's, sample by sample.
-    """
-    config, train = run.config, run.config.teacher.train
-    taken = [folder for folder in folders.values() if not config.resume and is_written(folder)]
-    run.dist.barrier()
-    if taken:
-        raise ConfigError(
-            f"cache.dir is {taken[0]}; it holds targets of another run: choose another folder, or go on with that run "
-            "(its hydra.run.dir and resume=true)"
-        )
-    vocab_size = config.teacher.model.vocab_size
-    writers = []
-    for turn in (True, False):
-        if run.dist.is_main is turn:
-            for name, folder in folders.items():
-                corpus = run.data.train[name]
-                header = new_header(run, corpus, vocab_size, planned)
-                writers.append(
-                    CacheWriter(
-                        folder,
-                        header,
-                        writer=f"teacher-{run.dist.rank:05d}",
-                        counts_V=corpus.counts_V(vocab_size),
-                        shard_samples=config.cache.shard_samples,
-                        queue=config.cache.queue,
-                        on_full=config.cache.on_full,
-                        flops_per_token=flops_per_token(
-                            config.teacher.model, corpus.sample_tokens, corpus.tiles_per_sample
-                        ),
-                    )
-                )
-                run.resources.push(writers[-1])
-        run.dist.barrier()
-    tokens = train.batch * config.data.sample_tokens
-    return Capture(make_codec(config.cache.codec, vocab_size), writers, config.seed, teacher, tokens, watch)
-
-
-def new_header(run: Run, corpus: PackedCorpus, vocab_size: int, stream: dict[str, object]) -> CacheHeader:
-    """Of the cache of a corpus, as this run would make it; stream: the teacher's plan, empty where none trains."""
-    return CacheHeader(
-        vocab_size=vocab_size,
-        tokenizer=run.data.tokenizer.digest,
-        corpus=corpus.digest,
-        sample_tokens=corpus.sample_tokens,
-        samples=len(corpus),
-        codec=run.config.cache.codec,
-        seed=run.config.seed,
-        stream=stream,
-    )
-
-
-def cache_figures(readers: list[CacheReader]) -> dict[str, Any]:
-    """What a summary says of the caches of a run: bytes of all published shards per token with a target in them, and
-    the ledger of floating-point operations."""
-    stats = [reader.stats() for reader in readers]
-    ledger = flop_ledger((row for reader in readers for row in reader.rows), readers[0].header.sample_tokens)
-    return {
-        "bytes_per_token": sum(s["bytes"] for s in stats) / max(sum(s["tokens"] for s in stats), 1),
-        "flops": {name: value for name, value in ledger.items() if value},
-    }
-
-
-def open_readers(run: Run, role: str = "student") -> list[CacheReader]:
-    """The caches of all corpora, checked against the run's own tokenizer, vocabulary, packing and corpus.
-
-    role: whose vocabulary.
-
-    A student that goes on from a checkpoint finds the view that it had: what was published since waits for a refresh.
-    """
-    roles = run.restored.state["roles"] if run.restored else {}
-    views = roles.get("student", {}).get("views", [])
-    readers = []
-    for number, (name, folder) in enumerate(cache_folders(run).items()):
-        reader = CacheReader(folder, views[number] if views else None)
-        vocab_size = getattr(run.config, role).model.vocab_size
-        check_cache(reader, run.data.tokenizer, run.data.train[name], vocab_size, student=True)
-        reader.read(np.empty(0, np.int64), np.empty(0, np.uint64))  # loads the compiled decoder before the first step
-        readers.append(reader)
-    return readers
-
-
-def student(run: Run, readers: list[CacheReader] | None) -> Trainer:
-    """A student on the teacher's stream as the cache records it, or (no cache, or order=own) on its own."""
-    part, steps = run.config.student, steps_of(run, "student")
-    sizes = {name: len(corpus) for name, corpus in run.data.train.items()}
-    if readers and part.replay.order is not ReplayOrder.own:
-        stream, planned = teachers_stream(readers, list(sizes))
-    else:
-        stream, planned = own_stream(run), steps * part.train.batch
-    meters, vocab_size = Meters(run.dist.device), part.model.vocab_size
-    taught = max((reader.header.vocab_size for reader in readers or []), default=None)
-    step = StudentStep(meters, part.train.head_chunk, part.weighting, vocab_size, steps, len(sizes), taught)
-    positions = replay(part.replay.order, planned)
-    return _trainer(run, "student", step, steps, stream, positions, readers, Watch(run.dist))
 
 
 def teachers_stream(readers: list[CacheReader], names: list[str]) -> tuple[Stream, int]:
@@ -217,32 +83,75 @@ def teachers_stream(readers: list[CacheReader], names: list[str]) -> tuple[Strea
     return Stream.from_description(recorded), int(recorded["planned"])
 
 
-def _trainer(
-    run: Run,
-    role: str,
-    step: Step,
-    steps: int,
-    stream: Stream,
-    positions: Positions,
-    readers: list[CacheReader] | None,
-    watch: Watch,
-) -> Trainer:
-    part = getattr(run.config, role)
-    on_missing = run.config.cache.on_missing if readers else OnMissing.hard
-    return Trainer(
-        role,
-        run.engine(role),
-        step,
-        part.train,
-        part.optim,
-        steps,
-        stream,
-        positions,
-        Joiner(list(run.data.train.values()), readers, on_missing),
-        run.config.data.sample_tokens,
-        run.tracker,
+def teacher(run: Run) -> tuple[Trainer, Capture | None]:
+    part, steps = run.config.teacher, steps_of(run, "teacher")
+    stream, batch = own_stream(run), part.train.batch
+    model, source = first_model(run, "teacher")
+    # A resumed run stays who it was.
+    lineage = run.lineages.get("teacher") or lineage_of(run, model, source is not None, steps, stream)
+    run.lineages["teacher"] = lineage
+    watch, capture = Watch(run.dist), None
+    if part.capture:
+        planned = {**stream.describe(), "planned": steps * batch, "batch": batch, "writers": run.dist.world}
+        capture = open_capture(run, planned, cache_folders(run), lineage.base, watch)
+    recipe = TeacherRecipe(part.train.head_chunk, capture)
+    feed = _feed(run, stream, replay(ReplayOrder.same, steps * batch), None, batch)
+    return _trainer(run, "teacher", model, recipe, feed, watch, steps), capture
+
+
+def lineage_of(run: Run, model: Transformer, is_loaded: bool, steps: int, stream: Stream) -> Lineage:
+    """Of the run's teacher, as it starts. Collective.
+
+    is_loaded: its first weights come from elsewhere, so they are named by their digest; else by what they are drawn
+    with.
+    """
+    part = run.config.teacher
+    like = architecture(part.model) | {"parametrization": part.model.parametrization}
+    if part.model.parametrization is Parametrization.transfer:
+        like["base"] = dataclasses.asdict(part.model.base)
+    first: dict[str, Any] = {"seed": run.config.seed, "init_std": part.model.init_std}
+    if is_loaded:
+        first = {"digest": run.dist.from_main(identity.of_weights(model) if run.dist.is_main else None)}
+    return identity.lineage(first, like, part.optim, part.train, steps, run.config.precision, stream, run.data.train)
+
+
+def student(run: Run, readers: list[CacheReader] | None) -> Trainer:
+    """A student on the teacher's stream as the cache records it, or (no cache, or order=own) on its own."""
+    part, steps = run.config.student, steps_of(run, "student")
+    if readers and part.replay.order is not ReplayOrder.own:
+        stream, planned = teachers_stream(readers, list(run.data.train))
+    else:
+        stream, planned = own_stream(run), steps * part.train.batch
+    recipe = StudentRecipe(
+        part,
         run.dist,
-        lambda model: run.glance(model, part.train),
-        watch,
-        lambda what: run.diverged(role, what),
+        steps,
+        corpora=len(run.data.train),
+        teacher_vocab_size=max((reader.header.vocab_size for reader in readers or []), default=None),
+        best_teacher_loss=_best_losses(run, readers),
     )
+    feed = _feed(run, stream, replay(part.replay.order, planned), readers, part.train.batch)
+    model, _ = first_model(run, "student")
+    return _trainer(run, "student", model, recipe, feed, Watch(run.dist), steps)
+
+
+def _best_losses(run: Run, readers: list[CacheReader] | None) -> list[float] | None:
+    """The best shard's loss in each cache, nats, where the caches are complete before the student starts."""
+    if not readers or run.config.cache.follow or run.config.job != "student":
+        return None
+    return [float(np.nanmin(reader.stats()["loss"], initial=np.inf)) for reader in readers]
+
+
+def _feed(run: Run, stream: Stream, positions: Positions, readers: list[CacheReader] | None, batch: int) -> Feed:
+    on_missing = run.config.cache.on_missing if readers else OnMissing.hard
+    joiner = Joiner(list(run.data.train.values()), readers, on_missing)
+    arguments = stream, positions, joiner, batch, run.dist
+    if readers and run.config.cache.follow:
+        return FollowingFeed(readers, run.config.cache, run.tracker, *arguments)
+    return Feed(*arguments)
+
+
+def _trainer(run: Run, role: str, model: Transformer, recipe: Recipe, feed: Feed, watch: Watch, steps: int) -> Trainer:
+    train = getattr(run.config, role).train
+    evaluate = partial(evaluation.glance, run, train=train)
+    return Trainer(run, role, engine_of(run, role, model), recipe, feed, watch, steps, evaluate)

@@ -8,96 +8,99 @@ Control arms follow, each a student run of its own in a folder below: same init,
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
+from distill.cache import CacheReader
 from distill.config.schema import ArmConfig, CodistillConfig, ReplayConfig, RunConfig
-from distill.run import build, student
+from distill.run import build
+from distill.run.caches import cache_entries, cache_root, open_readers
+from distill.run.evaluation import evaluate_whole, model_entries
 from distill.run.overhead import capture_overhead
 from distill.run.run import Run, as_job
-from distill.run.trainer import Trainer
+from distill.run.student import train_student
+from distill.run.trainer import Leg, Trainer, train
 from distill.tracking import table
-from student.distilling import StudentStep
+from student.distilling import StudentRecipe
 
 
 @as_job
 def codistill(run: Run) -> None:
     config = run.config
+    build.prepare(run)
     teacher, capture = build.teacher(run)
     assert capture is not None
-    readers = build.open_readers(run)
-    learner = build.student(run, readers)
-    assert isinstance(learner.program, StudentStep)
-    trainers = {"teacher": teacher, "student": learner}
-    run.restore(trainers)
-    rounds = config.codistill.rounds
-    # A run that was stopped within a student's turn goes on with it, on the view that the student had.
-    turn = run.restored.state.get("turn", "teacher") if run.restored else "teacher"
-    while teacher.at < teacher.steps or learner.at < learner.steps:
-        if teacher.at < teacher.steps or turn == "student":
-            if turn == "teacher":
-                teacher.advance(_round_end(teacher, rounds))
-                if teacher.stopped:
-                    run.save(trainers)
-                if teacher.at == teacher.steps:
-                    capture.finish()
-                else:
-                    capture.flush()
-                run.dist.barrier()  # every rank's shards are out before any rank looks
-                for reader in readers:
-                    reader.refresh()
-            goal = student.ready(learner, readers, learner.steps)
-            # Checkpoints stand between logged rows, so that no row is averaged over a part of its steps.
-            goal -= goal % learner.config.log_every if goal < learner.steps else 0
-            learner.advance(max(learner.at, min(goal, _round_end(learner, rounds))))
-        else:
-            learner.advance(_round_end(learner, rounds))
-        turn = "teacher"
-        run.save(trainers, **({"turn": "student"} if learner.stopped else {}))
+    readers = open_readers(run)
+    student = build.student(run, readers)
+    trainers = {"teacher": teacher, "student": student}
+    train(run, trainers, lambda stopped: _rounds(run, teacher, student, readers, stopped))
     capture.close()
 
-    taught = run.evaluate(teacher.engine.model, role="teacher")
-    result = run.evaluate(learner.engine.model, teacher.engine.model, role="student")
+    taught = evaluate_whole(run, teacher.engine.model, role="teacher")
+    result = evaluate_whole(run, student.engine.model, teacher.engine.model, role="student")
     overhead = capture_overhead(run, teacher)
     for trainer in trainers.values():
         trainer.engine.close()
-    figures = run.figures("teacher", taught) | run.figures("distilled", result)
+    entries = model_entries(run, "teacher", taught) | model_entries(run, "distilled", result)
     for name, arm in config.codistill.arms.items():
-        found = _arm(run, name, arm)
+        summary = _arm(run, name, arm)
         parts = ("loss", "accuracy", "corpora")
-        figures |= {f"{name}_{part}": found[key] for part in parts if (key := f"student_{part}") in found}
-    summary: dict[str, Any] = {
-        "job": "codistill",
-        **figures,
-        **build.cache_figures(readers),
+        entries |= {f"{name}_{part}": summary[key] for part in parts if (key := f"student_{part}") in summary}
+    assert isinstance(student.recipe, StudentRecipe)
+    entries |= {
+        **cache_entries(readers),
         "capture_overhead": overhead,
-        "coverage": learner.program.coverage,
-        "stall": learner.stalled / learner.seconds if learner.seconds else None,
+        "coverage": student.recipe.coverage,
+        "stall": student.clock.stall,
         "agreement": result.agreement,
         "ece": result.ece,
     }
     if "hard" in config.codistill.arms:
-        gap = figures["hard_loss"] - taught.loss
-        summary["gap_closed"] = (figures["hard_loss"] - result.loss) / gap if gap else None
-    summary["seconds"] = run.seconds
-    run.tracker.message(table.render(summary))
-    run.finish(summary)
+        gap = entries["hard_loss"] - taught.loss
+        entries["gap_closed"] = (entries["hard_loss"] - result.loss) / gap if gap else None
+    run.tracker.message(table.render(entries | {"seconds": run.seconds}))
+    run.finish(entries)
+
+
+def _rounds(
+    run: Run, teacher: Trainer, student: Trainer, readers: list[CacheReader], stopped: str | None
+) -> Iterator[Leg]:
+    """Turns of teacher and student; a run that was stopped within a student's turn goes on with it, on the view of the
+    cache that the student had."""
+    rounds = run.config.codistill.rounds
+    while teacher.step < teacher.steps or student.step < student.steps:
+        goal = _round_end(student, rounds)
+        if teacher.step < teacher.steps or stopped == "student":
+            if stopped != "student":
+                yield Leg(teacher, _round_end(teacher, rounds), save=False)
+                run.dist.barrier()  # every rank's shards are out before any rank looks
+                for reader in readers:
+                    reader.refresh()
+            reach = student.feed.published(readers, student.step, student.steps)
+            # Checkpoints stand between logged rows, so that no row is averaged over a part of its steps.
+            reach -= reach % student.config.log_every if reach < student.steps else 0
+            goal = max(student.step, min(reach, goal))
+        stopped = None
+        yield Leg(student, goal)
 
 
 def _round_end(trainer: Trainer, rounds: int) -> int:
     """The step at which the trainer's current round ends: a multiple of its logging interval, or its last step."""
     every = trainer.config.log_every
     length = max(every, trainer.steps // rounds // every * every)
-    return min(trainer.steps, (trainer.at // length + 1) * length)
+    return min(trainer.steps, (trainer.step // length + 1) * length)
 
 
 def _arm(run: Run, name: str, arm: ArmConfig) -> dict[str, Any]:
     """Trains one control arm, or finds it trained; the summary of its run."""
-    sub = Run(arm_config(run, arm), run.folder / "arms" / name, run.dist, run.data)
+    below = Run(arm_config(run, arm), run.folder / "arms" / name, run.dist)
     run.tracker.message(f"arm {name}")
-    if not sub.finished:
-        with sub:
-            student.train(sub)
-    return sub.summary()
+    if not below.finished:
+        with below:
+            below.use(run.data)
+            below.start()
+            train_student(below)
+    return below.summary()
 
 
 def arm_config(run: Run, arm: ArmConfig) -> RunConfig:
@@ -114,6 +117,6 @@ def arm_config(run: Run, arm: ArmConfig) -> RunConfig:
         job="student",
         student=own,
         codistill=CodistillConfig(),
-        cache=dataclasses.replace(config.cache, dir=build.cache_root(run)),
+        cache=dataclasses.replace(config.cache, dir=cache_root(run)),
         tracking=dataclasses.replace(config.tracking, report=False),
     )

@@ -13,12 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from omegaconf import OmegaConf
 
+from distill.config import owner
 from distill.config.errors import ConfigError
 from distill.config.files import write_text
-from distill.config.schema import DataConfig, ModelConfig, RunConfig, VisionConfig, WeightDtype
+from distill.config.registry import PRECISIONS
+from distill.config.schema import DataConfig, ModelConfig, RunConfig, VisionConfig
 from distill.data.prepare import Prepared, prepare, reopen
 from distill.data.tokenizer import TOKENIZER, Tokenizer, load_tokenizer
 from distill.engine import checkpoint
@@ -26,8 +27,10 @@ from distill.engine.dist import Dist
 from distill.model import hf
 from distill.run import folder as run_folder
 from distill.run import identity
+from distill.run.evaluation import evaluate_whole
 from distill.run.identity import Lineage
-from distill.run.run import Run, load_model, role_in
+from distill.run.models import load_model, role_in
+from distill.run.run import Run
 
 _COPIED = (
     TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
@@ -50,37 +53,41 @@ def export(config: RunConfig, folder: Path, dist: Dist) -> None:
         raise ConfigError(f"job=export is started on {dist.world} ranks; one process writes the whole model")
     source = Path(config.init_from)
     home = _Home.of(source, config.data)
-    found = None if (source / "config.json").exists() else checkpoint.find(source)
-    model = load_model(source, e.role.value, None, found)
-    known = None if found is None else identity.stored(found, role_in(found, e.role.value))
+    opened = None if (source / "config.json").exists() else checkpoint.find(source)
+    model = load_model(source, e.role.value, opened=opened)
+    known = None if opened is None else identity.stored(opened, role_in(opened, e.role.value))
     biased = hf.drops_router_bias(model, e.drop_router_bias, "export.drop_router_bias")
+    if dist.is_main:
+        owner.own_name(Path(e.dir), "export.dir", "job=export")
     tokenizer = home.tokenizer()
     data = Prepared(tokenizer, {}, {})
     if biased:
         data = home.held_out(tokenizer, folder / "data", model.config.vocab_size)
     tracking = dataclasses.replace(config.tracking, report=False)  # there is no curve to draw
-    run = Run(dataclasses.replace(config, data=home.data, tracking=tracking), folder, dist, data)
+    run = Run(dataclasses.replace(config, data=home.data, tracking=tracking), folder, dist)
+    run.use(data)
+    run.start()
     also = partial(_copy, source)
     if not home.is_hf:
         model.config = _with_ids_of(tokenizer, model.config)
         also = partial(_write_tokenizer, tokenizer, model.config, home.images)
     if known is not None and not biased:  # else it routes otherwise, as another teacher
         also = partial(_written_by, also, *known)
-    dtype = {WeightDtype.fp32: torch.float32, WeightDtype.bf16: torch.bfloat16}[e.dtype]
+    dtype = PRECISIONS[e.dtype.value].dtype
     report = hf.save(
         model,
         e.dir,
         dtype=dtype,
         drop_router_bias=biased,
-        heldout_loss=(lambda m: run.evaluate(m).loss) if biased else None,
+        heldout_loss=(lambda m: evaluate_whole(run, m).loss) if biased else None,
         max_shard_bytes=int(e.max_shard_gb * 1e9),
         also=also,
     )
     files = sorted(path.name for path in Path(e.dir).glob("*.safetensors"))
     parameters = sum(p.numel() for p in model.parameters())
     run.tracker.message(f"exported {parameters:,} parameters in {e.dtype.value} to {e.dir} ({len(files)} files)")
-    summary = {"job": "export", "dir": str(e.dir), "parameters": parameters, "dtype": e.dtype.value, "files": files}
-    run.finish({**summary, **report._asdict(), "seconds": run.seconds})
+    entries = {"dir": str(e.dir), "parameters": parameters, "dtype": e.dtype.value, "files": files}
+    run.finish({**entries, **report._asdict()})
 
 
 @dataclasses.dataclass(frozen=True)

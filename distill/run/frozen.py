@@ -6,18 +6,19 @@ import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from omegaconf import OmegaConf
 
 from distill.cache import CacheHeader
 from distill.config.errors import CacheError, ConfigError
+from distill.config.registry import PRECISIONS
 from distill.data.tokenizer import TOKENIZER, load_tokenizer
 from distill.engine import checkpoint
 from distill.engine.checkpoint import Checkpoint
 from distill.run import identity
 from distill.run.folder import recorded
 from distill.run.identity import Lineage
-from distill.run.run import Run, check_vision, load_model, role_in
+from distill.run.models import check_vision, load_model, parts_of, role_in
+from distill.run.run import Run
 from teacher.labelling import Frozen, Own
 
 
@@ -50,7 +51,7 @@ def load_teacher(run: Run) -> Teacher:
     source = config.teacher.from_ or config.teacher.init_from or config.init_from
     assert source is not None
     folder = Path(source.removeprefix("hf:"))
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
+    dtype = PRECISIONS[config.precision].dtype
     trained: Checkpoint | None = None
     model: Frozen
     if source.startswith("hf:"):
@@ -61,7 +62,7 @@ def load_teacher(run: Run) -> Teacher:
     else:
         if not (folder / "config.json").exists():
             trained = checkpoint.find(folder)
-        own = load_model(folder, "teacher", None, trained)
+        own = load_model(folder, "teacher", parts=parts_of(config), opened=trained)
         model, longest, vision = Own(own), own.config.max_positions, own.config.vision
     name, known = run.dist.from_main(_identity(model, folder, trained) if run.dist.is_main else None)
     if isinstance(model, Own):  # transformers keeps some parts in fp32

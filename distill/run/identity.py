@@ -35,7 +35,7 @@ from distill.engine.checkpoint import Checkpoint
 
 EXPORTED = "codistill.json"
 """Beside the weights of an exported teacher: whose they are."""
-KEY = "lineages"
+LINEAGES = "lineages"
 """Of a checkpoint's state: the lineage of each teacher that it holds, by role."""
 _FORMAT = 1
 """Goes into every base: raise it when the same parts would mean another training."""
@@ -103,7 +103,7 @@ def of_weights(model: nn.Module) -> str:
 
 def stored(found: Checkpoint, role: str) -> tuple[Lineage, int] | None:
     """The lineage and the step of a checkpoint's teacher; None where it holds none, as those of before do."""
-    record = found.state.get(KEY, {}).get(role)
+    record = found.state.get(LINEAGES, {}).get(role)
     return None if record is None else (Lineage(**record), int(found.state["roles"][role]["step"]))
 
 

@@ -4,30 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from distill.run import build, length
+from distill.run import build
+from distill.run.caches import cache_entries, open_readers
+from distill.run.evaluation import evaluate_whole, length_entries, model_entries
 from distill.run.overhead import capture_overhead
 from distill.run.run import Run, as_job
+from distill.run.trainer import to_checkpoints, train
 
 
 @as_job
 def teacher(run: Run) -> None:
+    build.prepare(run)
     trainer, capture = build.teacher(run)
-    run.restore({"teacher": trainer})
-    every = run.config.teacher.train.checkpoint_every or trainer.steps
-    while trainer.at < trainer.steps:
-        trainer.advance(min(trainer.steps, (trainer.at // every + 1) * every))
-        if capture and not trainer.stopped:
-            # Published before the checkpoint: what a resumed run takes as done is on disk.
-            capture.flush()
-        run.save({"teacher": trainer})
-    result = run.evaluate(trainer.engine.model, role="teacher")
-    summary: dict[str, Any] = {"job": "teacher", **run.figures("teacher", result), "steps": trainer.steps}
-    summary["tokens"] = trainer.steps * run.config.teacher.train.batch * run.config.data.sample_tokens
-    summary |= length.figures(run, trainer.engine.model, result)
+    train(run, {"teacher": trainer}, lambda _: to_checkpoints(trainer))
+    model = trainer.engine.model
+    result = evaluate_whole(run, model, role="teacher")
+    entries: dict[str, Any] = model_entries(run, "teacher", result) | {"steps": trainer.steps}
+    entries["tokens"] = trainer.steps * trainer.clock.tokens_per_step
+    entries |= length_entries(run, model, result)
     if capture:
-        capture.finish()
         capture.close()
-        summary |= build.cache_figures(build.open_readers(run, "teacher"))
-        summary["capture_overhead"] = capture_overhead(run, trainer)
+        entries |= cache_entries(open_readers(run, "teacher"))
+        entries["capture_overhead"] = capture_overhead(run, trainer)
     trainer.engine.close()
-    run.finish({**summary, "seconds": run.seconds})
+    run.finish(entries)

@@ -1,208 +1,225 @@
-"""The one training loop: teacher and student differ in their step, not here.
+"""The one training loop, from `train` down to the backward pass; teacher and student differ in their recipe, not here.
 
-A trainer stands at a step; `advance` brings it to another. Everything that it does at step s follows from (seed, s) and
-its explicit state, so a run may be cut at any checkpoint and go on as if nothing had happened.
+Everything that a trainer does at step s follows from (seed, s) and its explicit state, so a run may be cut at any
+checkpoint and go on as if nothing had happened.
 
 A loss, gradient norm or weight that is not finite ends the run: noted on the device at every step, read when metrics
-flush, before a held-out evaluation and at the end of `advance`, before whoever called it saves, publishes or evaluates.
-The update itself is made, or left out by DeepSpeed's stage 1: what counts is the last checkpoint.
+flush, before a held-out evaluation and before a checkpoint. The update itself is made, or left out by DeepSpeed's
+stage 1: what counts is the last checkpoint.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import signal
 import time
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from distill.config.errors import DivergenceError
-from distill.config.schema import Freeze, OptimConfig, TrainConfig
+from distill.config.schema import Freeze, StudentConfig, TeacherConfig
 from distill.config.stop import Stopped
-from distill.data.join import Batch, Joiner
+from distill.data.join import Batch
 from distill.data.prefetch import Prefetch
-from distill.data.stream import Stream
-from distill.engine.dist import Dist
+from distill.engine import checkpoint
+from distill.engine.forward import Forward
 from distill.engine.halt import Halt
 from distill.engine.optim import learning_rate
 from distill.engine.watch import Watch
 from distill.engine.zero import Engine
 from distill.model.balance import load_stats, update_bias
 from distill.model.transformer import Routing
+from distill.run.feed import Feed
+from distill.run.identity import LINEAGES
+from distill.run.models import to_plain
+from distill.run.run import Run
 from distill.tracking.meters import Meters
-from distill.tracking.tracker import Tracker
 from losses import routing_loss
 
-Positions = Callable[[np.ndarray], np.ndarray]
 
+class Recipe(Protocol):
+    """What teacher and student put into the loop; `begin`, `end` and `publish` may be collective, `forward` is not."""
 
-class Step(Protocol):
-    """What teacher and student put into the loop; `begin` and `end` may be collective, `loss` is not.
+    def begin(self, batch: Batch, step: int) -> Any:
+        """What this rank's rows of a whole optimizer step decide: a value that is handed to `forward` and `end`."""
+        ...
 
-    `figures` adds what the host knows to a logged row. `hand_over` takes away what this rank has begun and not yet
-    published, for `take_back` after a resume.
-    """
+    def forward(self, model: Any, micro: Batch, plan: Any) -> Forward:
+        """The pass over a micro-batch."""
+        ...
 
-    meters: Meters
+    def end(self, plan: Any, results: list[Any]) -> None:
+        """Moves the recipe's state on, by the results of the step's forward passes."""
+        ...
 
-    def begin(self, batch: Batch, step: int, dist: Dist) -> None: ...
-    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, Routing]: ...
-    def end(self, dist: Dist) -> None: ...
-    def figures(self) -> dict[str, float]: ...
-    def state(self) -> dict[str, Any]: ...
+    def publish(self, last: bool) -> None:
+        """Makes visible to others what is done so far; `last`: the run's last step is done."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Further entries of a logged row, known to the host."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able state for `load_state` after a resume."""
+        ...
+
     def load_state(self, state: dict[str, Any]) -> None: ...
-    def hand_over(self) -> dict[str, Tensor]: ...
+
+    def hand_over(self) -> dict[str, Tensor]:
+        """Takes away what this rank has begun and not published, for `take_back` after a resume."""
+        ...
+
     def take_back(self, tensors: dict[str, Tensor]) -> None: ...
 
 
+class Leg(NamedTuple):
+    """A stretch of training without a checkpoint inside."""
+
+    trainer: Trainer
+    goal: int
+    """The step at which it ends."""
+    save: bool = True
+    """A checkpoint is written at its end."""
+
+
+def train(run: Run, trainers: dict[str, Trainer], legs: Callable[[str | None], Iterable[Leg]]) -> None:
+    """Restores trainers, by role, and takes them through legs, with a checkpoint after each.
+
+    Args:
+        legs: makes the legs that are left, given the role of the trainer that a signal stopped within its leg, if one
+            did; each leg is made when the one before it is done.
+
+    Raises:
+        DivergenceError: on every rank, if anything was not finite.
+        Stopped: after SIGTERM with a checkpoint of the step that was being made, after Ctrl-C without one.
+    """
+    _restore(run, trainers)
+    for leg in legs(run.restored.state["stopped"] if run.restored else None):
+        trainer = leg.trainer
+        trainer.advance(leg.goal)
+        if not trainer.stopped:
+            # Before the checkpoint: what a resumed run takes as done is on disk.
+            trainer.recipe.publish(last=trainer.step == trainer.steps)
+        if leg.save or trainer.stopped:
+            _save(run, trainers, trainer.role if trainer.stopped else None)
+        if trainer.stopped:
+            raise Stopped(signal.SIGTERM)
+
+
+def to_checkpoints(trainer: Trainer) -> Iterator[Leg]:
+    """The legs of a trainer that trains alone."""
+    every = trainer.config.checkpoint_every or trainer.steps
+    while trainer.step < trainer.steps:
+        yield Leg(trainer, min(trainer.steps, (trainer.step // every + 1) * every))
+
+
+class Update(NamedTuple):
+    """What one optimizer step did, over all ranks."""
+
+    norm: Tensor
+    """Gradient norm before clipping, scalar."""
+    counts_LE: Tensor
+    """int64, tokens given to each expert of each MoE layer."""
+    finite: Tensor
+    """bool, scalar: the losses of all micro-batches are finite."""
+
+
 class Trainer:
-    """One model in training.
+    """One model in training, at `step` of `steps`.
 
     Args:
         role: `job` of its rows in metrics.jsonl.
-        positions: maps the trainer's own order 0, 1, 2, ... to positions of the stream (replay).
-        held_out: evaluates the model on held-out text and returns what a row says of it.
-        watch: notes every step of this model.
-        diverged: makes the error that ends the run, of what was not finite.
+        part: its configuration.
+        evaluate: the model's loss on held-out samples and its kin, as metrics.
     """
 
     def __init__(
         self,
+        run: Run,
         role: str,
         engine: Engine,
-        step: Step,
-        config: TrainConfig,
-        optim: OptimConfig,
-        steps: int,
-        stream: Stream,
-        positions: Positions,
-        joiner: Joiner,
-        sample_tokens: int,
-        tracker: Tracker,
-        dist: Dist,
-        held_out: Callable[[Any], dict[str, float]],
+        recipe: Recipe,
+        feed: Feed,
         watch: Watch,
-        diverged: Callable[[str], DivergenceError],
+        steps: int,
+        evaluate: Callable[[Any], dict[str, float]],
     ):
-        self.role, self.engine, self.program, self.config, self.optim = role, engine, step, config, optim
-        self.steps, self.stream, self.positions, self.joiner = steps, stream, positions, joiner
-        self.tracker, self.dist, self.held_out = tracker, dist, held_out
-        self.watch, self.diverged = watch, diverged
-        self.at = 0
-        self.halt = Halt(dist)
+        part: TeacherConfig | StudentConfig = getattr(run.config, role)
+        self.run, self.role, self.engine, self.recipe, self.feed, self.watch = run, role, engine, recipe, feed, watch
+        self.config, self.optim, self.steps, self.evaluate = part.train, part.optim, steps, evaluate
+        self.dist = run.dist
+        self.step = 0
+        self.meters = Meters(self.dist.device)
+        self.halt = Halt(self.dist)
         self.stopped = False
-        """SIGTERM has ended `advance` before its goal: save, and end."""
-        self.sample_tokens = sample_tokens
-        self._window = [0.0, 0.0, 0]  # seconds, those waiting for a batch, and tokens since the last logged row
-        self.seconds = self.stalled = 0.0
-        """In `advance`, and of that waiting for a batch; of this process."""
+        """SIGTERM has ended `advance` before its goal."""
+        self.clock = StepClock(part.train.batch * run.config.data.sample_tokens)
 
-    def state(self) -> dict[str, Any]:
-        return {"step": self.at, "program": self.program.state(), "views": self.joiner.views}
+    def advance(self, goal: int) -> None:
+        """Trains up to step `goal`, or after SIGTERM to the end of the step that is being made (`stopped`)."""
+        assert goal <= self.steps, (goal, self.steps)
+        while self.step < goal and not self.stopped:
+            reach = self.feed.reach(self.step, goal)
+            if reach is None:
+                self.stopped = True
+            else:
+                self._advance(reach)
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.at = state["step"]
-        self.program.load_state(state["program"])
-
-    def hand_over(self) -> dict[str, Tensor]:
-        """What this rank has of an interval that is not over: sums for the next row, and what the step has begun."""
-        sums = {f"sums/{key}": slot for key, slot in self.program.meters.state().items()}
-        return sums | {f"step/{key}": tensor for key, tensor in self.program.hand_over().items()}
-
-    def take_back(self, tensors: dict[str, Tensor]) -> None:
-        parts: dict[str, dict[str, Tensor]] = {"sums": {}, "step": {}}
-        for key, tensor in tensors.items():
-            part, name = key.split("/", 1)
-            parts[part][name] = tensor
-        self.program.meters.load_state(parts["sums"])
-        self.program.take_back(parts["step"])
-
-    def advance(self, stop: int) -> None:
-        """Trains up to step `stop`; after SIGTERM up to the end of the step that is being made, and `stopped` is set.
-
-        Raises:
-            DivergenceError: on every rank, if anything was not finite on the way.
-            Stopped: after the step that is being made, on Ctrl-C.
-        """
-        assert stop <= self.steps, (stop, self.steps)
-        with Prefetch(self.batch, self.at, stop) as batches:
-            began, waited = time.perf_counter(), 0.0
+    def _advance(self, reach: int) -> None:
+        with Prefetch(self.feed.batch, self.step, reach) as batches:
+            self.clock.start(batches)
             for batch in batches:
-                self._one(batch)
-                seconds, stalled = time.perf_counter() - began, batches.waited - waited
-                self.seconds += seconds
-                self.stalled += stalled
-                self._window[0] += seconds
-                self._window[1] += stalled
-                self._window[2] += self.config.batch * self.sample_tokens
-                self._report(stop)
+                self._train_step(batch)
+                self.clock.step()
+                self._report(reach)
                 if (asked := self.halt.asked()) is signal.SIGINT:
                     raise Stopped(asked)
                 if asked is not None:
                     self.stopped = True
                     return
-                began, waited = time.perf_counter(), batches.waited
+                self.clock.start(batches)
 
-    def check(self) -> None:
-        """Raises DivergenceError, on every rank, if anything was not finite so far; waits for the device."""
-        if (problem := self.watch.problem()) is not None:
-            raise self.diverged(problem)
-
-    def batch(self, step: int) -> Batch:
-        """This rank's rows of optimizer step `step`."""
-        share = self.config.batch // self.dist.world
-        first = step * self.config.batch + self.dist.rank * share
-        corpus_B, sample_ids_B = self.stream.at(self.positions(np.arange(first, first + share)))
-        return self.joiner.batch(corpus_B, sample_ids_B)
-
-    def rehearse(self, batch: Batch) -> None:
-        """A step in all but effect, for timing: at learning rate 0 and without moving on."""
-        self._update(batch, lr=0.0)
-
-    def _one(self, batch: Batch) -> None:
-        lr = learning_rate(self.optim, self.at, self.steps)
-        norm, counts_LE, finite = self._update(batch, lr)
+    def _train_step(self, batch: Batch) -> None:
+        lr = learning_rate(self.optim, self.step, self.steps)
+        update = self._update(self.recipe, self.meters, batch, lr)
         if self.config.balance_rate > 0 and self.config.freeze is not Freeze.text:
-            update_bias(self.engine.model, counts_LE, self.config.balance_rate)
-        self.program.end(self.dist)
-        self.at += 1
-        self.watch.see(self.at, finite, norm.isfinite(), self.engine.weights_finite())
-        meters = self.program.meters
-        meters.add("grad_norm", norm, 1.0)
-        meters.add("lr", lr, 1.0)
-        for name, value in load_stats(counts_LE).items():
-            meters.add(name, value, 1.0)
+            update_bias(self.engine.model, update.counts_LE, self.config.balance_rate)
+        self.step += 1
+        self.watch.see(self.step, update.finite, update.norm.isfinite(), self.engine.weights_finite())
+        self.meters.add("grad_norm", update.norm, 1.0)
+        self.meters.add("lr", lr, 1.0)
+        for name, value in load_stats(update.counts_LE).items():
+            self.meters.add(name, value, 1.0)
 
-    def _update(self, batch: Batch, lr: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradient norm, tokens per expert of each MoE layer, and whether the losses of all ranks are finite."""
+    def _update(self, recipe: Recipe, meters: Meters, batch: Batch, lr: float) -> Update:
+        """Forward and backward passes of all micro-batches, and the optimizer's update."""
         valid = self.halt.sum(batch.valid_BS.sum())
-        self.program.begin(batch, self.at, self.dist)
+        plan = recipe.begin(batch, self.step)
         counts: list[Tensor] = []
+        results: list[Any] = []
         broken = torch.zeros((), dtype=torch.int64, device=self.dist.device)
-        micro = batch.ids_BS.shape[0] // self.config.accumulation
-
-        def forward(start: int) -> Callable[[Any], Tensor]:
-            def loss(model: Any) -> Tensor:
-                rows = batch.rows(start, start + micro).to(self.dist.device)
-                loss_sum, routing = self.program.loss(model, rows)
-                counts.append(routing.counts_LE)
-                loss_sum = loss_sum + self._penalty(routing, rows.valid_BS)
-                broken.add_(loss_sum.detach().isfinite().logical_not())
-                return loss_sum
-
-            return loss
-
-        norm = self.engine.step((forward(i * micro) for i in range(self.config.accumulation)), valid, lr)
+        micro_size = len(batch.ids_BS) // self.config.accumulation
+        for start in range(0, len(batch.ids_BS), micro_size):
+            micro = batch.rows(start, start + micro_size).to(self.dist.device)
+            out = recipe.forward(self.engine.training_model, micro, plan)
+            loss_sum = out.loss_sum + self._routing_loss(out.routing, micro.valid_BS, meters)
+            self.engine.backward(loss_sum, valid)
+            _add(meters, out)
+            broken += loss_sum.detach().isfinite().logical_not()
+            counts.append(out.routing.counts_LE)
+            results.append(out.result)
+        norm = self.engine.update(lr)
         counts_LE = torch.stack(counts).sum(0)
         # One sum over ranks for both: a rank must not publish what another's loss has spoiled.
         sums = self.dist.sum(torch.cat([counts_LE.flatten(), broken[None]]))
-        return norm, sums[:-1].view_as(counts_LE), sums[-1] == 0
+        recipe.end(plan, results)
+        return Update(norm, sums[:-1].view_as(counts_LE), sums[-1] == 0)
 
-    def _penalty(self, routing: Routing, valid_BS: Tensor) -> Tensor:
+    def _routing_loss(self, routing: Routing, valid_BS: Tensor, meters: Meters) -> Tensor:
         """What a micro-batch adds to the loss for its routers' sake, as a sum over valid tokens."""
         penalty, sums = routing_loss(
             routing.logits_LTE,
@@ -212,14 +229,24 @@ class Trainer:
             z=self.config.z_loss,
         )
         for name, value in sums.items():
-            self.program.meters.add(name, value, valid_BS.sum())
+            meters.add(name, value, valid_BS.sum())
         return penalty
 
-    def _report(self, stop: int) -> None:
-        at, total = self.at, self.steps
-        log_now = at % self.config.log_every == 0 or at == total
-        evaluate_now = bool(self.config.eval_every) and at % self.config.eval_every == 0 and at < total
-        if not (log_now or evaluate_now or at == stop):
+    def rehearse(self, recipe: Recipe, batch: Batch) -> None:
+        """A step with another recipe in all but effect, for timing; inside `engine.rehearsal` nothing changes."""
+        self._update(recipe, Meters(self.dist.device), batch, lr=0.0)
+
+    def check(self) -> None:
+        """Raises DivergenceError, on every rank, if anything was not finite so far; waits for the device."""
+        if (problem := self.watch.problem()) is not None:
+            raise self.run.diverged(self.role, problem)
+
+    def _report(self, goal: int) -> None:
+        """Logs a row and evaluates, where the step asks for it."""
+        step, last = self.step, self.step == self.steps
+        log_now = step % self.config.log_every == 0 or last
+        evaluate_now = bool(self.config.eval_every) and step % self.config.eval_every == 0 and not last
+        if not (log_now or evaluate_now or step == goal):
             return
         problem = self.watch.problem()
         if problem is not None:
@@ -227,20 +254,126 @@ class Trainer:
         row: dict[str, float] = {}
         histograms: dict[str, list[float]] = {}
         if log_now:
-            row, histograms = self.program.meters.flush(self.dist.sum if self.dist.world > 1 else None)
-            seconds, waited, tokens = self._window
-            self._window = [0.0, 0.0, 0]
-            row["tokens"] = at * self.config.batch * self.sample_tokens
-            if seconds > 0:
-                row |= {"tokens_per_second": tokens / seconds, "stall": waited / seconds}
-            row |= self.program.figures()
-            text = f"loss {row['loss']:.3f}" if "loss" in row else ""
-            self.tracker.progress(self.role, at, total, tokens=int(tokens), text=text)
+            row, histograms = self._logged()
         if evaluate_now:
-            row |= (found := self.held_out(self.engine.model))
-            if not all(map(math.isfinite, found.values())):
-                problem = f"held-out loss is not finite at step {at}"
+            held_out = self.evaluate(self.engine.model)
+            row |= held_out
+            if not all(map(math.isfinite, held_out.values())):
+                problem = f"held-out loss is not finite at step {step}"
         if log_now or evaluate_now:
-            self.tracker.log(self.role, at, row, histograms)
+            self.run.tracker.log(self.role, step, row, histograms)
         if problem is not None:
-            raise self.diverged(problem)
+            raise self.run.diverged(self.role, problem)
+
+    def _logged(self) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """Metrics and histograms of the interval that ends."""
+        row, histograms = self.meters.flush(self.dist.sum if self.dist.world > 1 else None)
+        window = self.clock.flush()
+        row["tokens"] = self.step * self.clock.tokens_per_step
+        if window.seconds > 0:
+            row |= {"tokens_per_second": window.tokens / window.seconds, "stall": window.stalled / window.seconds}
+        row |= self.recipe.metrics()
+        text = f"loss {row['loss']:.3f}" if "loss" in row else ""
+        self.run.tracker.progress(self.role, self.step, self.steps, tokens=window.tokens, text=text)
+        return row, histograms
+
+    def state(self) -> dict[str, Any]:
+        return {"step": self.step, "recipe": self.recipe.state(), "views": self.feed.joiner.views}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.recipe.load_state(state["recipe"])
+
+    def hand_over(self) -> dict[str, Tensor]:
+        """What this rank has of an interval that is not over: sums for the next row, and what the recipe has begun."""
+        sums = {f"sums/{key}": tensor for key, tensor in self.meters.state().items()}
+        return sums | {f"recipe/{key}": tensor for key, tensor in self.recipe.hand_over().items()}
+
+    def take_back(self, tensors: dict[str, Tensor]) -> None:
+        self.meters.load_state(_below("sums/", tensors))
+        self.recipe.take_back(_below("recipe/", tensors))
+
+
+def _add(meters: Meters, out: Forward) -> None:
+    for name, mean in out.means.items():
+        meters.add(name, mean.sum, mean.weight)
+    for name, counts in out.histograms.items():
+        meters.histogram(name, counts)
+
+
+class Window(NamedTuple):
+    """Time in training steps."""
+
+    seconds: float = 0.0
+    stalled: float = 0.0
+    """Of these seconds, those waiting for a batch."""
+    tokens: int = 0
+
+
+class StepClock:
+    """Times steps, since the last logged row and since this process began."""
+
+    def __init__(self, tokens_per_step: int):
+        self.tokens_per_step = tokens_per_step
+        self.window = self.total = Window()
+
+    def start(self, batches: Prefetch[Batch]) -> None:
+        self._batches, self._began, self._waited = batches, time.perf_counter(), batches.waited
+
+    def step(self) -> None:
+        seconds, stalled = time.perf_counter() - self._began, self._batches.waited - self._waited
+        self.window, self.total = (
+            Window(part.seconds + seconds, part.stalled + stalled, part.tokens + self.tokens_per_step)
+            for part in (self.window, self.total)
+        )
+
+    def flush(self) -> Window:
+        window, self.window = self.window, Window()
+        return window
+
+    @property
+    def stall(self) -> float | None:
+        """Share of the time of this process' steps spent waiting for a batch; None: there was no step."""
+        return self.total.stalled / self.total.seconds if self.total.seconds else None
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def _save(run: Run, trainers: dict[str, Trainer], stopped: str | None) -> None:
+    """One checkpoint of all trainers, if they have moved; collective. stopped: the role that a signal stopped."""
+    for trainer in trainers.values():
+        trainer.check()
+    step = sum(trainer.step for trainer in trainers.values())
+    if step == run.saved:
+        return
+    state = {
+        "seconds": run.seconds,
+        "stopped": stopped,
+        "roles": {role: trainer.state() for role, trainer in trainers.items()},
+        "models": {role: to_plain(getattr(run.config, role).model) for role in trainers},
+        LINEAGES: {role: dataclasses.asdict(lineage) for role, lineage in run.lineages.items()},
+        "data": run.data.digests,
+    }
+    engines = {role: trainer.engine for role, trainer in trainers.items()}
+    keep = max(trainer.config.keep_checkpoints for trainer in trainers.values())
+    rest = {f"{role}/{key}": part for role, trainer in trainers.items() for key, part in trainer.hand_over().items()}
+    checkpoint.save(run.checkpoints, step, engines, state, run.dist, keep, rest)
+    run.saved = step
+
+
+def _restore(run: Run, trainers: dict[str, Trainer]) -> None:
+    """The trainers as the run's checkpoint has them; their engines have loaded their tensors already."""
+    if run.restored is None:
+        return
+    for role, trainer in trainers.items():
+        trainer.load_state(run.restored.state["roles"][role])
+    for tensors in run.restored.rest(run.dist.rank, run.dist.world):
+        for role, trainer in trainers.items():
+            trainer.take_back(_below(f"{role}/", tensors))
+    steps = ", ".join(f"{role} step {trainer.step}" for role, trainer in trainers.items())
+    run.tracker.message(f"resumed from {run.restored.folder}: {steps}")
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""What `stats` found as one page, with the charts of the run's report."""
+"""What `stats` returns as one page with charts, those of a run's report."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
     """Prints one line about what is wrong, not the whole usage."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {' '.join(message.split())}; {self.prog} --help says more", file=sys.stderr)
+        print(f"error: {' '.join(message.split())}; see {self.prog} --help", file=sys.stderr)
         sys.exit(2)
 
 

@@ -22,19 +22,10 @@ from distill.config.errors import ConfigError
 from distill.config.paths import home
 from distill.config.terminal import advancing
 from distill.config.units import file_size, grouped
-from distill.tools.common import (
-    add_folder,
-    add_shard_mb,
-    alone,
-    caches,
-    check_distinct,
-    newest_records,
-    remove_leftovers,
-    shard_bytes,
-)
-from distill.tools.decoding import RecordDecoder
+from distill.tools import common
 from distill.tools.merge import merge
 from distill.tools.repack import Packer, in_order, portion
+from distill.tools.token_counter import TokenCounter
 
 
 class Compaction(NamedTuple):
@@ -66,19 +57,19 @@ def compact(store: Store, *, shard_bytes: int, purge: bool = False) -> Compactio
         CacheError: damage (then nothing is retired), another tool at work, or a file that cannot be written.
     """
     header = CacheHeader.load(store)
-    with alone(store) as is_alone:
+    with common.alone(store) as is_alone:
         rows, retired = published(store, header)
         if is_alone:
-            remove_leftovers(store, {row.shard for row in rows + retired})
+            common.remove_leftovers(store, {row.shard for row in rows + retired})
         keep = _choose(store, header, rows, shard_bytes)
         chosen = in_order(row for row in rows if row.shard in keep)
         packer = Packer(store, "compact", header.identity, shard_bytes)
         with advancing("compact", sum(row.bytes for row in chosen)) as advance:
-            decoder = RecordDecoder(store, header) if chosen else None
+            counter = TokenCounter(store, header) if chosen else None
             for row in chosen:
-                if len(keep[row.shard]) and decoder:
+                if len(keep[row.shard]) and counter:
                     shard = Shard(store, row)
-                    packer.add(portion(shard, shard.span(0, row.samples), keep[row.shard], decoder))
+                    packer.add(portion(shard, shard.span(0, row.samples), keep[row.shard], counter))
                 advance(row.bytes)
             packer.flush()
         packer.retire(chosen)
@@ -103,7 +94,7 @@ def compact(store: Store, *, shard_bytes: int, purge: bool = False) -> Compactio
 
 def _choose(store: Store, header: CacheHeader, rows: list[ShardRow], shard_bytes: int) -> dict[str, Array]:
     """For each shard to replace, the places in it whose records stay."""
-    newest, keep = newest_records(store, header, rows), {}
+    newest, keep = common.newest_records(store, header, rows), {}
     for number, row in enumerate(rows):
         places = newest.of(number, open_shard(store, header, row).columns.sample_ids)
         if len(places) < row.samples or row.bytes - row.index_bytes < shard_bytes / 2:
@@ -114,8 +105,8 @@ def _choose(store: Store, header: CacheHeader, rows: list[ShardRow], shard_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_folder(parser)
-    add_shard_mb(parser)
+    common.add_folder(parser)
+    common.add_shard_mb(parser)
     parser.add_argument(
         "--purge", action="store_true",
         help="remove the files of replaced shards; views from before the compaction cannot be read any more",
@@ -128,10 +119,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.into and args.purge:
         raise ConfigError("--purge is no option of --into, which replaces nothing")
-    size, stores = shard_bytes(args), caches(args.dir)
+    size, stores = common.shard_bytes(args), common.caches(args.dir)
     for store in stores:
         if args.into:
-            check_distinct(store.root, args.into)
+            common.check_distinct(store.root, args.into)
             below = "" if len(stores) == 1 else "/" + store.root.rsplit("/", 1)[-1]
             target = open_store(args.into.rstrip("/") + below if below else args.into)
             merged = merge([store], target, shard_bytes=size)

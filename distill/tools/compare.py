@@ -31,7 +31,7 @@ _BLOCK, _IDS = 64, 1 << 20
 
 @dataclasses.dataclass
 class Comparison:
-    """Counts are of samples, or of tokens where the name says so."""
+    """How two caches differ; counts are of samples, or of tokens where the name has them."""
 
     headers: list[str] = dataclasses.field(default_factory=list)
     """Fields that differ."""

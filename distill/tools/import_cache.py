@@ -41,7 +41,7 @@ _OPTIONS = {
     "vllm": {"k": "k"},
     "megatron": {"k": "k"},
 }  # fmt: skip
-"""Which arguments each reader takes, and what it calls them."""
+"""Which arguments each reader takes, and its names for them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

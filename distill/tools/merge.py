@@ -18,17 +18,9 @@ from distill.config.errors import CacheError
 from distill.config.paths import home
 from distill.config.terminal import advancing
 from distill.config.units import file_size, grouped
-from distill.tools.common import (
-    add_folder,
-    add_shard_mb,
-    alone,
-    check_distinct,
-    newest_records,
-    remove_leftovers,
-    shard_bytes,
-)
-from distill.tools.decoding import RecordDecoder
+from distill.tools import common
 from distill.tools.repack import Packer, in_order, portion
+from distill.tools.token_counter import TokenCounter
 
 SAME = ("vocab_size", "tokenizer", "corpus", "sample_tokens", "samples", "codec", "seed", "ranks")
 """What caches must have in common; the teachers' streams may differ."""
@@ -54,7 +46,7 @@ class _MergedCache:
         self.store, self.header = store, CacheHeader.load(store)
         self.rows, retired = published(store, self.header)
         self.files = {row.shard for row in self.rows + retired}
-        self.newest = newest_records(store, self.header, self.rows)
+        self.newest = common.newest_records(store, self.header, self.rows)
 
 
 def merge(sources: Sequence[Store], target: Store, *, shard_bytes: int) -> Merge:
@@ -70,16 +62,16 @@ def merge(sources: Sequence[Store], target: Store, *, shard_bytes: int) -> Merge
     for cache in caches[1:]:
         cache.header.check(**_common(caches[0].header))
     target.make_folders("")
-    with alone(target) as is_alone:
+    with common.alone(target) as is_alone:
         header = _open(target, caches[0])
         there = _MergedCache(target)
         if is_alone:
-            remove_leftovers(target, there.files)
+            common.remove_leftovers(target, there.files)
         packer = Packer(target, "merge", header.identity, shard_bytes)
         copied = passed = 0
         with advancing("merge", sum(row.bytes for cache in caches for row in cache.rows)) as advance:
             for number, cache in enumerate(caches):
-                decoder = RecordDecoder(cache.store, cache.header)
+                counter = TokenCounter(cache.store, cache.header)
                 place = {row.shard: i for i, row in enumerate(cache.rows)}
                 for row in in_order(cache.rows):
                     shard = open_shard(cache.store, cache.header, row)
@@ -94,7 +86,7 @@ def merge(sources: Sequence[Store], target: Store, *, shard_bytes: int) -> Merge
                     keep = newest[np.flatnonzero(wins)]
                     copied, passed = copied + len(keep), passed + len(newest) - len(keep)
                     if len(keep):
-                        packer.add(portion(shard, shard.span(0, row.samples), keep, decoder))
+                        packer.add(portion(shard, shard.span(0, row.samples), keep, counter))
                     advance(row.bytes)
             packer.flush()
     return Merge(len(packer.rows), copied, passed, sum(row.bytes for row in packer.rows))
@@ -122,14 +114,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "sources", nargs="+", metavar="SRC", type=home, help="caches of one corpus, tokenizer, codec and seed"
     )
-    add_folder(parser, "the cache that takes their records; made if need be")
-    add_shard_mb(parser)
+    common.add_folder(parser, "the cache that gets their records; made if need be")
+    common.add_shard_mb(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     for source in args.sources:
-        check_distinct(source, args.dir)
-    done = merge([open_store(each) for each in args.sources], open_store(args.dir), shard_bytes=shard_bytes(args))
+        common.check_distinct(source, args.dir)
+    done = merge(
+        [open_store(each) for each in args.sources], open_store(args.dir), shard_bytes=common.shard_bytes(args)
+    )
     print(
         f"{args.dir}: {grouped(done.copied)} records in {done.shards} new shards of {file_size(done.bytes)}; "
         f"{grouped(done.passed)} were there already, or had a later one"

@@ -13,7 +13,8 @@ from distill.cache.ledger import LedgerWriter, Origin, Retired, ShardRow
 from distill.cache.publish import publish_shard
 from distill.cache.shard import Array, Columns, Shard
 from distill.cache.store import Store
-from distill.tools.decoding import RecordDecoder
+from distill.config.errors import CacheError
+from distill.tools.token_counter import TokenCounter
 
 MOST_ORIGINS = 2**16
 """Of one shard, in the format."""
@@ -29,10 +30,10 @@ class Portion(NamedTuple):
     """Of the records."""
 
 
-def portion(shard: Shard, records: Sequence[bytes | None], keep: Array, decoder: RecordDecoder) -> Portion:
+def portion(shard: Shard, records: Sequence[bytes | None], keep: Array, counter: TokenCounter) -> Portion:
     """The samples at the places `keep` of a shard.
 
-    records: of all its samples; None where one is damaged and not kept. Raises CacheError: a record cannot be decoded.
+    records: of all its samples; None where one is damaged and not kept. Raises CacheError: one is not a record.
     """
     columns, origins = shard.columns, shard.row.origins
     kept: list[bytes] = [data for i in keep.tolist() if (data := records[i]) is not None]
@@ -51,7 +52,7 @@ def portion(shard: Shard, records: Sequence[bytes | None], keep: Array, decoder:
             dataclasses.replace(
                 origins[number],
                 samples=len(steps),
-                tokens=_tokens(shard, records, is_here, is_kept, origins[number], decoder),
+                tokens=_tokens(shard, records, is_here, is_kept, origins[number], counter),
                 first_step=int(steps.min()),
                 last_step=int(steps.max()),
             )
@@ -66,13 +67,16 @@ def _tokens(
     is_here: Array,
     is_kept: Array,
     origin: Origin,
-    decoder: RecordDecoder,
+    counter: TokenCounter,
 ) -> int:
     """Tokens of an origin's kept samples: from the records that are fewer, the kept ones or those left out."""
 
     def tokens(places: list[int]) -> int:
         some = [data for i in places if (data := records[i]) is not None]
-        return decoder.tokens(some, shard.columns.atoms[places].tolist())
+        counts = [count for count in counter(some, shard.columns.atoms[places].tolist()) if count is not None]
+        if len(counts) < len(places):
+            raise CacheError(f"{shard.path}: a record verifies and cannot be decoded")
+        return sum(counts)
 
     inside, outside = np.flatnonzero(is_here & is_kept).tolist(), np.flatnonzero(is_here & ~is_kept).tolist()
     is_known = len(inside) + len(outside) == origin.samples and all(records[i] is not None for i in outside)

@@ -23,10 +23,10 @@ from distill.cache.store import Store
 from distill.config.errors import CacheError
 from distill.config.terminal import advancing
 from distill.tools.common import add_folder, alone, caches, is_live, newest_records
-from distill.tools.decoding import RecordDecoder
 from distill.tools.ledger_scan import LedgerScan, lost_shards, mended, rows_of, scan_ledger
 from distill.tools.repack import Packer, portion
 from distill.tools.shard_scan import ShardScan, examine, row_from_file
+from distill.tools.token_counter import TokenCounter
 
 SHARD_BYTES = 512 << 20
 
@@ -77,8 +77,8 @@ def repair(store: Store, *, dry_run: bool = False) -> Repair:
         scans = [scan_ledger(store, name, header) for name in sorted({*ledgers(store), *mine})]
         scans = [_mend_ledger(store, header, each, done, dry_run) if each.writer in mine else each for each in scans]
         rows, retired = rows_of(scans)
-        decoder = RecordDecoder(store, header)
-        salvages = _damaged(store, header, rows, decoder)
+        counter = TokenCounter(store, header)
+        salvages = _damaged(store, header, rows, counter)
         unpublished, useless = _strays(store, header, {row.shard for row in rows + retired}, mine, done)
         salvages += unpublished
         _settle(header, store, rows, salvages, done)
@@ -88,7 +88,7 @@ def repair(store: Store, *, dry_run: bool = False) -> Repair:
             f"{store.path(name)}: retired by a repair that was stopped; moved to quarantine" for name in left
         ]
         if not dry_run:
-            _carry_out(store, header, salvages, left + useless, decoder)
+            _carry_out(store, header, salvages, left + useless, counter)
     return done
 
 
@@ -146,12 +146,12 @@ def _mend_ledger(store: Store, header: CacheHeader, scan: LedgerScan, done: Repa
     return LedgerScan(scan.writer, lines, 0, "")
 
 
-def _damaged(store: Store, header: CacheHeader, rows: Sequence[ShardRow], decoder: RecordDecoder) -> list[_Salvage]:
+def _damaged(store: Store, header: CacheHeader, rows: Sequence[ShardRow], counter: TokenCounter) -> list[_Salvage]:
     salvages = []
     with advancing("repair", sum(row.bytes for row in rows)) as advance:
         for row in rows:
             if examine(store, header, row, advance=advance).problems:
-                scan = examine(store, header, row, keep=True, undecodable=decoder.undecodable)
+                scan = examine(store, header, row, keep=True, counter=counter)
                 salvages.append(_Salvage(row, scan, has_row=True))
     return salvages
 
@@ -204,7 +204,7 @@ def _settle(
     """The greatest step of each sample in a damaged shard."""
     for each in salvages:
         if each.scan.shard is None:
-            continue  # which samples it had is not known
+            continue  # which samples it had cannot be read
         ids, steps_of = each.scan.shard.columns.sample_ids, each.scan.shard.columns.steps
         if each.has_row:
             real = (ids >= 0) & (ids < header.samples)  # an index that does not verify may hold anything
@@ -237,12 +237,12 @@ def _report(store: Store, each: _Salvage) -> str:
 
 
 def _carry_out(
-    store: Store, header: CacheHeader, salvages: list[_Salvage], useless: list[str], decoder: RecordDecoder
+    store: Store, header: CacheHeader, salvages: list[_Salvage], useless: list[str], counter: TokenCounter
 ) -> None:
     packer = Packer(store, "repair", header.identity, SHARD_BYTES)
     for each in salvages:
         if each.scan.shard is not None and len(each.keep):
-            packer.add(portion(each.scan.shard, each.scan.records, each.keep, decoder))
+            packer.add(portion(each.scan.shard, each.scan.records, each.keep, counter))
     packer.flush()
     packer.retire(each.row for each in salvages if each.has_row)
     # A stopped repair may have written the very same files, without their rows.

@@ -1,4 +1,4 @@
-"""A shard looked at without trust, record by record. No torch."""
+"""A shard read without trust, record by record. No torch, unless records are decoded."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ from distill.cache.ledger import ShardRow
 from distill.cache.shard import Array, Shard, row_of_file
 from distill.cache.store import Store
 from distill.config.errors import CacheError
+from distill.tools.token_counter import TokenCounter
 
 _BLOCK = 8 << 20
 """Bytes of one read."""
-
-Undecodable = Callable[[list[bytes], list[int]], list[int]]
-"""Places of those, among some records with so many atoms each, that cannot be decoded."""
 
 
 class ShardScan(NamedTuple):
@@ -38,17 +36,17 @@ def examine(
     row: ShardRow,
     *,
     keep: bool = False,
-    undecodable: Undecodable | None = None,
+    counter: TokenCounter | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> ShardScan:
     """Verifies every byte of a shard.
 
-    keep: return the records; with `undecodable`, even those of a shard whose index is damaged, where that can be.
-    advance: is given the bytes that have been read.
+    counter: decodes the records, too. keep: return the records; with `counter`, even those of a shard whose index is
+    damaged, where that can be. advance: is given the bytes that have been read.
     """
     problems: list[str] = []
     shard = _open(store, header, row, problems)
-    if shard is None and keep and undecodable is not None:
+    if shard is None and keep and counter is not None:
         shard = _without_index(store, row)
     if shard is None:
         advance(row.bytes)
@@ -61,8 +59,8 @@ def examine(
         data = shard.read(first, end)
         whole.update(data)
         block = _verified(shard, header, data, first, end, problems)
-        if undecodable is not None:
-            _drop_undecodable(shard, block, first, undecodable, problems)
+        if counter is not None:
+            _drop_undecodable(shard, block, first, counter, problems)
         if keep:
             records += block
         advance(len(data))
@@ -88,7 +86,7 @@ def _open(store: Store, header: CacheHeader, row: ShardRow, problems: list[str])
 
 
 def _without_index(store: Store, row: ShardRow) -> Shard | None:
-    """A shard whose index does not verify, if its records can be told from their own checks.
+    """A shard whose index does not verify, if its records are known by their own checks.
 
     These bind id and token digest. A single origin is that of every record, whatever the column holds; no step is below
     the origin's first; and the number of atoms shows when a record is decoded.
@@ -143,15 +141,16 @@ def _verified(
 
 
 def _drop_undecodable(
-    shard: Shard, block: list[bytes | None], first: int, undecodable: Undecodable, problems: list[str]
+    shard: Shard, block: list[bytes | None], first: int, counter: TokenCounter, problems: list[str]
 ) -> None:
     """Puts None in the place of what verifies and cannot be decoded; the block begins with record number `first`."""
     sound = [i for i, data in enumerate(block) if data is not None]
     atoms = shard.columns.atoms[[first + i for i in sound]].tolist()
-    for place in undecodable([data for data in block if data is not None], atoms):
-        sample = int(shard.columns.sample_ids[first + sound[place]])
-        problems.append(f"{shard.path} is damaged: sample {sample} verifies and is not a record")
-        block[sound[place]] = None
+    for i, count in zip(sound, counter([data for data in block if data is not None], atoms), strict=True):
+        if count is None:
+            sample = int(shard.columns.sample_ids[first + i])
+            problems.append(f"{shard.path} is damaged: sample {sample} verifies and is not a record")
+            block[i] = None
 
 
 def blocks(bounds: Array) -> list[tuple[int, int]]:

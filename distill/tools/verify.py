@@ -16,9 +16,9 @@ from distill.config.errors import CacheError
 from distill.config.terminal import advancing
 from distill.config.units import file_size, grouped
 from distill.tools.common import add_folder, add_json, caches, check_at_least_one, is_live
-from distill.tools.decoding import RecordDecoder
 from distill.tools.ledger_scan import LedgerScan, rows_of, scan_ledger
 from distill.tools.shard_scan import examine
+from distill.tools.token_counter import TokenCounter
 
 
 class Verdict(NamedTuple):
@@ -69,12 +69,12 @@ def verify(store: Store, *, decode: bool = False, jobs: int = 1) -> Verdict:
 
 
 def _shards(store: Store, header: CacheHeader, rows: list[ShardRow], decode: bool, jobs: int) -> list[str]:
-    undecodable = RecordDecoder(store, header).undecodable if decode else None
+    counter = TokenCounter(store, header) if decode else None
     with (
         advancing("verify", sum(row.bytes for row in rows)) as advance,
         ThreadPoolExecutor(max(jobs, 1)) as pool,
     ):
-        scans = pool.map(lambda row: examine(store, header, row, undecodable=undecodable, advance=advance), rows)
+        scans = pool.map(lambda row: examine(store, header, row, counter=counter, advance=advance), rows)
         return [problem for scan in scans for problem in scan.problems]
 
 

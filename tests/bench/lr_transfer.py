@@ -28,6 +28,7 @@ from distill.config.schema import EngineConfig, Parametrization, RunConfig
 from distill.data.prepare import prepare
 from distill.engine import dist as engine_dist
 from distill.run import build
+from distill.run.evaluation import evaluate_whole
 from distill.run.run import Run
 from distill.tracking import charts
 from tests.bench._chart import draw
@@ -83,9 +84,10 @@ def settings(trial: Trial, folder: Path) -> RunConfig:
 def train(trial: Trial, folder: Path) -> float:
     """Held-out loss in nats per token; one process trains many."""
     run = Run(settings(trial, folder), folder / "-".join(map(str, trial)), engine_dist.start(EngineConfig(threads=1)))
+    build.prepare(run)
     trainer, _ = build.teacher(run)
     trainer.advance(trainer.steps)
-    loss = run.evaluate(trainer.engine.model).loss
+    loss = evaluate_whole(run, trainer.engine.model).loss
     trainer.engine.close()
     run.tracker.close()
     return loss

@@ -22,8 +22,9 @@ from distill.engine import dist as engine_dist
 from distill.engine.zero import Engine
 from distill.model import hf
 from distill.run import codistill
-from distill.run.run import load_model
+from distill.run.models import load_model
 from distill.tracking import report
+from student import evaluate as student_evaluate
 from tests.cli import TINY, command, environment, rows, write_corpus
 from tests.workers.diverge import plant
 
@@ -305,14 +306,12 @@ def test_a_checkpoint_that_is_not_finite_is_not_written(start, taught, tmp_path,
 
 
 def test_a_loss_on_held_out_text_that_is_not_finite(start, taught, tmp_path, monkeypatch):
-    from distill.run import run as run_module
-
-    real = run_module.evaluate
+    real = student_evaluate.evaluate
 
     def spoiled(*arguments, **more):
         return real(*arguments, **more)._replace(loss=np.inf)
 
-    monkeypatch.setattr(run_module, "evaluate", spoiled)
+    monkeypatch.setattr(student_evaluate, "evaluate", spoiled)
     with pytest.raises(DivergenceError, match=r"^the model of init_from=.*: the loss on held-out text is not finite"):
         start(tmp_path / "e", "job=evaluate", f"init_from={taught}")
     with pytest.raises(DivergenceError, match=r"^teacher: the loss on held-out text is not finite; .*step-00000004"):
@@ -326,13 +325,13 @@ def test_a_backfill_publishes_nothing_of_logits_that_are_not_finite(start, taugh
     """Finite weights whose product overflows on some samples: what was labelled before them stays."""
     from teacher import labelling as labels
 
-    head, seen = labels.mixed_loss, []
+    head, seen = labels.head_loss, []
 
     def overflow(hidden_TD, *arguments, **more):
         seen.append(0)
         return head(hidden_TD * (torch.inf if len(seen) == fault else 1.0), *arguments, **more)
 
-    monkeypatch.setattr(labels, "mixed_loss", overflow)
+    monkeypatch.setattr(labels, "head_loss", overflow)
     for fault in (2, 6):  # while it is measured, and later
         seen.clear()
         with pytest.raises(DivergenceError, match=r"its log-probabilities of sample \d+ are not finite in precis"):

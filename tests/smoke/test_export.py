@@ -18,7 +18,7 @@ from distill.data.tokenizer import load_tokenizer, train_tokenizer
 from distill.engine.dist import Dist
 from distill.model import Transformer, hf
 from distill.run import export
-from distill.run.run import load_model
+from distill.run.models import load_model
 from tests.cli import TINY, run, write_corpus
 from tests.closeness import worst
 

@@ -86,7 +86,7 @@ def test_evaluate_reads_checkpoints_and_gives_what_training_gave(codistilled, tm
 
 
 def test_a_hugging_face_folder_starts_a_job(tmp_path, corpus, codistilled):
-    from distill.run.run import load_model
+    from distill.run.models import load_model
 
     model = load_model(codistilled[0], "student", None)
     for router in model.routers:

@@ -19,11 +19,11 @@ MOST_FUNCTION_LINES = 65
 # What is not clean yet. These lists only get shorter; at the end they are empty.
 CIRCLES: set[tuple[str, str]] = set()
 SAME_FILES = {"length.py", "units.py"}
-SAME_CLASSES = {"Found", "Reader", "Run"}
-LONG_FILES = {"distill/run/run.py", "tests/unit/test_cache_imports.py"}
+SAME_CLASSES: set[str] = set()
+LONG_FILES = {"tests/unit/test_cache_imports.py"}
 LONG_FUNCTIONS = {
     "distill/config/checks.py: _rules", "distill/engine/checkpoint.py: save",
-    "losses/mixed.py: forward",
+
 }  # fmt: skip
 
 

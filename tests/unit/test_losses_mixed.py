@@ -74,7 +74,7 @@ def test_without_targets_it_is_cross_entropy():
     want_T = torch.nn.functional.cross_entropy(hidden.double() @ weight.double().T, labels, reduction="none")
     torch.testing.assert_close(out.hard_T.double(), want_T, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(out.loss_sum.double(), want_T.sum(), rtol=1e-5, atol=1e-5)
-    assert not out.soft_T.any() and not out.agree_T.any()
+    assert out.soft_T is out.mass_T is out.agree_T is None
 
 
 def test_masked_rows_have_zero_gradient_and_parts_are_unweighted():
@@ -115,24 +115,23 @@ def test_bf16_input_keeps_fp32_loss():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_tap_sees_the_probabilities_of_every_token_once_and_changes_nothing(training):
+def test_a_selection_sees_the_probabilities_of_every_token_once_and_changes_nothing(training):
     hidden, weight, *rest = problem()
     hidden.requires_grad_(), weight.requires_grad_()
-    untapped = mixed_loss(hidden, weight, *rest, chunk=5)
-    seen = []
+    plain = mixed_loss(hidden, weight, *rest, chunk=5)
 
-    def tap(start, probs, logprobs):
-        seen.append((start, probs.clone(), logprobs.clone()))
+    def select(rows, probs, logprobs):
+        return rows.start, probs.clone(), logprobs.clone()
 
     with torch.set_grad_enabled(training):
-        out = mixed_loss(hidden, weight, *rest, chunk=5, tap=tap)
-    assert [s for s, *_ in seen] == [0, 5, 10]
+        out = mixed_loss(hidden, weight, *rest, chunk=5, select=select)
+    assert [s for s, *_ in out.selected] == [0, 5, 10]
     want = torch.log_softmax(hidden @ weight.T, -1).detach()
-    torch.testing.assert_close(torch.cat([p for _, p, _ in seen]), want.exp())
-    torch.testing.assert_close(torch.cat([logp for *_, logp in seen]), want)
-    assert all(map(torch.equal, out, untapped))
+    torch.testing.assert_close(torch.cat([p for _, p, _ in out.selected]), want.exp())
+    torch.testing.assert_close(torch.cat([logp for *_, logp in out.selected]), want)
+    assert all(map(torch.equal, out[:-1], plain[:-1]))
     if training:
-        grads = [torch.autograd.grad(x.loss_sum, (hidden, weight)) for x in (out, untapped)]
+        grads = [torch.autograd.grad(x.loss_sum, (hidden, weight)) for x in (out, plain)]
         assert all(map(torch.equal, *grads))
 
 

@@ -11,7 +11,7 @@ from distill.config.schema import BaseSizes, ModelConfig, OptimConfig, Parametri
 from distill.engine import optim
 from distill.model import Transformer, hf
 from distill.model.parametrization import Scales, scales
-from distill.run.run import load_model
+from distill.run.models import load_model
 from tests.bench import coordcheck
 
 BASE = BaseSizes(hidden_size=8, layers=2, expert_hidden=8, dense_hidden=8)

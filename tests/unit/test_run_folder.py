@@ -77,14 +77,12 @@ def test_other_data_are_named_each():
     run = object.__new__(Run)
     keys = ("data.tokenizer", "data.corpora.main, training text", "data.corpora.main, held-out text")
     run.folder, run.restored = "RUN", SimpleNamespace(state={"data": dict.fromkeys(keys, "old")})
-    run._check_data(SimpleNamespace(digests=dict.fromkeys(keys, "old")))
+    run.use(SimpleNamespace(digests=dict.fromkeys(keys, "old")))
     for key in keys:
         with pytest.raises(DataError) as caught:
-            run._check_data(SimpleNamespace(digests=dict.fromkeys(keys, "old") | {key: "new"}))
+            run.use(SimpleNamespace(digests=dict.fromkeys(keys, "old") | {key: "new"}))
         (line,) = str(caught.value).splitlines()
         assert line.startswith(f"{key} has digest new; the run in RUN was started with old: put back the files")
     with pytest.raises(DataError) as caught:
-        run._check_data(SimpleNamespace(digests=dict.fromkeys(keys, "new")))
+        run.use(SimpleNamespace(digests=dict.fromkeys(keys, "new")))
     assert len(str(caught.value).splitlines()) == 3
-    run.restored = SimpleNamespace(state={})  # of a version that did not record them
-    run._check_data(SimpleNamespace(digests=dict.fromkeys(keys, "new")))

@@ -17,6 +17,7 @@ from distill.engine.dist import Dist
 from distill.model import Transformer, hf
 from distill.run import build, identity
 from distill.run.identity import Lineage
+from distill.run.models import first_model
 from distill.run.run import Run
 from tests.cli import TINY, write_corpus
 from tests.unit.test_model_attention import config_of
@@ -38,8 +39,11 @@ def base(tmp_path_factory):
         wanted = OmegaConf.merge(OmegaConf.structured(RunConfig), usual, OmegaConf.from_dotlist(list(overrides)))
         config = OmegaConf.to_object(wanted)
         assert not list(check(config))
-        run = Run(config, home / f"run-{next(count)}", ALONE)
-        return build.lineage_of(run, build.steps_of(run, "teacher"), build.own_stream(run)).base
+        with Run(config, home / f"run-{next(count)}", ALONE) as run:
+            build.prepare(run)
+            model, source = first_model(run, "teacher")
+            stream = build.own_stream(run)
+            return build.lineage_of(run, model, source is not None, build.steps_of(run, "teacher"), stream).base
 
     of.home, of.usual = home, usual
     return of
@@ -149,14 +153,12 @@ def _name(model, wanted):
     return next(name for name, parameter in model.named_parameters() if parameter is wanted)
 
 
-def test_a_checkpoint_says_who_its_teacher_is_and_one_of_before_does_not():
+def test_a_checkpoint_names_its_teacher():
     teacher = Lineage("0123456789abcdef", ["c"], 64)
     state = {"roles": {"teacher": {"step": 7}, "student": {"step": 5}}}
-    state[identity.KEY] = {"teacher": dataclasses.asdict(teacher)}
+    state[identity.LINEAGES] = {"teacher": dataclasses.asdict(teacher)}
     found = SimpleNamespace(state=json.loads(json.dumps(state)))
     assert identity.stored(found, "teacher") == (teacher, 7) and identity.stored(found, "student") is None
-    del found.state[identity.KEY]
-    assert identity.stored(found, "teacher") is None
 
 
 def test_an_exported_teacher_is_known_by_its_files(tmp_path):

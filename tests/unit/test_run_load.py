@@ -9,7 +9,7 @@ from distill.config.errors import ConfigError
 from distill.config.schema import BaseSizes, Parametrization, RopeScaling, VisionConfig
 from distill.model import Transformer, hf
 from distill.model.balance import degenerate_routers
-from distill.run.run import load_model
+from distill.run.models import load_model
 from tests.unit.test_model_attention import config_of
 
 VISION = VisionConfig(hidden_size=16, layers=1, heads=2, mlp_hidden=64, tile_size=8, patch_size=2, adapter_hidden=8,

@@ -12,7 +12,7 @@ from tests.unit.test_data_needle import FACT, prepared  # noqa: F401 (a fixture)
 from tests.unit.test_student_positions import OneRank
 
 
-class Reader:
+class StubReader:
     """Answers what the text states; or, past `sees` tokens from the fact to the end, something else."""
 
     def __init__(self, tokenizer, sees=10**9, chunk_size=None):
@@ -36,37 +36,37 @@ class Reader:
 
 def test_who_reads_everything_finds_everything(prepared):  # noqa: F811
     config = NeedleTestConfig([40, 150], [0.0, 0.5, 1.0], trials=7, facts=2)
-    model = Reader(prepared.tokenizer, chunk_size=64)
+    model = StubReader(prepared.tokenizer, chunk_size=64)
     found = needle.find(model, prepared.tokenizer, config, 3, 0, OneRank())
     assert model.most == 3
     assert found.trials_ND.tolist() == [[7.0] * 3] * 2 and torch.equal(found.hits_ND, found.trials_ND)
     # Texts of 40 tokens are one chunk; of 150, the first line and the middle are in another chunk than the end.
     assert found.across_ND.tolist() == [[0, 0, 0], [7, 7, 0]] and torch.equal(found.hits_across_ND, found.across_ND)
-    assert needle.figures(found, config, 64, 150)["needle_accuracy_across_chunks"] == 1.0
-    assert "needle_accuracy_across_chunks" not in needle.figures(found, config, 64, 40)
+    assert needle.entries(found, config, 64, 150)["needle_accuracy_across_chunks"] == 1.0
+    assert "needle_accuracy_across_chunks" not in needle.entries(found, config, 64, 40)
 
 
 def test_who_sees_no_further_than_a_chunk_finds_nothing_across(prepared):  # noqa: F811
     config = NeedleTestConfig([40, 150], [0.0, 1.0], trials=5)
-    found = needle.find(Reader(prepared.tokenizer, 30, 64), prepared.tokenizer, config, 16, 0, OneRank())
+    found = needle.find(StubReader(prepared.tokenizer, 30, 64), prepared.tokenizer, config, 16, 0, OneRank())
     assert found.hits_ND.tolist() == [[0, 5], [0, 5]] and found.hits_across_ND.sum() == 0
-    figures = needle.figures(found, config, 64, 100)
-    assert figures["needle_accuracy"] == 0.5  # within 100 tokens
-    grid = figures["needle"]
+    entries = needle.entries(found, config, 64, 100)
+    assert entries["needle_accuracy"] == 0.5  # within 100 tokens
+    grid = entries["needle"]
     assert grid["accuracy"] == [[0.0, 1.0], [0.0, 1.0]] and grid["accuracy_by_length"] == [0.5, 0.5]
     assert (grid["lengths"], grid["depths"], grid["trained_tokens"]) == ([40, 150], [0.0, 1.0], 100)
-    beyond = needle.figures(found, config, None, 10)
+    beyond = needle.entries(found, config, None, 10)
     assert beyond.keys() == {"needle"}
 
 
 def test_ranks_share_the_trials(prepared):  # noqa: F811
     config = NeedleTestConfig([60], [0.0, 1.0], trials=5, facts=2)
-    alone = needle.find(Reader(prepared.tokenizer, 30), prepared.tokenizer, config, 2, 0, OneRank())
+    alone = needle.find(StubReader(prepared.tokenizer, 30), prepared.tokenizer, config, 2, 0, OneRank())
     parts = []
     for rank in range(2):
         dist = OneRank()
         dist.rank, dist.world = rank, 2
-        parts.append(needle.find(Reader(prepared.tokenizer, 30), prepared.tokenizer, config, 2, 0, dist))
+        parts.append(needle.find(StubReader(prepared.tokenizer, 30), prepared.tokenizer, config, 2, 0, dist))
     for whole, first, second in zip(alone, *parts):
         assert torch.equal(whole, first + second)
     assert parts[0].trials_ND.tolist() == [[3, 3]] and parts[1].trials_ND.tolist() == [[2, 2]]
@@ -76,9 +76,9 @@ def test_ranks_share_the_trials(prepared):  # noqa: F811
 def test_texts_are_those_of_the_seed(prepared, seeds, same):  # noqa: F811
     texts = []
     for seed in seeds:
-        model = Reader(prepared.tokenizer)
+        model = StubReader(prepared.tokenizer)
         told = []
-        model.answer = lambda ids, told=told, model=model: told.append(ids) or Reader.answer(model, ids)
+        model.answer = lambda ids, told=told, model=model: told.append(ids) or StubReader.answer(model, ids)
         needle.find(model, prepared.tokenizer, NeedleTestConfig([50], [0.5], trials=3), 2, seed, OneRank())
         texts.append(told)
     assert (texts[0] == texts[1]) == same and len({tuple(ids) for ids in texts[0]}) == 3

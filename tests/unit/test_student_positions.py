@@ -83,7 +83,7 @@ def test_every_valid_token_is_in_the_bin_of_its_position():
         assert b.first <= b.last and (b.last + 1 in positions.STARTS)
     mean = sum(b.loss * b.tokens for b in result.by_position) / result.tokens
     assert result.loss == pytest.approx(mean, rel=1e-6)
-    assert result.figures() == {
+    assert result.metrics() == {
         "loss": result.loss,
         "perplexity": math.exp(result.loss),
         "ece": result.ece,

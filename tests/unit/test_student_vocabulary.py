@@ -10,13 +10,20 @@ import torch
 from distill.cache import CacheHeader, CacheReader, CacheWriter, make_codec
 from distill.config.errors import CacheError
 from distill.config.registry import CODECS
-from distill.config.schema import CodecConfig, EntropyFactor, TokenizerConfig, WeightingConfig
+from distill.config.schema import (
+    CodecConfig,
+    EntropyFactor,
+    LagFactor,
+    ModelConfig,
+    StudentConfig,
+    TokenizerConfig,
+    WeightingConfig,
+)
 from distill.data.join import check_cache
 from distill.data.tokenizer import load_tokenizer, train_tokenizer
-from distill.tracking.meters import Meters
 from losses import mixed_loss
-from student.distilling import StudentStep
-from tests.unit.test_student_step import ALONE, S, batch
+from student.distilling import StudentRecipe
+from tests.unit.test_student_distilling import ALONE, alphas, batch
 
 T, D, V, PADDED = 24, 6, 48, 64
 
@@ -61,15 +68,13 @@ def test_rows_after_the_teachers_get_no_mass_and_lose_theirs(name):
 
 
 def test_entropy_is_measured_against_the_teachers_vocabulary():
-    weighting = WeightingConfig(alpha=1.0, entropy=EntropyFactor(enabled=True, scale=True))
-    program = StudentStep(Meters("cpu"), 64, weighting, PADDED, 10, 1, V)
-    b = batch([3.0], entropy=2.0)
-    program.begin(b, 0, ALONE)
-    assert program.weigh(b)[0].view(-1, S)[0, 0].item() == pytest.approx(2.0 / math.log(V))
-    assert program.lag.student_loss.item() == pytest.approx(math.log(PADDED))  # one that knows nothing
-    alone = StudentStep(Meters("cpu"), 64, weighting, PADDED, 10)
-    alone.begin(b, 0, ALONE)
-    assert alone.weigh(b)[0].view(-1, S)[0, 0].item() == pytest.approx(2.0 / math.log(PADDED))
+    weighting = WeightingConfig(alpha=1.0, lag=LagFactor(enabled=True), entropy=EntropyFactor(enabled=True, scale=True))
+    config = StudentConfig(ModelConfig(vocab_size=PADDED), weighting=weighting)
+    b = batch([1.0], entropy=2.0)
+    student = StudentRecipe(config, ALONE, 10, teacher_vocab_size=V)
+    assert student.weighting_state["lag"]["student_loss"].item() == pytest.approx(math.log(PADDED))
+    assert alphas(student, b)[0] == pytest.approx(2.0 / math.log(V))
+    assert alphas(StudentRecipe(config, ALONE, 10), b)[0] == pytest.approx(2.0 / math.log(PADDED))
 
 
 # ------------------------------------------------------------ which caches are read

@@ -81,19 +81,20 @@ def alone(model, batch):
 def test_packed_documents_get_the_logits_of_each_alone(name, chunk):
     model, batch = model_of(name).double(), batch_of()
     teacher = hf.Foreign(model)
-    seen = []
+    rows_seen = []
 
-    def tap(start, probs_TV, logprobs_TV):
-        assert start == sum(len(part) for part in seen), "in order, without gaps"
+    def select(rows, probs_TV, logprobs_TV):
+        assert rows.start == sum(rows_seen), "in order, without gaps"
         assert worst(logprobs_TV.exp(), probs_TV) < 1e-5
-        seen.append(logprobs_TV.clone())
+        rows_seen.append(len(probs_TV))
+        return logprobs_TV.clone()
 
     with torch.inference_mode():
-        hard_T = teacher.label(batch, tap, chunk)
+        hard_T, selections = teacher.label(batch, select, chunk)
         want_TV = alone(model, batch)
     assert teacher._plain_head is PLAIN[name]
     assert want_TV.std() > 0.05
-    assert worst(torch.cat(seen), want_TV.log_softmax(-1)) < 1e-5
+    assert worst(torch.cat(selections), want_TV.log_softmax(-1)) < 1e-5
     want_T = torch.nn.functional.cross_entropy(want_TV, batch.labels_BS.flatten(), reduction="none")
     assert worst(hard_T, want_T) < 1e-5
     assert teacher.vocab_size == V
@@ -136,7 +137,7 @@ def test_a_saved_model_comes_back(tmp_path):
     model.save_pretrained(tmp_path)
     teacher = hf.load(tmp_path, torch.float32)
     with torch.inference_mode():
-        hard_T = teacher.label(batch, lambda *_: None, 4096)
+        hard_T, _ = teacher.label(batch, None, 4096)
         want_T = torch.nn.functional.cross_entropy(alone(model, batch), batch.labels_BS.flatten(), reduction="none")
     assert worst(hard_T, want_T) < 1e-5
     assert teacher.max_positions == 32 and math.isfinite(teacher.flops_per_token(S))

@@ -168,7 +168,7 @@ def test_wandb_that_cannot_start_is_one_message(tmp_path, monkeypatch):
 def test_wandb_that_fails_on_the_way_is_one_warning(tmp_path, monkeypatch, capsys):
     import wandb
 
-    class Run:
+    class FakeWandbRun:
         id = "abc"
 
         def define_metric(self, *_, **__): ...
@@ -176,7 +176,7 @@ def test_wandb_that_fails_on_the_way_is_one_warning(tmp_path, monkeypatch, capsy
         def log(self, _):
             raise OSError("disk full")
 
-    monkeypatch.setattr(wandb, "init", lambda **_: Run())
+    monkeypatch.setattr(wandb, "init", lambda **_: FakeWandbRun())
     config = TrackingConfig(console=ConsoleMode.off, wandb=WandbMode.online)
     with Tracker(tmp_path, config, {}) as tracker:
         for step in (1, 2, 3):

@@ -3,15 +3,17 @@
 python -m tests.workers.diverge ROLE STEP RANK KIND job=... ...      KIND: loss | gradient | logits | weights
 """
 
+import dataclasses
 import os
 import sys
 
 import torch
 
 from distill.engine.zero import Engine
-from student.distilling import StudentStep
-from teacher import pretraining as teacher_step
-from teacher.pretraining import TeacherStep
+from distill.run.trainer import Trainer
+from student.distilling import StudentRecipe
+from teacher import pretraining
+from teacher.pretraining import TeacherRecipe
 
 
 class _BrokenGradient(torch.autograd.Function):
@@ -28,39 +30,39 @@ class _BrokenGradient(torch.autograd.Function):
 
 def plant(patch, role, step, rank, kind):
     """patch: of a class or module, `setattr` or pytest's. step: as rows of metrics count them."""
-    program = {"teacher": TeacherStep, "student": StudentStep}[role]
-    begin, loss, update, head = program.begin, program.loss, Engine.step, teacher_step.mixed_loss
+    recipe = {"teacher": TeacherRecipe, "student": StudentRecipe}[role]
+    train_step, forward, update, head = Trainer._train_step, recipe.forward, Engine.update, pretraining.head_loss
     here = {"now": False}
 
-    def note(self, batch, at, dist):
-        here["now"] = at + 1 == step and dist.rank == rank
-        return begin(self, batch, at, dist)
+    def note(self, batch):
+        here["now"] = self.role == role and self.step + 1 == step and self.dist.rank == rank
+        train_step(self, batch)
+        here["now"] = False
 
-    def spoiled(self, model, batch):
-        loss_sum, routing = loss(self, model, batch)
+    def spoiled(self, model, micro, plan):
+        out = forward(self, model, micro, plan)
         if here["now"] and kind == "loss":
-            loss_sum = loss_sum + torch.inf
+            out = dataclasses.replace(out, loss_sum=out.loss_sum + torch.inf)
         if here["now"] and kind == "gradient":
-            loss_sum = _BrokenGradient.apply(loss_sum)
-        return loss_sum, routing
+            out = dataclasses.replace(out, loss_sum=_BrokenGradient.apply(out.loss_sum))
+        return out
 
     def logits(hidden_TD, *arguments, **more):
         return head(hidden_TD * (torch.nan if here["now"] else 1.0), *arguments, **more)
 
-    def overflow(self, *arguments):
-        norm = update(self, *arguments)
+    def overflow(self, lr):
+        norm = update(self, lr)
         if here["now"]:
-            here["now"] = False
             # An embedding that no text of the test has: nothing else would show it.
             self.model.embed.weight.data[-1, 0] = torch.inf
         return norm
 
-    patch(program, "begin", note)
-    patch(program, "loss", spoiled)
+    patch(Trainer, "_train_step", note)
+    patch(recipe, "forward", spoiled)
     if kind == "logits":
-        patch(teacher_step, "mixed_loss", logits)
+        patch(pretraining, "head_loss", logits)
     if kind == "weights":
-        patch(Engine, "step", overflow)
+        patch(Engine, "update", overflow)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,9 @@ def train(engine, dist, first, stop, accumulation):
         micro = share // accumulation
         cuts = [[x[i * micro : (i + 1) * micro] for x in mine] for i in range(accumulation)]
         valid = dist.sum(mine[2].sum())
-        norms.append(engine.step([micro_loss(c) for c in cuts], valid, lr=optim_lr(engine, step)).float())
+        for cut in cuts:
+            engine.backward(micro_loss(cut)(engine.training_model), valid)
+        norms.append(engine.update(optim_lr(engine, step)).float())
     return torch.stack(norms)
 
 

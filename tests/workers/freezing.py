@@ -77,7 +77,9 @@ def train(engine, dist, first, stop):
         mine = slice(dist.rank * share, (dist.rank + 1) * share)
         halves = [slice(start, start + share // 2) for start in (0, share // 2)]  # two micro-batches
         cuts = [(ids[mine][half], labels[mine][half], tiles[mine][half]) for half in halves]
-        engine.step([micro_loss(*cut) for cut in cuts], torch.tensor(BATCH * LENGTH), lr=OPTIM.lr)
+        for cut in cuts:
+            engine.backward(micro_loss(*cut)(engine.training_model), torch.tensor(BATCH * LENGTH))
+        engine.update(OPTIM.lr)
 
 
 def collect(engine):

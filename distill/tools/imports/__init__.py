@@ -1,4 +1,4 @@
-"""Soft targets that other stacks wrote: one file per format, each of which knows its format and nothing else.
+"""Soft targets that other stacks wrote: one file per format, all read into the sequences of `sequences.py`.
 
-All are read into the sequences of `stream`, which `write` puts into a cache of ours.
+`importer.write` puts these into a cache of ours.
 """

@@ -1,4 +1,4 @@
-"""DistillKit's compressed Parquet (version 2): top-k ids bit by bit, log-probabilities exact, fitted and quantised.
+"""DistillKit's compressed Parquet (version 2): top-k ids bit by bit, log-probabilities exact, fitted and quantized.
 
 Per token two strings of bytes. `bytepacked_indices`: k ids of ceil(log2 d) bits each, most significant bit first, one
 after the other. `compressed_logprobs`: log-probabilities in falling order, or (delta_encoding) the first one and then
@@ -18,7 +18,7 @@ differ from each other, which those of a wrong d seldom do.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -45,13 +45,14 @@ _DTYPES = {
     "float64": torch.float64,
 }
 _LEGACY = {"polynomial_degree", "invert_polynomial", "with_sqrt_term", "vocab_size"}
+_BIN_NUMBERS = ("element_bits", "num_elements")
 _MAX_BITS = 63
 """Of a residual; the format allows 64, whose writer overflows."""
 
 
 @dataclass(frozen=True)
 class ResidualBin:
-    """Quantised residuals of `num_elements` values after those of the bin before."""
+    """Quantized residuals of `num_elements` values after those of the bin before."""
 
     scale_dtype: str
     element_bits: int
@@ -82,9 +83,9 @@ class CompressionConfig:
         try:
             record = yaml.safe_load(path.read_text())
         except OSError as error:
-            raise CacheError(f"{path}: {error.strerror}; it says how the data are packed") from error
+            raise CacheError(f"{path}: {error.strerror}; without it the packing of the data is unknown") from error
         except (yaml.YAMLError, ValueError) as error:
-            raise CacheError(f"{path}: not YAML: {str(error).splitlines()[0]}") from error
+            raise CacheError(f"{path}: not YAML: {tables.short(error)}") from error
         if not isinstance(record, dict):
             raise CacheError(f"{path}: holds a {type(record).__name__}, not options of compression")
         if legacy := sorted(_LEGACY & record.keys()):
@@ -93,43 +94,42 @@ class CompressionConfig:
                 "over the vocabulary; only the format with compressed_logprobs can be read"
             )
         record.pop("error_diffusion", None)  # of the writer alone
-        known = {"d", "k", "exact_k", "exact_dtype", "polynomial_terms", "term_dtype", "residual_bins"}
-        known |= {"delta_encoding", "normalize_t"}
-        if unknown := sorted(map(str, record.keys() - known)):
-            raise CacheError(f"{path}: {unknown[0]} is not known; options are {', '.join(sorted(known))}")
-        record["polynomial_terms"] = record.get("polynomial_terms") or []
+        options = {each.name for each in fields(cls)}
+        if unknown := sorted(map(str, record.keys() - options)):
+            raise CacheError(f"{path}: {unknown[0]} is no option; options are {', '.join(sorted(options))}")
         try:
-            record["residual_bins"] = [ResidualBin(**each) for each in record.get("residual_bins") or []]
-            config = cls(**record)
+            bins = [ResidualBin(**each) for each in record.get("residual_bins") or []]
+            terms = record.get("polynomial_terms") or []
+            config = cls(**record | {"residual_bins": bins, "polynomial_terms": terms})
         except TypeError as error:
             raise CacheError(f"{path}: {error}") from error
-        config._check(path)
+        for problem in config._problems():
+            raise CacheError(f"{path}: {problem}")
         return config
 
-    def _check(self, path: Path) -> None:
-        whole = {"d": (self.d, 2), "k": (self.k, 1), "exact_k": (self.exact_k, 0)}
+    def _problems(self) -> Iterator[str]:
+        numbers = [("d", self.d, 2), ("k", self.k, 1), ("exact_k", self.exact_k, 0)]
+        dtypes = [("exact_dtype", self.exact_dtype), ("term_dtype", self.term_dtype)]
         for i, each in enumerate(self.residual_bins):
-            whole[f"residual_bins[{i}].element_bits"] = (each.element_bits, 1)
-            whole[f"residual_bins[{i}].num_elements"] = (each.num_elements, 1)
-        for name, (value, least) in whole.items():
-            if type(value) is not int or value < least:
-                raise CacheError(f"{path}: {name} is {value!r}; it must be a whole number, at least {least}")
+            numbers += [(f"residual_bins[{i}].{name}", getattr(each, name), 1) for name in _BIN_NUMBERS]
+            dtypes.append((f"residual_bins[{i}].scale_dtype", each.scale_dtype))
+        for name, number, least in numbers:
+            if type(number) is not int or number < least:
+                yield f"{name} is {number!r}; it must be a whole number, at least {least}"
         for each in self.residual_bins:
             if each.element_bits > _MAX_BITS:
-                raise CacheError(f"{path}: element_bits is {each.element_bits}; up to {_MAX_BITS} can be read")
-        for name, dtype in [("exact_dtype", self.exact_dtype), ("term_dtype", self.term_dtype)] + [
-            (f"residual_bins[{i}].scale_dtype", each.scale_dtype) for i, each in enumerate(self.residual_bins)
-        ]:
+                yield f"element_bits is {each.element_bits}; up to {_MAX_BITS} can be read"
+        for name, dtype in dtypes:
             if dtype not in _DTYPES:
-                raise CacheError(f"{path}: {name} is {dtype!r}; allowed are {', '.join(_DTYPES)}")
+                yield f"{name} is {dtype!r}; allowed are {', '.join(_DTYPES)}"
         for term in self.polynomial_terms:
             if type(term) is not int and term not in ("sqrt", "exp"):
-                raise CacheError(f"{path}: polynomial_terms has {term!r}; allowed are whole numbers, sqrt and exp")
-        fitted, quantised = self.k - self.exact_k, sum(each.num_elements for each in self.residual_bins)
-        if fitted < 0 or quantised > fitted:
-            raise CacheError(f"{path}: exact_k is {self.exact_k}, residual_bins hold {quantised} more; k is {self.k}")
+                yield f"polynomial_terms has {term!r}; allowed are whole numbers, sqrt and exp"
+        fitted, quantized = self.k - self.exact_k, sum(each.num_elements for each in self.residual_bins)
+        if fitted < 0 or quantized > fitted:
+            yield f"exact_k is {self.exact_k}, residual_bins hold {quantized} more; k is {self.k}"
         if fitted and not self.polynomial_terms and not self.residual_bins:
-            raise CacheError(f"{path}: exact_k is {self.exact_k} of k = {self.k}, and nothing describes the others")
+            yield f"exact_k is {self.exact_k} of k = {self.k}, and nothing describes the others"
 
     @property
     def id_bits(self) -> int:
@@ -198,8 +198,8 @@ class DistillKit:
         if wrong.any():
             at = int(np.flatnonzero(wrong.any(1))[0])
             raise CacheError(
-                f"{row.where}, position {at}: id {ids_PK[at].max()}; d is {self._config.d} in {self._path}: is it that "
-                "of the capture?"
+                f"{row.where}, position {at}: id {ids_PK[at].max()}; d is {self._config.d} in {self._path}: is that "
+                "the one of the capture?"
             )
         for start, stop in self._texts(row, len(tokens)):
             last = min(stop, positions)

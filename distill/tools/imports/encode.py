@@ -71,7 +71,7 @@ class SpanEncoder:
         sample_id: int,
         position: int,
     ) -> Span:
-        """Positions `first` and on of a sequence, one for each label, which stand at `position` and on of a sample.
+        """Positions `first` and on of a sequence, one for each label, which are `position` and on of a sample.
 
         valid_T: labels that count.
 

@@ -72,7 +72,7 @@ class Megatron:
         meta = _meta(self._ranks[0, 0][0])
         saver = meta.get("saver")
         if not isinstance(saver, dict) or type(saver.get("k")) is not int or saver["k"] < 1:
-            raise CacheError(f"{self._ranks[0, 0][0]}: {META} does not say how many entries were kept (saver.k)")
+            raise CacheError(f"{self._ranks[0, 0][0]}: {META} lacks the number of entries that were kept (saver.k)")
         self._k = min(k or saver["k"], saver["k"])
         nucleus = f", cut to a nucleus of {saver['p']}" if saver.get("p") is not None else ""
         self.info = SourceInfo(

@@ -1,6 +1,6 @@
 """Plain Parquet, one sequence a row: tokens, and for each a dense row of the vocabulary or its top-k.
 
-What the values are is not in the file, so it is said by whoever reads it: log-probabilities over the whole vocabulary,
+What the values are is not in the file, so it is an option of the reader: log-probabilities over the whole vocabulary,
 or logits. Of dense logits nothing is lost. Of top-k logits without their log-sum-exp the mass of the rest is, and the
 kept ones are made to sum to 1.
 """
@@ -72,7 +72,7 @@ class PlainParquet:
         self.info = SourceInfo("parquet", f"top-{self._k}; {tail}", self._k)
 
     def _most(self) -> int:
-        """The largest k of the first row; later rows with more are refused, so that none is cut unsaid."""
+        """The largest k of the first row; later rows with more are refused, so that none is cut in silence."""
         first = next(tables.rows(self._files[0], [self._ids], 1), None)
         if first is None:
             raise CacheError(f"{self._files[0]}: has no rows")
@@ -97,7 +97,7 @@ class PlainParquet:
         widths = tables.lengths(column)
         if len(widths) and (widths != widths[-1]).any():
             raise CacheError(f"{row.where}: rows of {self._dense} are {widths.min()} to {widths.max()} wide")
-        with np.errstate(over="ignore"):  # told below
+        with np.errstate(over="ignore"):  # reported below
             values_PV = tables.flat(column).astype(np.float32).reshape(len(widths), -1)
         if self._shifted:
             values_PV = values_PV[1:]

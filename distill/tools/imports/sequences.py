@@ -31,7 +31,7 @@ class Entries(NamedTuple):
 
 @dataclass(frozen=True)
 class ForeignSequence:
-    """One sequence of n tokens; position j of P has seen tokens 0 to j and is about token j + 1."""
+    """One sequence of n tokens; position j of P follows tokens 0 to j and is about token j + 1."""
 
     where: str
     """File and place in it, for messages."""
@@ -54,17 +54,17 @@ class ForeignSequence:
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """What holds of everything that a source yields."""
+    """What is the same for everything that a source yields."""
 
     format: str
     bias: str
-    """One sentence: what is missing, and what that does."""
+    """One sentence: what is missing, and its effect."""
     k: int | None
     """Entries of a position at most; None: dense."""
 
 
 class ForeignSource(Protocol):
-    """Files of one foreign format. Opening it raises CacheError for what can be told without reading everything."""
+    """Files of one foreign format. Opening it raises CacheError for problems that show without reading everything."""
 
     info: SourceInfo
 

@@ -1,0 +1,151 @@
+"""How one ZeRO stage keeps parameters, gradients and optimizer state; whatever depends on the stage is here.
+
+A layout is made before DeepSpeed and bound to its engine after it. All whole tensors are in fp32, and methods that
+return one are collective.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Layout(ABC):
+    """One model's placement.
+
+    Args:
+        trainable: parameters that have optimizer state, by name.
+        moments: names of the optimizer's state tensors that have their parameter's shape.
+        clip: largest global gradient norm; 0: any.
+    """
+
+    stage: int
+
+    def __init__(self, optimizer: torch.optim.Optimizer, moments: tuple[str, ...], clip: float):
+        self.optimizer, self.moments, self.clip = optimizer, moments, clip
+        self.trainable: dict[str, nn.Parameter] = {}
+
+    def config(self) -> dict[str, Any]:
+        """The entries of DeepSpeed's dictionary that the stage decides."""
+        return {"zero_optimization": {"stage": self.stage}, "gradient_clipping": self.clip}
+
+    def bind(self, engine: Any, steps: float) -> None:
+        """Gives every parameter of DeepSpeed's engine its optimizer state, before the first step of this process.
+
+        steps: optimizer steps made before.
+        """
+        self.engine = engine
+        self.trainable = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+        for tensor in self._optimized():
+            state = {key: torch.zeros_like(tensor) for key in self.moments}
+            if "exp_avg" in self.moments:
+                state["step"] = torch.full((), steps, device=tensor.device)
+            self._state()[tensor] = state
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All of this rank that an update changes: what is optimized, and its state."""
+        for tensor in self._optimized():
+            yield tensor
+            yield from self._state()[tensor].values()
+
+    @abstractmethod
+    def _optimized(self) -> list[Tensor]:
+        """What the optimizer moves on this rank."""
+
+    @abstractmethod
+    def _state(self) -> dict[Tensor, dict[str, Tensor]]:
+        """Of the optimizer, by what it moves."""
+
+    @abstractmethod
+    def norm(self) -> Tensor:
+        """Gradient norm of the last step before clipping, scalar."""
+
+    @abstractmethod
+    def whole(self, parameter: nn.Parameter, key: str) -> Tensor:
+        """`param` or a moment of a trainable parameter."""
+
+    @abstractmethod
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes over the moments, and the parameters where the model's own copies may be rounded, of whole tensors
+        `<moment>/<name>` and `param/<name>`."""
+
+
+class Replicated(Layout):
+    """ZeRO 0: everything is on every rank. DeepSpeed keeps the gradient norm to itself, so clipping is done here."""
+
+    stage = 0
+
+    def __init__(self, optimizer: torch.optim.Optimizer, moments: tuple[str, ...], clip: float):
+        super().__init__(optimizer, moments, clip)
+        self._norm = torch.zeros(())
+        optimizer.register_step_pre_hook(self._clip_gradients)  # there gradients are already summed over ranks
+
+    def config(self) -> dict[str, Any]:
+        return super().config() | {"gradient_clipping": 0.0}
+
+    def norm(self) -> Tensor:
+        return self._norm
+
+    def whole(self, parameter: nn.Parameter, key: str) -> Tensor:
+        return parameter.detach() if key == "param" else self._state()[parameter][key]
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.trainable.items():
+            for key in self.moments:
+                self._state()[parameter][key].copy_(tensors[f"{key}/{name}"])
+
+    def _optimized(self) -> list[Tensor]:
+        return list(self.trainable.values())
+
+    def _state(self) -> dict[Tensor, dict[str, Tensor]]:
+        return self.engine.optimizer.state
+
+    def _clip_gradients(self, *_: Any) -> None:
+        parameters: list[Any] = list(self.trainable.values())
+        self._norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        if self.clip > 0:
+            nn.utils.clip_grads_with_norm_(parameters, self.clip, self._norm)
+
+
+class Partitioned(Layout):
+    """ZeRO 1: each rank optimizes its part of the fp32 weights."""
+
+    stage = 1
+
+    def bind(self, engine: Any, steps: float) -> None:
+        # DeepSpeed links partitions to their parameters after the step of the first parameter group alone, when the
+        # others have no state yet, and never finds theirs: so all have some before, and are linked here.
+        super().bind(engine, steps)
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def norm(self) -> Tensor:
+        return torch.as_tensor(self.engine.get_global_grad_norm()).float()
+
+    def whole(self, parameter: nn.Parameter, key: str) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if key == "param":
+            return safe_get_full_fp32_param(parameter)
+        return safe_get_full_optimizer_state(parameter, key)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        for name, parameter in self.trainable.items():
+            for key in self.moments:
+                safe_set_full_optimizer_state(parameter, tensors[f"{key}/{name}"].to(parameter.device), key)
+            safe_set_full_fp32_param(parameter, tensors[f"param/{name}"].to(parameter.device))
+
+    def _optimized(self) -> list[Tensor]:
+        return list(self.engine.optimizer.single_partition_of_fp32_groups)
+
+    def _state(self) -> dict[Tensor, dict[str, Tensor]]:
+        return self.engine.optimizer.optimizer.state
+
+
+LAYOUTS: dict[int, type[Layout]] = {layout.stage: layout for layout in (Replicated, Partitioned)}
+"""By ZeRO stage."""

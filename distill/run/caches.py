@@ -1,0 +1,126 @@
+"""The caches of a run's corpora: where they lie, and how they are created, opened and summarized."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distill.cache import CacheHeader, CacheReader, CacheWriter, is_written, make_codec
+from distill.config.errors import ConfigError
+from distill.data.join import check_cache
+from distill.data.packed import PackedCorpus
+from distill.engine.watch import Watch
+from distill.model.count import flops_per_token
+from distill.run.run import Run
+from distill.tools.flops import flop_ledger
+from teacher.capture import Capture
+
+
+def cache_root(run: Run) -> str:
+    """A path, or a URL of a file system that fsspec knows."""
+    return run.config.cache.dir or str(run.folder / "cache")
+
+
+def cache_folders(run: Run) -> dict[str, str]:
+    """The cache of each corpus: as `cache.dirs` says, else the root itself, or a folder in it for each of a mixture."""
+    root, names = cache_root(run).rstrip("/"), list(run.data.train)
+    usual = {names[0]: root} if len(names) == 1 else {name: f"{root}/{name}" for name in names}
+    return {name: run.config.cache.dirs.get(name, folder) for name, folder in usual.items()}
+
+
+def open_capture(
+    run: Run,
+    planned: dict[str, object],
+    folders: Mapping[str, str | Path],
+    teacher: str,
+    watch: Watch | None = None,
+) -> Capture:
+    """One writer per corpus on every rank; the rank that comes first creates the cache.
+
+    Args:
+        planned: the teacher's stream, for the header of a cache that is made.
+        teacher: its identity.
+
+    Raises:
+        ConfigError: a cache holds another run's targets, which would give way to this run's, sample by sample.
+    """
+    config = run.config
+    taken = [folder for folder in folders.values() if not config.resume and is_written(folder)]
+    run.dist.barrier()
+    if taken:
+        raise ConfigError(
+            f"cache.dir is {taken[0]}; it holds targets of another run: choose another folder, or go on with that run "
+            "(its hydra.run.dir and resume=true)"
+        )
+    writers: list[CacheWriter] = []
+    for turn in (True, False):
+        if run.dist.is_main is turn:
+            for name, folder in folders.items():
+                writers.append(_open_writer(run, run.data.train[name], folder, planned))
+                run.resources.push(writers[-1])
+        run.dist.barrier()
+    tokens = config.teacher.train.batch * config.data.sample_tokens
+    codec = make_codec(config.cache.codec, config.teacher.model.vocab_size)
+    return Capture(codec, writers, config.seed, teacher, tokens, watch)
+
+
+def _open_writer(run: Run, corpus: PackedCorpus, folder: str | Path, planned: dict[str, object]) -> CacheWriter:
+    model, cache = run.config.teacher.model, run.config.cache
+    return CacheWriter(
+        folder,
+        new_header(run, corpus, model.vocab_size, planned),
+        writer=f"teacher-{run.dist.rank:05d}",
+        counts_V=corpus.counts_V(model.vocab_size),
+        shard_samples=cache.shard_samples,
+        queue=cache.queue,
+        on_full=cache.on_full,
+        flops_per_token=flops_per_token(model, corpus.sample_tokens, corpus.tiles_per_sample),
+    )
+
+
+def new_header(run: Run, corpus: PackedCorpus, vocab_size: int, stream: dict[str, object]) -> CacheHeader:
+    """Of the cache of a corpus, as this run would make it; stream: the teacher's plan, empty where none trains."""
+    return CacheHeader(
+        vocab_size=vocab_size,
+        tokenizer=run.data.tokenizer.digest,
+        corpus=corpus.digest,
+        sample_tokens=corpus.sample_tokens,
+        samples=len(corpus),
+        codec=run.config.cache.codec,
+        seed=run.config.seed,
+        stream=stream,
+    )
+
+
+def open_readers(run: Run, role: str = "student") -> list[CacheReader]:
+    """The caches of all corpora, checked against the run's own tokenizer, vocabulary, packing and corpus.
+
+    A student that goes on from a checkpoint gets the view that it had: what was published since waits for a refresh.
+
+    Args:
+        role: whose vocabulary.
+    """
+    roles = run.restored.state["roles"] if run.restored else {}
+    views = roles.get("student", {}).get("views", [])
+    vocab_size = getattr(run.config, role).model.vocab_size
+    readers = []
+    for number, (name, folder) in enumerate(cache_folders(run).items()):
+        reader = CacheReader(folder, views[number] if views else None)
+        check_cache(reader, run.data.tokenizer, run.data.train[name], vocab_size, student=True)
+        reader.read(np.empty(0, np.int64), np.empty(0, np.uint64))  # loads the compiled decoder before the first step
+        readers.append(reader)
+    return readers
+
+
+def cache_entries(readers: list[CacheReader]) -> dict[str, Any]:
+    """Summary entries of a run's caches: bytes of all published shards per token with a target in them, and the ledger
+    of floating-point operations."""
+    stats = [reader.stats() for reader in readers]
+    ledger = flop_ledger((row for reader in readers for row in reader.rows), readers[0].header.sample_tokens)
+    return {
+        "bytes_per_token": sum(s["bytes"] for s in stats) / max(sum(s["tokens"] for s in stats), 1),
+        "flops": {name: value for name, value in ledger.items() if value},
+    }
