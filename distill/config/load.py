@@ -52,7 +52,8 @@ alone, and what its other combinations break is refused when their turn comes.""
 
 def load(cfg: DictConfig) -> RunConfig:
     """A composed configuration as typed objects; ConfigError with every problem."""
-    problems, run = _load(cfg)
+    broken = [problem for file in userfiles.read.values() for problem in file.problems]  # since the command line
+    problems, run = (broken, None) if broken else _load(cfg)
     if problems or run is None:
         raise ConfigError(*problems)
     return run
