@@ -45,14 +45,14 @@ class DistillTrainer(Trainer):
         covered_T = inputs["covered_T"] & valid_T
         w_soft_T = self.alpha * covered_T
         w_hard_T = valid_T.float() - w_soft_T
-        found = mixed_loss(hidden_TD, weight_VD, labels_T, w_hard_T, inputs["ids_TK"], inputs["probs_TK"], w_soft_T)
+        result = mixed_loss(hidden_TD, weight_VD, labels_T, w_hard_T, inputs["ids_TK"], inputs["probs_TK"], w_soft_T)
         tokens = valid_T.sum() if num_items_in_batch is None else num_items_in_batch  # of all micro-batches and ranks
-        loss = found.loss_sum / tokens
+        loss = result.loss_sum / tokens
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients will be averaged over them
         if model.training:
             self.sums = getattr(self, "sums", 0) + torch.stack(
-                [found.hard_T[valid_T].sum(), found.soft_T[covered_T].sum(), covered_T.sum(), valid_T.sum()]
+                [result.hard_T[valid_T].sum(), result.soft_T[covered_T].sum(), covered_T.sum(), valid_T.sum()]
             )
         return (loss, outputs) if return_outputs else loss
 

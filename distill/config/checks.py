@@ -30,15 +30,15 @@ from distill.config.schema import (
     VisionConfig,
     WeightingConfig,
 )
-from distill.config.sentences import shown
+from distill.config.sentences import key_of, shown
 
 
 def check(run: RunConfig) -> Iterator[str]:
     """Every broken rule and range of a complete configuration."""
-    wrong = list(out_of_range(run))
-    named = tuple(f"{problem.split(' ', 1)[0]} " for problem in wrong)
-    yield from (problem for problem in _rules(run) if not problem.startswith(named))
-    yield from wrong
+    out = list(out_of_range(run))
+    keys = {*map(key_of, out)}
+    yield from (problem for problem in _rules(run) if key_of(problem) not in keys)
+    yield from out
 
 
 def _rules(run: RunConfig) -> Iterator[str]:

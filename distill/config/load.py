@@ -39,7 +39,7 @@ from distill.config.keys import schema
 from distill.config.overrides import problems_of
 from distill.config.registry import import_plugins
 from distill.config.schema import RunConfig
-from distill.config.sentences import sentence, unresolved
+from distill.config.sentences import key_of, sentence, unresolved
 from distill.config.spelling import spelt
 from distill.config.userfiles import CONF
 
@@ -52,7 +52,8 @@ alone, and what its other combinations break is refused when their turn comes.""
 
 def load(cfg: DictConfig) -> RunConfig:
     """A composed configuration as typed objects; ConfigError with every problem."""
-    problems, run = _load(cfg)
+    broken = [problem for file in userfiles.read.values() for problem in file.problems]  # since the command line
+    problems, run = (broken, None) if broken else _load(cfg)
     if problems or run is None:
         raise ConfigError(*problems)
     return run
@@ -112,7 +113,7 @@ def _problems(line: CommandLine, hydra: Hydra) -> list[str]:
     named = {*map(_key, refused), *(key for each in problems for key in re.findall(r"(?<![\w.])([\w.]+)=", each))}
     for overrides in itertools.islice(_combinations(line.overrides, refused, loader), MOST_COMBINATIONS):
         for problem in _composed_problems(hydra, name, overrides, where, line):
-            key = problem.split(" ", 1)[0].rstrip(":")
+            key = key_of(problem)
             if key not in named and not (line.only_prints and problem.startswith(f"{key} has no value;")):
                 problems.append(problem)
     return problems
@@ -165,9 +166,8 @@ def _composed_problems(
         if blamed:
             sound = [text for text in overrides if text not in blamed]
             keys = {*map(_key, blamed)}
-            for problem in _composed_problems(hydra, name, sound, where, line):
-                if problem.split(" ", 1)[0] not in keys:
-                    yield problem
+            others = _composed_problems(hydra, name, sound, where, line)
+            yield from (problem for problem in others if key_of(problem) not in keys)
         return
     HydraConfig.instance().set_config(cfg)
     problems = [*_folder(cfg, line.sweeps or cfg.hydra.mode is RunMode.MULTIRUN), *_load(cfg)[0]]
@@ -176,7 +176,7 @@ def _composed_problems(
         problems.append(f"--package is {package}; no such key")
     given = {*map(_key, line.overrides)}
     for problem in problems:
-        key = problem.split(" ", 1)[0].rstrip(":")
+        key = key_of(problem)
         yield f"{problem} ({places[key]})" if key in places and key not in given else problem
 
 
@@ -232,9 +232,8 @@ def _load(cfg: DictConfig) -> tuple[list[str], RunConfig | None]:
 
 def _without_followers(problems: list[str], plain: dict[Any, Any]) -> list[str]:
     """Without those of keys that take their value from another one that has a problem itself."""
-    keys = [problem.split(" ", 1)[0] for problem in problems]
-    references = [f"${{{key}}}" for key in keys]
-    return [each for key, each in zip(keys, problems, strict=True) if _raw(plain, key) not in references] or problems
+    references = [f"${{{key_of(problem)}}}" for problem in problems]
+    return [problem for problem in problems if _raw(plain, key_of(problem)) not in references] or problems
 
 
 def _raw(plain: dict[Any, Any], key: str) -> Any:

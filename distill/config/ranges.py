@@ -106,12 +106,12 @@ def out_of_range(value: Any, hint: Any = None, key: str = "") -> Iterator[str]:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         for name, kind in hints(type(value)).items():
             yield from out_of_range(getattr(value, name), kind, f"{key}.{name.rstrip('_')}".lstrip("."))
-    elif isinstance(value, dict):
+    elif isinstance(value, dict) and hint is not Any:
         for name, each in value.items():
-            yield from out_of_range(each, typing.get_args(hint)[1], f"{key}.{name}")
+            yield from out_of_range(each, (*typing.get_args(hint), Any, Any)[1], f"{key}.{name}")
     elif isinstance(value, list) and hint is not Any:
         for each in value:
-            yield from out_of_range(each, typing.get_args(hint)[0], key)
+            yield from out_of_range(each, (*typing.get_args(hint), Any)[0], key)
     elif value is not None and hint is not Any:
         allowed = typing.get_args(hint)[1] if typing.get_origin(hint) is Annotated else _TEXT if hint is str else None
         if allowed and (problem := allowed.problem(key, value)):

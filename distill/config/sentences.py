@@ -24,6 +24,11 @@ def shown(value: Any) -> str:
     return "empty" if value in ({}, [], "") else str(value)
 
 
+def key_of(problem: str) -> str:
+    """The key that a sentence about a value begins with."""
+    return problem.split(" ", 1)[0].rstrip(":")
+
+
 def sentence(error: BaseException) -> str:
     """One line, whatever the exception is."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:

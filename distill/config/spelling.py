@@ -16,6 +16,8 @@ from distill.config.paths import has_paths, home
 from distill.config.ranges import bare
 
 HYDRA_KEYS = ("hydra.run.dir", "hydra.sweep.dir")
+FREE_NAMES = ("cache.dirs.", "cache.codec.options.", "student.weighting.plugins.")
+"""Mappings that no file of `conf/` has, so that Hydra wants a `+` before them."""
 _MARKS = set("[]{}()'\",")
 """A text with one of these has to be quoted by the user: it may be a list, a choice or a call of a function."""
 
@@ -30,7 +32,7 @@ def _spelt(argument: str) -> str:
     key, equals, value = argument.partition("=")
     plain = key.lstrip("+")
     key, plain = ("teacher.from_",) * 2 if key == "teacher.from" else (key, plain)
-    if f"{key}.".startswith("cache.dirs."):
+    if f"{key}.".startswith(FREE_NAMES):
         key = f"++{key}"
     if equals and "=" not in value and (plain in HYDRA_KEYS or has_paths(hint_of(plain))):
         value = _path(plain, value)

@@ -48,19 +48,20 @@ read: dict[Path, UserFile] = {}
 
 
 class RecordingSource(file_config_source.FileConfigSource):
-    """Hydra's source of files; a file of the user with a problem is empty to Hydra, which would stop at the first."""
+    """Hydra's source of files. A file of the user with a problem is empty to Hydra, which would stop at the first one;
+    `load` refuses a configuration that such a file is part of."""
 
     def load_config(self, config_path: str) -> ConfigResult:
         path = Path(self.path, self._normalize_file_name(config_path))
         if path.is_relative_to(CONF):
             return super().load_config(config_path)
         file = read[path] = _read(path)
-        header: dict[str, str | None] = {"package": None}
-        if not file.problems:
-            try:
-                header = ConfigSource._get_header_dict(file.text[:512])
-            except ValueError as error:
-                file.problems.append(f"{path}: {error}; {_PACKAGE_LINE}")
+        try:
+            header = ConfigSource._get_header_dict(file.text[:512])
+        except ValueError as error:
+            file.problems.append(f"{path}: {error}; {_PACKAGE_LINE}")
+        if file.problems:
+            header = {"package": "_global_"}
         config = OmegaConf.create("{}" if file.problems else file.text)
         return ConfigResult(provider=self.provider, path=f"file://{self.path}", config=config, header=header)
 

@@ -26,10 +26,10 @@ from distill.config.units import duration, file_size, short
 from distill.data.join import Batch, Joiner, check_cache
 from distill.data.packed import PackedCorpus
 from distill.data.prefetch import Prefetch
+from distill.run.backfill_plan import Held, Plan, Unit, make_plan
 from distill.run.caches import cache_entries, cache_folders, new_header
 from distill.run.frozen import Teacher, load_teacher
 from distill.run.run import Run, as_job
-from distill.run.units import Held, Plan, Unit, make_plan
 from teacher.capture import Capture
 from teacher.labelling import label, label_loss
 

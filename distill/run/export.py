@@ -51,14 +51,13 @@ def export(config: RunConfig, folder: Path, dist: Dist) -> None:
     assert config.init_from is not None and e.dir is not None
     if dist.world > 1:
         raise ConfigError(f"job=export is started on {dist.world} ranks; one process writes the whole model")
+    owner.own_name(Path(e.dir), "export.dir", f"job={config.job}")  # before the model, whose loading takes minutes
     source = Path(config.init_from)
     home = _Home.of(source, config.data)
     opened = None if (source / "config.json").exists() else checkpoint.find(source)
     model = load_model(source, e.role.value, opened=opened)
     known = None if opened is None else identity.stored(opened, role_in(opened, e.role.value))
     biased = hf.drops_router_bias(model, e.drop_router_bias, "export.drop_router_bias")
-    if dist.is_main:
-        owner.own_name(Path(e.dir), "export.dir", "job=export")
     tokenizer = home.tokenizer()
     data = Prepared(tokenizer, {}, {})
     if biased:

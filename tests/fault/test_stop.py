@@ -9,7 +9,7 @@ import pytest
 
 from tests.cli import TINY, command, environment, losses, run, write_corpus
 
-STEP = "distill.run.trainer:Trainer._one"
+STEP = "distill.run.trainer:Trainer._train_step"
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_a_codistillation_stopped_between_rows_shards_and_turns_ends_bitwise_ali
     [
         ("distill.config.checks:check", "SIGINT", 130, "nothing was begun"),
         ("distill.data.pack:pack", "SIGTERM", 75, "nothing was begun; the same command starts it"),
-        ("distill.run.run:Run.evaluate", "SIGINT", 130, "checkpoints/step-00000003 remains"),
+        ("student.evaluate:evaluate", "SIGINT", 130, "checkpoints/step-00000003 remains"),
     ],
 )
 def test_phases_without_steps_end_soon_and_cleanly(tmp_path, data, place, number, code, words):

@@ -57,7 +57,7 @@ def test_a_codec_is_captured_read_back_and_resumed(tmp_path, monkeypatch):
     refused = run(*teacher, f"hydra.run.dir={tmp_path}/refused", code=2)
     assert "cache.codec.options is {}; it must say keep, 1 to 272" in refused.stderr
 
-    teacher.append("+cache.codec.options={keep:3}")
+    teacher.append("cache.codec.options={keep:3}")
     run(*teacher, f"hydra.run.dir={tmp_path}/t")
     kill_once(tmp_path / "killed" / "checkpoints" / "step-00000006", 1, *teacher, f"hydra.run.dir={tmp_path}/killed")
     run(*teacher, f"hydra.run.dir={tmp_path}/killed", "resume=true")
@@ -83,3 +83,152 @@ def test_a_codec_is_captured_read_back_and_resumed(tmp_path, monkeypatch):
     run(*student, f"hydra.run.dir={tmp_path}/again", "resume=true")
     assert losses(tmp_path / "again") == losses(tmp_path / "s")
     assert all(row["student/soft_loss"] > 0 for row in rows(tmp_path / "s") if "student/soft_loss" in row)
+
+
+# ---------------------------------------------------------------- a loss and a factor
+
+TOY_LOSS = """
+import torch
+
+from distill.config.registry import FACTORS, LOSSES
+from losses.head import Chunk
+from losses.weighting import Mean
+
+
+class Smoothed:
+    \"\"\"Row function: cross entropy with a label that has a tenth of its mass spread evenly over the vocabulary.\"\"\"
+
+    def __init__(self, labels_T, w_hard_T, ids_TK=None, probs_TK=None, w_soft_T=None):
+        self.labels_T, self.weight_T = labels_T, w_hard_T if w_soft_T is None else w_hard_T + w_soft_T
+
+    def __call__(self, logits_tV, rows, want_grad):
+        labels_t1, weight_t = self.labels_T[rows, None], self.weight_T[rows]
+        logprobs_tV = logits_tV.log_softmax(-1)
+        hard_t, even_t = -logprobs_tV.gather(-1, labels_t1).squeeze(-1), -logprobs_tV.mean(-1)
+        target_tV = torch.full_like(logprobs_tV, 0.1 / logits_tV.shape[1])
+        target_tV.scatter_add_(-1, labels_t1, torch.full_like(hard_t, 0.9)[:, None])
+        grad_tV = weight_t[:, None] * (logprobs_tV.exp() - target_tV)
+        return Chunk(weight_t * (0.9 * hard_t + 0.1 * even_t), {"hard": hard_t, "evenness": even_t}, grad_tV)
+
+
+class Fade:
+    \"\"\"rate / (rate + steps), so that soft targets count less and less.\"\"\"
+
+    def __init__(self, setting, options):
+        self.rate, self.device = options["rate"], setting.best_teacher_loss_C.device
+
+    def init(self):
+        return {"steps": torch.zeros(1, device=self.device)}
+
+    def observe(self, state, signals, total, least):
+        return state
+
+    def value(self, state, signals):
+        return (self.rate / (self.rate + state["steps"])).expand(len(signals.entropy_T))
+
+    def update(self, state, hard_loss_C):
+        return {"steps": state["steps"] + 1}
+
+    def metrics(self, state, signals):
+        return {"fade": Mean(self.value(state, signals)[0], 1.0)}
+
+
+LOSSES.add("smoothed", Smoothed)
+FACTORS.add("fade", Fade)
+"""
+
+
+def test_a_loss_and_a_factor_train_are_logged_and_resumed(tmp_path, monkeypatch):
+    (tmp_path / "toy_loss.py").write_text(TOY_LOSS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    common = [*TINY, write_corpus(tmp_path / "main"), f"data.dir={tmp_path}/data", "plugins=[toy_loss]"]
+    run(*common, "job=teacher", "teacher.train.steps=10", f"hydra.run.dir={tmp_path}/t")
+    student = [*common, "job=student", "student.train.steps=10", "student.train.checkpoint_every=3",
+               "student.train.log_every=1", f"cache.dir={tmp_path}/t/cache",
+               "weighting@student.weighting=constant"]  # fmt: skip
+    toys = ["student.loss=smoothed", "student.weighting.plugins={fade:{rate:2}}"]
+    wrong = run(*student, "student.loss=smooth", "student.weighting.plugins={fad:{}}", code=2).stderr
+    assert "student.loss is smooth; allowed: mixed, smoothed" in wrong
+    assert "student.weighting.plugins is fad; allowed: lag, entropy, fade" in wrong
+
+    run(*student, *toys, f"hydra.run.dir={tmp_path}/s")
+    kill_once(tmp_path / "killed" / "checkpoints" / "step-00000006", 1, *student, *toys,
+              f"hydra.run.dir={tmp_path}/killed")  # fmt: skip
+    run(*student, *toys, f"hydra.run.dir={tmp_path}/killed", "resume=true")
+    logged = [row for row in rows(tmp_path / "s") if "fade" in row]
+    assert losses(tmp_path / "killed") == losses(tmp_path / "s")
+    assert [row["fade"] for row in logged] == pytest.approx([2 / (2 + step) for step in range(10)])
+    assert all(row["loss"] == pytest.approx(0.9 * row["hard_loss"] + 0.1 * row["evenness"]) for row in logged)
+    assert all(row["alpha"] == pytest.approx(0.5 * row["fade"] * row["coverage"]) for row in logged)
+    assert logged[-1]["hard_loss"] < logged[0]["hard_loss"]
+
+
+# ---------------------------------------------------------------- a job, a precision and a dispatcher
+
+TOY_JOB = """
+import torch
+import torch.nn.functional as F
+
+from distill.config.registry import DISPATCHERS, JOBS, PRECISIONS, Job
+from distill.model.dispatch import LocalDispatcher
+from distill.model.linear import grouped_mm
+from distill.model.precision import Numerics
+from distill.run import build
+from distill.run.run import as_job
+from distill.run.trainer import to_checkpoints, train
+
+
+class Silent(LocalDispatcher):
+    \"\"\"The routed experts' results do not come back.\"\"\"
+
+    def combine(self, y_RD, state):
+        return 0.0 * super().combine(y_RD, state)
+
+
+def rounded(x, weight):
+    return F.linear(x.bfloat16().float(), weight)
+
+
+@as_job
+def pretrain(run):
+    build.prepare(run)
+    trainer, _ = build.teacher(run)
+    train(run, {"teacher": trainer}, lambda _: to_checkpoints(trainer))
+    run.finish({"steps": trainer.step, "weights": sum(p.numel() for p in trainer.engine.model.parameters())})
+
+
+def rules(config):
+    if config.teacher.capture:
+        yield "teacher.capture is true; job=pretrain captures nothing"
+
+
+JOBS.add("pretrain", Job(pretrain, ("teacher",), rules))
+PRECISIONS.add("rounded", Numerics(torch.float32, rounded, grouped_mm))
+DISPATCHERS.add("silent", Silent)
+"""
+
+
+def test_a_job_a_precision_and_a_dispatcher_train_are_logged_and_resumed(tmp_path, monkeypatch):
+    (tmp_path / "toy_job.py").write_text(TOY_JOB)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    common = [*TINY, write_corpus(tmp_path / "main"), f"data.dir={tmp_path}/data", "plugins=[toy_job]", "job=pretrain",
+              "teacher.train.steps=10", "teacher.train.checkpoint_every=3", "teacher.train.log_every=1"]  # fmt: skip
+    assert "teacher.capture is true; job=pretrain captures nothing" in run(*common, code=2).stderr
+    common.append("teacher.capture=false")
+    found = {}
+    for name, keys in (
+        ("plain", []),
+        ("rounded", ["precision=rounded"]),
+        ("silent", ["engine.dispatcher=silent", "precision=rounded"]),
+    ):
+        run(*common, *keys, f"hydra.run.dir={tmp_path}/{name}")
+        found[name] = [row["loss"] for row in rows(tmp_path / name) if "loss" in row]
+    assert len(found["plain"]) == 10 and len(set(map(tuple, found.values()))) == 3
+    # Rounding changes little; without the routed experts a step is another one.
+    assert found["plain"] == pytest.approx(found["rounded"], rel=2e-3)
+    again = [*common, *keys, f"hydra.run.dir={tmp_path}/killed"]
+    kill_once(tmp_path / "killed" / "checkpoints" / "step-00000006", 1, *again)
+    run(*again, "resume=true")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "silent")
+    summary = json.loads((tmp_path / "killed" / "summary.json").read_text())
+    assert (summary["job"], summary["steps"]) == ("pretrain", 10)

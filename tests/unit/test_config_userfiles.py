@@ -135,6 +135,17 @@ def test_what_is_sound_loads(folder):
         assert run.evaluate.samples == 1000 and run.teacher.optim.betas == [0.9, 0.99]
 
 
+def test_a_file_that_is_broken_after_the_command_line_was_checked_is_no_empty_one(folder):
+    """As in a sweep, each of whose jobs reads its files anew."""
+    path = write(folder, LINE + "job: teacher\nseed: 3\n")
+    precheck(["--config-dir", str(folder), "experiment=mine"])
+    with _hydra([folder]) as hydra:
+        assert load(_compose(hydra, "config", ["experiment=mine"])).seed == 3
+        path.write_text(LINE + "job: teacher\nseed: 4\nseed: 5\n")
+        with pytest.raises(ConfigError, match=r"line 4, column 1: .*duplicate key seed"):
+            load(_compose(hydra, "config", ["experiment=mine", "job=teacher"]))
+
+
 def test_files_build_on_ours_and_on_each_other(folder):
     write(folder, LINE + "defaults:\n  - smoke\n  - override /cache: small\n  - _self_\njob: teacher\nseed: 3\n")
     path = write(folder, "codec:\n  name: topk\n  k: 5\n", "cache/small.yaml")

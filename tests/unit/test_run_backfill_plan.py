@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from distill.run.units import Held, make_plan, worth
+from distill.run.backfill_plan import Held, make_plan, worth
 
 V = 64
 
