@@ -176,6 +176,7 @@ def by_length(seed: int, count: int) -> dict[str, float]:
     results = {}
     settings = [CodecSetting(*setting) for setting in SHOWN.items()]
     meters = on_rows(settings, seed, count, count, scaled(VOCAB, LENGTH_ENTROPY))
+    results["samples by length, entropy"] = meters[settings[0]].entropy
     for length in LENGTHS:
         for setting, meter in meters.items() if count % length == 0 else ():
             size = meter.bytes(length)
