@@ -39,7 +39,7 @@ class ShardBytes(NamedTuple):
     """The samples' entries in the shard's index."""
 
 
-class Decoded(NamedTuple):
+class DecodedRows(NamedTuple):
     """Stored distributions of a block of tokens."""
 
     ids_TK: Tensor
@@ -57,7 +57,7 @@ class CodecMeter:
         self._atoms: list[Atoms] = []
         self._errors, self._labels, self._entropies = [], [], []
 
-    def add(self, p_TV: Tensor, logits_TV: Tensor, labels_T: Tensor) -> Decoded:
+    def add(self, p_TV: Tensor, logits_TV: Tensor, labels_T: Tensor) -> DecodedRows:
         place_T = torch.arange(self.tokens, self.tokens + len(p_TV))
         where = {"sample_ids_T": place_T // self.sample_tokens, "positions_T": place_T % self.sample_tokens}
         selection = self.codec.select(logits_TV, torch.zeros(len(p_TV)), seed=self.seed, **where)
@@ -70,7 +70,7 @@ class CodecMeter:
         self._labels.append(logits_TV.gather(1, labels_T[:, None])[:, 0])
         self._entropies.append(selection.entropy_T)
         self.tokens += len(p_TV)
-        return Decoded(ids_TK, probs_TK)
+        return DecodedRows(ids_TK, probs_TK)
 
     @property
     def error(self) -> float:

@@ -27,7 +27,7 @@ from torch import Tensor
 from distill.config.schema import CodecConfig
 from distill.tracking import charts
 from tests.bench._chart import draw
-from tests.bench._codec_meter import CodecMeter, CodecSetting, Decoded, on_rows, sweep
+from tests.bench._codec_meter import CodecMeter, CodecSetting, DecodedRows, on_rows, sweep
 from tests.bench._yardstick import VOCAB, rows, scaled
 
 ROWS, SAMPLE = 2048, 1024
@@ -132,7 +132,7 @@ class _GradientMeter:
         self.ratios: list[Tensor] = []
         self._sums = torch.zeros(2, VOCAB, dtype=torch.float64)
 
-    def add(self, p_TV: Tensor, student_TV: Tensor, decoded: Decoded) -> None:
+    def add(self, p_TV: Tensor, student_TV: Tensor, decoded: DecodedRows) -> None:
         sparse_TV = torch.zeros_like(p_TV).scatter_add_(1, *decoded)
         true_TV = student_TV - p_TV
         got_TV = student_TV * sparse_TV.sum(1, keepdim=True) - sparse_TV
