@@ -1,7 +1,5 @@
 """Expected calibration error: does a model that says 70 % hit 70 % of the time?"""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The factors of alpha that ship with the project; see `losses.weighting.Factor`."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -4,8 +4,6 @@ The logits of one chunk live at a time. A *row function* turns them into per-tok
 while they exist, so no [T, V] tensor outlives its chunk and the unembedding is needed once.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple, Protocol
 
 import torch

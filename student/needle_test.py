@@ -1,7 +1,5 @@
 """Needle in a haystack: how often a model's greedy continuation is the answer that its text states."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -8,8 +8,6 @@ that for the targets themselves, whether the step was finite on all ranks. If it
 ones are published.
 """
 
-from __future__ import annotations
-
 import time
 from typing import NamedTuple
 

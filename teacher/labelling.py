@@ -1,7 +1,5 @@
 """A frozen teacher labels a batch: the forward pass and its tap, no gradient, no optimizer, no engine."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple, Protocol
 
 import torch

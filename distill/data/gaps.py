@@ -4,8 +4,6 @@ On such text the library raises an error (word-level, WordPiece, unigram) or pas
 the tokenizer that has an unknown token shows where it is.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self

@@ -10,8 +10,6 @@ manifest and files check, so a half-written or damaged one costs some steps, nev
 model that has diverged is neither saved nor loaded.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re

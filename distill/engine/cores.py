@@ -5,8 +5,6 @@ thread that they wait for has none, and training falls to a tenth of its rate; t
 of it on a quiet machine (LOG.md, busy machines).
 """
 
-from __future__ import annotations
-
 import os
 
 import psutil

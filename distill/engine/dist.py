@@ -1,7 +1,5 @@
 """Processes: who we are, and sums over all of us. Works the same for one process, without any collective."""
 
-from __future__ import annotations
-
 import atexit
 import datetime
 import os

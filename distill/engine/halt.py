@@ -1,7 +1,5 @@
 """Signals as all ranks see them at the same step."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """The first step at which something was not finite: kept on the device, and read where it counts."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

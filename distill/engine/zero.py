@@ -4,8 +4,6 @@ The DeepSpeed dictionary is generated here. Losses are sums over tokens: a step'
 the number of valid tokens of the whole optimizer step, over all ranks and micro-batches, so a batch may be cut anyhow.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -5,8 +5,6 @@ carries the teacher's identity and beats what was stale, so that a run that was 
 again, here or in another folder.
 """
 
-from __future__ import annotations
-
 import math
 import shutil
 import time

@@ -9,8 +9,6 @@ it, samples of equal worth are taken from all over the corpus. What is done alre
 started again does what is left.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple

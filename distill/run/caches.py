@@ -1,7 +1,5 @@
 """The caches of a run's corpora: where they lie, and how they are created, opened and summarized."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

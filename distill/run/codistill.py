@@ -5,8 +5,6 @@ it starts when the teacher is half-way, keeps pace, and comes back to the first 
 Control arms follow, each a student run of its own in a folder below: same init, same samples, same number of steps.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Which batch a trainer gets at each step, and how far the caches that it reads have come."""
 
-from __future__ import annotations
-
 import signal
 import time
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """What a run folder says of the run that was started in it, checked before anything in it is changed."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The frozen teacher of a backfill: loaded, named, and checked against the run's tokenizer, images and samples."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import NamedTuple

@@ -15,8 +15,6 @@ Face folder that job=export wrote, while its files are those that were written. 
 themselves. The precision in which a frozen teacher labels makes it no other.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

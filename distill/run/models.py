@@ -1,7 +1,5 @@
 """Models of a run: built as its configuration says, or loaded from a run, a checkpoint or a Hugging Face folder."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
