@@ -1,4 +1,4 @@
-"""Expected calibration error: does a model that says 70 % hit 70 % of the time?"""
+"""Expected calibration error: how far confidence is from accuracy."""
 
 import torch
 from torch import Tensor

@@ -19,7 +19,7 @@ class Chunk(NamedTuple):
     parts: dict[str, Tensor]
     """Per-token results [t] for meters and weighting, detached; the same names for every chunk."""
     grad_tV: Tensor | None
-    """Gradient of the sum of `loss_t` with respect to the logits; None where none was asked for."""
+    """Gradient of the sum of `loss_t` with respect to the logits; None without `want_grad`."""
     selected: Any = None
     """Whatever else was taken out of the chunk."""
 

@@ -74,7 +74,7 @@ def label(
     """Labels a batch on the teacher's device and hands its targets to the writers.
 
     Args:
-        step, tokens_seen: of the teacher, as the records will say.
+        step, tokens_seen: of the teacher, for the records.
 
     Returns:
         Sum of the label losses over valid tokens (nats) and their number; on the device, nothing waits for it.

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, whatever dies when, and that do not know the world size.
+"""Checkpoints that are whole or not there, whatever dies when, and that do not depend on the world size.
 
     checkpoints/step-00000120/
         teacher-00000.safetensors     whole parameters, moments and buffers by name; rank r holds every W-th of them
@@ -142,7 +142,7 @@ class Checkpoint:
             file = folder / name
             size = file.stat().st_size if file.exists() else -1
             if size != facts["bytes"]:
-                raise CheckpointError(f"{file}: {size} bytes, its manifest says {facts['bytes']}")
+                raise CheckpointError(f"{file}: {size} bytes; its manifest has {facts['bytes']}")
             if _digest(file) != facts["xxh3"]:
                 raise CheckpointError(f"{file}: its bytes do not match the digest in the manifest")
         self.step: int = manifest["step"]

@@ -1,4 +1,4 @@
-"""Signals as all ranks see them at the same step."""
+"""Signals to any rank, reported to all ranks at the same step."""
 
 import signal
 from collections.abc import Callable

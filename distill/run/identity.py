@@ -126,7 +126,7 @@ def exported(folder: Path) -> tuple[Lineage, int] | None:
         return found if record["files"] == _files(folder) else None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
-            f"{path}: cannot be read: {error}; remove it, and the weights count as nobody's"
+            f"{path}: cannot be read: {error}; remove it, and the weights are named by their digest"
         ) from error
 
 

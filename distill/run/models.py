@@ -85,7 +85,7 @@ def load_model(
             raise ConfigError(
                 *[f"{role}.model.{key} is {shown(a)}; the model in {folder} has {shown(b)}" for key, a, b in unlike]
             )
-        model.config = want  # the same model, as the run spells it
+        model.config = want  # the same architecture in the run's spelling
     return model
 
 
