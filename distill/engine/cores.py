@@ -17,8 +17,8 @@ SECONDS = 0.3
 
 
 def settle(threads: int) -> str | None:
-    """Makes threads sleep soon where other programs keep a quarter of this process's cores busy, unless the user has set
-    how they wait; returns a message about it.
+    """Makes threads sleep soon where other programs keep a quarter of this process's cores busy, unless the user has
+    set how they wait; returns a message about it.
 
     Args:
         threads: of this process, 0: as many as the environment sets; a single thread never waits.

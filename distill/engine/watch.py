@@ -21,7 +21,7 @@ class Watch:
 
         Args:
             step: as rows of metrics count: 1 for the first.
-            loss, norm, weights: bool, scalar, on the device (a norm that DeepSpeed finds not finite comes from the host).
+            loss, norm, weights: bool, scalar, on the device (DeepSpeed's norm may lie on the host).
         """
         device = self._first_N.device
         finite_N = torch.stack([part.to(device, non_blocking=True) for part in (loss, norm, weights)])
