@@ -70,13 +70,13 @@ def train(model: LlamaForCausalLM, ids_NS: torch.Tensor, reader: CacheReader | N
         w_hard_T = valid_T.float() - w_soft_T
         hidden_TD = model.model(input_ids=ids_BS).last_hidden_state.flatten(0, 1)
         weights = (w_soft_T,) if atoms else ()
-        found = mixed_loss(hidden_TD, model.lm_head.weight, labels_T, w_hard_T, *atoms, *weights)
-        loss = found.loss_sum / valid_T.sum()
+        result = mixed_loss(hidden_TD, model.lm_head.weight, labels_T, w_hard_T, *atoms, *weights)
+        loss = result.loss_sum / valid_T.sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        soft = found.soft_T[covered_T].mean()
-        rows.append([x.item() for x in (loss, found.hard_T[valid_T].mean(), soft, covered_T.sum() / valid_T.sum())])
+        soft = result.soft_T[covered_T].mean() if atoms else torch.tensor(torch.nan)
+        rows.append([x.item() for x in (loss, result.hard_T[valid_T].mean(), soft, covered_T.sum() / valid_T.sum())])
     return rows
 
 

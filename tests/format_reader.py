@@ -1,4 +1,4 @@
-"""A slow reader of caches, written from docs/format.md alone, in plain integers."""
+"""A slow reader of caches, written from docs/cache.md alone, in plain integers."""
 
 import json
 from fractions import Fraction

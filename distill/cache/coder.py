@@ -1,6 +1,6 @@
 """The entropy coder of records: adaptive 32-symbol models and a range coder, compiled.
 
-Bit for bit what docs/format.md says under "Record". A record depends on its own sample only: every model starts uniform
+Bit for bit what docs/cache.md says under "Record". A record depends on its own sample only: every model starts uniform
 and learns as it goes. Compiled by numba without the GIL, so that writer and reader threads do not hold training up; the
 first use on a machine takes some seconds, later ones load the compiled code.
 """

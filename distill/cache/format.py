@@ -1,4 +1,4 @@
-"""Names and numbers of the format on disk (docs/format.md)."""
+"""Names and numbers of the format on disk (docs/cache.md)."""
 
 import re
 from typing import NamedTuple

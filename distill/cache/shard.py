@@ -1,4 +1,4 @@
-"""Shards, written and read in the format of docs/format.md. No torch."""
+"""Shards, written and read in the format of docs/cache.md. No torch."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def out_of_range(value: Any, hint: Any = None, key: str = "") -> Iterator[str]:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         for name, kind in hints(type(value)).items():
             yield from out_of_range(getattr(value, name), kind, f"{key}.{name.rstrip('_')}".lstrip("."))
-    elif isinstance(value, dict):
+    elif isinstance(value, dict) and hint is not Any:
         for name, each in value.items():
             yield from out_of_range(each, (*typing.get_args(hint), Any, Any)[1], f"{key}.{name}")
     elif isinstance(value, list) and hint is not Any:

@@ -1,4 +1,4 @@
-"""What a cache holds, read from docs/format.md alone (json, xxhash, safetensors): shares nothing with distill.cache."""
+"""What a cache holds, read from docs/cache.md alone (json, xxhash, safetensors): shares nothing with distill.cache."""
 
 from __future__ import annotations
 

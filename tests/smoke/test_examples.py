@@ -1,4 +1,4 @@
-"""The examples of docs/python.md run, learn, and have the gradient of the loss that they say."""
+"""The examples of docs/python.md run, learn, and have the gradient of the loss that their text gives."""
 
 import copy
 
