@@ -10,7 +10,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -98,20 +98,12 @@ def estimate(
     )
 
 
-class Measured(NamedTuple):
-    """An existing cache."""
-
-    header: CacheHeader
-    per_token: BytesPerToken
-
-
-def from_cache(store: Store) -> Measured:
+def from_cache(store: Store, header: CacheHeader) -> BytesPerToken:
     """Bytes per token of an existing cache: its records' mean, and the leanest and the fullest tenth of its shards.
 
     Raises:
-        CacheError: no cache, one without records, or damage.
+        CacheError: one without records, or damage.
     """
-    header = CacheHeader.load(store)
     rows = [row for row in published(store, header).rows if row.tokens]
     if not rows:
         raise CacheError(f"{store.root}: holds no records yet; nothing can be estimated from it")
@@ -119,7 +111,7 @@ def from_cache(store: Store) -> Measured:
     mean = sum(row.bytes - row.index_bytes for row in rows) / sum(row.tokens for row in rows)
     low, high = np.quantile(each, [0.1, 0.9]).tolist()
     source = f"{len(rows)} shards of {store.root}"
-    return Measured(header, BytesPerToken(min(low, mean), mean, max(high, mean), source))
+    return BytesPerToken(min(low, mean), mean, max(high, mean), source)
 
 
 def from_table(codec: CodecConfig, vocab_size: int, entropy: float) -> BytesPerToken:
@@ -205,10 +197,10 @@ def run(args: argparse.Namespace) -> int:
     if args.like and args.entropy is not None:
         raise ConfigError("--entropy is no option of --like, which has its own bytes per token")
     shapes = _configured(args.config, args.overrides, args.config_dir) if args.config else _Shapes()
-    like = from_cache(caches(args.like)[0]) if args.like else None
+    like = caches(args.like)[0] if args.like else None
     if like and not args.config:
-        header = like.header
-        shapes = _Shapes(header.codec, header.sample_tokens, header.vocab_size)
+        there = CacheHeader.load(like)
+        shapes = _Shapes(there.codec, there.sample_tokens, there.vocab_size)
     shapes = _with_options(shapes, args)
     if shapes.tokens is None:
         raise ConfigError("--tokens is missing; how many tokens get targets?")
@@ -255,7 +247,7 @@ def _with_options(shapes: _Shapes, args: argparse.Namespace) -> _Shapes:
     return dataclasses.replace(shapes, codec=codec, **options)
 
 
-def _per_token(args: argparse.Namespace, header: CacheHeader, like: Measured | None) -> BytesPerToken:
+def _per_token(args: argparse.Namespace, header: CacheHeader, like: Store | None) -> BytesPerToken:
     if like is None:
         entropy = DEFAULT_ENTROPY if args.entropy is None else args.entropy
         most = math.log(header.vocab_size)
@@ -264,13 +256,13 @@ def _per_token(args: argparse.Namespace, header: CacheHeader, like: Measured | N
         if entropy > most:
             raise ConfigError(f"--entropy is {entropy}; {header.vocab_size} ids have at most {most:.2f} nats")
         return from_table(header.codec, header.vocab_size, entropy)
-    there = like.header
+    there = CacheHeader.load(like)
     if there.codec != header.codec or there.vocab_size != header.vocab_size:
         raise ConfigError(
             f"--like {args.like} has codec {there.codec} and {there.vocab_size} ids; its bytes per token do not hold "
             f"for codec {header.codec} and {header.vocab_size} ids"
         )
-    return like.per_token
+    return from_cache(like, there)
 
 
 def _lines(done: Estimate, tokens: int, sample_tokens: int, seconds: float | None) -> list[str]:

@@ -6,14 +6,14 @@ It loads torch, the tokenizer and pyarrow when it runs.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from importlib import import_module
+import inspect
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill.config.errors import ConfigError, DataError
 from distill.config.paths import home
-from distill.config.registry import CODECS
+from distill.config.registry import CODECS, Registry
 from distill.config.schema import CodecConfig, TokenizerConfig
 from distill.config.terminal import Progress
 from distill.config.units import short
@@ -25,23 +25,20 @@ if TYPE_CHECKING:
     from distill.tools.imports.importer import ImportReport, Match
     from distill.tools.imports.sequences import ForeignSequence, ForeignSource, SourceInfo
 
-READERS = {
-    "distillkit": "distill.tools.imports.distillkit:DistillKit",
-    "parquet": "distill.tools.imports.plain:PlainParquet",
-    "vllm": "distill.tools.imports.vllm:Vllm",
-    "megatron": "distill.tools.imports.megatron:Megatron",
-}
-"""The class that reads each format, a `ForeignSource`."""
-_OPTIONS = {
-    "distillkit": {"config": "config", "k": "k"},
-    "parquet": {
-        "tokens_column": "tokens", "dense_column": "dense", "ids_column": "ids", "values_column": "values",
-        "lse_column": "lse", "logits": "logits", "shifted": "shifted", "k": "k",
+READERS: Registry[Callable[..., ForeignSource]] = Registry(
+    "format",
+    {
+        "distillkit": "distill.tools.imports.distillkit:DistillKit",
+        "parquet": "distill.tools.imports.plain:PlainParquet",
+        "vllm": "distill.tools.imports.vllm:Vllm",
+        "megatron": "distill.tools.imports.megatron:Megatron",
     },
-    "vllm": {"k": "k"},
-    "megatron": {"k": "k"},
-}  # fmt: skip
-"""Which arguments each reader takes, and its names for them."""
+)
+"""The class that reads each format."""
+_OPTIONS = (
+    "config", "dense_column", "ids_column", "k", "logits", "lse_column", "shifted", "tokens_column", "values_column",
+)  # fmt: skip
+"""Arguments of readers, whose own names for them are without `_column`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("dir", type=home, help="folder or URL of the cache; made, or added to where it is the same")
     add("files", nargs="+", type=home, help="files or folders of the other stack")
-    add("--from", dest="format", required=True, choices=sorted(READERS), help="who wrote them")
+    add("--from", dest="format", required=True, choices=sorted(READERS.names), help="who wrote them")
     add(
         "--corpus", required=True, metavar="FOLDER", type=home,
         help="the packed corpus, e.g. data/main-0123456789abcdef of a run",
@@ -141,18 +138,16 @@ def import_files(args: argparse.Namespace) -> ImportReport:
 
 
 def _source(args: argparse.Namespace) -> ForeignSource:
-    takes = _OPTIONS[args.format]
-    given = {
-        name: getattr(args, name) for each in _OPTIONS.values() for name in each if getattr(args, name) is not None
-    }
-    if wrong := sorted(given.keys() - takes.keys()):
-        raise ConfigError(f"--{wrong[0].replace('_', '-')} is no option of --from {args.format}")
+    reader = READERS[args.format]
+    takes = inspect.signature(reader).parameters
+    given = {name: value for name in _OPTIONS if (value := getattr(args, name)) is not None}
+    options = {name.removesuffix("_column"): value for name, value in given.items()}
+    for name, option in zip(given, options, strict=True):
+        if option not in takes:
+            raise ConfigError(f"--{name.replace('_', '-')} is no option of --from {args.format}")
     if args.k is not None and args.k < 1:
         raise ConfigError(f"--k is {args.k}; it is at least 1")
-    module, name = READERS[args.format].split(":")
-    options = {takes[each]: value for each, value in given.items()}
-    source: ForeignSource = getattr(import_module(module), name)(args.files, **options)
-    return source
+    return reader(args.files, **options)
 
 
 def _header(args: argparse.Namespace, info: SourceInfo, tokenizer: Tokenizer, corpus: PackedCorpus) -> CacheHeader:

@@ -4,7 +4,8 @@ import dataclasses
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 from distill.cache.format import LEDGER, SHARDS, TEMPORARY, row_object, row_of
@@ -17,6 +18,7 @@ from distill.config.errors import CacheError
 from distill.tools.common import TOOLS
 from distill.tools.shard_scan import row_from_file
 
+_LINE = re.compile(rb"[^\n]*\n|[^\n]+")
 _ROW = re.compile(rb'\{"kind": .*?"digest": "[0-9a-f]{16}"\}', re.DOTALL)
 
 SHORTEST_SHARD_ROW = 250
@@ -55,13 +57,8 @@ class LedgerScan(NamedTuple):
     def missing(self) -> list[int]:
         """Numbers of rows that are damaged or gone; those after the last row are as many as damaged lines follow it."""
         good = self.good
-        last = max(good, default=-1)
-        after = 0
-        for line in reversed(self.lines):
-            if not line.problem:
-                break
-            after += 1
-        return [seq for seq in range(last + 1 + after) if seq not in good]
+        after = sum(1 for _ in takewhile(lambda line: line.problem, reversed(self.lines)))
+        return [seq for seq in range(max(good, default=-1) + 1 + after) if seq not in good]
 
     @property
     def problems(self) -> list[str]:
@@ -78,36 +75,18 @@ def scan_ledger(store: Store, writer: str, header: CacheHeader) -> LedgerScan:
     lines: list[Line] = []
     torn, torn_in = 0, ""
     reader = LedgerReader(store, writer, header.identity)
-    for name, data, where, is_last in _pieces(store, writer):
-        if is_last and not data.endswith(b"\n") and not LedgerReader.is_whole(data):
+    file = f"{LEDGER}/{writer}.jsonl"
+    objects = [f"{LEDGER}/{writer}/{each}" for each in store.names(f"{LEDGER}/{writer}") if each.endswith(".json")]
+    pieces = [(file, data) for data in _LINE.findall(store.read(file))] if store.exists(file) else []
+    pieces += zip(objects, store.read_many(objects), strict=True)
+    for number, (name, data) in enumerate(pieces, start=1):
+        # Only at the end of the file, and in the last object, can a row be one that was not finished.
+        if name in (file, *objects[-1:]) and not data.endswith(b"\n") and not LedgerReader.is_whole(data):
             torn, torn_in = len(data), name
         else:
-            expected = lines[-1].seq + 1 if lines else 0
-            lines.append(_parsed(reader, name, data, where, expected))
+            where = f"{store.path(name)} line {number}" if name == file else store.path(name)
+            lines.append(_parsed(reader, name, data, where, lines[-1].seq + 1 if lines else 0))
     return LedgerScan(writer, lines, torn, torn_in)
-
-
-class _Bytes(NamedTuple):
-    """What should be one row."""
-
-    name: str
-    data: bytes
-    where: str
-    """For messages."""
-    is_last: bool
-    """At the end of the file, or the last object: it may be a row that was not finished."""
-
-
-def _pieces(store: Store, writer: str) -> Iterator[_Bytes]:
-    name = f"{LEDGER}/{writer}.jsonl"
-    if store.exists(name):
-        *whole, rest = store.read(name).split(b"\n")
-        for number, data in enumerate([*(line + b"\n" for line in whole), rest], start=1):
-            if data:
-                yield _Bytes(name, data, f"{store.path(name)} line {number}", number > len(whole))
-    objects = [f"{LEDGER}/{writer}/{each}" for each in store.names(f"{LEDGER}/{writer}") if each.endswith(".json")]
-    for name, data in zip(objects, store.read_many(objects), strict=True):
-        yield _Bytes(name, data, store.path(name), name == objects[-1])
 
 
 def _parsed(reader: LedgerReader, name: str, data: bytes, where: str, expected: int) -> Line:
@@ -140,19 +119,12 @@ def rows_of(scans: Sequence[LedgerScan]) -> Published:
 # ---------------------------------------------------------------- mending
 
 
-class Mended(NamedTuple):
-    """A ledger with every number there once."""
-
-    lines: list[Line]
-    messages: list[str]
-    """About those that are new."""
-
-
-def mended(store: Store, header: CacheHeader, scan: LedgerScan) -> Mended:
+def mended(store: Store, header: CacheHeader, scan: LedgerScan) -> tuple[list[Line], list[str]]:
     """Makes the lost rows of a ledger again, from the shards' files, which hold all that a row holds.
 
     Where there is no such file, an empty row holds the number, because views that checkpoints pin count rows; at the
-    end of a ledger it is left out.
+    end of a ledger it is left out. Returns the ledger's lines, with every number there once, and a sentence about each
+    line that is new.
     """
     good = scan.good
     files = lost_shards(store, scan)
@@ -183,7 +155,7 @@ def mended(store: Store, header: CacheHeader, scan: LedgerScan) -> Mended:
         else:
             messages.append(f"{where} cannot be made again; the ledger ends before it")
             break
-    return Mended([good[seq] for seq in sorted(good)], messages)
+    return [good[seq] for seq in sorted(good)], messages
 
 
 def lost_shards(store: Store, scan: LedgerScan) -> dict[int, list[str]]:

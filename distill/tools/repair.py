@@ -134,13 +134,14 @@ def _mend_ledger(store: Store, header: CacheHeader, scan: LedgerScan, done: Repa
     before = {line.name for line in scan.lines}
     for name in dict.fromkeys(line.name for line in [*scan.lines, *lines]) if not dry_run else ():
         data = b"".join(line.data for line in lines if line.name == name)
-        if name in before and data != store.read(name) and scan.problems:
+        if name in before and data == store.read(name):
+            continue
+        if name in before and scan.problems:
             _to_quarantine(store, name, copy=True)
-        if name not in before or data != store.read(name):
-            if data or name.endswith(".jsonl"):
-                store.publish(name, data)
-            else:
-                store.remove(name)
+        if data or name.endswith(".jsonl"):
+            store.publish(name, data)
+        else:
+            store.remove(name)
     return LedgerScan(scan.writer, lines, 0, "")
 
 
@@ -197,23 +198,21 @@ def _settle(
 ) -> None:
     """Which good records are worth copying, and which samples have lost their newest one."""
     damaged = {each.row.shard for each in salvages}
-    newest = newest_records(store, header, [row for row in rows if row.shard not in damaged])
+    whole = [row for row in rows if row.shard not in damaged]
+    newest = newest_records(store, header, whole)
     wanted: dict[int, int] = {}
     """The greatest step of each sample in a damaged shard."""
-    for each in salvages:
-        if each.scan.shard is None:
-            continue  # which samples it had cannot be read
-        ids, steps_of = each.scan.shard.columns.sample_ids, each.scan.shard.columns.steps
+    # Of the others it cannot be read which samples they had.
+    readable = [(each, shard.columns) for each in salvages if (shard := each.scan.shard) is not None]
+    for number, (each, columns) in enumerate(readable, start=len(whole)):
+        ids, steps_of = columns.sample_ids, columns.steps
         if each.has_row:
             real = (ids >= 0) & (ids < header.samples)  # an index that does not verify may hold anything
             for sample, step in zip(ids[real].tolist(), steps_of[real].tolist(), strict=True):
                 wanted[sample] = max(wanted.get(sample, -1), step)
-        good = each.good
-        keep = good[newest.steps(ids[good]) < steps_of[good]]
-        # Of a sample that lies in the shard twice the later record counts.
-        last = {int(ids[i]): i for i in sorted(keep.tolist(), key=lambda i: (int(steps_of[i]), i))}
-        each.keep = np.array(sorted(last.values()), np.int64)
-        newest.add(ids[each.keep], steps_of[each.keep])
+        newer = each.good[newest.steps(ids[each.good]) < steps_of[each.good]]
+        newest.add(ids[newer], steps_of[newer])
+        each.keep = newer[newest.of(number, ids[newer])]  # of a sample that lies in the shard twice, one record
         done.saved += len(each.keep)
     samples = np.array(sorted(wanted), np.int64)
     left = newest.steps(samples)

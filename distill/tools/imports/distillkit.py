@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from distill.config.errors import CacheError
 from distill.tools.imports import parquet_rows as tables
-from distill.tools.imports.sequences import ForeignSequence, SourceInfo, entries, largest
+from distill.tools.imports.sequences import NO_TAIL, ForeignSequence, SourceInfo, entries
 
 CONFIG = "compression_config.yaml"
 COLUMNS = {
@@ -152,34 +152,28 @@ class DistillKit:
 
     def __init__(self, paths: list[str | Path], *, config: str | Path | None = None, k: int | None = None):
         """config: the options; default: `compression_config.yaml` beside the first file. k: keep fewer."""
-        self._files = tables.files_of(paths, "*.parquet")
-        self._path = Path(config) if config else self._files[0].parent / CONFIG
+        files = tables.files_of(paths, "*.parquet")
+        self._path = Path(config) if config else files[0].parent / CONFIG
         self._config = CompressionConfig.load(self._path)
         self._k = min(k or self._config.k, self._config.k)
-        for file in self._files:
+        self._tables: list[tuple[Path, dict[str, str]]] = []
+        for file in files:
             if "packed_indices" in (names := tables.columns_of(file)):
                 raise CacheError(
                     f"{file}: column packed_indices is of the legacy format; only compressed_logprobs and "
                     "bytepacked_indices can be read"
                 )
-            wanted = dict(COLUMNS)
-            if "attention_mask" in names:
-                wanted["attention_mask"] = "list of integers"
-            tables.demand(file, wanted)
+            columns = COLUMNS | ({"attention_mask": "list of integers"} if "attention_mask" in names else {})
+            tables.demand(file, columns)
+            self._tables.append((file, columns))
         c = self._config
         lossy = f"; of them the first {c.exact_k} exact ({c.exact_dtype}), the others fitted" if c.exact_k < c.k else ""
-        self.info = SourceInfo(
-            format="distillkit",
-            bias=f"top-{self._k} of log-probabilities over the whole vocabulary{lossy}; the mass of the rest is known, "
-            "its ids are not, so the tail is not taught",
-            k=self._k,
-        )
+        bias = f"top-{self._k} of log-probabilities over the whole vocabulary{lossy}; {NO_TAIL}"
+        self.info = SourceInfo("distillkit", bias, self._k)
 
     def __iter__(self) -> Iterator[ForeignSequence]:
-        for file in self._files:
-            names = list(COLUMNS)
-            names += ["attention_mask"] if "attention_mask" in tables.columns_of(file) else []
-            for row in tables.rows(file, names):
+        for file, columns in self._tables:
+            for row in tables.rows(file, list(columns)):
                 yield from self._sequences(row)
 
     def _sequences(self, row: tables.ParquetRow) -> Iterator[ForeignSequence]:
@@ -205,8 +199,8 @@ class DistillKit:
             last = min(stop, positions)
             where = row.where if (start, stop) == (0, len(tokens)) else f"{row.where} tokens {start} to {stop - 1}"
             counts = np.full(last - start, self._config.k)
-            found = entries(counts, ids_PK[start:last].ravel(), logprobs_PK[start:last].ravel(), where)
-            yield ForeignSequence(where, tokens[start:stop], largest(found, self._k))
+            kept = entries(counts, ids_PK[start:last].ravel(), logprobs_PK[start:last].ravel(), where, self._k)
+            yield ForeignSequence(where, tokens[start:stop], kept)
 
     @staticmethod
     def _texts(row: tables.ParquetRow, tokens: int) -> list[tuple[int, int]]:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from distill.config.errors import CacheError
 from distill.tools.imports import parquet_rows as tables
-from distill.tools.imports.sequences import ForeignSequence, SourceInfo, entries, largest
+from distill.tools.imports.sequences import NO_TAIL, ForeignSequence, SourceInfo, entries
 
 META = "_meta.json"
 _NAME = re.compile(r"cp(\d+)_dp(\d+)__(\d+)\.tar")
@@ -73,13 +73,11 @@ class Megatron:
             raise CacheError(f"{self._ranks[0, 0][0]}: {META} lacks the number of entries that were kept (saver.k)")
         self._k = min(k or saver["k"], saver["k"])
         nucleus = f", cut to a nucleus of {saver['p']}" if saver.get("p") is not None else ""
-        self.info = SourceInfo(
-            format="megatron",
-            bias=f"top-{self._k}{nucleus} of log-probabilities over the whole vocabulary in {saver.get('save_dtype')}; "
-            "the mass of the rest is known, its ids are not, so the tail is not taught; tokens are not stored: which "
-            "sample a sequence is, is taken from the order given",
-            k=self._k,
+        bias = (
+            f"top-{self._k}{nucleus} of log-probabilities over the whole vocabulary in {saver.get('save_dtype')}; "
+            f"{NO_TAIL}; tokens are not stored: which sample a sequence is, is taken from the order given"
         )
+        self.info = SourceInfo("megatron", bias, self._k)
 
     def __iter__(self) -> Iterator[ForeignSequence]:
         streams = {rank: _iterations(files) for rank, files in self._ranks.items()}
@@ -117,8 +115,7 @@ class Megatron:
                     value, token = values[:, b].ravel(), ids[:, b].ravel()
                     inside = value > _OUTSIDE
                     counts = inside.reshape(values.shape[0], -1).sum(1)
-                    found = entries(counts, token[inside], value[inside], place)
-                    yield ForeignSequence(place, None, largest(found, self._k))
+                    yield ForeignSequence(place, None, entries(counts, token[inside], value[inside], place, self._k))
 
 
 def _iterations(files: list[Path]) -> Iterator[tuple[int, Path, list[Micro]]]:

@@ -24,24 +24,24 @@ class ParquetRow(NamedTuple):
     columns: dict[str, Any]
 
 
-def files_of(paths: Sequence[str | Path], pattern: str) -> list[Path]:
-    """The files, and those of folders that fit `pattern`, in the order of the numbers in their names.
+def files_of(paths: Sequence[str | Path], *patterns: str) -> list[Path]:
+    """The files, and those of folders that fit the first pattern that any fits, in the order of numbers in their names.
 
     Raises:
         CacheError: a path is not there, or a folder has no such file.
     """
-    found: list[Path] = []
+    files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(path.glob(pattern), key=lambda file: _numbers(file.name))
+            inside = next(filter(None, ([*path.glob(pattern)] for pattern in patterns)), [])
             if not inside:
-                raise CacheError(f"{path}: no {pattern} in this folder")
-            found += inside
+                raise CacheError(f"{path}: no {' or '.join(patterns)} in this folder")
+            files += sorted(inside, key=lambda file: _numbers(file.name))
         elif path.exists():
-            found.append(path)
+            files.append(path)
         else:
             raise CacheError(f"{path}: no such file or folder")
-    return found
+    return files
 
 
 def columns_of(path: Path) -> dict[str, pa.DataType]:
@@ -54,11 +54,11 @@ def columns_of(path: Path) -> dict[str, pa.DataType]:
 
 
 def demand(path: Path, types: dict[str, str]) -> None:
-    """Raises CacheError when the file lacks a column of `types`, or one is not the list that it must be."""
+    """Raises CacheError when the file lacks a column of `types`, or one is not of its type there ("": any)."""
     columns = columns_of(path)
     if missing := [name for name in types if name not in columns]:
         raise CacheError(f"{path}: has no column {', '.join(missing)}; its columns are {', '.join(columns)}")
-    for name, wanted in types.items():
+    for name, wanted in ((name, wanted) for name, wanted in types.items() if wanted):
         depth, kind = 0, columns[name]
         while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
             depth, kind = depth + 1, kind.value_type

@@ -12,7 +12,7 @@ import numpy as np
 
 from distill.config.errors import CacheError
 from distill.tools.imports import parquet_rows as tables
-from distill.tools.imports.sequences import ForeignSequence, SourceInfo, entries, largest
+from distill.tools.imports.sequences import NO_TAIL, ForeignSequence, SourceInfo, entries
 
 DENSE = ("logprobs", "logits")
 """Columns that are looked for where none is named."""
@@ -64,10 +64,8 @@ class PlainParquet:
             self.info = SourceInfo("parquet", "none: whole distributions, put through the cache's codec", None)
             return
         self._k = k or self._most()
-        tail = "the mass of the rest is known, its ids are not, so the tail is not taught"
-        if self._logits:
-            tail = "logits without their sum over the vocabulary, so the kept ones are scaled to 1: over-confident"
-        self.info = SourceInfo("parquet", f"top-{self._k}; {tail}", self._k)
+        scaled = "logits without their sum over the vocabulary, so the kept ones are scaled to 1: over-confident"
+        self.info = SourceInfo("parquet", f"top-{self._k}; {scaled if self._logits else NO_TAIL}", self._k)
 
     def _most(self) -> int:
         """The largest k of the first row; later rows with more are refused, so that none is cut in silence."""
@@ -115,5 +113,5 @@ class PlainParquet:
             values -= np.repeat(lse, counts)
         if self._shifted:
             ids, values, counts = ids[counts[0] :], values[counts[0] :], counts[1:]
-        found = entries(counts, ids, values, row.where, logits=self._logits)
-        return ForeignSequence(row.where, tokens, largest(found, self._k))
+        kept = entries(counts, ids, values, row.where, self._k, logits=self._logits)
+        return ForeignSequence(row.where, tokens, kept)

@@ -50,6 +50,10 @@ class ForeignSequence:
         return len(self.dense_PV)
 
 
+NO_TAIL = "the mass of the rest is known, its ids are not, so the tail is not taught"
+"""The bias of entries whose log-probabilities are over the whole vocabulary."""
+
+
 @dataclass(frozen=True)
 class SourceInfo:
     """What is the same for everything that a source yields."""
@@ -71,8 +75,8 @@ class ForeignSource(Protocol):
         ...
 
 
-def entries(counts_P: Array, ids_N: Array, logprobs_N: Array, where: str, *, logits: bool = False) -> Entries:
-    """Entries, checked; those of probability 0 are left out.
+def entries(counts_P: Array, ids_N: Array, logprobs_N: Array, where: str, k: int, *, logits: bool = False) -> Entries:
+    """The k largest entries of each position; all are checked, and those of probability 0 are left out.
 
     logits: the values are not normalised: each position's are made so, which spreads the mass of what is missing.
 
@@ -98,18 +102,18 @@ def entries(counts_P: Array, ids_N: Array, logprobs_N: Array, where: str, *, log
     if (twice := np.flatnonzero(keys[1:] == keys[:-1])).size:
         position, token = divmod(int(keys[twice[0]]), _MAX_ID + 1)
         raise CacheError(f"{where}, position {position}: id {token} comes twice")
-    return Entries(counts_P, ids_N, logprobs_N)
+    return _largest(Entries(counts_P, ids_N, logprobs_N), k)
 
 
-def largest(found: Entries, k: int) -> Entries:
+def _largest(all_of: Entries, k: int) -> Entries:
     """The k entries of greatest probability of each position; of equals those that come first."""
-    if not len(found.counts_P) or found.counts_P.max() <= k:
-        return found
-    position_N = np.repeat(np.arange(len(found.counts_P)), found.counts_P)
-    order = np.lexsort((-found.logprobs_N, position_N))
-    within = np.arange(len(order)) - np.repeat(np.cumsum(found.counts_P) - found.counts_P, found.counts_P)
+    if not len(all_of.counts_P) or all_of.counts_P.max() <= k:
+        return all_of
+    position_N = np.repeat(np.arange(len(all_of.counts_P)), all_of.counts_P)
+    order = np.lexsort((-all_of.logprobs_N, position_N))
+    within = np.arange(len(order)) - np.repeat(np.cumsum(all_of.counts_P) - all_of.counts_P, all_of.counts_P)
     keep = np.sort(order[within < k])
-    return Entries(np.minimum(found.counts_P, k), found.ids_N[keep], found.logprobs_N[keep])
+    return Entries(np.minimum(all_of.counts_P, k), all_of.ids_N[keep], all_of.logprobs_N[keep])
 
 
 def _normalised(logits_N: Array, position_N: Array, positions: int) -> NDArray[np.float64]:

@@ -18,7 +18,7 @@ import numpy as np
 from distill.config.errors import CacheError
 from distill.data.json_rows import JsonRows
 from distill.tools.imports import parquet_rows as tables
-from distill.tools.imports.sequences import ForeignSequence, SourceInfo, entries, largest
+from distill.tools.imports.sequences import NO_TAIL, ForeignSequence, SourceInfo, entries
 
 TOKENS, LOGPROBS = "prompt_token_ids", "prompt_logprobs"
 _SERVERS_MINUS_INFINITY = -9999.0
@@ -40,14 +40,13 @@ class Vllm:
     """
 
     def __init__(self, paths: list[str | Path], *, k: int | None = None):
-        self._files = [file for path in paths for file in _files(Path(path))]
+        self._files = tables.files_of(paths, "*.jsonl", "*.json", "*.parquet")
         self._k = k or self._asked()
-        self.info = SourceInfo(
-            format="vllm",
-            bias=f"top-{self._k} of log-probabilities over the whole vocabulary; the mass of the rest is known, its "
-            "ids are not, so the tail is not taught; the prompt's own token beyond the top is not among them",
-            k=self._k,
+        bias = (
+            f"top-{self._k} of log-probabilities over the whole vocabulary; {NO_TAIL}; the prompt's own token beyond "
+            "the top is not among them"
         )
+        self.info = SourceInfo("vllm", bias, self._k)
 
     def _asked(self) -> int:
         """As many ranks as every entry of the first request with entries has."""
@@ -60,8 +59,7 @@ class Vllm:
         raise CacheError(f"{self._files[0]}: no request has entries in {LOGPROBS}")
 
     def __iter__(self) -> Iterator[ForeignSequence]:
-        for where, request in self._requests():
-            yield self._sequence(where, request)
+        return (self._sequence(where, request) for where, request in self._requests())
 
     def _sequence(self, where: str, request: dict[str, Any]) -> ForeignSequence:
         try:
@@ -84,21 +82,11 @@ class Vllm:
         ids = np.array([pair.token for pairs in positions for pair in pairs], np.int64)
         logprobs = np.array([pair.logprob for pairs in positions for pair in pairs], np.float64)
         logprobs[logprobs <= _SERVERS_MINUS_INFINITY] = -np.inf
-        kept = largest(entries(counts, ids, logprobs, where), self._k)
-        return ForeignSequence(where, tokens, kept, label_logprobs_P=labels)
+        return ForeignSequence(where, tokens, entries(counts, ids, logprobs, where, self._k), label_logprobs_P=labels)
 
     def _requests(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for file in self._files:
             yield from _of_parquet(file) if file.suffix == ".parquet" else _of_lines(file)
-
-
-def _files(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return tables.files_of([path], "*")
-    for pattern in ("*.jsonl", "*.json", "*.parquet"):
-        if any(path.glob(pattern)):
-            return tables.files_of([path], pattern)
-    raise CacheError(f"{path}: no *.jsonl, *.json or *.parquet in this folder")
 
 
 def _of_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -116,9 +104,7 @@ def _of_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _of_parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    names = tables.columns_of(file)
-    if missing := [name for name in (TOKENS, LOGPROBS) if name not in names]:
-        raise CacheError(f"{file}: has no column {', '.join(missing)}; its columns are {', '.join(names)}")
+    tables.demand(file, {TOKENS: "", LOGPROBS: ""})
     for where, columns in tables.values(file, (TOKENS, LOGPROBS), 4):
         try:
             record = {name: value.as_py() for name, value in columns.items()}
