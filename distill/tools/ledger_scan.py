@@ -1,7 +1,5 @@
 """A ledger read line by line without trust, and its damaged rows made again from the shards' files. No torch."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

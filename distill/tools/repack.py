@@ -1,7 +1,5 @@
 """Records of many shards into few, as bytes; who made them, and of how many tokens, stays exact."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable, Sequence
 from functools import cached_property

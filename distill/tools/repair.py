@@ -5,8 +5,6 @@ the next repair finds what is left to do: ledgers, then good records into shards
 retires the damaged shards, then their files. Nothing is lost without a line that names the samples.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 from collections.abc import Sequence

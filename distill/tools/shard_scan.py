@@ -1,7 +1,5 @@
 """A shard read without trust, record by record. No torch, unless records are decoded."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Every byte of a cache against its digests. No torch, unless records are decoded."""
 
-from __future__ import annotations
-
 import argparse
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple

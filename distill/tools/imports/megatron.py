@@ -11,8 +11,6 @@ second, ...), and within it in the order of the batch. Context-parallel ranks ho
 equal parts, rank c holds parts c and 2 C - 1 - c.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import re

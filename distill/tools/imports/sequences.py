@@ -1,7 +1,5 @@
 """What every foreign format is read into: sequences, and for each position what was kept of the distribution."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
