@@ -49,15 +49,11 @@ def _lag(found: dict[str, Any]) -> str:
     if not lag["step"]:
         return ""
     step, loss, behind = (np.asarray(lag[name], float) for name in ("step", "loss", "lag"))
-    frames = (
-        charts.Frame("Lag over time", "nats per token", "step", "How much worse than at its best the teacher was."),
-        charts.Frame("Teacher's loss when captured", "nats per token", "step", "Mean label loss of each shard."),
-    )
-    curves = (charts.Curve("lag", 2, step, behind), charts.Curve("loss", 0, step, loss))
-    return "".join(
-        charts.line_chart(frame, [curve], smoothed=False, zero=frame is frames[0])
-        for frame, curve in zip(frames, curves, strict=True)
-    )
+    unit, why = "nats per token", "How much worse than at its best the teacher was."
+    over_time = charts.Frame("Lag over time", unit, "step", why)
+    captured = charts.Frame("Teacher's loss when captured", unit, "step", "Mean label loss of each shard.")
+    lines = charts.line_chart(over_time, [charts.Curve("lag", 2, step, behind)], smoothed=False, zero=True)
+    return lines + charts.line_chart(captured, [charts.Curve("loss", 0, step, loss)], smoothed=False, zero=False)
 
 
 def _columns(found: dict[str, Any]) -> str:

@@ -38,8 +38,8 @@ class TokenCounter:
                     valid_T = self._record.decode(raws, self._length, self._ids_by_rank, self._codec).valid_T
                 except ValueError as error:  # the place of one that is no record
                     del left[int(error.args[0])]
-                    continue
-                for i, count in zip(left, valid_T.reshape(len(left), -1).sum(1).tolist(), strict=True):
-                    counts[i] = count
-                break
+                else:
+                    for i, count in zip(left, valid_T.reshape(len(left), -1).sum(1).tolist(), strict=True):
+                        counts[i] = count
+                    break
         return counts

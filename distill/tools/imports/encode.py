@@ -23,8 +23,8 @@ _REPORTED = 1.01
 
 
 @dataclass
-class Tally:
-    """Counts of an import."""
+class ImportReport:
+    """What an import did."""
 
     tokens: int = 0
     """That got a target."""
@@ -35,6 +35,42 @@ class Tally:
     scaled: int = 0
     """Tokens whose kept probabilities summed to more than 1.01 and were scaled to 1."""
     largest_sum: float = 0.0
+    sequences: int = 0
+    matched: int = 0
+    left_out: int = 0
+    unmatched: int = 0
+    first_unmatched: str = ""
+    samples: int = 0
+    """Written, those that were in the cache already included."""
+    partial: int = 0
+    """Samples of which some documents were not found."""
+    repeated: int = 0
+    """Spans of positions that had come before."""
+
+    def lines(self) -> list[str]:
+        """For people."""
+        lines = [
+            f"{self.matched} of {self.sequences} sequences matched; {self.unmatched} did not, {self.left_out} left out",
+            f"{self.samples} samples, {self.partial} of them with gaps; {self.tokens} tokens have targets",
+            f"label among what was kept for {self._share(self.labels_kept)} of them: few mean a wrong alignment",
+        ]
+        if self.labels_bound:
+            lines.append(
+                f"label's log-probability of {self._share(self.labels_bound)} is an upper bound, from the residual "
+                "mass and the smallest kept probability: this teacher's loss reads lower than it is"
+            )
+        if self.scaled:
+            lines.append(
+                f"{self.scaled} tokens had probabilities that sum to up to {self.largest_sum:.3f}: scaled to 1"
+            )
+        if self.repeated:
+            lines.append(f"{self.repeated} pieces came again and were passed over")
+        if self.unmatched:
+            lines.append(f"the first that did not match: {self.first_unmatched}")
+        return lines
+
+    def _share(self, count: int) -> str:
+        return f"{count} ({100 * count / max(self.tokens, 1):.1f} %)"
 
 
 class Span(NamedTuple):
@@ -60,7 +96,7 @@ class SpanEncoder:
 
     def __init__(self, codec: Codec, vocab_size: int, seed: int):
         self._codec, self._vocab_size, self._seed = codec, vocab_size, seed
-        self.tally = Tally()
+        self.report = ImportReport()
 
     def span(
         self,
@@ -148,9 +184,9 @@ class SpanEncoder:
         return _span(selection.atoms, label_T, selection.entropy_T.clamp(min=0.0).numpy(), has_T)
 
     def _count(self, has_T: Any, kept_T: Any, bound_T: Any) -> None:
-        self.tally.tokens += int(has_T.sum())
-        self.tally.labels_kept += int((has_T & kept_T).sum())
-        self.tally.labels_bound += int((has_T & bound_T).sum())
+        self.report.tokens += int(has_T.sum())
+        self.report.labels_kept += int((has_T & kept_T).sum())
+        self.report.labels_bound += int((has_T & bound_T).sum())
 
     def _check_sums(self, sequence: ForeignSequence, sum_T: Any) -> None:
         if not len(sum_T):
@@ -160,8 +196,8 @@ class SpanEncoder:
                 f"{sequence.where}: kept probabilities sum to {sum_T.mean():.3g} on average; they are not those of "
                 "log-probabilities over the whole vocabulary"
             )
-        self.tally.scaled += int((sum_T > _REPORTED).sum())
-        self.tally.largest_sum = max(self.tally.largest_sum, float(sum_T.max()))
+        self.report.scaled += int((sum_T > _REPORTED).sum())
+        self.report.largest_sum = max(self.report.largest_sum, float(sum_T.max()))
 
 
 def _span(atoms: Atoms, label_T: Any, entropy_T: Any, has_T: Any) -> Span:

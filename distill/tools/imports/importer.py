@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +13,7 @@ from distill.cache.writer import CacheWriter
 from distill.config.errors import CacheError
 from distill.data.packed import PackedCorpus
 from distill.tools.imports.assemble import Assembler, WholeSample
-from distill.tools.imports.encode import SpanEncoder, Tally
+from distill.tools.imports.encode import ImportReport, SpanEncoder
 from distill.tools.imports.sequences import ForeignSequence
 
 
@@ -34,49 +33,6 @@ Match = Callable[[ForeignSequence], list[Placement] | None]
 """Places of a sequence in the corpus; an empty list: it is not there; None: it is left out on purpose."""
 
 
-@dataclass
-class ImportReport:
-    """What an import did."""
-
-    tally: Tally
-    sequences: int = 0
-    matched: int = 0
-    left_out: int = 0
-    unmatched: int = 0
-    first_unmatched: str = ""
-    samples: int = 0
-    """Written, those that were in the cache already included."""
-    partial: int = 0
-    """Samples of which some documents were not found."""
-    repeated: int = 0
-    """Spans of positions that had come before."""
-
-    def lines(self) -> list[str]:
-        """For people."""
-        t = self.tally
-        lines = [
-            f"{self.matched} of {self.sequences} sequences matched; {self.unmatched} did not, {self.left_out} left out",
-            f"{self.samples} samples, {self.partial} of them with gaps; {t.tokens} tokens have targets",
-            f"label among what was kept for {_share(t.labels_kept, t.tokens)} of them: few mean a wrong alignment",
-        ]
-        if t.labels_bound:
-            lines.append(
-                f"label's log-probability of {_share(t.labels_bound, t.tokens)} is an upper bound, from the residual "
-                "mass and the smallest kept probability: this teacher's loss reads lower than it is"
-            )
-        if t.scaled:
-            lines.append(f"{t.scaled} tokens had probabilities that sum to up to {t.largest_sum:.3f}: scaled to 1")
-        if self.repeated:
-            lines.append(f"{self.repeated} pieces came again and were passed over")
-        if self.unmatched:
-            lines.append(f"the first that did not match: {self.first_unmatched}")
-        return lines
-
-
-def _share(count: int, total: int) -> str:
-    return f"{count} ({100 * count / max(total, 1):.1f} %)"
-
-
 def write(
     sequences: Iterable[ForeignSequence],
     match: Match,
@@ -89,14 +45,14 @@ def write(
     tokens_seen: int,
     allow_unmatched: bool,
 ) -> ImportReport:
-    """Writes all sequences that `match` finds in the corpus, and closes the writer's stream.
+    """Writes all sequences that `match` finds in the corpus, and closes the writer's stream; returns `encoder.report`.
 
     A sample that is in the cache with this step is passed over, so an import that was cut short goes on when repeated.
 
     Raises:
         CacheError: a sequence that is not in the corpus, unless allowed; a damaged file; what the writer raises.
     """
-    report = ImportReport(encoder.tally)
+    report = encoder.report
 
     def put(whole: WholeSample) -> None:
         ids, span = np.array([whole.sample_id]), whole.span
