@@ -58,7 +58,7 @@ def _legend() -> list[str]:
     labels = {"teacher": "teacher", "distilled": "distilled", "hard": "hard labels", "constant": "constant weight"}
     parts = []
     for place, (arm, label) in enumerate(labels.items()):
-        x = LEFT + place * 128
+        x = LEFT + place * 112
         parts += [f'<circle cx="{x}" cy="42" r="6" fill="{ARMS[arm]}"/>', _text(x + 12, 46, label)]
     return parts
 

@@ -29,8 +29,8 @@ class Join:
 class DistillTrainer(Trainer):
     """Loss = alpha soft + (1 - alpha) hard where there is a target, hard elsewhere; no logits of whole batches.
 
-    Labels are the Trainer's: -100 carries no loss, and the label of a place is the next one's. For one process or data
-    parallelism; where parameters are split (FSDP, ZeRO 3) the head's weight must be gathered first.
+    Labels are as the Trainer makes them: -100 carries no loss, a position's label is the token after it. It works in
+    one process or with data parallelism; where parameters are split (FSDP, ZeRO 3), gather the head's weight first.
     """
 
     alpha = 0.5
@@ -38,7 +38,7 @@ class DistillTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels_BS = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
         labels_T, valid_T = labels_BS.flatten().clamp(min=0), (labels_BS != -100).flatten()
-        # Through the whole model, so that wrappers work, but with the logits of one place only.
+        # The whole model is called, so that wrappers work, but it makes the logits of one position only.
         outputs = model(input_ids=inputs["input_ids"], output_hidden_states=True, logits_to_keep=1)
         hidden_TD = outputs.hidden_states[-1].flatten(0, 1)
         weight_VD = self.accelerator.unwrap_model(model).lm_head.weight
@@ -49,7 +49,7 @@ class DistillTrainer(Trainer):
         tokens = valid_T.sum() if num_items_in_batch is None else num_items_in_batch  # of all micro-batches and ranks
         loss = result.loss_sum / tokens
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # gradients will be averaged over them
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
         if model.training:
             self.sums = getattr(self, "sums", 0) + torch.stack(
                 [result.hard_T[valid_T].sum(), result.soft_T[covered_T].sum(), covered_T.sum(), valid_T.sum()]
@@ -66,7 +66,7 @@ class DistillTrainer(Trainer):
 
 def trainer(student, cache: str, train: list[dict], heldout: list[dict], **options) -> DistillTrainer:
     arguments = TrainingArguments(
-        remove_unused_columns=False,  # sample_id is not the model's, but the collator's
+        remove_unused_columns=False,  # the collator takes sample_id, which the model has no argument for
         prediction_loss_only=True,
         report_to=[],
         **options,
@@ -79,7 +79,7 @@ if __name__ == "__main__":
 
     ids_NS = plain_loop.samples()
     rows = [{"input_ids": ids_S, "sample_id": i} for i, ids_S in enumerate(ids_NS)]
-    train, heldout = rows[:-40], rows[-40:]  # the cache has no targets of the last, which cost their labels' loss alone
+    train, heldout = rows[:-40], rows[-40:]  # the cache has no targets of the last 40 samples
     teacher, student = plain_loop.model(96, 2), plain_loop.model(48, 1, seed=1)
     plain_loop.train(teacher, ids_NS[:-40], None, 60)
     plain_loop.write_cache(sys.argv[1], teacher, ids_NS, torch.arange(len(train)))

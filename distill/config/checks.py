@@ -15,7 +15,6 @@ from distill.config.registry import CODECS, FACTORS, JOBS
 from distill.config.schema import (
     IMAGE_TOKENS,
     CodecConfig,
-    CorpusConfig,
     Freeze,
     ImageConfig,
     ModelConfig,
@@ -26,7 +25,8 @@ from distill.config.schema import (
     RunConfig,
     Schedule,
     Source,
-    TrainConfig,
+    StudentConfig,
+    TeacherConfig,
     VisionConfig,
     WeightingConfig,
 )
@@ -45,19 +45,8 @@ def _rules(run: RunConfig) -> Iterator[str]:
     length = 1 if run.job == "backfill" else run.data.sample_tokens  # neither model is part of a backfill
     yield from _model("teacher.model", run.teacher.model, length)
     yield from _model("student.model", run.student.model, length)
-    for role, part in (("teacher", run.teacher), ("student", run.student)):
-        yield from _optim(f"{role}.optim", part.optim)
-        if part.model.parametrization is Parametrization.transfer and part.optim.optimizer is not OptimizerName.adamw:
-            yield (
-                f"{role}.optim.optimizer is {part.optim.optimizer.value} with {role}.model.parametrization transfer; "
-                "its rules are those of adamw"
-            )
-        yield from _train(f"{role}.train", part.train)
-        if part.train.freeze is not Freeze.none and part.model.vision is None:
-            yield (
-                f"{role}.train.freeze is {part.train.freeze.value} and {role}.model.vision is null; only a model with "
-                "vision has a half to freeze"
-            )
+    yield from _role("teacher", run.teacher)
+    yield from _role("student", run.student)
     yield from _weighting("student.weighting", run.student.weighting)
     yield from _folder_names("codistill.arms", run.codistill.arms)
     yield from _folder_names("data.corpora", run.data.corpora)
@@ -89,7 +78,13 @@ def _rules(run: RunConfig) -> Iterator[str]:
     if run.student.replay.order is ReplayOrder.own and (run.job == "codistill" or run.cache.follow):
         where = "with cache.follow" if run.cache.follow else f"with job={run.job}"
         yield f"student.replay.order is own {where}; a student that keeps pace with a teacher takes its stream"
-    yield from _backfill(run)
+    if run.teacher.from_ is not None and run.job != "backfill":
+        yield f"teacher.from is {run.teacher.from_} with job={run.job}; only job=backfill labels with a frozen teacher"
+    for name in run.backfill.corpora:
+        if name not in run.data.corpora:
+            yield f"backfill.corpora has {name}; allowed: {', '.join(run.data.corpora)}"
+    if len(set(run.backfill.corpora)) < len(run.backfill.corpora):
+        yield f"backfill.corpora is {list(run.backfill.corpora)}; each once"
     if run.job in JOBS.names:
         yield from JOBS[run.job].problems(run)
 
@@ -159,17 +154,6 @@ def topk_rules(codec: CodecConfig, vocab_size: int) -> Iterator[str]:
 # ---------------------------------------------------------------- of one part each
 
 
-def _backfill(run: RunConfig) -> Iterator[str]:
-    b, source = run.backfill, run.teacher.from_
-    if source is not None and run.job != "backfill":
-        yield f"teacher.from is {source} with job={run.job}; only job=backfill labels with a frozen teacher"
-    for name in b.corpora:
-        if name not in run.data.corpora:
-            yield f"backfill.corpora has {name}; allowed: {', '.join(run.data.corpora)}"
-    if len(set(b.corpora)) < len(b.corpora):
-        yield f"backfill.corpora is {list(b.corpora)}; each once"
-
-
 def _model(key: str, m: ModelConfig, sample_tokens: int) -> Iterator[str]:
     for name in ("hidden_size", "expert_hidden"):
         if getattr(m, name) % 8:
@@ -184,25 +168,33 @@ def _model(key: str, m: ModelConfig, sample_tokens: int) -> Iterator[str]:
         yield from vision_rules(m.vision, f"{key}.vision.")
 
 
-def _optim(key: str, o: OptimConfig) -> Iterator[str]:
+def _role(role: str, part: TeacherConfig | StudentConfig) -> Iterator[str]:
+    o, t, train = part.optim, part.train, f"{role}.train"
     if len(o.betas) != 2:
-        yield f"{key}.betas is {list(o.betas)}; two numbers in [0, 1)"
+        yield f"{role}.optim.betas is {list(o.betas)}; two numbers in [0, 1)"
     if o.optimizer is OptimizerName.adamw and o.eps <= 0:
-        yield f"{key}.eps is {o.eps}; it must be positive"
-    yield from _schedule(key, o)
+        yield f"{role}.optim.eps is {o.eps}; it must be positive"
+    yield from _schedule(f"{role}.optim", o)
+    if part.model.parametrization is Parametrization.transfer and o.optimizer is not OptimizerName.adamw:
+        yield (
+            f"{role}.optim.optimizer is {o.optimizer.value} with {role}.model.parametrization transfer; "
+            "its rules are those of adamw"
+        )
+    if t.log_every >= 1 and t.checkpoint_every % t.log_every:
+        # Else the row that spans a checkpoint would be averaged over the steps since the resume alone.
+        yield f"{train}.checkpoint_every is {t.checkpoint_every}; it must be a multiple of log_every, {t.log_every}"
+    if t.accumulation >= 1 and t.batch % t.accumulation:
+        yield f"{train}.batch is {t.batch}; it must be a multiple of accumulation, {t.accumulation} (and of the ranks)"
+    if t.freeze is not Freeze.none and part.model.vision is None:
+        yield (
+            f"{train}.freeze is {t.freeze.value} and {role}.model.vision is null; only a model with vision has a "
+            "half to freeze"
+        )
 
 
 def _schedule(key: str, part: OptimConfig | WeightingConfig) -> Iterator[str]:
     if part.schedule is Schedule.wsd and part.warmup + part.decay > 1:
         yield f"{key}.warmup + decay is {part.warmup + part.decay}; at most 1"
-
-
-def _train(key: str, t: TrainConfig) -> Iterator[str]:
-    if t.log_every >= 1 and t.checkpoint_every % t.log_every:
-        # Else the row that spans a checkpoint would be averaged over the steps since the resume alone.
-        yield f"{key}.checkpoint_every is {t.checkpoint_every}; it must be a multiple of log_every, {t.log_every}"
-    if t.accumulation >= 1 and t.batch % t.accumulation:
-        yield f"{key}.batch is {t.batch}; it must be a multiple of accumulation, {t.accumulation} (and of the ranks)"
 
 
 def _weighting(key: str, w: WeightingConfig) -> Iterator[str]:
@@ -230,10 +222,15 @@ def _data(run: RunConfig) -> Iterator[str]:
             if corpus.source is not Source.files and (value := getattr(corpus, name)):
                 yield f"{key}.{name} is {shown(value)}; source={corpus.source.value} takes none (use source=files)"
         if corpus.source is Source.needle:
-            yield from _needle(key, corpus)
+            n = corpus.needle
+            if corpus.max_documents is None:
+                yield f"{key}.max_documents is null; source=needle makes so many documents"
+            if n.longest < n.shortest:
+                yield f"{key}.needle.longest is {n.longest}; at least {n.shortest}"
     if d.tokenizer.file is None:
-        specials = _specials(run) + len(IMAGE_TOKENS) * d.has_images
-        yield from _at_least("data.tokenizer.vocab_size", d.tokenizer.vocab_size, 256 + specials)
+        least = 256 + _specials(run) + len(IMAGE_TOKENS) * d.has_images
+        if d.tokenizer.vocab_size < least:
+            yield f"data.tokenizer.vocab_size is {d.tokenizer.vocab_size}; at least {least}"
         # job=backfill takes its teacher as it was saved: it is checked when it is there.
         for role in () if run.job == "backfill" else ("teacher", "student"):
             size = getattr(run, role).model.vocab_size
@@ -272,13 +269,6 @@ def vision_problems(key: str, vision: VisionConfig | None, images: ImageConfig, 
         yield f"{key}.image_token_id is {vision.image_token_id}; the tokenizer's <|patch|> is {patch_id}"
 
 
-def _needle(key: str, corpus: CorpusConfig) -> Iterator[str]:
-    n = corpus.needle
-    if corpus.max_documents is None:
-        yield f"{key}.max_documents is null; source=needle makes so many documents"
-    yield from _at_least(f"{key}.needle.longest", n.longest, n.shortest)
-
-
 def _needle_test(run: RunConfig) -> Iterator[str]:
     key, n = "evaluate.needle", run.evaluate.needle
     model = run.teacher.model if run.job == "teacher" else run.student.model
@@ -301,11 +291,6 @@ def _cache(run: RunConfig) -> Iterator[str]:
         yield f"cache.dirs are {', '.join(c.dirs.values())}; each corpus has a cache of its own"
     if c.follow and run.student.replay.order is ReplayOrder.newest:
         yield "student.replay.order is newest with cache.follow; the newest target is known only when the teacher ends"
-
-
-def _at_least(key: str, value: float, least: float) -> Iterator[str]:
-    if value < least:
-        yield f"{key} is {value}; at least {least}"
 
 
 def _folder_names(key: str, names: Iterable[str]) -> Iterator[str]:

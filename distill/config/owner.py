@@ -20,7 +20,7 @@ import socket
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 from hydra.core.hydra_config import HydraConfig
@@ -57,14 +57,10 @@ class _Owner:
     """When the process was started, by its kernel's clock."""
 
 
-class _Held(NamedTuple):
-    fd: int
-    made: list[Path]
-    """Folders that were not there before, the deepest first."""
-
-
-_held: dict[Path, _Held] = {}
-"""What this process owns, by the path of the file that names it."""
+_held: dict[Path, int] = {}
+"""The locked descriptor of each file that names this process as an owner."""
+_made: list[Path] = []
+"""Folders that were not there before, the deepest first."""
 
 _refusal: list[ConfigError] = []
 
@@ -87,19 +83,15 @@ def own_name(folder: Path, key: str, job: str) -> None:
 
 def release_all() -> None:
     """Gives up what this process owns, and removes folders that it made and left empty."""
-    for lock in reversed([*_held]):
-        held = _held.pop(lock)
+    while _held:
+        lock, fd = _held.popitem()
         with contextlib.suppress(OSError):
-            if _is_still(held.fd, lock):
+            if _is_still(fd, lock):
                 lock.unlink()  # before the close: who opened it meanwhile sees that it is gone
-        os.close(held.fd)
-        _remove_empty(held.made)
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    with contextlib.suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
+        os.close(fd)
+    while _made:
+        with contextlib.suppress(OSError):
+            _made.pop(0).rmdir()
 
 
 class OwnRunFolder(Callback):  # type: ignore[misc]
@@ -132,16 +124,14 @@ def _own(lock: Path, key: str, folder: Path, job: str, above: list[Path], below:
                 where = "above" if other in above else "below"
                 raise ConfigError(f"{key} is {folder}; {other.parent} {where} it {owner}")
 
-    missing: list[Path] = []
     try:
         look_around()
-        missing = [p for p in (lock.parent, *lock.parent.parents) if not p.exists()]
+        _made[:0] = [p for p in (lock.parent, *lock.parent.parents) if not p.exists()]
         lock.parent.mkdir(parents=True, exist_ok=True)
-        _held[lock] = _Held(_take(lock, key, folder, job), missing)
+        _held[lock] = _take(lock, key, folder, job)
         look_around()  # of two that start at once, above and below, neither may have seen the other before
     except (ConfigError, OSError) as error:
         release_all()
-        _remove_empty(missing)
         if isinstance(error, OSError):
             raise ConfigError(f"{key} is {folder}; cannot write there: {error.strerror}") from error
         raise
@@ -278,10 +268,11 @@ def _reaches_all_hosts(path: Path) -> bool:
 
 def _forget() -> None:
     """A forked child owns nothing; closing its copies leaves the parent's lock."""
-    for held in _held.values():
+    for fd in _held.values():
         with contextlib.suppress(OSError):
-            os.close(held.fd)
+            os.close(fd)
     _held.clear()
+    _made.clear()
 
 
 os.register_at_fork(after_in_child=_forget)

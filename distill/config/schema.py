@@ -1,6 +1,6 @@
 """Types, defaults and meaning of every configuration key; values live in `conf/`, construction in code.
 
-Shape letters and words are those of the README's glossary. Losses are in nats per token. Fields are plain dataclasses
+Shape letters and words are those of docs/guide.md. Losses are in nats per token. Fields are plain dataclasses
 so that Hydra and OmegaConf type-check YAML and command line alike. No attribute of theirs can be set: another value is
 another object (`dataclasses.replace`). No torch here: tools that read only a configuration start at once. Longer than
 other files, so that the whole surface is read in one place.

@@ -43,8 +43,6 @@ class Batch:
     """float32 nats: the teacher's mean label loss on the sample's shard when captured; nan where not covered."""
     step_B: Tensor
     """int64: last teacher step of the sample's shard; -1 where not covered."""
-    covered_B: Tensor
-    """bool: the cache has targets of the sample."""
     images: Images | None = None
     """Tiles sample after sample; None: no sample has image tokens."""
     tile_tokens: int = 0
@@ -184,7 +182,6 @@ class Joiner:
             targets=targets,
             shard_loss_B=shard_loss_B,
             step_B=step_B,
-            covered_B=step_B >= 0,
             images=_images(samples, back_B),
             tile_tokens=max((part.images.tile_tokens for part in samples if part.images is not None), default=0),
         )

@@ -24,8 +24,7 @@ from typing import NamedTuple
 
 from distill.config.errors import DataError
 from distill.config.schema import NeedleConfig
-from distill.data.gaps import Ranges
-from distill.data.tokenizer import Tokenizer
+from distill.data.tokenizer import Ranges, Tokenizer
 
 FORMAT = 3
 """Raise it when equal configurations would give other text."""

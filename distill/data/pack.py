@@ -16,11 +16,10 @@ from distill.config.files import write_text
 from distill.config.schema import ImageConfig, Source
 from distill.config.terminal import Progress
 from distill.data import image_tiles
-from distill.data.gaps import EncodedText, Ranges
 from distill.data.packed import DocumentTokens, SplitWriter
 from distill.data.raw_corpus import Document, RawCorpus
 from distill.data.tile_store import TileFormat
-from distill.data.tokenizer import ImageIds, Tokenizer
+from distill.data.tokenizer import EncodedText, ImageIds, Ranges, Tokenizer
 
 BATCH_CHARACTERS = 1 << 20
 """Of documents that are encoded together; bytes of image files count as well."""

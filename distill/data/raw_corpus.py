@@ -21,8 +21,8 @@ from distill.config.schema import IMAGE_TOKENS, CorpusConfig, FileFormat, Source
 from distill.data import digits, needle
 from distill.data.corpus_files import CorpusFile, find_files, is_held_out
 from distill.data.formats import ALLOWED, READ_ERRORS, compression_of, kind_of, opened, problem
-from distill.data.gaps import Ranges
 from distill.data.tables import rows
+from distill.data.tokenizer import Ranges
 
 MARKER = "<|image|>"
 """The place of an image in a text."""

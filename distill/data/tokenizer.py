@@ -1,11 +1,11 @@
-"""Any `tokenizer.json`, or a byte-level BPE trained on the corpus; only this file and `gaps` use `tokenizers`."""
+"""Any `tokenizer.json`, or a byte-level BPE trained on the corpus; only this file uses `tokenizers`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import xxhash
 
@@ -13,12 +13,23 @@ from distill.config.errors import ConfigError, DataError
 from distill.config.files import LFS_CURE, is_lfs_pointer, write_text
 from distill.config.paths import home
 from distill.config.schema import IMAGE_TOKENS, TokenizerConfig
-from distill.data.gaps import EncodedText, Gaps, Ranges
 
 TOKENIZER = "tokenizer.json"
 """The name of the file in a run folder, above a cache and in a Hugging Face folder."""
 BYTES = 256
 """Ids that a byte-level alphabet takes before the first merge."""
+
+_UNKNOWN = "\0unencodable\0"
+"""The unknown token of a twin: nothing that a text holds as a word."""
+
+Ranges = list[tuple[int, int]]
+"""[start, end) characters of a text."""
+
+
+class EncodedText(NamedTuple):
+    ids: list[int]
+    ranges: Ranges | None
+    """The characters of each token; None: not asked for."""
 
 
 class ImageIds(NamedTuple):
@@ -53,8 +64,8 @@ class Tokenizer:
         plain = {**record, "post_processor": None, "padding": None, "truncation": None}
         if isinstance(model := record.get("model"), dict) and model.get("dropout") is not None:
             plain["model"] = {**model, "dropout": None}  # equal texts have equal ids
-        self._library = _library(plain, name)
-        self._gaps = Gaps.of(plain, self._library, name)
+        self._library = _library(plain, f"{name}: not a tokenizer.json")
+        self._twin = _Twin.of(plain, self._library, name)
         self.digest: str = xxhash.xxh3_128_hexdigest(self._json.encode())
         self.vocab_size: int = max(self._library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.bos_id, self.eos_id = self.id(bos), self.id(eos)
@@ -100,20 +111,18 @@ class Tokenizer:
         Text without a token is left out where there is no unknown token (see `unencodable`).
         """
         try:
-            if self._gaps is not None and not self._gaps.library_passes_over:
-                encoded = self._gaps.encode_batch(texts)
-                return encoded if offsets else [EncodedText(e.ids, None) for e in encoded]
-            if offsets:
-                encoded = self._library.encode_batch(list(texts), add_special_tokens=False)
-                return [EncodedText(e.ids, e.offsets) for e in encoded]
-            encoded = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
-            return [EncodedText(e.ids, None) for e in encoded]
+            if self._twin is not None and not self._twin.library_passes_over:
+                encoded = [text for text, _ in self._twin.encode_batch(texts)]
+                return encoded if offsets else [EncodedText(text.ids, None) for text in encoded]
+            encode = self._library.encode_batch if offsets else self._library.encode_batch_fast
+            encodings = encode(list(texts), add_special_tokens=False)
+            return [EncodedText(e.ids, e.offsets if offsets else None) for e in encodings]
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"{self.name}: cannot encode a text: {error}") from error
 
     def unencodable(self, texts: Sequence[str]) -> list[Ranges]:
         """The [start, end) characters of each text that its ids leave out."""
-        return [[] for _ in texts] if self._gaps is None else self._gaps.find(texts)
+        return [[] for _ in texts] if self._twin is None else [gaps for _, gaps in self._twin.encode_batch(texts)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens included."""
@@ -147,13 +156,80 @@ class Tokenizer:
         write_text(Path(path), self._json)
 
 
-def _library(record: dict[str, Any], name: str) -> Any:
+class _Twin:
+    """Finds the text for which a tokenizer without an unknown token has no token.
+
+    On such text the library raises an error (word-level, WordPiece, unigram) or passes over it in silence (BPE). The
+    twin has the tokenizer's tokens and an unknown one, which shows where that text is.
+
+    Attributes:
+        library_passes_over: whether the library itself encodes the rest of a text with gaps; its ids then count.
+    """
+
+    def __init__(self, library: Any, original_ids: dict[int | None, int], library_passes_over: bool):
+        self._library, self._original_ids, self.library_passes_over = library, original_ids, library_passes_over
+        self._unknown = library.token_to_id(_UNKNOWN)
+
+    @classmethod
+    def of(cls, record: dict[str, Any], library: Any, name: str) -> Self | None:
+        """For a parsed `tokenizer.json` and the library's tokenizer of it; None: every text has an encoding.
+
+        Raises:
+            DataError: such a tokenizer cannot be given an unknown token.
+        """
+        model = record["model"]
+        vocab = model["vocab"]
+        added = {t["content"]: library.token_to_id(t["content"]) for t in record.get("added_tokens") or []}
+        if isinstance(vocab, list):  # unigram: pairs of token and score; ids are places
+            if model.get("unk_id") is not None:
+                return None
+            least = min((score for _, score in vocab), default=0.0)
+            filled = {**model, "vocab": [*vocab, [_UNKNOWN, least - 100]], "unk_id": len(vocab)}
+        else:
+            if model.get("unk_token") in vocab or _has_all_bytes(record):
+                return None
+            ids = vocab | added  # the library would number added tokens by the size of the vocabulary
+            filled = {**model, "vocab": {**ids, _UNKNOWN: max(ids.values(), default=-1) + 1}, "unk_token": _UNKNOWN}
+        passes_over = "merges" in model and model.get("unk_token") is None
+        twin = _library({**record, "model": filled}, f"{name}: has no unknown token, and cannot be given one")
+        return cls(twin, {twin.token_to_id(token): token_id for token, token_id in added.items()}, passes_over)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[tuple[EncodedText, Ranges]]:
+        """Ids and characters of all tokens but the unknown one, and the characters of that one."""
+        encoded = []
+        for e in self._library.encode_batch(list(texts), add_special_tokens=False):
+            known = [(i, pair) for i, pair in zip(e.ids, e.offsets) if i != self._unknown]
+            ids = [self._original_ids.get(i, i) for i, _ in known]
+            gaps = [pair for i, pair in zip(e.ids, e.offsets) if i == self._unknown]
+            encoded.append((EncodedText(ids, [pair for _, pair in known]), gaps))
+        return encoded
+
+
+def _library(record: dict[str, Any], problem: str) -> Any:
     from tokenizers import Tokenizer as Library
 
     try:
         return Library.from_str(json.dumps(record))
     except Exception as error:  # the library raises bare Exception
-        raise DataError(f"{name}: not a tokenizer.json: {error}") from error
+        raise DataError(f"{problem}: {error}") from error
+
+
+def _has_all_bytes(record: dict[str, Any]) -> bool:
+    """Whether a BPE has a token for every byte, and falls back on it."""
+    from tokenizers import pre_tokenizers
+
+    model = record["model"]
+    if "merges" not in model:
+        return False
+    if model.get("byte_fallback"):
+        return all(f"<0x{byte:02X}>" in model["vocab"] for byte in range(256))
+    parts = [part for key in ("normalizer", "pre_tokenizer") if (part := record.get(key))]
+    while parts:
+        part = parts.pop()
+        if part.get("type") == "ByteLevel":
+            return model["vocab"].keys() >= set(pre_tokenizers.ByteLevel.alphabet())
+        parts += part.get("pretokenizers") or part.get("normalizers") or []
+    return False
 
 
 def load_tokenizer(config: TokenizerConfig, file: str | Path | None = None) -> Tokenizer:

@@ -89,7 +89,7 @@ def test_a_swapped_image_is_caught_at_the_join_with_the_teacher_s_targets(tmp_pa
         writer.finish()
     reader = CacheReader(tmp_path / "cache")
     check_cache(reader, ours.tokenizer, a, 290)
-    assert Joiner([a], [reader], OnMissing.fail).batch(np.zeros(len(a), np.int64), everything).covered_B.all()
+    assert Joiner([a], [reader], OnMissing.fail).batch(np.zeros(len(a), np.int64), everything).step_B.ge(0).all()
     with pytest.raises(CacheError, match=rf"corpus is '{a.digest}' in the cache, '{b.digest}' in this run"):
         check_cache(reader, theirs.tokenizer, b, 290)
     joiner = Joiner([b], [reader], OnMissing.hard)

@@ -87,7 +87,7 @@ def test_a_tokenizer_with_an_unknown_token_or_all_bytes_leaves_nothing_out(model
 def test_a_byte_level_tokenizer_leaves_nothing_out_and_is_not_run_twice():
     tokenizer = train_tokenizer(TokenizerConfig(vocab_size=300), [TEXT])
     assert tokenizer.unencodable(["Ω≈ç√ \0 🙃"]) == [[]]
-    assert tokenizer._gaps is None
+    assert tokenizer._twin is None
 
 
 def packed(folder: Path, data: dict, *texts: str, **config):

@@ -72,7 +72,7 @@ def test_tokens_labels_validity_and_documents_come_from_the_right_samples(data):
     assert (batch.valid_BS.dtype, batch.documents_BS.dtype) == (torch.bool, torch.int32)
     assert not batch.valid_BS.all() and batch.valid_BS.any()
     assert batch.targets is None and batch.shard_loss_B.isnan().all()
-    assert batch.step_B.tolist() == [-1] * 5 and not batch.covered_B.any()
+    assert batch.step_B.tolist() == [-1] * 5
     assert np.array_equal(batch.sample_ids_B, ids_B) and np.array_equal(batch.corpus_B, corpus_B)
 
 
@@ -85,7 +85,9 @@ def test_targets_of_a_mixture_stand_beside_their_tokens(data):
     assert targets.ids_TK.shape[-1] == 5
     for b, (c, i) in enumerate(zip(corpus_B.tolist(), ids_B.tolist())):
         there = (c, i) != (0, 5)
-        assert bool(batch.covered_B[b]) == there == bool(targets.covered_T[b].all()) == bool(targets.covered_T[b].any())
+        assert (
+            bool(batch.step_B[b] >= 0) == there == bool(targets.covered_T[b].all()) == bool(targets.covered_T[b].any())
+        )
         assert batch.step_B[b] == (2 * i if there else -1)
         assert torch.isnan(batch.shard_loss_B[b]) if not there else batch.shard_loss_B[b] == pytest.approx(i / 10)
         width = 2 + 3 * c
@@ -100,7 +102,7 @@ def test_rows_and_devices(data):
     corpus_B, ids_B = np.array([1, 0, 1, 0]), np.array([4, 5, 0, 9])
     batch, part = joiner.batch(corpus_B, ids_B), joiner.batch(corpus_B[1:3], ids_B[1:3])
     rows = batch.rows(1, 3)
-    for name in ("ids_BS", "labels_BS", "valid_BS", "documents_BS", "shard_loss_B", "step_B", "covered_B"):
+    for name in ("ids_BS", "labels_BS", "valid_BS", "documents_BS", "shard_loss_B", "step_B"):
         assert torch.equal(getattr(rows, name), getattr(part, name)), name
     for name in ("sample_ids_B", "corpus_B", "digests_B"):
         assert np.array_equal(getattr(rows, name), getattr(part, name)), name
@@ -114,7 +116,7 @@ def test_rows_and_devices(data):
 
 def test_a_missing_sample_may_be_refused(data):
     joiner = Joiner(list(data.train.values()), [FakeReader(0), FakeReader(1, (7,))], OnMissing.fail)
-    assert joiner.batch(np.array([0, 1]), np.array([7, 6])).covered_B.all()
+    assert joiner.batch(np.array([0, 1]), np.array([7, 6])).step_B.ge(0).all()
     with pytest.raises(CacheError, match=r"cache-1: has no targets of sample 7 of corpus 'code'; cache\.on_missing is"):
         joiner.batch(np.array([0, 1]), np.array([7, 7]))
 
@@ -156,10 +158,10 @@ def test_the_real_cache_is_joined_in_any_order(data, cache):
     check_cache(cache, data.tokenizer, data.train["main"], V)
     ids_B = np.array([6, 1, 4, 0, 4])
     batch = Joiner([data.train["main"]], [cache], OnMissing.hard).batch(np.zeros(5, np.int64), ids_B)
-    assert batch.covered_B.tolist() == [True, False, True, True, True]
+    assert batch.step_B.ge(0).tolist() == [True, False, True, True, True]
     assert batch.step_B.tolist() == [3, -1, 3, 3, 3]
     covered_T = batch.targets.covered_T
-    assert torch.equal(covered_T, (batch.valid_BS & batch.covered_B[:, None]).flatten())
+    assert torch.equal(covered_T, (batch.valid_BS & (batch.step_B >= 0)[:, None]).flatten())
     best_T = batch.targets.ids_TK.gather(1, batch.targets.probs_TK.argmax(1, keepdim=True))[:, 0]
     assert torch.equal(best_T[covered_T], owner(ids_B)[covered_T])
 

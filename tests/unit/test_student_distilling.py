@@ -45,7 +45,6 @@ def batch(shard_loss, entropy=2.0):
         targets=SoftTargets(ids, probs, covered_T, -full, full),
         shard_loss_B=loss_B,
         step_B=torch.zeros(size, dtype=torch.int64),
-        covered_B=~loss_B.isnan(),
     )
 
 

@@ -35,7 +35,6 @@ def batch_of(seed, rows=3, length=50):
         targets=None,
         shard_loss_B=torch.full((rows,), torch.nan),
         step_B=torch.full((rows,), -1),
-        covered_B=torch.zeros(rows, dtype=torch.bool),
     )
 
 
