@@ -153,8 +153,9 @@ def mended(store: Store, header: CacheHeader, scan: LedgerScan) -> tuple[list[Li
             messages.append(f"{where} is made again from {made[seq].shard}")
         elif seq < last or was_short:
             # A row that changes nothing: a tool's retires nothing; a writer's is `finish`, until its next row.
-            kind, rest = ("retire", {"retired": []}) if scan.writer in TOOLS else ("finish", {})
-            empty = {"kind": kind, "writer": scan.writer, "seq": seq, "cache": header.identity} | rest
+            empty = {"kind": "finish", "writer": scan.writer, "seq": seq, "cache": header.identity}
+            if scan.writer in TOOLS:
+                empty |= {"kind": "retire", "retired": []}
             good[seq] = Line(name, seal(empty), seq, [], "")
             messages.append(f"{where} cannot be made again; an empty row takes its place")
         else:
