@@ -1,7 +1,5 @@
 """The one way in: `codistill job=... experiment=...`, the same as `python -m distill`."""
 
-from __future__ import annotations
-
 import os
 import sys
 

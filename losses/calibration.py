@@ -1,6 +1,4 @@
-"""Expected calibration error: does a model that says 70 % hit 70 % of the time?"""
-
-from __future__ import annotations
+"""Expected calibration error: how far confidence is from accuracy."""
 
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """The factors of alpha that ship with the project; see `losses.weighting.Factor`."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -19,7 +17,7 @@ class Lag:
     1 where the targets come from the best teacher read so far, 0 where the teacher that made them was no better than
     the student is now, or where a sample has no targets. A student ahead of every teacher gives 0.
 
-    Its state, fp64 [C] in nats, one number a corpus, since what is a good loss on one says nothing about another:
+    Its state, fp64 [C] in nats, one number a corpus, since losses of different corpora cannot be compared:
     `student_loss`, running average of the student's hard loss, at first that of a uniform distribution, log V;
     `best_teacher_loss`, least mean loss of a shard read so far. "Read", not "published": the state is then a function
     of the student's own position, and a run that follows a live teacher weighs alike however the two are timed, killed

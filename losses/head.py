@@ -4,8 +4,6 @@ The logits of one chunk live at a time. A *row function* turns them into per-tok
 while they exist, so no [T, V] tensor outlives its chunk and the unembedding is needed once.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -21,7 +19,7 @@ class Chunk(NamedTuple):
     parts: dict[str, Tensor]
     """Per-token results [t] for meters and weighting, detached; the same names for every chunk."""
     grad_tV: Tensor | None
-    """Gradient of the sum of `loss_t` with respect to the logits; None where none was asked for."""
+    """Gradient of the sum of `loss_t` with respect to the logits; None without `want_grad`."""
     selected: Any = None
     """Whatever else was taken out of the chunk."""
 

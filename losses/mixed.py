@@ -8,8 +8,6 @@ so any weighting of sparse soft targets costs what a hard label costs, with K + 
 M is not assumed to be 1: the mass of a sampled row is 1 only on average.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

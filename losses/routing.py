@@ -4,8 +4,6 @@ Both are sums in which a token weighs what it weighs in the language loss, so th
 tokens serves all, however a batch is cut into micro-batches.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

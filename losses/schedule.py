@@ -1,7 +1,5 @@
 """A number that follows a schedule over the steps of a run: a learning rate, or the largest alpha."""
 
-from __future__ import annotations
-
 import math
 
 

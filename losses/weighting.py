@@ -5,8 +5,6 @@ token, and metrics. No factor of ours looks at the label of its own token, so th
 proper mixture (1 - alpha) q + alpha p and calibration is safe.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 

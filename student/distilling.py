@@ -1,7 +1,5 @@
 """The student's recipe: soft and hard loss in one pass, weighted per token by a schedule and factors."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple

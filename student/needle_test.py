@@ -1,7 +1,5 @@
 """Needle in a haystack: how often a model's greedy continuation is the answer that its text states."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch
@@ -44,8 +42,8 @@ def find(
             trials = [trial(tokenizer, length, depth, config.facts, (seed, length, depth, n)) for n in mine]
             for part in stop.checked(trials[start : start + batch] for start in range(0, len(trials), batch)):
                 prompts = [torch.tensor(t.prompt, device=dist.device) for t in part]
-                told = model.generate(prompts, max(len(t.answer) for t in part), eos_ids=[])
-                for t, ids in zip(part, told):
+                answers = model.generate(prompts, max(len(t.answer) for t in part), eos_ids=[])
+                for t, ids in zip(part, answers):
                     hit = ids[: len(t.answer)].tolist() == t.answer
                     across = chunk is not None and t.stated // chunk < (len(t.prompt) - 1) // chunk
                     counts[:, row, column] += counts.new_tensor([hit, True, hit and across, across])

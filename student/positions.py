@@ -1,7 +1,5 @@
 """Loss by position within the document, in bins that widen with the position."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -3,12 +3,10 @@
 Per chunk of the head: probabilities -> atoms of the codec and the entropy; per micro-batch: one `put` into the writer
 of its corpus. Probabilities are normalized over all of V at temperature 1.
 
-The targets of a step wait on the host until the next step begins: then it is known, and asking costs no wait beyond
+The targets of a step wait on the host until the next step begins: by then it has been found, without a wait beyond
 that for the targets themselves, whether the step was finite on all ranks. If it was not, neither they nor any later
 ones are published.
 """
-
-from __future__ import annotations
 
 import time
 from typing import NamedTuple
@@ -123,7 +121,7 @@ class Capture:
         self.puts += 1
 
     def _release(self) -> None:
-        """What waited, to the writers; to nobody if its step, which is over, was not finite."""
+        """Hands the waiting targets to the writers, or drops them where their step was not finite."""
         held, self._held = self._held, []
         if self.watch is not None and not self.watch.good:
             return
@@ -186,7 +184,7 @@ class Capture:
             writer.take_back([Pending.of(found[index]) for index in sorted(found)])
 
     def finish(self) -> None:
-        """Publishes everything and says that nothing more will come; at the end of a step."""
+        """Publishes everything and ends the writers' streams; at the end of a step."""
         self._release()
         for writer in self.writers:
             writer.finish()

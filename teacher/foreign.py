@@ -8,8 +8,6 @@ Where logits are nothing but a product of the last hidden states with the unembe
 capped or scaled logits) the model's own logits are taken, some whole documents at a time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A frozen teacher labels a batch: the forward pass and its tap, no gradient, no optimizer, no engine."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -76,7 +74,7 @@ def label(
     """Labels a batch on the teacher's device and hands its targets to the writers.
 
     Args:
-        step, tokens_seen: of the teacher, as the records will say.
+        step, tokens_seen: of the teacher, for the records.
 
     Returns:
         Sum of the label losses over valid tokens (nats) and their number; on the device, nothing waits for it.

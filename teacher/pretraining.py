@@ -1,7 +1,5 @@
 """The teacher's recipe: hard loss, and on the same forward pass the capture of its soft targets."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -6,8 +6,6 @@ shows at zero, a scale where logits are small, a cap where they are huge, whatev
 configuration names and the model does not apply is an error: the teacher's targets would be those of another model.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Iterable, Iterator

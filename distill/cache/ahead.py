@@ -5,8 +5,6 @@ much; any other fetches what it needs and no more. A student that reads samples 
 few requests for each shard, and random access fetches no bytes that it does not use.
 """
 
-from __future__ import annotations
-
 import threading
 from collections import OrderedDict
 from collections.abc import Callable

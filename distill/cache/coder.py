@@ -5,8 +5,6 @@ and learns as it goes. Compiled by numba without the GIL, so that writer and rea
 first use on a machine takes some seconds, later ones load the compiled code.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Differences between two cache headers as sentences, one for each key."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -4,8 +4,6 @@ An object appears whole when its upload ends, so that a put publishes it. The cl
 (s3fs: five times, with growing waits).
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,5 @@
 """JSON records to dataclasses, checked: a value is taken only where it has the type that the code relies on."""
 
-from __future__ import annotations
-
 import functools
 import math
 import typing

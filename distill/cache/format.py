@@ -1,7 +1,5 @@
 """Names and numbers of the format on disk (docs/cache.md)."""
 
-from __future__ import annotations
-
 import re
 from typing import NamedTuple
 

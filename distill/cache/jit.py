@@ -4,8 +4,6 @@ Places are numba's: NUMBA_CACHE_DIR, beside the module, the user's cache folder.
 them can be written, where the disk is full and where a kept file is damaged; here the function is then compiled anew.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """A cache in a local folder: files grow, and flock locks them until their process ends, however it ends."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os

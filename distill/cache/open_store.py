@@ -1,7 +1,5 @@
 """Opens the store of a path or URL. No torch."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from distill.cache.local import LocalStore

@@ -1,7 +1,5 @@
 """Creation of a cache, and publication of a shard in it. No torch."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 

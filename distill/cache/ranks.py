@@ -1,7 +1,5 @@
 """The table of corpus-frequency ranks: frequent ids get small numbers, which take few bits. No torch."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

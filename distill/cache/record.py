@@ -1,7 +1,5 @@
 """Encodes atoms and statistics of whole samples as records, one contiguous run of bytes each, and decodes them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -3,8 +3,6 @@
 The digest is over bytes, not over parsed values, so that no flipped bit can go unnoticed.
 """
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

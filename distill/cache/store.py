@@ -4,8 +4,6 @@ Names of files are relative to that folder, with `/`. A file is put in place at 
 moment leaves the old state or the new one.
 """
 
-from __future__ import annotations
-
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator

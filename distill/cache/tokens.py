@@ -1,7 +1,5 @@
 """The digest of a sample's tokens, which binds a record to them. No torch."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

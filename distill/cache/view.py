@@ -1,7 +1,5 @@
 """A view of a cache: the shards that count, and which of them holds the newest record of each sample. No torch."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 import threading

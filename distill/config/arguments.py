@@ -1,7 +1,5 @@
 """A command line taken apart by Hydra's own parser: flags and overrides; for what is neither, the way to spell it."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 A function of rules yields a sentence for each one that is broken: key, value, what is allowed.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path

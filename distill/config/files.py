@@ -3,8 +3,6 @@
 Every file has the mode that `open` gives it, 0666 less the umask.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

@@ -1,7 +1,5 @@
 """Dataclasses of the schema: their attributes cannot be set, `dataclasses.replace` makes another one."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import TypeVar, dataclass_transform
 

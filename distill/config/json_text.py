@@ -1,7 +1,5 @@
 """JSON as other programs read it: a number that is not finite has no spelling there."""
 
-from __future__ import annotations
-
 import json
 import math
 from typing import Any

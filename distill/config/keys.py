@@ -1,7 +1,5 @@
 """Keys of the schema, and below `hydra.` those of Hydra: which there are, and which values they take."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import enum

@@ -5,8 +5,6 @@ first: group choices against the files of `conf/` and of the user, keys and type
 composed, missing values and broken rules between fields join the list, and only then does Hydra run.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import os

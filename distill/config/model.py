@@ -1,7 +1,5 @@
 """Configuration of the Transformer, text and vision: fields, defaults, and the rules between them. No torch here."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import field
 from enum import Enum

@@ -3,8 +3,6 @@
 Where a shell or Hydra reads a value as something else, the problem gives the spelling that works.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import re

@@ -8,8 +8,6 @@ Where the file system has no locks, the owner is the process that the file names
 same host. Where locks do not reach other hosts, a file that another host left is for the user to remove.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

@@ -4,8 +4,6 @@ Keys that hold a path have the type `PathText`. A saved configuration has the wh
 user and in a comparison.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import re

@@ -3,8 +3,6 @@
 A field of a plain `int` or `float` has no range; a test refuses such fields. Rules between fields are in `checks`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

@@ -6,8 +6,6 @@ another object (`dataclasses.replace`). No torch here: tools that read only a co
 other files, so that the whole surface is read in one place.
 """
 
-from __future__ import annotations
-
 from dataclasses import field
 from enum import Enum, StrEnum
 from typing import Annotated, Any

@@ -1,7 +1,5 @@
 """Exceptions of Hydra, OmegaConf and YAML as one sentence each, and values as a user would write them."""
 
-from __future__ import annotations
-
 import re
 from enum import Enum
 from typing import Any

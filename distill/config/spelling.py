@@ -1,7 +1,5 @@
 """How to write a value for a shell and for Hydra's grammar."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import typing

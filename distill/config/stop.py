@@ -4,8 +4,6 @@ The end of a training step is such a point, and so is every turn of a long loop;
 second Ctrl-C ends the process at once.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -1,7 +1,5 @@
 """Standard output and error may be closed by their reader, such as `head` or a terminal, without ending a run."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Numbers with their units as text: counts, bytes and durations, everywhere in the project."""
 
-from __future__ import annotations
-
 import math
 
 

@@ -4,8 +4,6 @@ Hydra reads every file through `RecordingSource`, which records those that are n
 file, line and column. A file that no configuration chooses is never read: other YAML may lie beside those that are.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field

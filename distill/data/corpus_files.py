@@ -1,7 +1,5 @@
 """The files of a corpus: found by the names that its configuration gives, each with its kind and its split."""
 
-from __future__ import annotations
-
 import filecmp
 import glob
 import os

@@ -4,8 +4,6 @@ The 1,797 images ship with the library, so that every machine has a corpus of im
 this file uses scikit-learn.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 from typing import NamedTuple

@@ -3,8 +3,6 @@
 The name decides because JSON that is read as text would train a model on quotes and braces without an error.
 """
 
-from __future__ import annotations
-
 import bz2
 import gzip
 import lzma

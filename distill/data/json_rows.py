@@ -1,7 +1,5 @@
 """Objects of a JSON file, one after the other: on lines, or spread over them, or in one array; read as a stream."""
 
-from __future__ import annotations
-
 import codecs
 import json
 import re

@@ -4,8 +4,6 @@ The key is a digest of all that decides the content. `about.json` in each says w
 it is found again when the files that it was made from are gone.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

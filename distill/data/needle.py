@@ -15,8 +15,6 @@ name behind the number, and the repeated name carries loss as the answers do: th
 hundred steps.
 """
 
-from __future__ import annotations
-
 from itertools import accumulate, chain
 from math import exp, log
 from random import Random

@@ -1,7 +1,5 @@
 """Packing: documents of a corpus -> [bos] + tokens + [eos] -> the fixed-length samples of both splits."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterable, Iterator

@@ -16,8 +16,6 @@ Beside it `split`.json counts samples and packed documents (those in the dropped
 the split, xxh3-128 of the samples' digests in order; `split`.counts.npy has the counts of ids.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 from pathlib import Path

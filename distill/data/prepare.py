@@ -1,7 +1,5 @@
 """From a `DataConfig` to a tokenizer and packed corpora, which are made unless they are in data.dir already."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass

@@ -4,8 +4,6 @@ The split is drawn by a hash of the text (standard library: of the file's name; 
 Equal texts thus fall on the same side, and no order, addition or removal of other documents moves one across.
 """
 
-from __future__ import annotations
-
 import contextlib
 import tokenize
 from collections.abc import Callable, Iterator

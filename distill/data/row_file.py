@@ -4,8 +4,6 @@ A row's batch and its place there are thus found by one division. A column holds
 length.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

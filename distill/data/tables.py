@@ -1,7 +1,5 @@
 """Rows of JSON, Parquet and Arrow files, compressed or not."""
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator

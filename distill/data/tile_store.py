@@ -5,8 +5,6 @@ token n belongs to tile n // tokens. A sample's tiles follow by division from th
 where the sample begins or ends within an image.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, whatever dies when, and that do not know the world size.
+"""Checkpoints that are whole or not there, whatever dies when, and that do not depend on the world size.
 
     checkpoints/step-00000120/
         teacher-00000.safetensors     whole parameters, moments and buffers by name; rank r holds every W-th of them
@@ -10,15 +10,13 @@ manifest and files check, so a half-written or damaged one costs some steps, nev
 model that has diverged is neither saved nor loaded.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 from safetensors import SafetensorError, safe_open
@@ -54,74 +52,86 @@ def save(
 
     Raises:
         CheckpointError: on every rank, where any of them cannot write. Older checkpoints stay; the part that was
-            written goes, so that a full disk is relieved of it.
+            written is removed, which frees a full disk of it.
         DivergenceError: likewise, where a tensor is not finite.
     """
     final = root / f"step-{step:08d}"
     temporary = root / f"step-{step:08d}.tmp"
-    problem: str | None = None
+    mine = _Written({}, [], None)
     if dist.is_main:
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         except OSError as error:
-            problem = reason(error)
+            mine = mine._replace(problem=reason(error))
     dist.barrier()
-    files: dict[str, dict[str, Any]] = {}
-    broken: list[str] = []
-
-    def write(name: str, tensors: dict[str, Tensor]) -> None:
-        nonlocal problem
-        path = temporary / f"{name}-{dist.rank:05d}.safetensors"
-        try:
-            if problem is None:
-                save_tensors(tensors, path)
-                files[path.name] = {"bytes": path.stat().st_size, "xxh3": _digest(path)}
-        except (OSError, SafetensorError) as error:
-            problem = reason(error)
-
     for name, engine in engines.items():
         share = {}
         for index, (key, get) in enumerate(engine.state()):
             tensor = get()  # collective, so also on ranks that do not keep it
             if index % dist.world == dist.rank:
-                share[key] = tensor.detach().cpu().contiguous().clone()
-                if not is_finite(share[key]):
-                    broken.append(f"{name}: {key}")
-        write(name, share)
+                share[key] = _on_host(tensor)  # at once: the device has no room for all of them
+        mine = mine.then(temporary / f"{name}-{dist.rank:05d}.safetensors", share, name)
     if rest:
-        write(REST, {key: tensor.detach().cpu().contiguous().clone() for key, tensor in rest.items()})
-    every = dist.gather((files, broken, problem))
-    if first := min((key for _, part, _ in every for key in part), default=None):
-        if dist.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise DivergenceError(f"{first} is not finite: {final} is not written; the last good one is {last(root)}")
-    problem = next((found for _, _, found in every if found), None)
-    if dist.is_main and problem is None:
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "files": {k: v for part, _, _ in every for k, v in part.items()},
-            "engines": list(engines),
-            "state": state,
-        }
-        text = json.dumps(manifest, allow_nan=False)
-        try:
-            write_text(temporary / "manifest.json", json.dumps({"xxh3": _text_digest(text), "manifest": text}))
-            if final.exists():  # of a run that was resumed from an older one
-                shutil.rmtree(final)
-            temporary.rename(final)
-            sync(root)
-            for old in _folders(root)[keep:]:
-                shutil.rmtree(old)
-        except OSError as error:
-            problem = reason(error)
+        mine = mine.then(
+            temporary / f"{REST}-{dist.rank:05d}.safetensors", {key: _on_host(tensor) for key, tensor in rest.items()}
+        )
+    every = dist.gather(mine)
+    first = min((key for part in every for key in part.broken), default=None)
+    problem = next((part.problem for part in every if part.problem), None)
+    if dist.is_main and first is None and problem is None:
+        files = {name: facts for part in every for name, facts in part.files.items()}
+        manifest = {"format": FORMAT, "step": step, "files": files, "engines": list(engines), "state": state}
+        problem = _publish(temporary, final, json.dumps(manifest, allow_nan=False), keep)
     problem = dist.from_main(problem)
-    if problem is not None:
+    if first or problem:
         if dist.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
+        if first:
+            raise DivergenceError(f"{first} is not finite: {final} is not written; the last good one is {last(root)}")
         raise CheckpointError(f"{temporary}: cannot write the checkpoint: {problem}")
     return final
+
+
+class _Written(NamedTuple):
+    """What one rank has written of a checkpoint."""
+
+    files: dict[str, dict[str, Any]]
+    """Size and digest by file name."""
+    broken: list[str]
+    """Tensors that are not finite."""
+    problem: str | None
+
+    def then(self, path: Path, tensors: dict[str, Tensor], engine: str | None = None) -> "_Written":
+        """After one more file; engine: whose tensors they are, which must be finite."""
+        broken = [f"{engine}: {key}" for key, tensor in tensors.items() if engine and not is_finite(tensor)]
+        files, problem = {}, self.problem
+        try:
+            if problem is None:
+                save_tensors(tensors, path)
+                files = {path.name: {"bytes": path.stat().st_size, "xxh3": _digest(path)}}
+        except (OSError, SafetensorError) as error:
+            problem = reason(error)
+        return _Written(self.files | files, self.broken + broken, problem)
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().clone()
+
+
+def _publish(temporary: Path, final: Path, manifest: str, keep: int) -> str | None:
+    """Writes the manifest and renames the folder; the problem, if that fails."""
+    try:
+        write_text(temporary / "manifest.json", json.dumps({"xxh3": _text_digest(manifest), "manifest": manifest}))
+        if final.exists():  # of a run that was resumed from an older one
+            shutil.rmtree(final)
+        temporary.rename(final)
+        sync(final.parent)
+        for old in _folders(final.parent)[keep:]:
+            shutil.rmtree(old)
+    except OSError as error:
+        return reason(error)
+    return None
 
 
 class Checkpoint:
@@ -144,7 +154,7 @@ class Checkpoint:
             file = folder / name
             size = file.stat().st_size if file.exists() else -1
             if size != facts["bytes"]:
-                raise CheckpointError(f"{file}: {size} bytes, its manifest says {facts['bytes']}")
+                raise CheckpointError(f"{file}: {size} bytes; its manifest has {facts['bytes']}")
             if _digest(file) != facts["xxh3"]:
                 raise CheckpointError(f"{file}: its bytes do not match the digest in the manifest")
         self.step: int = manifest["step"]

@@ -5,8 +5,6 @@ thread that they wait for has none, and training falls to a tenth of its rate; t
 of it on a quiet machine (LOG.md, busy machines).
 """
 
-from __future__ import annotations
-
 import os
 
 import psutil
@@ -19,11 +17,11 @@ SECONDS = 0.3
 
 
 def settle(threads: int) -> str | None:
-    """Lets threads sleep soon where others keep a quarter of this process's cores busy, unless the user has said how
-    they wait; what to tell the user of it.
+    """Makes threads sleep soon where other programs keep a quarter of this process's cores busy, unless the user has
+    set how they wait; returns a message about it.
 
     Args:
-        threads: of this process, 0 for what the environment says; one waits for nobody.
+        threads: of this process, 0: as many as the environment sets; a single thread never waits.
     """
     single = threads == 1 or (threads == 0 and os.environ.get("OMP_NUM_THREADS") == "1")
     if single or not distill.OWN_SPINS:

@@ -1,6 +1,4 @@
-"""Processes: who we are, and sums over all of us. Works the same for one process, without any collective."""
-
-from __future__ import annotations
+"""Processes: rank, world size, device, and sums over all ranks. One process needs no collective."""
 
 import atexit
 import datetime
@@ -93,7 +91,7 @@ def start(config: EngineConfig) -> Dist:
         "WORLD_SIZE": "1",
         "LOCAL_RANK": "0",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "0",  # any free one: two plain runs side by side must not meet
+        "MASTER_PORT": "0",  # any free one: two plain runs side by side must not share one
     }.items():
         os.environ.setdefault(key, value)
     on_gpu = torch.cuda.is_available()
@@ -119,7 +117,7 @@ def start(config: EngineConfig) -> Dist:
                 timeout=datetime.timedelta(seconds=config.timeout),
                 init_method=None if world > 1 else "tcp://127.0.0.1:0",
             )
-        except (ValueError, RuntimeError, AssertionError) as error:  # no such backend, or nobody at that address
+        except (ValueError, RuntimeError, AssertionError) as error:  # no such backend, or no process at that address
             where = f", MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}"
             raise ConfigError(
                 f"engine.backend is {backend}, rank {rank} of {world}{where * (world > 1)}; the processes cannot join: "
@@ -131,10 +129,10 @@ def start(config: EngineConfig) -> Dist:
 
 
 def _threads(ranks: int) -> int:
-    """CPU threads of a process on a node of so many ranks: what the user's OMP_NUM_THREADS says, else a share of the
+    """CPU threads of a process on a node of so many ranks: the user's OMP_NUM_THREADS, else a share of the
     cores."""
     wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    # torchrun sets 1 where nobody has set any.
+    # torchrun sets 1 where the user has set none.
     if wanted.isdecimal() and int(wanted) > 0 and not (wanted == "1" and "TORCHELASTIC_RUN_ID" in os.environ):
         return int(wanted)
     return max(1, len(os.sched_getaffinity(0)) // ranks)

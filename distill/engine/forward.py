@@ -1,7 +1,5 @@
 """What a forward pass of a micro-batch returns to the training loop."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,6 +1,4 @@
-"""Signals as all ranks see them at the same step."""
-
-from __future__ import annotations
+"""Signals to any rank, reported to all ranks at the same step."""
 
 import signal
 from collections.abc import Callable

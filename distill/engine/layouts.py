@@ -4,8 +4,6 @@ A layout is made before DeepSpeed and bound to its engine after it. All whole te
 return one are collective.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any

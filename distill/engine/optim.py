@@ -1,7 +1,5 @@
 """Parameter groups, optimizer and learning rate."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The first step at which something was not finite: kept on the device, and read where it counts."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -12,18 +10,18 @@ _NEVER = torch.iinfo(torch.int64).max
 
 
 class Watch:
-    """Of one model in training. Noting a step waits for nothing; whoever asks waits for the device."""
+    """Of one model in training. Noting a step waits for nothing; `good` and `problem` wait for the device."""
 
     def __init__(self, dist: Dist):
         self._dist = dist
         self._first_N = torch.full((len(KINDS),), _NEVER, device=dist.device)
 
-    def see(self, step: int, loss: Tensor, norm: Tensor, weights: Tensor) -> None:
-        """Takes note of a step: whether its loss, its gradient norm and the weights that it led to are finite.
+    def note(self, step: int, loss: Tensor, norm: Tensor, weights: Tensor) -> None:
+        """Notes of a step whether its loss, its gradient norm and the weights that it led to are finite.
 
         Args:
             step: as rows of metrics count: 1 for the first.
-            loss, norm, weights: bool, scalar, on the device (a norm that DeepSpeed gives up on comes from the host).
+            loss, norm, weights: bool, scalar, on the device (DeepSpeed's norm may lie on the host).
         """
         device = self._first_N.device
         finite_N = torch.stack([part.to(device, non_blocking=True) for part in (loss, norm, weights)])
@@ -31,7 +29,7 @@ class Watch:
 
     @property
     def good(self) -> bool:
-        """All that this rank has seen was finite."""
+        """All that was noted on this rank was finite."""
         return bool((self._first_N == _NEVER).all())
 
     def problem(self) -> str | None:

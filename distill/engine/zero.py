@@ -1,10 +1,8 @@
-"""DeepSpeed, and beside `layouts` nothing else knows it: one model, its optimizer steps and its state in the clear.
+"""DeepSpeed, which only this file and `layouts` use: one model, its optimizer steps and its state in the clear.
 
 The DeepSpeed dictionary is generated here. Losses are sums over tokens: a step's gradient is that of the sum divided by
 the number of valid tokens of the whole optimizer step, over all ranks and micro-batches, so a batch may be cut anyhow.
 """
-
-from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
@@ -28,7 +26,7 @@ class Engine:
     """A model in training. Every method is called on every rank.
 
     Args:
-        model: on the CPU, in fp32; moved and cast here. Parameters that want no gradient have no optimizer state and
+        model: on the CPU, in fp32; moved and cast here. Parameters without gradient have no optimizer state and
             stay as they are; a checkpoint holds them all the same (in bf16 as cast at the start).
         tensors: what `state` gave at a checkpoint, whole and by name; None starts afresh.
     """

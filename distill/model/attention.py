@@ -1,7 +1,5 @@
 """Grouped-query attention over segments of tokens, with or without rotary positions."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

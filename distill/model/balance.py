@@ -1,7 +1,5 @@
 """Load balancing without an auxiliary loss: a bias per expert that follows the load (arXiv 2408.15664)."""
 
-from __future__ import annotations
-
 import math
 
 import torch

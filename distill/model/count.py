@@ -1,7 +1,5 @@
 """Sizes and costs of a configuration by formula; no model is built."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from distill.config.model import moe_layers, rope_layers

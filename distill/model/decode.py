@@ -1,7 +1,5 @@
 """Cached decoding: a prompt goes through the model once, then every new token costs one token."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 

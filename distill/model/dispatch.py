@@ -5,8 +5,6 @@ distill/config/registry.py). An expert-parallel one holds some of the experts (`
 exchanges the sorted rows between processes after `dispatch` and before `combine`.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple, Protocol
 
 import torch

@@ -1,7 +1,5 @@
 """The mixture of experts: dispatch, grouped products, combine, and the shared expert beside it."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

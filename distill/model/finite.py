@@ -1,7 +1,5 @@
 """Whether a tensor holds nothing but numbers."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

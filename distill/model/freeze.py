@@ -1,7 +1,5 @@
 """Takes one half of a model with vision out of training."""
 
-from __future__ import annotations
-
 from distill.config.schema import Freeze
 from distill.model.transformer import Transformer
 

@@ -5,8 +5,6 @@ room for one chunk: a token goes to slot position % chunk, over a token of the c
 another, so the slots up to a token's own are those of its chunk.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """The two kinds of matrix products that a precision may replace, and the modules that own 2-D weights."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """Root-mean-square normalization with the cast order of the released models."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -31,8 +31,6 @@ Every factor is 1 at the base sizes, whatever they are: there `transfer` is `sta
 1/sqrt(C) stays; vary the number of heads, of queries and of keys alike), another share of active experts, SGD.
 """
 
-from __future__ import annotations
-
 import re
 from typing import NamedTuple
 

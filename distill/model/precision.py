@@ -1,7 +1,5 @@
 """What a precision is made of; the key `precision` names one (`PRECISIONS` in distill/config/registry.py)."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

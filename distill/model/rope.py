@@ -1,7 +1,5 @@
 """Rotary positions: adjacent channel pairs, real arithmetic, fp32, with llama3 frequency scaling."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

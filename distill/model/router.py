@@ -1,7 +1,5 @@
 """Which experts a token goes to, and how strongly."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -3,8 +3,6 @@
 It makes files that only their owner can read, and has errors of its own for a full disk.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

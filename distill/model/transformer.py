@@ -1,7 +1,5 @@
 """The one Transformer of the project: teacher and student are two configurations of it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 

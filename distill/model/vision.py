@@ -5,8 +5,6 @@ per tile after the pixel shuffle; O channels out of the adapter. All products ar
 to the Transformer (FP8) are for the text model alone.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from typing import Any
 

@@ -5,8 +5,6 @@ carries the teacher's identity and beats what was stale, so that a run that was 
 again, here or in another folder.
 """
 
-from __future__ import annotations
-
 import math
 import shutil
 import time
@@ -58,7 +56,7 @@ class Place(NamedTuple):
     best: float
     """Nats: the least loss of the cache's records; nan: none has one."""
     teacher_loss: float
-    """Nats: this teacher's on samples that have records; nan: nothing asked for it; inf: it is not finite."""
+    """Nats: this teacher's on samples that have records; nan: not measured; inf: it is not finite."""
 
     @property
     def tflops_per_sample(self) -> float:
@@ -76,7 +74,7 @@ def backfill(run: Run) -> None:
     b, dist = run.config.backfill, run.dist
     teacher = load_teacher(run)
     run.start()
-    # Only the main rank looks: what it sees is the plan of all.
+    # The main rank's plan holds for all: another rank might read a cache that has grown since.
     places, plan = dist.from_main(_planned(run, teacher) if dist.is_main else None)
     for place in places:
         if math.isinf(place.teacher_loss):
@@ -159,7 +157,7 @@ def _own_loss(run: Run, teacher: Teacher, corpus: PackedCorpus, held: Held) -> f
         loss, valid = label_loss(teacher.model, batch, b.head_chunk)
         total, tokens = total + loss, tokens + valid
     if not math.isfinite(total):
-        return math.inf  # not nan, which says that nothing asked
+        return math.inf  # nan means not measured
     return total / tokens if tokens else np.nan
 
 
@@ -269,7 +267,7 @@ def _label(run: Run, teacher: Teacher, batch: Batch, capture: Capture, step: int
 
 
 def _label_all(run: Run, teacher: Teacher, places: list[Place], plan: Plan, mine: list[Unit]) -> dict[str, Any]:
-    """This rank's units; all ranks keep step unit by unit, so that a row says what all have done."""
+    """Labels this rank's units, in step with all ranks, so that a row of metrics covers one unit of each."""
     b, dist, length = run.config.backfill, run.dist, run.config.data.sample_tokens
     rounds = -(-len(plan.units) // dist.world)
     pieces = [
@@ -295,7 +293,7 @@ def _label_all(run: Run, teacher: Teacher, places: list[Place], plan: Plan, mine
         run.tracker.progress("backfill", 0, plan.samples, tokens=0)
         at, began, labelled = 0, time.perf_counter(), 0
         for turn_number in range(rounds):
-            # Loss, valid tokens, samples, ranks that a signal has asked to stop.
+            # Loss, valid tokens, samples, ranks that got a signal.
             sums = torch.zeros(4, dtype=torch.float64, device=dist.device)
             while turn_number < len(mine):
                 corpus, ids, last = pieces[at]
@@ -321,7 +319,7 @@ def _label_all(run: Run, teacher: Teacher, places: list[Place], plan: Plan, mine
                 break
         for capture in captures:
             capture.flush()
-        dist.barrier()  # every rank's shards are out before any rank looks
+        dist.barrier()  # all shards are published before any rank reads
     stop.check()  # what was labelled is published
     loss, valid = totals.tolist()
     entries: dict[str, Any] = {"samples": labelled, "tokens": labelled * length}

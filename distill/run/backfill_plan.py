@@ -9,8 +9,6 @@ it, samples of equal worth are taken from all over the corpus. What is done alre
 started again does what is left.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -26,17 +24,17 @@ class Held(NamedTuple):
 
     covered_N: NDArray[np.bool_]
     loss_N: NDArray[np.float64]
-    """Nats: mean label loss of the teacher that made the sample's targets; nan where not covered or not known."""
+    """Nats: mean label loss of the teacher that made the sample's targets; nan where not covered or unknown."""
     mine_N: NDArray[np.bool_]
     """The frozen teacher's own: never stale."""
     teacher_loss: float = math.nan
-    """Nats: the frozen teacher's mean label loss on such samples; nan: not known."""
+    """Nats: the frozen teacher's mean label loss on such samples; nan: unknown."""
 
     @property
     def best(self) -> float:
         """Nats: the least loss of any record; nan where none has one."""
-        known = self.loss_N[self.covered_N & ~np.isnan(self.loss_N)]
-        return float(known.min()) if len(known) else math.nan
+        losses = self.loss_N[self.covered_N & ~np.isnan(self.loss_N)]
+        return float(losses.min()) if len(losses) else math.nan
 
 
 class Unit(NamedTuple):
@@ -79,7 +77,7 @@ def worth(held: Held, vocab_size: int, min_lag: float | None) -> NDArray[np.floa
     lag_N, gain_N = (np.nan_to_num(held.loss_N - loss, nan=0.0) for loss in (best, reference))
     stale_N = held.covered_N & ~held.mine_N & (lag_N >= (math.inf if min_lag is None else min_lag))
     ignorance = math.log(vocab_size) - (0.0 if math.isnan(reference) else reference)
-    # A gap is filled whoever the teacher is: that is what it was called for.
+    # A gap is filled by any teacher.
     gap = max(ignorance, float(gain_N[held.covered_N].max(initial=0.0)), 1e-6)
     return np.where(held.covered_N, np.where(stale_N, gain_N.clip(min=0.0), 0.0), gap)
 

@@ -1,7 +1,5 @@
 """Wiring: from a run to a trainer with its model, stream, caches and recipe."""
 
-from __future__ import annotations
-
 import dataclasses
 from functools import partial
 from typing import Any

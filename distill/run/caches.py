@@ -1,7 +1,5 @@
 """The caches of a run's corpora: where they lie, and how they are created, opened and summarized."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,12 +18,12 @@ from teacher.capture import Capture
 
 
 def cache_root(run: Run) -> str:
-    """A path, or a URL of a file system that fsspec knows."""
+    """A path, or a URL of a file system that fsspec supports."""
     return run.config.cache.dir or str(run.folder / "cache")
 
 
 def cache_folders(run: Run) -> dict[str, str]:
-    """The cache of each corpus: as `cache.dirs` says, else the root itself, or a folder in it for each of a mixture."""
+    """The cache of each corpus: the folder in `cache.dirs`, else the root, or a folder in it for each of a mixture."""
     root, names = cache_root(run).rstrip("/"), list(run.data.train)
     usual = {names[0]: root} if len(names) == 1 else {name: f"{root}/{name}" for name in names}
     return {name: run.config.cache.dirs.get(name, folder) for name, folder in usual.items()}

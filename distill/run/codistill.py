@@ -5,8 +5,6 @@ it starts when the teacher is half-way, keeps pace, and comes back to the first 
 Control arms follow, each a student run of its own in a folder below: same init, same samples, same number of steps.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
@@ -73,11 +71,11 @@ def _rounds(
         if teacher.step < teacher.steps or stopped == "student":
             if stopped != "student":
                 yield Leg(teacher, _round_end(teacher, rounds), save=False)
-                run.dist.barrier()  # every rank's shards are out before any rank looks
+                run.dist.barrier()  # all shards are published before any rank reads
                 for reader in readers:
                     reader.refresh()
             reach = student.feed.published(readers, student.step, student.steps)
-            # Checkpoints stand between logged rows, so that no row is averaged over a part of its steps.
+            # Checkpoints lie between logged rows, so that no row is averaged over a part of its steps.
             reach -= reach % student.config.log_every if reach < student.steps else 0
             goal = max(student.step, min(reach, goal))
         stopped = None

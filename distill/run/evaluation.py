@@ -1,7 +1,5 @@
 """Held-out evaluation of a run's models, and job=evaluate."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from pathlib import Path

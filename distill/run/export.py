@@ -40,7 +40,7 @@ _COPIED = (
 
 
 def export(config: RunConfig, folder: Path, dist: Dist) -> None:
-    """Writes `export.dir`, and in the run folder what came of it.
+    """Writes `export.dir`, and a summary into the run folder.
 
     Raises:
         ConfigError: no tokenizer is found.
@@ -58,7 +58,7 @@ def export(config: RunConfig, folder: Path, dist: Dist) -> None:
     home = _Home.of(source, config.data)
     opened = None if (source / "config.json").exists() else checkpoint.find(source)
     model = load_model(source, e.role.value, opened=opened)
-    known = None if opened is None else identity.stored(opened, role_in(opened, e.role.value))
+    origin = None if opened is None else identity.stored(opened, role_in(opened, e.role.value))
     biased = hf.drops_router_bias(model, e.drop_router_bias, "export.drop_router_bias")
     tokenizer = home.tokenizer()
     data = Prepared(tokenizer, {}, {})
@@ -72,8 +72,8 @@ def export(config: RunConfig, folder: Path, dist: Dist) -> None:
     if not home.is_hf:
         model.config = _with_ids_of(tokenizer, model.config)
         also = partial(_write_tokenizer, tokenizer, model.config, home.images)
-    if known is not None and not biased:  # else it routes otherwise, as another teacher
-        also = partial(_written_by, also, *known)
+    if origin is not None and not biased:  # without its bias the model routes otherwise: it is another teacher
+        also = partial(_written_by, also, *origin)
     dtype = PRECISIONS[e.dtype.value].dtype
     report = hf.save(
         model,
@@ -165,9 +165,9 @@ def _with_ids_of(tokenizer: Tokenizer, config: ModelConfig) -> ModelConfig:
     """
     eos = tokenizer.eos_id
     eos_ids = config.eos_ids if eos in config.eos_ids else [] if eos is None else [eos]
-    known = config.pad_id is not None and tokenizer.token(config.pad_id) is not None
+    has_pad = config.pad_id is not None and tokenizer.token(config.pad_id) is not None
     return dataclasses.replace(
-        config, bos_id=tokenizer.bos_id, eos_ids=list(eos_ids), pad_id=config.pad_id if known else eos
+        config, bos_id=tokenizer.bos_id, eos_ids=list(eos_ids), pad_id=config.pad_id if has_pad else eos
     )
 
 
@@ -189,7 +189,7 @@ def _write_tokenizer(tokenizer: Tokenizer, config: ModelConfig, images: dict[str
 
 
 def _write_processor(vision: VisionConfig, images: dict[str, Any], folder: Path) -> None:
-    """How transformers makes tiles of images and tokens of tiles; where the run does not say, as released."""
+    """How transformers makes tiles of images and tokens of tiles; released values where the run has none."""
     mean = [0.5] * 3
     pixels = {
         "image_processor_type": "Llama4ImageProcessor",

@@ -1,7 +1,5 @@
 """Which batch a trainer gets at each step, and how far the caches that it reads have come."""
 
-from __future__ import annotations
-
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +18,7 @@ from distill.engine.dist import Dist
 from distill.tracking.tracker import Tracker
 
 POLL_SECONDS, POLL_FAR_SECONDS = 0.2, 2.0
-"""Between two looks for news; each look at an object store is a few requests, which are paid for."""
+"""Between two checks for new shards; each check of an object store is a few paid requests."""
 
 Positions = Callable[[np.ndarray], np.ndarray]
 
@@ -51,8 +49,8 @@ class Feed:
     def published(self, readers: Sequence[CacheReader], step: int, goal: int) -> int:
         """The step, from `step` to `goal`, up to which all samples are published, or left out for good.
 
-        A sample counts as published when every writer of its teacher is past the step that captured it, so what a step
-        finds does not depend on when it looks (in the teacher's first epoch: of a sample that is captured again the
+        A sample counts as published when every writer of its teacher is past the step that captured it, so the targets
+        of a step do not depend on timing (in the teacher's first epoch: of a sample that is captured again the
         newest targets count).
         """
         stream = readers[0].header.stream
@@ -80,7 +78,7 @@ class FollowingFeed(Feed):
         deadline = time.monotonic() + self.cache.follow_timeout
         announced = False
         while True:
-            # The main rank decides; the others then see at least what it saw.
+            # The main rank decides; the others refresh after it, so their views hold at least the same shards.
             news, now = [0], None
             if self.dist.is_main:
                 news = [reader.refresh() for reader in self.readers]

@@ -1,6 +1,4 @@
-"""What a run folder says of the run that was started in it, checked before anything in it is changed."""
-
-from __future__ import annotations
+"""The records of a run in its folder: compared with a new start or a resume before anything in it is changed."""
 
 import json
 from collections.abc import Iterator
@@ -71,7 +69,7 @@ def problems(folder: Path, config: RunConfig) -> Iterator[str]:
             "another folder"
         )
         return
-    # Paths as `now` has them, whoever wrote it.
+    # Paths whole, as in `now`.
     was, now = flat(paths.expanded(before, RunConfig)), flat(to_dict(config))
     for key in sorted(was.keys() | now.keys()):
         if not key.startswith(_FREE) and was.get(key) != now.get(key):

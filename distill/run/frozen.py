@@ -1,7 +1,5 @@
 """The frozen teacher of a backfill: loaded, named, and checked against the run's tokenizer, images and samples."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import NamedTuple
@@ -23,18 +21,18 @@ from teacher.labelling import Frozen, Own
 
 
 class Teacher(NamedTuple):
-    """A frozen teacher and what is known of it."""
+    """A frozen teacher, its identity and its training."""
 
     model: Frozen
     name: str
-    """What messages call it."""
+    """For messages."""
     identity: str
     steps: int
-    """Optimizer steps that it was trained for; 0: not known."""
+    """Optimizer steps that it was trained for; 0: unknown."""
     tokens_seen: int
-    """In these steps; 0: not known."""
+    """In these steps; 0: unknown."""
     corpora: frozenset[str]
-    """Digests of the corpora that it is known to have trained on."""
+    """Digests of corpora that it was trained on, as far as its checkpoint or run records them."""
 
     def trained_on(self, corpus: str) -> bool:
         return corpus in self.corpora
@@ -64,7 +62,7 @@ def load_teacher(run: Run) -> Teacher:
             trained = checkpoint.find(folder)
         own = load_model(folder, "teacher", parts=parts_of(config), opened=trained)
         model, longest, vision = Own(own), own.config.max_positions, own.config.vision
-    name, known = run.dist.from_main(_identity(model, folder, trained) if run.dist.is_main else None)
+    name, origin = run.dist.from_main(_identity(model, folder, trained) if run.dist.is_main else None)
     if isinstance(model, Own):  # transformers keeps some parts in fp32
         model.model.to(dtype)
     if longest is not None and config.data.sample_tokens > longest:
@@ -74,8 +72,8 @@ def load_teacher(run: Run) -> Teacher:
     check_vision(f"vision of the model in {folder}", vision, config.data, run.data.tokenizer)
     home = _home(folder)
     _check_tokenizer(run, home)
-    if known is not None:
-        lineage, steps = known
+    if origin is not None:
+        lineage, steps = origin
         tokens, corpora = steps * lineage.tokens_per_step, [*lineage.corpora, *_corpora(home)]
     else:
         steps, tokens = (0, 0) if trained is None else _progress(trained, home)
@@ -84,10 +82,10 @@ def load_teacher(run: Run) -> Teacher:
 
 
 def _identity(model: Frozen, folder: Path, trained: Checkpoint | None) -> tuple[str, tuple[Lineage, int] | None]:
-    """Whose weights these are: a lineage at a step where the checkpoint or the exported folder says so, else their
+    """The identity of weights: a lineage at a step where the checkpoint or the exported folder records one, else their
     own. Before they are rounded to the precision in which they label."""
-    known = identity.exported(folder) if trained is None else identity.stored(trained, role_in(trained, "teacher"))
-    return identity.of_weights(model.model) if known is None else known[0].at(known[1]), known
+    origin = identity.exported(folder) if trained is None else identity.stored(trained, role_in(trained, "teacher"))
+    return identity.of_weights(model.model) if origin is None else origin[0].at(origin[1]), origin
 
 
 def _home(folder: Path) -> Path:
@@ -110,7 +108,7 @@ def _check_tokenizer(run: Run, home: Path) -> None:
 
 
 def _progress(trained: Checkpoint, home: Path) -> tuple[int, int]:
-    """Optimizer steps of a checkpoint's teacher, and the tokens that its run says it saw in them."""
+    """Optimizer steps of a checkpoint's teacher, and the tokens in them by its run's configuration."""
     role = role_in(trained, "teacher")
     steps = int(trained.state["roles"][role]["step"])
     if not (home / "config.yaml").exists():
@@ -127,6 +125,6 @@ def _corpora(home: Path) -> list[str]:
         if path.exists():
             try:
                 found.append(CacheHeader.load(path.parent).corpus)
-            except CacheError:  # it says nothing then; the backfill does not need it
+            except CacheError:  # a damaged header names no corpus; the backfill does not need it
                 continue
     return found

@@ -15,8 +15,6 @@ Face folder that job=export wrote, while its files are those that were written. 
 themselves. The precision in which a frozen teacher labels makes it no other.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
@@ -128,7 +126,7 @@ def exported(folder: Path) -> tuple[Lineage, int] | None:
         return found if record["files"] == _files(folder) else None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
-            f"{path}: cannot be read: {error}; remove it, and the weights count as nobody's"
+            f"{path}: cannot be read: {error}; remove it, and the weights are named by their digest"
         ) from error
 
 

@@ -1,7 +1,5 @@
 """Models of a run: built as its configuration says, or loaded from a run, a checkpoint or a Hugging Face folder."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,7 +85,7 @@ def load_model(
             raise ConfigError(
                 *[f"{role}.model.{key} is {shown(a)}; the model in {folder} has {shown(b)}" for key, a, b in unlike]
             )
-        model.config = want  # the same model, as the run spells it
+        model.config = want  # the same architecture in the run's spelling
     return model
 
 

@@ -1,7 +1,5 @@
 """What capture costs the teacher: its own training with and without, in turns on the same batches."""
 
-from __future__ import annotations
-
 import shutil
 import statistics
 import time

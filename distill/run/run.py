@@ -90,7 +90,7 @@ class Run:
             self.dist.barrier()
         assert prepared is not None
         self.use(prepared)
-        if self.dist.is_main:  # whoever exports a model of this run needs no data
+        if self.dist.is_main:  # job=export then needs no data
             prepared.tokenizer.save(self.folder / TOKENIZER)
 
     def use(self, prepared: Prepared) -> None:

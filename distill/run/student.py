@@ -1,7 +1,5 @@
 """job=student: train a student on cached targets, also while the teacher still publishes them."""
 
-from __future__ import annotations
-
 import time
 
 from distill.cache import is_created

@@ -1,7 +1,5 @@
 """job=teacher: pretrain a teacher, and capture its soft targets on the way."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from distill.run import build

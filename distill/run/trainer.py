@@ -60,7 +60,7 @@ class Recipe(Protocol):
         ...
 
     def metrics(self) -> dict[str, float]:
-        """Further entries of a logged row, known to the host."""
+        """Further metrics of a logged row, from the host."""
         ...
 
     def state(self) -> dict[str, Any]:
@@ -189,7 +189,7 @@ class Trainer:
         if self.config.balance_rate > 0 and self.config.freeze is not Freeze.text:
             update_bias(self.engine.model, update.counts_LE, self.config.balance_rate)
         self.step += 1
-        self.watch.see(self.step, update.finite, update.norm.isfinite(), self.engine.weights_finite())
+        self.watch.note(self.step, update.finite, update.norm.isfinite(), self.engine.weights_finite())
         self.meters.add("grad_norm", update.norm, 1.0)
         self.meters.add("lr", lr, 1.0)
         for name, value in load_stats(update.counts_LE).items():
@@ -242,7 +242,7 @@ class Trainer:
             raise self.run.diverged(self.role, problem)
 
     def _report(self, goal: int) -> None:
-        """Logs a row and evaluates, where the step asks for it."""
+        """Logs a row and evaluates, at the steps where `log_every` and `eval_every` fall."""
         step, last = self.step, self.step == self.steps
         log_now = step % self.config.log_every == 0 or last
         evaluate_now = bool(self.config.eval_every) and step % self.config.eval_every == 0 and not last

@@ -1,7 +1,5 @@
 """What `stats` returns as one page with charts, those of a run's report."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path

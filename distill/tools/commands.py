@@ -5,8 +5,6 @@ code: 0, or 1 where the answer is no. The module is imported when its command is
 pyarrow and the like when it runs, so what reads headers and ledgers alone answers at once.
 """
 
-from __future__ import annotations
-
 import argparse
 import signal
 import sys

@@ -1,7 +1,5 @@
 """What the tools share: arguments, the caches of a folder, the lock of tools that change a cache. No torch."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os

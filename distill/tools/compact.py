@@ -6,8 +6,6 @@ written is the row that retires what was copied: whatever stops the work before 
 harm, and which the next compaction takes away. Rows that appear meanwhile are not touched.
 """
 
-from __future__ import annotations
-
 import argparse
 from typing import NamedTuple
 

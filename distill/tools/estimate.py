@@ -4,8 +4,6 @@ bytes_per_token.json has the bytes of records by codec, parameter, vocabulary an
 the real codec and coder by `make bench ONLY=record_bytes`. No torch.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

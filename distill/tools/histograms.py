@@ -1,7 +1,5 @@
 """Histograms over the tokens of some samples: how sure the teacher was, and what of it is stored."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Several caches of one corpus, tokenizer, codec and seed into one."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from typing import NamedTuple

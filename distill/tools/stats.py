@@ -1,7 +1,5 @@
 """What is in a cache: how much of the corpus, bytes for what, from which teachers, how far behind. No torch."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """What `stats` returns as text for a terminal. No torch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

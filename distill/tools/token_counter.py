@@ -1,7 +1,5 @@
 """How many tokens of a record have a target, outside of a reader. Loads torch when it is used."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

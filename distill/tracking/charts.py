@@ -1,7 +1,5 @@
 """Charts as HTML figures, drawn by plotly in the reader's browser; the page around them brings plotly's script."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace

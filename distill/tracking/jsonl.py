@@ -1,7 +1,5 @@
 """Append-only files of one JSON object a line: writing, reading what a killed run left, cutting back on resume."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The report's charts of length: loss by position within the document, and the needle in a haystack."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Weighted means and histograms that stay on the device until they are flushed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """The page around charts: style and scripts are inline, so that one file is all there is."""
 
-from __future__ import annotations
-
 from html import escape
 from pathlib import Path
 

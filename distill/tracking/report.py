@@ -1,7 +1,5 @@
 """`report.html`: what a run was and how it came out, in one file that needs nothing else."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape

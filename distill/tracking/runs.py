@@ -1,7 +1,5 @@
 """Reads back what a run folder and the arms below it measured, as curves."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The result of a run: a sentence, a table of arms and the other summary entries; console and report show the same."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 

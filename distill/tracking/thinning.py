@@ -1,7 +1,5 @@
 """From many numbers to what a chart has room for: fewer points, smooth curves, ranges and ticks of axes."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Sends metrics and histograms to wandb; the only file that imports it."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path

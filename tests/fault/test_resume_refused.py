@@ -98,7 +98,7 @@ def test_damaged_and_deleted_checkpoints(cut, finished):
     for weights in root.glob("*/*.safetensors"):
         weights.write_bytes(weights.read_bytes()[:-1])
     (line,) = errors(run(*start, "resume=true", code=2))
-    assert "bytes, its manifest says" in line and f"{root} has no other checkpoint that is whole" in line
+    assert "bytes; its manifest has" in line and f"{root} has no other checkpoint that is whole" in line
     shutil.rmtree(root)
     done = run(*start, "resume=true")
     assert f"{root} has no checkpoint: the run starts from its beginning" in done.stdout + done.stderr

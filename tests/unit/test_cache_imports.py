@@ -1,4 +1,7 @@
-"""Readers of foreign formats, against files written here by the formats' rules and the dense truth behind them."""
+"""Readers of foreign formats, against files written here by the formats' rules and the dense truth behind them.
+
+Longer than other files: four formats share their writers of damaged files.
+"""
 
 from __future__ import annotations
 

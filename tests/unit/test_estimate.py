@@ -34,9 +34,8 @@ def test_an_estimate_and_what_a_cache_becomes(tmp_path, capsys):
 def test_the_table_of_estimates_is_what_the_codecs_write():
     """One vocabulary and entropy of it, measured anew; between its numbers the estimate lies between them."""
     measured = record_bytes.measure(1024, 1.9)
-    for (name, value), size in measured.items():
-        codec = CodecConfig(name, **{record_bytes.PARAMETERS[name][0]: value})
-        assert from_table(codec, 1024, 1.9).likely == pytest.approx(size, rel=0.01)
+    for setting, size in measured.items():
+        assert from_table(setting.config(), 1024, 1.9).likely == pytest.approx(size, rel=0.01)
     low, between, high = (from_table(CodecConfig(), 5000, entropy).likely for entropy in (1.9, 2.5, 3.2))
     assert low < between < high and 5.622 < from_table(CodecConfig(draws=14), 1024, 1.9).likely < 7.953
     assert (

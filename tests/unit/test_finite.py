@@ -49,10 +49,10 @@ def test_any_element_of_any_kind_of_tensor(dtype):
 def test_a_watch_keeps_the_first_step():
     yes, no, dist = torch.tensor(True), torch.tensor(False), Dist(0, 1, torch.device("cpu"))
     watch = Watch(dist)
-    watch.see(1, yes, yes, yes)
+    watch.note(1, yes, yes, yes)
     assert watch.good and watch.problem() is None
-    watch.see(4, yes, no, no)
-    watch.see(5, no, no, yes)
+    watch.note(4, yes, no, no)
+    watch.note(5, no, no, yes)
     assert not watch.good and watch.problem() == "gradient norm and weights are not finite at step 4"
     for flags, text in (
         ((no, yes, yes), "loss is"),
@@ -61,8 +61,8 @@ def test_a_watch_keeps_the_first_step():
         ((no, no, no), "loss, gradient norm and weights are"),
     ):
         watch = Watch(dist)
-        watch.see(9, *flags)
-        watch.see(10, no, no, no)
+        watch.note(9, *flags)
+        watch.note(10, no, no, no)
         assert watch.problem() == f"{text} not finite at step 9"
 
 
@@ -72,7 +72,7 @@ def test_what_another_rank_saw_counts():
             return tensor.copy_(torch.minimum(tensor, torch.tensor([3, 2**63 - 1, 2**63 - 1])))
 
     yes, watch = torch.tensor(True), Watch(Pair(0, 2, torch.device("cpu")))
-    watch.see(7, yes, yes, ~yes)
+    watch.note(7, yes, yes, ~yes)
     assert watch.problem() == "loss is not finite at step 3"
     assert watch.problem() == "loss is not finite at step 3" and not watch.good
 

@@ -1,7 +1,5 @@
 """Codecs, made by the name that `distill.config.registry` has them under."""
 
-from __future__ import annotations
-
 from distill.cache.codecs.base import Codec, Selection
 from distill.config.errors import CacheError
 from distill.config.ranges import out_of_range

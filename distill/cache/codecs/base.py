@@ -1,7 +1,5 @@
 """The interface of codecs."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 

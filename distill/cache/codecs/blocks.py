@@ -4,8 +4,6 @@ Probabilities are summed in blocks; the running sum (fp64, so that no small prob
 over blocks only, and ids within a block are summed only where a draw falls. That is one cheap pass over T x V.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

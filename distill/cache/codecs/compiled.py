@@ -1,7 +1,5 @@
 """The search for drawn ids on a CPU, compiled by numba without the GIL: the sums of `blocks`, in the same order."""
 
-from __future__ import annotations
-
 import numpy as np
 from numba import njit
 

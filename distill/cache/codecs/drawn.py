@@ -5,8 +5,6 @@ spaced points of the running mass with one uniform offset a token, so that an id
 ceil(N p) times: the least expected squared error of all unbiased counts of N draws.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 
 import torch

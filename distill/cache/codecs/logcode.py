@@ -1,7 +1,5 @@
 """Probabilities in one byte: 256 levels in geometric progression from `low` to 1."""
 
-from __future__ import annotations
-
 import math
 
 import torch

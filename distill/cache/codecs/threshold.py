@@ -8,8 +8,6 @@ Of all unbiased codecs with that average number of atoms this has the least expe
 `systematic` has less, because the precision of heads costs more than it saves.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ Decoded rows are scaled so that 1 - sum(probs_TK) is the stored residual mass; t
 otherwise miss it by more than the residual of a peaked row.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

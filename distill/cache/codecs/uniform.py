@@ -5,8 +5,6 @@ with a state made by its own finalizer from the first three, asked for its draw-
 arithmetic of torch, which is the same on every device.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Hugging Face checkpoints: a folder of safetensors and `config.json`, in and out."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

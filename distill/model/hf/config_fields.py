@@ -1,7 +1,5 @@
 """Takes values out of one object of a `config.json`: each by its type, every fault noted, no unknown key accepted."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple

@@ -3,8 +3,6 @@
 The safetensors library stops at the first damaged file and does not name the tensor that would end beyond it.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter

@@ -1,7 +1,5 @@
 """What the released checkpoints call the model's parameters."""
 
-from __future__ import annotations
-
 TEXT = "language_model."
 """Before every key of the text model where the checkpoint has vision as well."""
 VISION = ("vision_model.", "multi_modal_projector.")

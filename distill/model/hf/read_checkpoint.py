@@ -4,8 +4,6 @@ Files are mapped, so each number is copied once, from the page to its place. Onl
 put together in memory, and then one at a time.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from pathlib import Path

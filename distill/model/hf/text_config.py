@@ -1,7 +1,5 @@
 """`config.json` of the Llama 4 family, in all its spellings, to and from a `ModelConfig`."""
 
-from __future__ import annotations
-
 import dataclasses
 import warnings
 from typing import Any

@@ -1,7 +1,5 @@
 """`vision_config` of a `config.json`, to and from a `VisionConfig`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

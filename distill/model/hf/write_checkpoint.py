@@ -1,7 +1,5 @@
 """Writes a checkpoint: a folder that transformers loads, and that appears whole or not at all."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

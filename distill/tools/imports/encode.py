@@ -1,7 +1,5 @@
 """Foreign distributions of consecutive positions as what a cache stores of them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Foreign sequences into a cache, through its writer like any other targets."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Rows of Parquet files one by one, with errors that name the file and the row."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path

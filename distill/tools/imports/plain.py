@@ -5,8 +5,6 @@ or logits. Of dense logits nothing is lost. Of top-k logits without their log-su
 kept ones are made to sum to 1.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -8,8 +8,6 @@ the label would favour it. Its log-probability is kept as the teacher's of the l
 A server's response (the same under `choices`) is read too, and so are plain numbers in place of {"logprob": ...}.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path
