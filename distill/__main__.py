@@ -44,7 +44,7 @@ def compose_and_run(cfg: DictConfig) -> None:
 
 def run_job(config: RunConfig) -> None:
     job = JOBS[config.job]
-    refusal: UserError | None = owner.refusal()
+    refusal: UserError | None = owner.OwnRunFolder.refusal
     folder, alone = Path(HydraConfig.get().runtime.output_dir), int(os.environ.get("WORLD_SIZE", "1")) == 1
     try:
         if int(os.environ.get("RANK", "0")) == 0 and refusal is None:

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from hydra._internal.utils import get_args_parser
 
+from distill.config.errors import ConfigError
 from distill.config.paths import home
 
 _DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
@@ -23,12 +24,8 @@ _REFUSED = {
 }
 
 
-class _Refused(Exception):
-    """A flag that Hydra's parser does not accept."""
-
-
 def _refuse(message: str) -> NoReturn:
-    raise _Refused(message)
+    raise ConfigError(message)
 
 
 _PARSER = get_args_parser()
@@ -81,7 +78,7 @@ def split(arguments: list[str]) -> CommandLine:
             words.append(argument)
     try:
         parsed, others = _PARSER.parse_known_intermixed_args(words)
-    except _Refused as refused:
+    except ConfigError as refused:
         line.problems.append(str(refused))
         line.overrides = [word for word in words if "=" in word and not word.startswith("-")]
         return line

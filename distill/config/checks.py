@@ -51,14 +51,19 @@ def _rules(run: RunConfig) -> Iterator[str]:
     for name, arm in run.codistill.arms.items():
         yield from _weighting(f"codistill.arms.{name}.weighting", arm.weighting)
     yield from _data(run)
-    yield from _images(run)
     yield from _cache(run)
 
     on = run.evaluate.accuracy_on
     held_out = [name for name, corpus in run.data.corpora.items() if corpus.held_out > 0 or corpus.held_out_files]
     if on is not None and on not in held_out:
         yield f"evaluate.accuracy_on is {on}; allowed: {', '.join(held_out)}, the corpora that hold something out"
-    yield from _needle_test(run)
+    needle = run.evaluate.needle
+    tested = run.teacher.model if run.job == "teacher" else run.student.model
+    for most in needle.lengths:
+        if run.job != "evaluate" and most > tested.max_positions:
+            yield f"evaluate.needle.lengths has {most}; the model's max_positions is {tested.max_positions}"
+    if not needle.depths:
+        yield "evaluate.needle.depths is empty; at least one share, or lengths=[] for no test"
     folders = {
         "init_from": run.init_from,
         "teacher.init_from": run.teacher.init_from,
@@ -225,8 +230,9 @@ def _data(run: RunConfig) -> Iterator[str]:
                 yield f"{key}.max_documents is null; source=needle makes so many documents"
             if n.longest < n.shortest:
                 yield f"{key}.needle.longest is {n.longest}; at least {n.shortest}"
+    specials = sum(token is not None for token in (d.tokenizer.bos, d.tokenizer.eos))
     if d.tokenizer.file is None:
-        least = 256 + _specials(run) + len(IMAGE_TOKENS) * d.has_images
+        least = 256 + specials + len(IMAGE_TOKENS) * d.has_images
         if d.tokenizer.vocab_size < least:
             yield f"data.tokenizer.vocab_size is {d.tokenizer.vocab_size}; at least {least}"
         # job=backfill takes its teacher as it was saved: it is checked when it is there.
@@ -234,21 +240,11 @@ def _data(run: RunConfig) -> Iterator[str]:
             size = getattr(run, role).model.vocab_size
             if d.tokenizer.vocab_size > size:
                 yield f"data.tokenizer.vocab_size is {d.tokenizer.vocab_size}; {role}.model.vocab_size allows {size}"
-
-
-def _images(run: RunConfig) -> Iterator[str]:
-    d, images = run.data, run.data.images
-    if not d.has_images:
-        return
-    patch_id = None if d.tokenizer.file is not None else _specials(run) + IMAGE_TOKENS.index("<|patch|>")
+    # A trained tokenizer's first ids are bos and eos, then those of images.
+    patch_id = None if d.tokenizer.file is not None else specials + IMAGE_TOKENS.index("<|patch|>")
     # job=evaluate takes its models as they were saved: they are checked when they are there.
-    for role in JOBS[run.job].trains if run.job in JOBS.names else ():
-        yield from vision_problems(f"{role}.model.vision", getattr(run, role).model.vision, images, patch_id)
-
-
-def _specials(run: RunConfig) -> int:
-    """Ids of a trained tokenizer before those of images."""
-    return sum(token is not None for token in (run.data.tokenizer.bos, run.data.tokenizer.eos))
+    for role in JOBS[run.job].trains if d.has_images and run.job in JOBS.names else ():
+        yield from vision_problems(f"{role}.model.vision", getattr(run, role).model.vision, d.images, patch_id)
 
 
 def vision_problems(key: str, vision: VisionConfig | None, images: ImageConfig, patch_id: int | None) -> Iterator[str]:
@@ -265,16 +261,6 @@ def vision_problems(key: str, vision: VisionConfig | None, images: ImageConfig, 
         )
     if patch_id is not None and vision.image_token_id != patch_id:
         yield f"{key}.image_token_id is {vision.image_token_id}; the tokenizer's <|patch|> is {patch_id}"
-
-
-def _needle_test(run: RunConfig) -> Iterator[str]:
-    key, n = "evaluate.needle", run.evaluate.needle
-    model = run.teacher.model if run.job == "teacher" else run.student.model
-    for length in n.lengths:
-        if run.job != "evaluate" and length > model.max_positions:
-            yield f"{key}.lengths has {length}; the model's max_positions is {model.max_positions}"
-    if not n.depths:
-        yield f"{key}.depths is empty; at least one share, or lengths=[] for no test"
 
 
 def _cache(run: RunConfig) -> Iterator[str]:

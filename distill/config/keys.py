@@ -15,6 +15,8 @@ from distill.config.ranges import bare, hints
 from distill.config.schema import RunConfig
 from distill.config.sentences import shown
 
+_structured = functools.cache(OmegaConf.structured)
+
 
 def unknown_key(path: str) -> str | None:
     """A sentence about where a dotted key leaves the dataclasses of the schema, or None."""
@@ -62,15 +64,9 @@ def _why_not(path: str, value: Any) -> str | None:
     return None
 
 
-@functools.cache
-def _structured(kind: Any) -> Any:
-    return OmegaConf.structured(kind)
-
-
-@functools.cache
 def schema() -> DictConfig:
     """The schema as OmegaConf has it; `merge` copies it, and building it costs half a second."""
-    return OmegaConf.structured(RunConfig)
+    return _structured(RunConfig)
 
 
 def hint_of(path: str) -> Any:

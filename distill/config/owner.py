@@ -18,7 +18,7 @@ import socket
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 from hydra.core.hydra_config import HydraConfig
@@ -60,23 +60,41 @@ _held: dict[Path, int] = {}
 _made: list[Path] = []
 """Folders that were not there before, the deepest first."""
 
-_refusal: list[ConfigError] = []
 
-
-def own(folder: Path, key: str, job: str) -> None:
+def own(folder: Path, key: str, job: str, *, will_appear: bool = False) -> None:
     """Makes the folder if need be and owns it, with all below it, until `release_all` or the end of the process.
+
+    Args:
+        will_appear: the folder itself comes later, by a rename: the owner's file lies beside it, and only the folder's
+            own name counts.
 
     Raises:
         ConfigError: another process owns it, or a folder above or (down to two levels) below it; or no permission.
     """
     folder = Path(os.path.realpath(folder))
-    _own(folder / NAME, key, folder, job, [*(p / NAME for p in folder.parents)], [f"*/{NAME}", f"*/*/{NAME}"])
+    lock = folder.with_name(f".{folder.name}{NAME}") if will_appear else folder / NAME
+    if lock in _held:
+        return
 
+    def look_around() -> None:
+        above = [] if will_appear else [parent / NAME for parent in folder.parents]
+        below = [] if will_appear else [*folder.glob(f"*/{NAME}"), *folder.glob(f"*/*/{NAME}")]
+        for other in (*above, *below):
+            if other not in _held and other.exists() and (owner := _owner(other)) is not None:
+                where = "above" if other in above else "below"
+                raise ConfigError(f"{key} is {folder}; {other.parent} {where} it {owner}")
 
-def own_name(folder: Path, key: str, job: str) -> None:
-    """The same for a folder that will appear by a rename: the file lies beside it, and only its own name counts."""
-    folder = Path(os.path.realpath(folder))
-    _own(folder.with_name(f".{folder.name}{NAME}"), key, folder, job, [], [])
+    try:
+        look_around()
+        _made[:0] = [p for p in (lock.parent, *lock.parent.parents) if not p.exists()]
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        _held[lock] = _take(lock, key, folder, job)
+        look_around()  # of two that start at once, above and below, neither may have seen the other before
+    except (ConfigError, OSError) as error:
+        release_all()
+        if isinstance(error, OSError):
+            raise ConfigError(f"{key} is {folder}; cannot write there: {error.strerror}") from error
+        raise
 
 
 def release_all() -> None:
@@ -95,6 +113,9 @@ def release_all() -> None:
 class OwnRunFolder(Callback):  # type: ignore[misc]
     """Hydra's hook before it makes a run's folder: owns the folder first, or has Hydra make none."""
 
+    refusal: ClassVar[ConfigError | None] = None
+    """Why the folder that Hydra was to make for this run is not this process's."""
+
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         if int(os.environ.get("RANK", "0")) > 0:
             return
@@ -102,37 +123,9 @@ class OwnRunFolder(Callback):  # type: ignore[misc]
         try:
             own(Path(config.hydra.run.dir), "hydra.run.dir", f"job={config.job}")
         except ConfigError as error:
-            _refusal.append(error)
+            OwnRunFolder.refusal = error
             with read_write(config.hydra):
                 config.hydra.run.dir = "."
-
-
-def refusal() -> ConfigError | None:
-    """Why the folder that Hydra was to make for this run is not this process's."""
-    return _refusal[-1] if _refusal else None
-
-
-def _own(lock: Path, key: str, folder: Path, job: str, above: list[Path], below: list[str]) -> None:
-    if lock in _held:
-        return
-
-    def look_around() -> None:
-        for other in (*above, *(path for pattern in below for path in folder.glob(pattern))):
-            if other not in _held and other.exists() and (owner := _owner(other)) is not None:
-                where = "above" if other in above else "below"
-                raise ConfigError(f"{key} is {folder}; {other.parent} {where} it {owner}")
-
-    try:
-        look_around()
-        _made[:0] = [p for p in (lock.parent, *lock.parent.parents) if not p.exists()]
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        _held[lock] = _take(lock, key, folder, job)
-        look_around()  # of two that start at once, above and below, neither may have seen the other before
-    except (ConfigError, OSError) as error:
-        release_all()
-        if isinstance(error, OSError):
-            raise ConfigError(f"{key} is {folder}; cannot write there: {error.strerror}") from error
-        raise
 
 
 def _take(lock: Path, key: str, folder: Path, job: str) -> int:

@@ -59,7 +59,9 @@ def read(limit: int | None = None) -> Iterator[Digit]:
         for copy in range(COPIES):
             rng = np.random.default_rng([DRAWING, number, copy])
             text, answer = _caption(int(label), rng)
-            yield Digit(text, answer, _pgm(_draw(image, rng)), image.astype(np.uint8).tobytes())
+            gray = _draw(image, rng)
+            pgm = f"P5 {gray.shape[1]} {gray.shape[0]} 255\n".encode() + gray.tobytes()
+            yield Digit(text, answer, pgm, image.astype(np.uint8).tobytes())
 
 
 def _caption(label: int, rng: np.random.Generator) -> tuple[str, tuple[int, int] | None]:
@@ -79,8 +81,3 @@ def _draw(image: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.ui
     left += SIDE * rng.integers(sheet.shape[1] // SIDE)
     sheet[top : top + len(ink), left : left + len(ink)] = ink
     return sheet
-
-
-def _pgm(gray: NDArray[np.uint8]) -> bytes:
-    height, width = gray.shape
-    return f"P5 {width} {height} 255\n".encode() + gray.tobytes()

@@ -235,8 +235,7 @@ class PackedCorpus:
             columns = self._rows.take(ids_B)
             digests_B = digests(columns)
             if self._tiles is not None:
-                images = self._tiles.images(columns["ids"][:, :-1], columns["images"])
-                digests_B = self._tiles.seal(digests_B, columns["images"], images)
+                digests_B, images = self._tiles.read(digests_B, columns["ids"][:, :-1], columns["images"])
         except (OSError, ValueError, LookupError, pa.ArrowException) as error:
             raise DataError(f"{self._path}: is damaged: {error}; remove its folder to pack it anew") from error
         if (wrong := np.flatnonzero(digests_B != columns["digest"])).size:

@@ -38,13 +38,6 @@ class Prefetch(Generic[T]):
                 raise error
             yield result  # type: ignore[misc]
 
-    def close(self) -> None:
-        self._stopped.set()
-        while not self._ready.empty():  # frees the thread if it waits for a place; nobody else takes results now
-            self._ready.get()
-        # A call may wait for another machine; the message of an error must not wait for it.
-        self._thread.join(timeout=1.0)
-
     def _work(self) -> None:
         torch.set_num_threads(1)
         for index in self._range:
@@ -60,4 +53,8 @@ class Prefetch(Generic[T]):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._stopped.set()
+        while not self._ready.empty():  # frees the thread if it waits for a place; nobody else takes results now
+            self._ready.get()
+        # A call may wait for another machine; the message of an error must not wait for it.
+        self._thread.join(timeout=1.0)

@@ -126,8 +126,8 @@ class TileFile:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def images(self, ids_BS: NDArray[np.int32], starts_B: Ints) -> SampleImages:
-        """The images of samples whose inputs are `ids_BS`, with `starts_B` image tokens before each."""
+    def read(self, digests_B: Digests, ids_BS: NDArray[np.int32], starts_B: Ints) -> tuple[Digests, SampleImages]:
+        """The digests and the images of samples whose inputs are `ids_BS`, with `starts_B` image tokens before each."""
         size, tokens = self._format.size, self._format.tokens
         here_BS = ids_BS == self._format.token_id
         first_B, stop_B = self._format.ranges(starts_B, here_BS.sum(1))
@@ -135,12 +135,9 @@ class TileFile:
         order_BS = here_BS.cumsum(1) - 1 + (starts_B % tokens)[:, None]
         tiles_N = self._rows.take(np.concatenate(numbers or [starts_B]))["tile"]
         tiles_NCHW = tiles_N.reshape(-1, 3, size, size)
-        return SampleImages(tiles_NCHW, stop_B - first_B, np.where(here_BS, order_BS, -1), tokens)
-
-    def seal(self, digests_B: Digests, starts_B: Ints, images: SampleImages) -> Digests:
-        """The digests of samples with these images, from those of their columns."""
-        tiles = map(_digest, images.tiles_NCHW)
-        return self._format.seal(digests_B, starts_B, (list(islice(tiles, count)) for count in images.counts_B))
+        counts_B, digests = stop_B - first_B, map(_digest, tiles_NCHW)
+        sealed_B = self._format.seal(digests_B, starts_B, (list(islice(digests, count)) for count in counts_B))
+        return sealed_B, SampleImages(tiles_NCHW, counts_B, np.where(here_BS, order_BS, -1), tokens)
 
 
 def _digest(tile_CHW: Tiles) -> bytes:

@@ -51,7 +51,9 @@ def export(config: RunConfig, folder: Path, dist: Dist) -> None:
     assert config.init_from is not None and e.dir is not None
     if dist.world > 1:
         raise ConfigError(f"job=export is started on {dist.world} ranks; one process writes the whole model")
-    owner.own_name(Path(e.dir), "export.dir", f"job={config.job}")  # before the model, whose loading takes minutes
+    owner.own(
+        Path(e.dir), "export.dir", f"job={config.job}", will_appear=True
+    )  # before the model, whose loading takes minutes
     source = Path(config.init_from)
     home = _Home.of(source, config.data)
     opened = None if (source / "config.json").exists() else checkpoint.find(source)

@@ -21,7 +21,6 @@ from distill.tools.common import add_json
 
 if TYPE_CHECKING:
     from distill.cache.reader import CacheReader, Sample
-    from distill.cache.record import Decoded
 
 NEEDED = ("vocab_size", "tokenizer", "corpus", "sample_tokens", "samples")
 """Without these in common there is nothing to compare."""
@@ -120,37 +119,35 @@ def _compare_records(
     result.different += len(apart)
     if equal:
         result.tokens += int(a.decode(equal).valid_T.sum())
-    if apart:
-        _measure(a, b, a.decode([x for x, _ in apart]), b.decode([y for _, y in apart]), result, sums)
-
-
-def _measure(a: CacheReader, b: CacheReader, x: Decoded, y: Decoded, result: Comparison, sums: _Sums) -> None:
-    valid_x, valid_y = x.valid_T.numpy(), y.valid_T.numpy()
-    both = valid_x & valid_y
+    if not apart:
+        return
+    decoded_a, decoded_b = a.decode([x for x, _ in apart]), b.decode([y for _, y in apart])
+    valid_a, valid_b = decoded_a.valid_T.numpy(), decoded_b.valid_T.numpy()
+    both = valid_a & valid_b
     result.tokens += int(both.sum())
-    result.tokens_one_side += int((valid_x != valid_y).sum())
+    result.tokens_one_side += int((valid_a != valid_b).sum())
     # One number for each (token, id): the probability in a less that in b.
     keys, values = [], []
-    for reader, decoded, sign in ((a, x, 1.0), (b, y, -1.0)):
+    for reader, decoded, sign in ((a, decoded_a, 1.0), (b, decoded_b, -1.0)):
         counts = decoded.atoms.counts_T.numpy().astype(np.int64)
         row = np.repeat(np.arange(len(counts)), counts)
         keep = both[row]
         keys.append((row * reader.header.vocab_size + decoded.atoms.ids_N.numpy())[keep])
         values.append(sign * reader.codec.probs(decoded.atoms).double().numpy()[keep])
     key, place = np.unique(np.concatenate(keys), return_inverse=True)
-    apart = np.abs(np.bincount(place, np.concatenate(values), len(key)))
-    tv = np.bincount(key // a.header.vocab_size, apart / 2, len(both))
-    label = np.abs((x.label_logprob_T - y.label_logprob_T).numpy())[both]
-    entropy = np.abs((x.entropy_T - y.entropy_T).numpy())[both]
+    distance = np.abs(np.bincount(place, np.concatenate(values), len(key)))
+    tv = np.bincount(key // a.header.vocab_size, distance / 2, len(both))
+    label = np.abs((decoded_a.label_logprob_T - decoded_b.label_logprob_T).numpy())[both]
+    entropy = np.abs((decoded_a.entropy_T - decoded_b.entropy_T).numpy())[both]
     differs = (tv[both] > 0) | (label > 0) | (entropy > 0)
     result.tokens_different += int(differs.sum())
-    result.largest_p = max(result.largest_p, float(apart.max(initial=0)))
+    result.largest_p = max(result.largest_p, float(distance.max(initial=0)))
     result.largest_tv = max(result.largest_tv, float(tv.max(initial=0)))
     result.largest_label = max(result.largest_label, float(label.max(initial=0)))
     result.largest_entropy = max(result.largest_entropy, float(entropy.max(initial=0)))
     in_differing = (tv > 0)[key // a.header.vocab_size]
     sums.tv += float(tv.sum())
-    sums.apart += float(apart[in_differing].sum())
+    sums.apart += float(distance[in_differing].sum())
     sums.atoms += int(in_differing.sum())
 
 

@@ -150,7 +150,11 @@ def mended(store: Store, header: CacheHeader, scan: LedgerScan) -> tuple[list[Li
             good[seq] = Line(name, data, seq, [made[seq]], "")
             messages.append(f"{where} is made again from {made[seq].shard}")
         elif seq < last or was_short:
-            good[seq] = Line(name, _empty(header, scan, seq), seq, [], "")
+            # A row that changes nothing: a tool's retires nothing; a writer's is `finish`, until its next row.
+            empty = {"kind": "finish", "writer": scan.writer, "seq": seq, "cache": header.identity}
+            if scan.writer in TOOLS:
+                empty |= {"kind": "retire", "retired": []}
+            good[seq] = Line(name, seal(empty), seq, [], "")
             messages.append(f"{where} cannot be made again; an empty row takes its place")
         else:
             messages.append(f"{where} cannot be made again; the ledger ends before it")
@@ -188,11 +192,3 @@ def _from_files(store: Store, header: CacheHeader, scan: LedgerScan, names: list
         except CacheError:
             continue
     return None
-
-
-def _empty(header: CacheHeader, scan: LedgerScan, seq: int) -> bytes:
-    """A row that changes nothing: a tool's retires nothing; a writer's is `finish`, until its next row."""
-    row: dict[str, object] = {"writer": scan.writer, "seq": seq, "cache": header.identity}
-    if scan.writer in TOOLS:
-        return seal({"kind": "retire"} | row | {"retired": []})
-    return seal({"kind": "finish"} | row)

@@ -128,19 +128,14 @@ class Packer:
 
     def retire(self, rows: Iterable[ShardRow]) -> None:
         """Takes rows out of the cache, whose records lie elsewhere now or are lost."""
-        if ranges := _ranges(rows):
+        ranges: list[Retired] = []
+        for writer, seq in sorted((row.writer, row.seq) for row in rows):
+            if ranges and (ranges[-1].ledger, ranges[-1].last + 1) == (writer, seq):
+                ranges[-1] = Retired(writer, ranges[-1].first, seq)
+            else:
+                ranges.append(Retired(writer, seq, seq))
+        if ranges:
             self._ledger.retire(ranges)
-
-
-def _ranges(rows: Iterable[ShardRow]) -> list[Retired]:
-    """The rows as few ranges."""
-    ranges: list[Retired] = []
-    for writer, seq in sorted((row.writer, row.seq) for row in rows):
-        if ranges and (ranges[-1].ledger, ranges[-1].last + 1) == (writer, seq):
-            ranges[-1] = Retired(writer, ranges[-1].first, seq)
-        else:
-            ranges.append(Retired(writer, seq, seq))
-    return ranges
 
 
 def in_order(rows: Iterable[ShardRow]) -> list[ShardRow]:

@@ -237,9 +237,8 @@ def repair(store: Store, *, dry_run: bool = False) -> Repair:
         done.settle(rows, salvages)
         done.lines += [done.report(each) for each in salvages]
         left = done.left(scans, retired)
-        done.lines += [
-            f"{store.path(name)}: retired by a repair that was stopped; moved to quarantine" for name in left
-        ]
+        stopped = "retired by a repair that was stopped; moved to quarantine"
+        done.lines += [f"{store.path(name)}: {stopped}" for name in left]
         if not dry_run:
             done.carry_out(salvages, left + useless)
     return done

@@ -56,9 +56,7 @@ def examine(
     for first, end in blocks(shard.bounds):
         data = shard.read(first, end)
         whole.update(data)
-        block = _verified(shard, header, data, first, end, problems)
-        if counter is not None:
-            _drop_undecodable(shard, block, first, counter, problems)
+        block = _verified(shard, header, data, first, end, counter, problems)
         if keep:
             records += block
         advance(len(data))
@@ -121,9 +119,18 @@ def _disagreements(shard: Shard) -> list[str]:
 
 
 def _verified(
-    shard: Shard, header: CacheHeader, data: bytes, first: int, end: int, problems: list[str]
+    shard: Shard,
+    header: CacheHeader,
+    data: bytes,
+    first: int,
+    end: int,
+    counter: TokenCounter | None,
+    problems: list[str],
 ) -> list[bytes | None]:
-    """The records number `first` to `end` - 1, whose bytes `data` are; None: one that does not verify."""
+    """The records number `first` to `end` - 1, whose bytes `data` are.
+
+    None: one that does not verify or, where there is a counter, cannot be decoded.
+    """
     bounds = (shard.bounds[first : end + 1] - shard.bounds[first]).tolist()
     block: list[bytes | None] = []
     for i in range(first, end):
@@ -135,20 +142,16 @@ def _verified(
         except CacheError as error:
             problems.append(str(error))
             block.append(None)
-    return block
-
-
-def _drop_undecodable(
-    shard: Shard, block: list[bytes | None], first: int, counter: TokenCounter, problems: list[str]
-) -> None:
-    """Puts None in the place of what verifies and cannot be decoded; the block begins with record number `first`."""
-    sound = [i for i, data in enumerate(block) if data is not None]
+    if counter is None:
+        return block
+    sound = [i for i, record in enumerate(block) if record is not None]
     atoms = shard.columns.atoms[[first + i for i in sound]].tolist()
-    for i, count in zip(sound, counter([data for data in block if data is not None], atoms), strict=True):
+    for i, count in zip(sound, counter([record for record in block if record is not None], atoms), strict=True):
         if count is None:
             sample = int(shard.columns.sample_ids[first + i])
             problems.append(f"{shard.path} is damaged: sample {sample} verifies and is not a record")
             block[i] = None
+    return block
 
 
 def blocks(bounds: Array) -> list[tuple[int, int]]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from distill.cache.format import SHARDS, TEMPORARY, row_of
 from distill.cache.header import CacheHeader
-from distill.cache.ledger import ShardRow, ledgers
+from distill.cache.ledger import ledgers
 from distill.cache.ranks import load_ranks
 from distill.cache.store import Store
 from distill.config import json_text
@@ -57,23 +57,16 @@ def verify(store: Store, *, decode: bool = False, jobs: int = 1) -> Verdict:
         if each.torn and not is_live(store, each.writer)
     ]
     rows, retired = rows_of(scans)
-    problems += _shards(store, header, rows, decode, jobs)
+    counter = TokenCounter(store, header) if decode else None
+    with advancing("verify", sum(row.bytes for row in rows)) as advance, ThreadPoolExecutor(max(jobs, 1)) as pool:
+        for scan in pool.map(lambda row: examine(store, header, row, counter=counter, advance=advance), rows):
+            problems += scan.problems
     _strays(store, files, scans, {row.shard for row in rows + retired}, problems, notes)
     there = set(files)
     if replaced := [row for row in retired if row.shard in there]:
         size = file_size(sum(row.bytes for row in replaced))
         notes.append(f"{len(replaced)} shards of {size} are replaced by others; compact --purge removes them")
     return Verdict(problems, notes, len(rows), sum(row.samples for row in rows), sum(row.bytes for row in rows))
-
-
-def _shards(store: Store, header: CacheHeader, rows: list[ShardRow], decode: bool, jobs: int) -> list[str]:
-    counter = TokenCounter(store, header) if decode else None
-    with (
-        advancing("verify", sum(row.bytes for row in rows)) as advance,
-        ThreadPoolExecutor(max(jobs, 1)) as pool,
-    ):
-        scans = pool.map(lambda row: examine(store, header, row, counter=counter, advance=advance), rows)
-        return [problem for scan in scans for problem in scan.problems]
 
 
 def _strays(

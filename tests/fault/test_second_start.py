@@ -37,7 +37,9 @@ def test_it_is_refused_in_every_way(live, tmp_path):
     folder, arguments, process = live
     before = still(folder / "run")
     export = [*arguments, "job=export", f"init_from={folder}/run", f"export.dir={tmp_path}/out", "cache.follow=false"]
-    owner.own_name(tmp_path / "out", "export.dir", "job=export")  # this process stands in for a first export
+    owner.own(
+        tmp_path / "out", "export.dir", "job=export", will_appear=True
+    )  # this process stands in for a first export
     ways = {
         "the same command": [*arguments, f"hydra.run.dir={folder}/run"],
         "a requeue": [*arguments, f"hydra.run.dir={folder}/run", "resume=true"],

@@ -19,7 +19,7 @@ from distill.config.errors import ConfigError
 HOLD = """
 import pathlib, sys
 from distill.config import owner
-getattr(owner, sys.argv[1])(pathlib.Path(sys.argv[2]), "hydra.run.dir", "job=teacher")
+owner.own(pathlib.Path(sys.argv[2]), "hydra.run.dir", "job=teacher", will_appear=sys.argv[1] == "will_appear")
 print("owned", flush=True)
 sys.stdin.read()
 owner.release_all()
@@ -37,9 +37,9 @@ def hold():
     """Starts a process that owns a folder until its stdin is closed."""
     started = []
 
-    def start(folder, function="own"):
+    def start(folder, how="exists"):
         process = subprocess.Popen(
-            [sys.executable, "-c", HOLD, function, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", HOLD, how, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         started.append(process)
         assert process.stdout.readline() == "owned\n"
@@ -111,11 +111,11 @@ def test_nothing_empty_is_left_behind(tmp_path):
 
 
 def test_of_many_that_start_at_once_one_gets_it(tmp_path):
-    script = HOLD.replace("getattr", "sys.stdin.readline(); getattr")
+    script = HOLD.replace("owner.own(", "sys.stdin.readline(); owner.own(")
     folders = ["run", "run", "run/x", "run"] * 2
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", script, "own", tmp_path / folder],
+            [sys.executable, "-c", script, "exists", tmp_path / folder],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for folder in folders
@@ -152,11 +152,11 @@ def test_children_do_not_keep_it(tmp_path, hold):
 
 
 def test_a_name_that_will_appear(tmp_path, hold):
-    process = hold(tmp_path / "out" / "model", "own_name")
+    process = hold(tmp_path / "out" / "model", "will_appear")
     assert [p.name for p in (tmp_path / "out").iterdir()] == [f".model{owner.NAME}"]
     with pytest.raises(ConfigError, match=rf"export.dir is .*out/model; it belongs .*pid {process.pid}"):
-        owner.own_name(tmp_path / "out" / "model", "export.dir", "job=export")
-    owner.own_name(tmp_path / "out" / "other", "export.dir", "job=export")
+        owner.own(tmp_path / "out" / "model", "export.dir", "job=export", will_appear=True)
+    owner.own(tmp_path / "out" / "other", "export.dir", "job=export", will_appear=True)
 
 
 def without_locks(monkeypatch):

@@ -51,18 +51,15 @@ class ByTokens:
     def __call__(self, sequence: ForeignSequence) -> list[Placement]:
         tokens = sequence.tokens
         assert tokens is not None, "a format without tokens is matched by order"
-        runs = []
         if len(tokens) in (self._length, self._length + 1):
             count = min(sequence.positions, self._length)
-            runs = [Placement(start, 0, count, True) for start, _ in self._samples.find(tokens)]
-        return runs or self._as_documents(tokens, sequence.positions)
-
-    def _as_documents(self, tokens: Tokens, positions: int) -> list[Placement]:
+            if runs := [Placement(start, 0, count, True) for start, _ in self._samples.find(tokens)]:
+                return runs
         content, offset = self._content(tokens)
         runs = []
         for start, has_bos in self._documents.find(content) if len(content) else ():
             first = max(0, offset - has_bos)
-            count = min(positions, offset + len(content)) - first
+            count = min(sequence.positions, offset + len(content)) - first
             runs.append(Placement(start + first - offset, first, count, False))
         return runs
 

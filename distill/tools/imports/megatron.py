@@ -16,6 +16,7 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,9 @@ class Megatron:
         self.info = SourceInfo("megatron", bias, self._k)
 
     def __iter__(self) -> Iterator[ForeignSequence]:
-        streams = {rank: _iterations(files) for rank, files in self._ranks.items()}
         last: int | None = None
-        while True:
-            heads = {rank: next(stream, None) for rank, stream in streams.items()}
+        for each in zip_longest(*map(_iterations, self._ranks.values())):
+            heads = dict(zip(self._ranks, each, strict=True))
             lead = heads[0, 0]
             for (c, d), head in heads.items():
                 if (head and head[0]) != (lead and lead[0]):
@@ -91,15 +91,13 @@ class Megatron:
                         f"{self._ranks[c, d][-1]}: after iteration {last} cp{c}_dp{d} has {_named(head)}, cp0_dp0 has "
                         f"{_named(lead)}"
                     )
-            if lead is None:
-                return
             iteration, tar, _ = lead
             if last is not None and iteration != last + 1:
                 raise CacheError(
                     f"{tar}: iteration {iteration} follows {last}: every place after it would be that of another sample"
                 )
             last = iteration
-            yield from self._of_iteration({rank: head for rank, head in heads.items() if head}, iteration, tar)
+            yield from self._of_iteration(heads, iteration, tar)
 
     def _of_iteration(
         self, heads: dict[tuple[int, int], tuple[int, Path, list[Micro]]], iteration: int, tar: Path

@@ -87,7 +87,11 @@ def entries(counts_P: Array, ids_N: Array, logprobs_N: Array, where: str, k: int
     logprobs_N = np.asarray(logprobs_N, np.float64)
     position_N = np.repeat(np.arange(len(counts_P)), counts_P)
     if logits:
-        logprobs_N = _normalised(logprobs_N, position_N, len(counts_P))
+        top_P = np.full(len(counts_P), -np.inf)
+        np.maximum.at(top_P, position_N, logprobs_N)
+        shifted_N = logprobs_N - top_P[position_N]
+        sum_P = np.bincount(position_N, np.exp(shifted_N), minlength=len(counts_P))
+        logprobs_N = shifted_N - np.log(sum_P)[position_N]
     if (bad := np.flatnonzero(np.isnan(logprobs_N) | (logprobs_N > NOT_LOGPROBS))).size:
         at, value = position_N[bad[0]], logprobs_N[bad[0]]
         raise CacheError(f"{where}, position {at}: a value is {value:.6g}; log-probabilities are at most 0")
@@ -114,12 +118,3 @@ def _largest(all_of: Entries, k: int) -> Entries:
     within = np.arange(len(order)) - np.repeat(np.cumsum(all_of.counts_P) - all_of.counts_P, all_of.counts_P)
     keep = np.sort(order[within < k])
     return Entries(np.minimum(all_of.counts_P, k), all_of.ids_N[keep], all_of.logprobs_N[keep])
-
-
-def _normalised(logits_N: Array, position_N: Array, positions: int) -> NDArray[np.float64]:
-    top_P = np.full(positions, -np.inf)
-    np.maximum.at(top_P, position_N, logits_N)
-    shifted_N = logits_N - top_P[position_N]
-    sum_P = np.bincount(position_N, np.exp(shifted_N), minlength=positions)
-    result: NDArray[np.float64] = shifted_N - np.log(sum_P)[position_N]
-    return result
