@@ -1,1 +1,1 @@
-"""Measurements, never gates: each module has `run() -> dict` of flat figures; ratios are of one process, in turns."""
+"""Measurements, never gates: each module has `run() -> dict` of flat results; ratios are of one process, in turns."""

@@ -40,12 +40,12 @@ def main() -> int:
     out = Path("runs/bench")
     out.mkdir(parents=True, exist_ok=True)
     for name in wanted:
-        figures = importlib.import_module(f"tests.bench.{name}").run()
-        record = {"figures": figures, "machine": machine(), "command": f"make bench ONLY={name}"}
+        results = importlib.import_module(f"tests.bench.{name}").run()
+        record = {"results": results, "machine": machine(), "command": f"make bench ONLY={name}"}
         (out / f"{name}.json").write_text(json_text.dumps(record, indent=1) + "\n")
-        width = max(map(len, figures))
+        width = max(map(len, results))
         print(f"\n{name}")
-        for key, value in figures.items():
+        for key, value in results.items():
             print(f"  {key:<{width}}  {value:.4g}")
     return 0
 

@@ -1,4 +1,4 @@
-"""What a bench draws, beside the figures that it writes."""
+"""What a bench draws, beside the numbers that it writes."""
 
 from __future__ import annotations
 

@@ -68,19 +68,19 @@ def _in_turns(place: str, root: Path) -> dict[str, float]:
         rate = _rate(root / f"{place}-{name}-{turn}", setting)
         print(f"{place:>6}  {name:<10}  {rate:>9,.0f} tokens/s", flush=True)
         rates[name].append(rate)
-    found = {f"{place}_{name}": statistics.median(values) for name, values in rates.items()}
+    medians = {f"{place}_{name}": statistics.median(values) for name, values in rates.items()}
     for name, values in rates.items():
-        found[f"{place}_{name}_of_default"] = statistics.median(a / b for a, b in zip(values, rates["default"]))
-    return found
+        medians[f"{place}_{name}_of_default"] = statistics.median(a / b for a, b in zip(values, rates["default"]))
+    return medians
 
 
 def run() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        figures = _in_turns("quiet", root)
+        results = _in_turns("quiet", root)
         other = _start(root / "other", DEFAULT)
         try:
-            return figures | _in_turns("beside", root)
+            return results | _in_turns("beside", root)
         finally:
             other.kill()
             other.wait()

@@ -41,11 +41,11 @@ def run() -> dict[str, float]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        figures = speed()
-        figures["select_vs_head"] = select.run()[f"{CodecConfig().name}_over_head"]
+        results = speed()
+        results["select_vs_head"] = select.run()[f"{CodecConfig().name}_over_head"]
     finally:
         torch.set_num_threads(threads)
-    return figures | in_training() | at_scale()
+    return results | in_training() | at_scale()
 
 
 def header(samples: int, sample_tokens: int) -> CacheHeader:
@@ -107,17 +107,17 @@ def in_training() -> dict[str, float]:
 def _job(name: str, folder: Path, arguments: list[str]) -> dict[str, float]:
     command = [sys.executable, "-m", "distill", f"job={name}", f"hydra.run.dir={folder}", *arguments]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    found: dict[str, float] = json.loads((folder / "summary.json").read_text())
-    return found
+    summary: dict[str, float] = json.loads((folder / "summary.json").read_text())
+    return summary
 
 
 def at_scale() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         samples = large_cache(Path(folder))
-        found = [json.loads(subprocess.check_output(fresh_process(folder, samples))) for _ in range(3)]
+        runs = [json.loads(subprocess.check_output(fresh_process(folder, samples))) for _ in range(3)]
         size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
-    figures = {name: statistics.median(run[name] for run in found) for name in found[0]}
-    return figures | {"stored_gb": size / 1e9, "index_bytes_per_sample": 16.0}
+    results = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+    return results | {"stored_gb": size / 1e9, "index_bytes_per_sample": 16.0}
 
 
 def large_cache(folder: Path) -> int:
@@ -161,8 +161,8 @@ def open_and_read(folder: str, samples: int, reads: int, before: float) -> None:
     rng = np.random.default_rng(0)
     began = time.perf_counter()
     for sample in rng.integers(0, samples, reads):
-        found = reader.read(np.array([sample]), np.array([sample], np.uint64))
-        assert bool(found.targets.covered_T.all())
+        batch = reader.read(np.array([sample]), np.array([sample], np.uint64))
+        assert bool(batch.targets.covered_T.all())
     read = time.perf_counter() - began
     after = resident_mb()
     print(

@@ -3,7 +3,7 @@
 A tiny Llama 4 (all layers MoE; RoPE and query-key norm in every second one, neither in the others) takes STEPS Adam
 steps on one batch, TOKENS bytes of the standard library's source, at several sizes and from several inits. Of every
 kind of module the root mean square of its output's change since init, in log, averaged over its layers and the inits,
-is fitted by a line over log size: its slope is 0 where learning does not depend on the size. A figure is the slope
+is fitted by a line over log size: its slope is 0 where learning does not depend on the size. A result is the slope
 farthest from 0 over the steps; `worst_slope_*` the farthest over all kinds, `*_single_layer` with each layer apart.
 
 All outputs are the model's own, routing included, with one exception. The logits' change is that which the head has
@@ -89,16 +89,16 @@ def trace(model_config: ModelConfig, seed: int, steps: int = STEPS) -> Traces:
             outputs["whole_logits"] = [hidden_TD @ head_VD.T]
         return dict(outputs)
 
-    first, found = observe(), []
+    first, changes = observe(), []
     for _ in range(steps):
         loss, _ = model(ids_BS, None, lambda hidden, weight: F.cross_entropy(hidden @ weight.T, labels_T))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         now = observe()
-        found.append({k: [_log_rms(a - b) for a, b in zip(now[k], first[k], strict=True)] for k in first})
+        changes.append({k: [_log_rms(a - b) for a, b in zip(now[k], first[k], strict=True)] for k in first})
     absorbed = math.log(model_config.layers / BASE.layers) * (model_config.parametrization is Parametrization.transfer)
-    return {kind: np.array([at[kind] for at in found]) + absorbed * (kind in BRANCHES) for kind in first}
+    return {kind: np.array([change[kind] for change in changes]) + absorbed * (kind in BRANCHES) for kind in first}
 
 
 def sweep(configs: Sequence[ModelConfig], seeds: int, steps: int = STEPS) -> list[Traces]:
@@ -107,11 +107,11 @@ def sweep(configs: Sequence[ModelConfig], seeds: int, steps: int = STEPS) -> lis
     return [{kind: np.mean([run[kind] for run in of_size], axis=0) for kind in of_size[0]} for of_size in runs]
 
 
-def slopes(found: Sequence[Traces], sizes: Sequence[int], single_layer: bool = False) -> dict[str, float]:
+def slopes(by_size: Sequence[Traces], sizes: Sequence[int], single_layer: bool = False) -> dict[str, float]:
     """Of each kind, the slope over log size that is farthest from 0 among the steps (and the layers)."""
     kinds = {}
-    for kind in found[0]:
-        y = [t[kind].ravel() if single_layer else t[kind].mean(1) for t in found]
+    for kind in by_size[0]:
+        y = [t[kind].ravel() if single_layer else t[kind].mean(1) for t in by_size]
         kinds[kind] = float(max(np.polyfit(np.log(sizes), y, 1)[0], key=abs))
     return kinds
 
@@ -128,15 +128,15 @@ def run() -> dict[str, float]:
     }
     worsts, all_slopes, body = {}, {}, ""
     for axis, (sizes, seeds, at) in sweeps.items():
-        found = {p.value: sweep([at(p, size) for size in sizes], seeds) for p in Parametrization}
-        of = {name: slopes(traces, sizes) for name, traces in found.items()}
+        traces_of = {p.value: sweep([at(p, size) for size in sizes], seeds) for p in Parametrization}
+        of = {name: slopes(traces, sizes) for name, traces in traces_of.items()}
         suffix = "" if axis == "width" else f"_{axis}"
         for name, of_kinds in of.items():
             worsts[f"worst_slope_{name}{suffix}"] = worst(of_kinds)
             all_slopes |= {f"slope_{name}{suffix}_{kind}": slope for kind, slope in of_kinds.items()}
             if axis == "width":
-                worsts[f"worst_slope_{name}_single_layer"] = worst(slopes(found[name], sizes, single_layer=True))
-        body += _section(axis, sizes, found, of)
+                worsts[f"worst_slope_{name}_single_layer"] = worst(slopes(traces_of[name], sizes, single_layer=True))
+        body += _section(axis, sizes, traces_of, of)
     text = (
         f"Over widths of {WIDTHS[0]} to {WIDTHS[-1]} the worst slope is {worsts['worst_slope_transfer']:.2f} under "
         f"transfer and {worsts['worst_slope_standard']:.2f} under standard."
@@ -145,18 +145,20 @@ def run() -> dict[str, float]:
     return worsts | all_slopes
 
 
-def _section(axis: str, sizes: Sequence[int], found: dict[str, list[Traces]], of: dict[str, dict[str, float]]) -> str:
-    """One chart per kind of module: the change after the last step over the size, both parametrisations."""
-    figures = ""
-    for kind in found["transfer"][0]:
+def _section(
+    axis: str, sizes: Sequence[int], traces_of: dict[str, list[Traces]], of: dict[str, dict[str, float]]
+) -> str:
+    """One chart per kind of module: the change after the last step over the size, both parametrizations."""
+    body = ""
+    for kind in traces_of["transfer"][0]:
         note = ", ".join(f"{name} {of[name][kind]:+.2f}".replace("-", "−") for name in ("transfer", "standard"))
         curves = [
-            charts.Curve(name, style, np.array(sizes), np.exp([t[kind][-1].mean() for t in found[name]]))
+            charts.Curve(name, style, np.array(sizes), np.exp([t[kind][-1].mean() for t in traces_of[name]]))
             for name, style in (("transfer", 2), ("standard", 1))
         ]
         frame = charts.Frame(kind.replace("_", " "), "RMS of the change since init", axis, f"Worst slopes: {note}")
-        figures += charts.line_chart(frame, curves, smoothed=False, zero=False, log_x=True, log_y=True)
-    return f'<section><h2>Over {axis}, after step {STEPS}</h2><div class="grid">\n{figures}</div></section>\n'
+        body += charts.line_chart(frame, curves, smoothed=False, zero=False, log_x=True, log_y=True)
+    return f'<section><h2>Over {axis}, after step {STEPS}</h2><div class="grid">\n{body}</div></section>\n'
 
 
 def _log_rms(change: Tensor) -> float:

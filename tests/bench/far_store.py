@@ -29,7 +29,7 @@ class Slow(fsspec.get_filesystem_class("memory")):
 
 def run() -> dict[str, float]:
     fsspec.register_implementation("slow", Slow, clobber=True)
-    url, figures = "slow://cache", {}
+    url, results = "slow://cache", {}
     with CacheWriter(url, header(samples=SAMPLES), writer="w", shard_samples=SHARD) as writer:
         for first in range(0, SAMPLES, SHARD):
             put(writer, list(range(first, first + SHARD)))
@@ -37,7 +37,7 @@ def run() -> dict[str, float]:
     def measure(name, call):
         Slow.requests, began = 0, time.perf_counter()
         result = call()
-        figures.update({f"{name}_seconds": time.perf_counter() - began, f"{name}_requests": float(Slow.requests)})
+        results.update({f"{name}_seconds": time.perf_counter() - began, f"{name}_requests": float(Slow.requests)})
         return result
 
     def read(ids):
@@ -51,4 +51,4 @@ def run() -> dict[str, float]:
     measure("random_order", lambda: read(np.random.default_rng(0).permutation(SAMPLES)))
     Slow.delay = 0.0
     Slow.store.clear()
-    return figures
+    return results

@@ -1,10 +1,10 @@
 """Does the best learning rate of a narrow model fit a wide one? The teacher's own steps, as `job=teacher` trains them.
 
-WIDTHS x a grid of learning rates in factors of 2 x SEEDS, under both parametrisations, STEPS steps of 512 tokens of the
+WIDTHS x a grid of learning rates in factors of 2 x SEEDS, under both parametrizations, STEPS steps of 512 tokens of the
 standard library's source each (2 MoE layers, 4 experts, AdamW, linear decay). Judged on held-out text. The optimum of a
 width is the vertex of the parabola through the best rate and its neighbours, over log learning rate, of the mean over
 seeds; `optimum_ratio_*` is the largest optimum of the three widths over the smallest. Goal: at most 2 under `transfer`.
-At the smallest width, the base, both parametrisations are one and are trained once.
+At the smallest width, the base, both parametrizations are one and are trained once.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def run() -> dict[str, float]:
         for width in reversed(WIDTHS)
         for values in product(names if width > WIDTHS[0] else names[:1], (width,), RATES, SEEDS)
     ]
-    found: dict[Trial, float] = {}
+    loss_of: dict[Trial, float] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = settings(trials[0], folder)
@@ -121,13 +121,15 @@ def run() -> dict[str, float]:
             running = {pool.submit(train, trial, folder): trial for trial in trials}
             for done in as_completed(running):
                 trial = running[done]
-                found[trial] = done.result()
-                told = f"{trial.parametrization} width {trial.width} lr {trial.rate:.2g} seed {trial.seed}"
-                at = f"{len(found)}/{len(trials)}  {time.perf_counter() - began:.0f} s"
-                print(f"{at}  {told}: {found[trial]:.4f}", file=sys.stderr, flush=True)
+                loss_of[trial] = done.result()
+                label = f"{trial.parametrization} width {trial.width} lr {trial.rate:.2g} seed {trial.seed}"
+                progress = f"{len(loss_of)}/{len(trials)}  {time.perf_counter() - began:.0f} s"
+                print(f"{progress}  {label}: {loss_of[trial]:.4f}", file=sys.stderr, flush=True)
     means = {
         (name, width): [
-            float(np.mean([found[Trial(name if width > WIDTHS[0] else names[0], width, rate, seed)] for seed in SEEDS]))
+            float(
+                np.mean([loss_of[Trial(name if width > WIDTHS[0] else names[0], width, rate, seed)] for seed in SEEDS])
+            )
             for rate in RATES
         ]
         for name, width in product(names, WIDTHS)
@@ -149,7 +151,7 @@ def run() -> dict[str, float]:
 
 
 def _draw(means: dict[tuple[str, int], list[float]], of_names: dict[str, list[float]]) -> None:
-    figures = ""
+    body = ""
     for name, optima in of_names.items():
         curves = [
             charts.Curve(f"width {width}", style, np.array(RATES), np.array(means[name, width]))
@@ -158,5 +160,5 @@ def _draw(means: dict[tuple[str, int], list[float]], of_names: dict[str, list[fl
         best = ", ".join(f"{value:.2g}" for value in optima)
         note = f"Best at {best}: a factor of {max(optima) / min(optima):.2f}."
         frame = charts.Frame(name, "held-out loss, nats per token", "learning rate", note)
-        figures += charts.line_chart(frame, curves, smoothed=False, zero=False, log_x=True)
-    draw("lr_transfer", "Learning rates over widths", f'<div class="grid">\n{figures}</div>\n')
+        body += charts.line_chart(frame, curves, smoothed=False, zero=False, log_x=True)
+    draw("lr_transfer", "Learning rates over widths", f'<div class="grid">\n{body}</div>\n')
