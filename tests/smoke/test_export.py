@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from safetensors import safe_open
 from tokenizers import AddedToken
 
+from distill.config import owner
 from distill.config.errors import CheckpointError, ConfigError
 from distill.config.load import CONF, load
 from distill.config.schema import ModelConfig, Role, TokenizerConfig, VisionConfig, WeightDtype
@@ -82,6 +83,7 @@ def test_a_run_started_from_a_folder_with_vision(made):
 def test_a_router_bias_is_not_dropped_in_silence(made, tmp_path):
     with pytest.raises(CheckpointError, match=r"export\.drop_router_bias is false; the router bias of layers"):
         exported(made / "run", tmp_path / "hf")
+    owner.release_all()  # as the command does at its end
     assert list(tmp_path.iterdir()) == []
 
 
