@@ -54,12 +54,12 @@ class Lag:
         moved_C = self.smoothing * before_C + (1.0 - self.smoothing) * hard_loss_C
         return state | {"student_loss": torch.where(moved_C.isnan(), before_C, moved_C)}
 
-    def metrics(self, state: State, signals: Signals) -> dict[str, Mean]:
+    def metrics(self, state: State, signals: Signals, value_T: Tensor) -> dict[str, Mean]:
         """`lag`, nats by which the teacher of a sample's targets was worse than the best; `lag_factor`, its value."""
         covered_B = ~signals.shard_loss_B.isnan()
         loss_B = torch.nan_to_num(signals.shard_loss_B)
         lag_B = torch.where(covered_B, loss_B - state["best_teacher_loss"][signals.corpus_B].float(), 0.0)
-        factor_B = self.value(state, signals).view(len(loss_B), -1)[:, 0]
+        factor_B = value_T.view(len(loss_B), -1)[:, 0]
         return {
             "lag_factor": Mean(factor_B.sum(), covered_B.sum()),
             "lag": Mean(lag_B.sum(), covered_B.sum()),
@@ -103,9 +103,9 @@ class Entropy:
     def update(self, state: State, hard_loss_C: Tensor) -> State:
         return state
 
-    def metrics(self, state: State, signals: Signals) -> dict[str, Mean]:
+    def metrics(self, state: State, signals: Signals, value_T: Tensor) -> dict[str, Mean]:
         """`entropy_factor`, its mean over covered tokens."""
-        return {"entropy_factor": Mean((self.value(state, signals) * signals.covered_T).sum(), signals.covered_T.sum())}
+        return {"entropy_factor": Mean((value_T * signals.covered_T).sum(), signals.covered_T.sum())}
 
     def _bin(self, entropy_T: Tensor) -> Tensor:
         return (entropy_T * (ENTROPY_BINS / self.most)).long().clamp(0, ENTROPY_BINS - 1)

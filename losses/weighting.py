@@ -69,9 +69,18 @@ class Factor(Protocol):
         """The state after a step in which the student's mean hard loss on each corpus was this; nan: no tokens."""
         ...
 
-    def metrics(self, state: State, signals: Signals) -> Mapping[str, Mean]:
-        """What is logged beside the mean of the factor."""
+    def metrics(self, state: State, signals: Signals, value_T: Tensor) -> Mapping[str, Mean]:
+        """What is logged of tokens for which `value` returned value_T."""
         ...
+
+
+class Weights(NamedTuple):
+    """Of T tokens."""
+
+    alpha_T: Tensor
+    """float32; zero where a token has no targets."""
+    means: dict[str, Mean]
+    """Metrics of the factors."""
 
 
 class Weighting:
@@ -93,21 +102,18 @@ class Weighting:
     ) -> dict[str, State]:
         return {name: f.observe(state[name], signals, total, least) for name, f in self.factors.items()}
 
-    def alpha(self, state: dict[str, State], step: int, signals: Signals, covered_T: Tensor) -> Tensor:
-        """alpha_T, float32; zero where a token has no targets (`covered_T`, bool)."""
+    def weigh(self, state: dict[str, State], step: int, signals: Signals, covered_T: Tensor) -> Weights:
+        """The weights of tokens of which some have targets (`covered_T`, bool)."""
         alpha_T = self.peak(step) * covered_T.float()
+        means: dict[str, Mean] = {}
         for name, factor in self.factors.items():
-            alpha_T = alpha_T * factor.value(state[name], signals)
-        return alpha_T
+            value_T = factor.value(state[name], signals)
+            alpha_T = alpha_T * value_T
+            means |= factor.metrics(state[name], signals, value_T)
+        return Weights(alpha_T, means)
 
     def update(self, state: dict[str, State], hard_loss_C: Tensor) -> dict[str, State]:
         return {name: factor.update(state[name], hard_loss_C) for name, factor in self.factors.items()}
-
-    def metrics(self, state: dict[str, State], signals: Signals) -> dict[str, Mean]:
-        found: dict[str, Mean] = {}
-        for name, factor in self.factors.items():
-            found |= factor.metrics(state[name], signals)
-        return found
 
 
 def to_json(state: Mapping[str, State]) -> dict[str, dict[str, Any]]:

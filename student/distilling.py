@@ -14,7 +14,7 @@ from distill.engine.dist import Dist
 from distill.engine.forward import Forward
 from losses import head_loss, weighting
 from losses.schedule import schedule
-from losses.weighting import Factor, Mean, Setting, Signals, State, Weighting
+from losses.weighting import Factor, Mean, Setting, Signals, State, Weighting, Weights
 
 ALPHA_BINS = 20
 COVERED = {"soft": "soft_loss", "mass": "mass", "agreement": "agreement"}
@@ -69,11 +69,10 @@ class StudentRecipe:
         signals = _signals(batch, torch.device("cpu"))
         return StepPlan(step, self.weighting.observe(self.weighting_state, signals, self.dist.sum, self.dist.least))
 
-    def alpha(self, micro: Batch, plan: StepPlan) -> Tensor:
-        """alpha_T, zero where a token has no targets."""
+    def weigh(self, micro: Batch, plan: StepPlan) -> Weights:
         assert micro.targets is not None
         signals = _signals(micro, self.dist.device)
-        return self.weighting.alpha(plan.state, plan.step, signals, micro.targets.covered_T)
+        return self.weighting.weigh(plan.state, plan.step, signals, micro.targets.covered_T)
 
     def forward(self, model: Any, micro: Batch, plan: StepPlan) -> Forward:
         """Sum over valid tokens of soft and hard loss, weighted (nats); the result is the sums that `end` takes."""
@@ -81,7 +80,8 @@ class StudentRecipe:
         alpha_T = torch.zeros(len(valid_T), device=valid_T.device)
         soft: tuple[Tensor, ...] = ()
         if micro.targets is not None:
-            alpha_T = self.alpha(micro, plan).to(valid_T.device)
+            weights = self.weigh(micro, plan)
+            alpha_T = weights.alpha_T.to(valid_T.device)
             soft = micro.targets.ids_TK, micro.targets.probs_TK, alpha_T * valid_T
         rows = LOSSES[self.config.loss](labels_T, (1.0 - alpha_T) * valid_T, *soft)
         head_fn = partial(head_loss, row_function=rows, chunk=self.config.train.head_chunk)
@@ -93,7 +93,7 @@ class StudentRecipe:
         means = {"loss": Mean(head.loss_sum.detach(), valid_T.sum())} | _means(head.parts, valid_T, covered_T)
         histograms = {}
         if micro.targets is not None:
-            means |= self._target_means(micro, plan, alpha_T, covered_T)
+            means |= _target_means(micro, alpha_T, covered_T) | weights.means
             bins_T = (alpha_T * ALPHA_BINS).long().clamp(0, ALPHA_BINS - 1)
             # index_add_, not bincount: that would wait for the device.
             histograms["alpha"] = alpha_T.new_zeros(ALPHA_BINS).index_add_(0, bins_T, valid_T.float())
@@ -133,16 +133,6 @@ class StudentRecipe:
 
     def take_back(self, tensors: dict[str, Tensor]) -> None:
         assert not tensors, list(tensors)
-
-    def _target_means(self, micro: Batch, plan: StepPlan, alpha_T: Tensor, covered_T: Tensor) -> dict[str, Mean]:
-        valid_T = micro.valid_BS.flatten()
-        covered_B = ~micro.shard_loss_B.isnan()
-        means = {
-            "alpha": Mean((alpha_T * valid_T).sum(), valid_T.sum()),
-            "coverage": Mean(covered_T.sum(), valid_T.sum()),
-            "teacher_loss": Mean(torch.nan_to_num(micro.shard_loss_B).sum(), covered_B.sum()),
-        }
-        return means | self.weighting.metrics(plan.state, _signals(micro, self.dist.device))
 
     def _sums(self, micro: Batch, hard_T: Tensor, covered_T: Tensor, valid_T: Tensor) -> Tensor:
         """Of each corpus: hard loss, tokens with targets, valid tokens; fp64 [C, 3]."""
@@ -185,3 +175,14 @@ def _means(parts: Mapping[str, Tensor], valid_T: Tensor, covered_T: Tensor) -> d
         else:
             means["hard_loss" if name == "hard" else name] = Mean((part_T * valid_T).sum(), valid_T.sum())
     return means
+
+
+def _target_means(micro: Batch, alpha_T: Tensor, covered_T: Tensor) -> dict[str, Mean]:
+    """Metrics of the targets and their weights."""
+    valid_T = micro.valid_BS.flatten()
+    covered_B = ~micro.shard_loss_B.isnan()
+    return {
+        "alpha": Mean((alpha_T * valid_T).sum(), valid_T.sum()),
+        "coverage": Mean(covered_T.sum(), valid_T.sum()),
+        "teacher_loss": Mean(torch.nan_to_num(micro.shard_loss_B).sum(), covered_B.sum()),
+    }

@@ -129,8 +129,8 @@ class Fade:
     def update(self, state, hard_loss_C):
         return {"steps": state["steps"] + 1}
 
-    def metrics(self, state, signals):
-        return {"fade": Mean(self.value(state, signals)[0], 1.0)}
+    def metrics(self, state, signals, value_T):
+        return {"fade": Mean(value_T[0], 1.0)}
 
 
 LOSSES.add("smoothed", Smoothed)

@@ -80,7 +80,8 @@ def test_a_student_ahead_of_every_teacher_gets_no_soft_loss():
 def test_lag_is_of_a_sample_and_its_tokens():
     tokens = signals([3.0, 3.5], entropy_T=torch.ones(6))
     assert lag().value(state(4.0, 3.0), tokens).tolist() == [1.0, 1.0, 1.0, 0.5, 0.5, 0.5]
-    found = lag().metrics(state(4.0, 3.0), signals([3.5, NAN]))
+    one = signals([3.5, NAN])
+    found = lag().metrics(state(4.0, 3.0), one, lag().value(state(4.0, 3.0), one))
     assert {name: float(mean.sum / mean.weight) for name, mean in found.items()} == {
         "lag_factor": 0.5, "lag": 0.5, "student_loss": 4.0,
     }  # fmt: skip
@@ -130,8 +131,8 @@ def test_a_weighting_is_the_product_and_its_state_survives_json():
     both = Weighting(lambda step: 0.5, {"lag": lag(), "entropy": entropy(scale=True, skip=0.1)})
     tokens = signals([3.5], torch.tensor([math.log(V) / 2]))
     s = both.init() | {"lag": state(4.0, 3.0)}
-    assert both.alpha(s, 0, tokens, torch.tensor([True])).item() == pytest.approx(0.5 * 0.5 * 0.5)
-    assert both.alpha(s, 0, tokens, torch.tensor([False])).item() == 0.0
+    assert both.weigh(s, 0, tokens, torch.tensor([True])).alpha_T.item() == pytest.approx(0.5 * 0.5 * 0.5)
+    assert both.weigh(s, 0, tokens, torch.tensor([False])).alpha_T.item() == 0.0
     s = both.observe(both.init(), tokens, alone, alone)
     again = weighting.from_json(json.loads(json.dumps(weighting.to_json(s))), both.init())
     assert again == s and again["entropy"]["first_kept"].dtype == torch.int64

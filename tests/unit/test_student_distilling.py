@@ -55,7 +55,7 @@ def recipe(corpora=1, **weighting):
 def alphas(student, b, step=0):
     plan = student.begin(b, step)
     student.weighting_state = plan.state
-    return student.alpha(b, plan).view(-1, S)[:, 0].tolist()
+    return student.weigh(b, plan).alpha_T.view(-1, S)[:, 0].tolist()
 
 
 def lag_of(student):
