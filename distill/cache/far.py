@@ -26,7 +26,6 @@ SHORT = 1 << 16
 
 
 class FarStore(Store):
-    grows = False
     slow = True
 
     def __init__(self, url: str):
@@ -83,6 +82,19 @@ class FarStore(Store):
     def publish(self, name: str, data: bytes) -> None:
         with self._reported(name):
             self._fs.pipe_file(self._at(name), data)
+
+    def publish_parts(self, name: str, parts: Iterable[bytes]) -> int:
+        size = 0
+        with self._reported(name), self._fs.open(self._at(name), "wb") as file:
+            for part in parts:
+                file.write(part)
+                size += len(part)
+        return size
+
+    def move(self, name: str, to: str) -> None:
+        with self._reported(name):
+            self._fs.copy(self._at(name), self._at(to))
+            self._fs.rm_file(self._at(name))
 
     def create(self, name: str, data: bytes) -> bool:
         """As `Store.create`, but also True where the same bytes are there: a put whose answer was lost is sent twice.

@@ -25,8 +25,6 @@ class Store(ABC):
 
     root: str
     """Path or URL."""
-    grows: bool
-    """Files can grow, so that a ledger is one file of lines; otherwise a ledger is one object for each row."""
     slow: bool
     """Requests take long: they are few and large, and many are sent at one time."""
 
@@ -67,7 +65,7 @@ class Store(ABC):
         try:
             self.size(name)
         except CacheError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
+            if is_missing(error):
                 return False
             raise
         return True
@@ -88,16 +86,16 @@ class Store(ABC):
         """Puts a file in place unless there is one; False: there was."""
 
     @abstractmethod
+    def publish_parts(self, name: str, parts: Iterable[bytes]) -> int:
+        """Puts a large file in place, part after part, under a name that no other process uses; returns its bytes."""
+
+    @abstractmethod
     def remove(self, name: str) -> None:
         """Removes a file, if it is there."""
 
-    def append(self, name: str, data: bytes) -> None:
-        """Appends durably, in a store that `grows`; on an error part of the data may be there."""
-        raise NotImplementedError(f"files of {self.root} cannot grow")
-
-    def truncate(self, name: str, size: int) -> None:
-        """Cuts a file to its first `size` bytes."""
-        self.publish(name, self.read_at(name, 0, size))
+    @abstractmethod
+    def move(self, name: str, to: str) -> None:
+        """Gives a file another name, over one that may be there."""
 
     def lock(self, name: str, holder: str, *, wait: bool = False) -> AbstractContextManager[bool]:
         """Holds a lock file within the block. Yields False, and holds nothing, in a store without locks.
@@ -110,6 +108,11 @@ class Store(ABC):
     def is_locked(self, name: str) -> bool:
         """Whether a live process holds a lock file; False in a store without locks."""
         return False
+
+
+def is_missing(error: CacheError) -> bool:
+    """Whether an error of a store is that of a file which is not there."""
+    return isinstance(error.__cause__, FileNotFoundError | NotADirectoryError)
 
 
 @contextlib.contextmanager

@@ -12,18 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.cache import record
+from distill.cache import catalog, record
 from distill.cache.codecs import make_codec
-from distill.cache.format import SHARDS, TEMPORARY, check_writer, row_of, writer_lock
+from distill.cache.format import TEMPORARY, check_writer, group_name, writer_lock
 from distill.cache.header import CacheHeader
-from distill.cache.ledger import LedgerWriter, Origin
+from distill.cache.loss_curve import LossSums
 from distill.cache.open_store import open_store
+from distill.cache.origins import Origin
 from distill.cache.pending import Pending
-from distill.cache.publish import create, publish_shard
+from distill.cache.publish import create, publish_mark, publish_shard
 from distill.cache.ranks import invert, load_ranks
 from distill.cache.shard import Array, Columns
+from distill.cache.snapshot import StreamState, newest_snapshot
+from distill.cache.tail import next_seq
 from distill.cache.targets import Atoms
-from distill.cache.view import Newest, newest_since
+from distill.cache.view import View, open_view
 from distill.config.errors import CacheError
 from distill.config.schema import OnFull
 
@@ -39,13 +42,15 @@ class WriterStats(NamedTuple):
     """Bytes published."""
     skipped: int
     """Samples left out because the queue was full."""
+    passed: int
+    """Samples passed over, whose targets of this step or a later one had been published already."""
 
 
 class _Request(NamedTuple):
     """A request of the caller's to the thread."""
 
     kind: str
-    """flush, finish, hand over or stop."""
+    """flush, finish, hand over, close or stop."""
     done: threading.Event
 
 
@@ -58,25 +63,28 @@ class CacheWriter:
         header: CacheHeader,
         *,
         writer: str,
-        counts_V: Array | None = None,
+        counts_V: Any = None,
         shard_samples: int = 256,
         queue: int = 64,
         on_full: OnFull = OnFull.block,
         source: str = "capture",
         seen_before: bool = False,
         flops_per_token: float = 0.0,
+        index_every: int = 64,
+        first_step: int = 0,
     ):
-        """Opens the cache, or creates it, and resumes this writer's ledger.
+        """Opens the cache, or creates it, and resumes this writer's stream.
 
         folder: a path, or a URL of a file system of fsspec.
-        writer: name of the ledger and prefix of the shards; one live process only.
-        counts_V: corpus frequency of every id, for the rank table; None takes the table that is there, or none.
+        writer: name of the stream of shards; one live process only, and none of the tools'.
+        counts_V: corpus frequency of every id (array, tensor or list), for the rank table; None takes the table that is there, or none.
         shard_samples: publish as soon as so many samples wait. queue: micro-batches that may wait for the thread.
         source: capture, backfill or import. seen_before: the teacher has trained on these samples (backfill).
-        flops_per_token: of a forward pass of the teacher; 0: not known.
+        flops_per_token: of a forward pass of the teacher; 0: not known. index_every: shards after which a listing is
+        made. first_step: of a capture that begins or goes on, the teacher's step.
 
         Raises:
-            CacheError: another cache is there, another process has this name, a damaged ledger, or no permission.
+            CacheError: another cache is there, another process has this name, a damaged stream, or no permission.
         """
         check_writer(writer)
         self.folder, self.writer = folder, writer
@@ -87,18 +95,23 @@ class CacheWriter:
         self._shard_samples, self._on_full = shard_samples, OnFull(on_full)
         self._source, self._seen_before, self._flops_per_token = source, seen_before, flops_per_token
         self._rank_of_id = invert(load_ranks(self._store, self.header))
-        self._done: Newest | None = None
+        self._index_every = index_every
+        self._done: View | None = None
         with contextlib.ExitStack() as stack:
             is_alone = stack.enter_context(self._store.lock(writer_lock(writer), f"the writer's name {writer!r}"))
-            self._ledger = LedgerWriter(self._store, writer, self._identity)
+            listed = newest_snapshot(self._store, self._identity).streams.get(writer, StreamState())
+            self._state = next_seq(self._store, self.header, writer, listed)
+            self._listed = listed.count
             if is_alone:
                 self._remove_leftovers()
+            if source == "capture" and (self._state.finished or not self._state.count):
+                self._mark("begin", first_step)
             self._resources = stack.pop_all()
 
         # A queue that is full holds the caller back; requests queue up behind the micro-batches put before them.
         self._queue: Queue[Pending | _Request] = Queue(queue)
-        self._published = WriterStats(0, 0, 0, 0)
-        self._skipped = 0
+        self._published = WriterStats(0, 0, 0, 0, 0)
+        self._skipped = self._passed = 0
         self._handed: list[Pending] = []
         self._error: BaseException | None = None
         self._error_raised = self._aborted = self._closed = False
@@ -106,27 +119,25 @@ class CacheWriter:
         self._thread.start()
 
     def _remove_leftovers(self) -> None:
-        """Removes what a kill left: temporary files, and the one shard whose row was never written.
+        """Removes temporary files that a kill left."""
+        group = group_name(self.writer, self._state.count)
+        for name in self._store.names(group):
+            if name.endswith(TEMPORARY):
+                self._store.remove(f"{group}/{name}")
 
-        Raises:
-            CacheError: there are shards beyond it, so the ledger has lost rows.
-        """
-        known = {row.shard for row in self._ledger.rows}
-        rows = {name: row_of(name) for name in self._store.names(SHARDS) if name not in known}
-        left = {name: row.seq for name, row in rows.items() if row is not None and row.writer == self.writer}
-        for name, seq in left.items():
-            if seq > self._ledger.seq and not name.endswith(TEMPORARY):
-                path = self._store.path(f"{SHARDS}/{name}")
-                raise CacheError(
-                    f"{path}: shard {seq} is there, but ledger {self.writer} has {self._ledger.seq} rows: it was cut; "
-                    f"get it back with codistill-cache repair {self._store.root}"
-                )
-        for name in left:
-            self._store.remove(f"{SHARDS}/{name}")
+    def _mark(self, kind: str, step: int) -> None:
+        mark = publish_mark(self._store, self._identity, self.writer, self._state.count, kind, self._source, step)
+        self._state = self._state.after(mark)
+
+    def _index(self) -> None:
+        """Makes a listing of what has been published since the last one."""
+        if self._state.count > self._listed:
+            catalog.update(self._store, self.header, [self.writer])
+            self._listed = self._state.count
 
     @property
     def stats(self) -> WriterStats:
-        return self._published._replace(skipped=self._skipped)
+        return self._published._replace(skipped=self._skipped, passed=self._passed)
 
     def put(
         self,
@@ -221,7 +232,7 @@ class CacheWriter:
         self._ask("flush")
 
     def finish(self) -> None:
-        """`flush`, and a closing row: this writer's stream is complete."""
+        """`flush`, and an end mark: this writer's stream is complete."""
         self._ask("finish")
 
     def hand_over(self) -> list[Pending]:
@@ -242,7 +253,7 @@ class CacheWriter:
             return
         try:
             if not self._error_raised:
-                self._ask("flush")
+                self._ask("close")
         finally:
             self._stop()
 
@@ -275,8 +286,20 @@ class CacheWriter:
         A run that goes on from a checkpoint does some steps again.
         """
         if self._done is None:
-            self._done = newest_since(self._store, self.header, batch.step)
-        return batch.select(self._done.steps(batch.sample_ids_B) < batch.step, self.header.sample_tokens)
+            self._done = open_view(self._store, self.header)
+        if batch.step > max((state.step for state in self._done.streams.values()), default=-1):
+            return batch
+        records = self._done.find(batch.sample_ids_B)
+        for i in np.flatnonzero(records.there & (records.steps == batch.step)).tolist():
+            teacher = self._done.names(int(records.tables[i])).origin(records.rows[i]).teacher
+            if teacher != batch.teacher:
+                raise CacheError(
+                    f"cache {self.folder}: sample {batch.sample_ids_B[i]} has targets of step {batch.step} by teacher "
+                    f"{teacher}, and these are of teacher {batch.teacher}"
+                )
+        keep_B = records.steps < batch.step
+        self._passed += int((~keep_B).sum())
+        return batch.select(keep_B, self.header.sample_tokens)
 
     def _ask(self, kind: str) -> None:
         """Waits until the thread has handled all that was put before, and this request."""
@@ -299,7 +322,7 @@ class CacheWriter:
         self._resources.close()
 
     def _run(self) -> None:
-        """The thread, which alone makes shards and appends to the ledger. After an error it drains the queue."""
+        """The thread, which alone makes shards. After an error it drains the queue."""
         torch.set_num_threads(1)
         pending: list[Pending] = []
         while True:
@@ -321,8 +344,10 @@ class CacheWriter:
                 self._handed = pending
             elif pending:
                 self._publish(pending)
-            if item.kind == "finish":
-                self._ledger.finish()
+            if item.kind == "finish" and not self._state.finished:
+                self._mark("end", self._state.step)
+            if item.kind in ("finish", "close"):
+                self._index()
             return []
         if pending and pending[0].teacher != item.teacher:  # a shard has one teacher
             self._publish(pending)
@@ -357,12 +382,20 @@ class CacheWriter:
             seen_before=self._seen_before,
             flops_per_token=self._flops_per_token,
         )
+        losses = LossSums()
+        losses.add_tokens(batches[0].teacher, self._source, np.repeat(steps, width)[valid], -label_logprob[valid])
         columns = Columns(sample_ids, joined("digests_B"), steps, encoded.atoms, np.zeros(len(steps), np.int64))
-        row = publish_shard(self._store, self._ledger, self._source, columns, encoded.records, encoded.ends, (origin,))
+        header = publish_shard(
+            self._store, self._identity, self.writer, self._state.count, self._source, columns, encoded.records,
+            encoded.ends, (origin,), losses,
+        )  # fmt: skip
+        self._state = self._state.after(header)
         done = self._published
         self._published = done._replace(
-            samples=done.samples + row.samples, tokens=done.tokens + tokens, bytes=done.bytes + row.bytes
+            samples=done.samples + header.samples, tokens=done.tokens + tokens, bytes=done.bytes + header.bytes
         )
+        if self._state.count - self._listed >= self._index_every:
+            self._index()
 
 
 def _own(values: Tensor | Array, dtype: Any) -> Array:

@@ -76,6 +76,7 @@ def _open_writer(run: Run, corpus: PackedCorpus, folder: str | Path, planned: di
         queue=cache.queue,
         on_full=cache.on_full,
         flops_per_token=flops_per_token(model, corpus.sample_tokens, corpus.tiles_per_sample),
+        index_every=cache.index_every,
     )
 
 
@@ -117,7 +118,7 @@ def cache_entries(readers: list[CacheReader]) -> dict[str, Any]:
     """Summary entries of a run's caches: bytes of all published shards per token with a target in them, and the ledger
     of floating-point operations."""
     stats = [reader.stats() for reader in readers]
-    ledger = flop_ledger((row for reader in readers for row in reader.rows), readers[0].header.sample_tokens)
+    ledger = flop_ledger((origin for reader in readers for origin in reader.summary), readers[0].header.sample_tokens)
     return {
         "bytes_per_token": sum(s["bytes"] for s in stats) / max(sum(s["tokens"] for s in stats), 1),
         "flops": {name: value for name, value in ledger.items() if value},

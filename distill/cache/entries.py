@@ -1,0 +1,212 @@
+"""Tables of samples, sorted by id: where the record of each lies, and who made it. No torch.
+
+An entry is one sample's record; an origin row is one teacher's part of a shard. Entries name their origin row, origin
+rows name writers and teachers by number in two lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distill.cache.origins import SOURCES, Origin
+from distill.cache.shard import Shard
+from distill.cache.shard_header import Replaced
+
+Array = NDArray[Any]
+
+ENTRY = np.dtype(
+    [
+        ("sample", "<i8"), ("digest", "<u8"), ("check", "<u8"), ("start", "<u4"), ("size", "<u4"), ("step", "<u4"),
+        ("atoms", "<u4"), ("origin", "<u4"),
+    ]
+)  # fmt: skip
+"""A record: sample id, digest of its tokens, check of the record, start in the shard's records, bytes, the teacher's
+step, atoms, and the number of the origin row."""
+
+ORIGIN = np.dtype(
+    [
+        ("writer", "<u4"), ("seq", "<u4"), ("records_at", "<u4"), ("number", "<u2"), ("source", "u1"),
+        ("seen_before", "u1"), ("teacher", "<u4"), ("samples", "<u4"), ("first_step", "<u4"), ("last_step", "<u4"),
+        ("tokens", "<u8"), ("tokens_seen", "<u8"), ("loss", "<f8"), ("flops_per_token", "<f8"), ("bytes", "<u8"),
+        ("atoms", "<u8"), ("shard_samples", "<u4"),
+    ]
+)  # fmt: skip
+"""A teacher's part of a shard: writer, sequence number, where the records begin in the file, number of the origin in the
+shard, fields of `Origin` (loss NaN: none); bytes, atoms and samples of the whole shard in its first row, else 0."""
+
+
+class Names(NamedTuple):
+    """What origin rows name by number."""
+
+    writers: list[str]
+    teachers: list[str]
+
+    def origin(self, row: Any) -> Origin:
+        """The origin of a row of ORIGIN."""
+        loss = float(row["loss"])
+        return Origin(
+            teacher=self.teachers[row["teacher"]],
+            source=SOURCES[row["source"]],
+            first_step=int(row["first_step"]),
+            last_step=int(row["last_step"]),
+            samples=int(row["samples"]),
+            tokens=int(row["tokens"]),
+            tokens_seen=int(row["tokens_seen"]),
+            loss=None if np.isnan(loss) else loss,
+            seen_before=bool(row["seen_before"]),
+            flops_per_token=float(row["flops_per_token"]),
+        )
+
+    def into(self, other: Names, rows: Array) -> Array:
+        """Origin rows whose numbers are those of `other`, which gets the names that it lacks."""
+        rows = rows.copy()
+        for field, mine, theirs in (
+            ("writer", self.writers, other.writers),
+            ("teacher", self.teachers, other.teachers),
+        ):
+            places = {name: number for number, name in enumerate(theirs)}
+            numbers = []
+            for name in mine:
+                if name not in places:
+                    places[name] = len(theirs)
+                    theirs.append(name)
+                numbers.append(places[name])
+            rows[field] = np.array(numbers or [0], np.uint32)[rows[field]]
+        return rows
+
+
+class Found(NamedTuple):
+    """Entries of some samples."""
+
+    entries: Array
+    """ENTRY [n]; anything where there is none."""
+    there: NDArray[np.bool_]
+    """[n]"""
+
+
+@dataclass
+class EntryTable:
+    """A table of samples in memory."""
+
+    entries: Array
+    origins: Array
+    names: Names
+
+    @classmethod
+    def of_shards(cls, shards: Iterable[Shard]) -> EntryTable:
+        """The newest record of each sample in some shards."""
+        names, parts, rows, count = Names([], []), [], [], 0
+        for shard in shards:
+            parts.append(entries_of(shard, count))
+            rows.append(origin_rows(shard, names))
+            count += len(rows[-1])
+        origins = np.concatenate(rows) if rows else np.empty(0, ORIGIN)
+        entries = np.concatenate(parts) if parts else np.empty(0, ENTRY)
+        return cls(newest(entries, ranks(origins, names)), origins, names)
+
+    @classmethod
+    def joined(cls, tables: Sequence[EntryTable]) -> EntryTable:
+        """The newest record of each sample in several tables."""
+        names, parts, rows, count = Names([], []), [], [], 0
+        for table in tables:
+            entries = table.entries.copy()
+            entries["origin"] += count
+            parts.append(entries)
+            rows.append(table.names.into(names, table.origins))
+            count += len(table.origins)
+        origins = np.concatenate(rows)
+        return cls(newest(np.concatenate(parts), ranks(origins, names)), origins, names)
+
+    def find(self, sample_ids: Array) -> Found:
+        return find_in(self.entries, sample_ids)
+
+    def origin_rows(self, numbers: Array) -> Array:
+        return self.origins[numbers]
+
+
+def find_in(entries: Array, sample_ids: Array) -> Found:
+    """Entries of samples in a sorted table."""
+    if not len(entries):
+        return Found(np.zeros(len(sample_ids), ENTRY), np.zeros(len(sample_ids), np.bool_))
+    ids = entries["sample"]
+    places = np.minimum(np.searchsorted(ids, sample_ids), len(ids) - 1)
+    return Found(entries[places], ids[places] == sample_ids)
+
+
+def entries_of(shard: Shard, first_origin: int) -> Array:
+    """An entry for each record of a shard, whose origins are rows `first_origin` and following."""
+    columns = shard.columns
+    entries = np.empty(len(columns.sample_ids), ENTRY)
+    entries["sample"], entries["digest"], entries["check"] = columns.sample_ids, columns.digests, shard.checks
+    entries["start"], entries["size"] = shard.bounds[:-1], np.diff(shard.bounds)
+    entries["step"], entries["atoms"] = columns.steps, columns.atoms
+    entries["origin"] = first_origin + columns.origins
+    return entries
+
+
+def origin_rows(shard: Shard, names: Names) -> Array:
+    """Origin rows of a shard; `names` gets the names that it lacks."""
+    header = shard.header
+    rows = np.zeros(len(header.origins), ORIGIN)
+    for number, origin in enumerate(header.origins):
+        rows[number] = (
+            _number(names.writers, header.writer), header.seq, shard.records_at, number,
+            SOURCES.index(origin.source), origin.seen_before, _number(names.teachers, origin.teacher), origin.samples,
+            origin.first_step, origin.last_step, origin.tokens, origin.tokens_seen,
+            np.nan if origin.loss is None else origin.loss, origin.flops_per_token, 0, 0, 0,
+        )  # fmt: skip
+    rows[:1]["bytes"], rows[:1]["atoms"], rows[:1]["shard_samples"] = shard.bytes, header.atoms, header.samples
+    return rows
+
+
+def _number(names: list[str], name: str) -> int:
+    if name not in names:
+        names.append(name)
+    return names.index(name)
+
+
+def ranks(origins: Array, names: Names) -> Array:
+    """For each origin row its place in the order (writer, seq): of equal steps the later shard's record counts."""
+    writers = np.argsort(np.argsort(np.array(names.writers, object))) if names.writers else np.zeros(1, np.int64)
+    order = np.lexsort((origins["seq"], writers[origins["writer"]]))
+    places = np.empty(len(origins), np.int64)
+    places[order] = np.arange(len(origins))
+    return places
+
+
+def newest(entries: Array, ranks_O: Array) -> Array:
+    """Of entries in any order the one that counts of each sample, sorted by id.
+
+    The greatest step counts, then the shard with the greatest rank, then the later record within a shard.
+    """
+    order = np.argsort(entries["sample"], kind="stable")
+    entries = entries[order]
+    ids = entries["sample"]
+    if len(ids) < 2 or not (twice := ids[1:] == ids[:-1]).any():
+        return entries
+    some = np.zeros(len(ids), np.bool_)
+    some[1:] |= twice
+    some[:-1] |= twice
+    places = np.flatnonzero(some)
+    part = entries[places]
+    part = part[np.lexsort((part["start"], ranks_O[part["origin"]], part["step"], part["sample"]))]
+    entries[places] = part
+    last = np.ones(len(ids), np.bool_)
+    last[:-1] = ids[1:] != ids[:-1]
+    return entries[last]
+
+
+def replaced_rows(origins: Array, names: Names, replaced: Sequence[Replaced]) -> NDArray[np.bool_]:
+    """Which origin rows are of shards in these ranges."""
+    out = np.zeros(len(origins), np.bool_)
+    numbers = {name: number for number, name in enumerate(names.writers)}
+    for each in replaced:
+        if each.writer in numbers:
+            seqs = origins["seq"]
+            out |= (origins["writer"] == numbers[each.writer]) & (seqs >= each.first) & (seqs <= each.last)
+    return out

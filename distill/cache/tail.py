@@ -1,0 +1,171 @@
+"""The tail of a cache: what its writers have published since a snapshot. No torch.
+
+A stream goes on with the next number, so that asking for one name shows whether there is more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import count, takewhile
+from pathlib import Path
+from typing import NamedTuple
+
+from distill.cache.format import SHARDS, TOOLS, shard_name, shard_of
+from distill.cache.header import CacheHeader
+from distill.cache.open_store import open_store
+from distill.cache.shard import Shard, open_shard, read_front
+from distill.cache.shard_header import Replaced
+from distill.cache.snapshot import StreamState
+from distill.cache.store import Store
+from distill.config.errors import CacheError
+
+_TOGETHER = 64
+"""Shards whose indexes are read together."""
+_WRITER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+
+
+class Tail(NamedTuple):
+    """Shards in the order of writers and numbers, and how far their streams have come with them."""
+
+    shards: list[Shard]
+    """Those that count."""
+    states: dict[str, StreamState]
+    replaced: list[Replaced]
+    """Ranges of shards that do not count any more since these are there."""
+
+
+def writers_of(store: Store) -> list[str]:
+    """Names that have a stream, those of tools included."""
+    return [name for name in store.names(SHARDS) if _WRITER.fullmatch(name)]
+
+
+def is_written(folder: str | Path) -> bool:
+    """Whether a writer has published anything in this folder, or URL."""
+    return bool(writers_of(open_store(folder)))
+
+
+def stream_seqs(store: Store, writer: str, first: int = 0) -> list[int]:
+    """Numbers of the shards that are there from `first` on, ascending."""
+    folder = f"{SHARDS}/{writer}"
+    least = shard_name(writer, first).split("/")[2]
+    seqs = []
+    for group in store.names(folder):
+        if group.isdigit() and (len(group), group) >= (len(least), least):
+            places = (shard_of(f"{folder}/{group}/{name}") for name in store.names(f"{folder}/{group}"))
+            seqs += [place[1] for place in places if place is not None and place[1] >= first]
+    return sorted(seqs)
+
+
+class Ranges:
+    """Ranges of shards, for asking whether a shard is in one of them."""
+
+    def __init__(self, ranges: Iterable[Replaced] = ()):
+        self._by_writer: dict[str, list[tuple[int, int]]] = {}
+        for each in sorted(ranges, key=lambda each: (each.writer, each.first)):
+            there = self._by_writer.setdefault(each.writer, [])
+            # Only ranges that reach further than all before them: then the last that begins at or before a shard decides.
+            if not there or each.last > there[-1][1]:
+                there.append((each.first, each.last))
+
+    def __contains__(self, shard: tuple[str, int]) -> bool:
+        there = self._by_writer.get(shard[0], [])
+        place = bisect_right(there, (shard[1], 2**63)) - 1
+        return place >= 0 and there[place][1] >= shard[1]
+
+    def joined(self) -> list[Replaced]:
+        """The same ranges, those that touch as one, by writer and number."""
+        joined: list[Replaced] = []
+        for writer, ranges in self._by_writer.items():
+            for first, last in ranges:
+                if joined and joined[-1].writer == writer and first <= joined[-1].last + 1:
+                    joined[-1] = Replaced(writer, joined[-1].first, max(last, joined[-1].last))
+                else:
+                    joined.append(Replaced(writer, first, last))
+        return joined
+
+
+def read_tail(
+    store: Store,
+    header: CacheHeader,
+    states: Mapping[str, StreamState],
+    writers: Iterable[str],
+    *,
+    limits: Mapping[str, int] | None = None,
+    most: int | None = None,
+    is_refresh: bool = False,
+) -> Tail:
+    """Shards of these writers' streams from the count of `states` on.
+
+    limits: numbers at which streams end for the caller; None: they end where there are no more shards. most: stop after
+    about so many samples. is_refresh: ask for the next name of each stream before anything else.
+
+    Raises:
+        CacheError: damage, or a shard that is missing and that no other replaces.
+    """
+    tools_first = sorted(writers, key=lambda name: (name not in TOOLS, name))
+    states, shards, replaced = dict(states), list[Shard](), list[Replaced]()
+    samples = 0
+    for writer in tools_first:
+        state = states.get(writer, StreamState())
+        limit = None if limits is None else limits.get(writer, 0)
+        gone = Ranges(replaced)
+        for seq, shard in _shards(store, header, writer, state.count, limit, gone, is_refresh):
+            if shard is None:
+                state = dataclasses.replace(state, count=seq + 1, finished=False)
+            else:
+                state = state.after(shard.header)
+                replaced += shard.header.replaces
+                if (writer, seq) not in gone:
+                    shards.append(shard)
+                    samples += shard.header.samples
+            states[writer] = state
+            if most is not None and samples >= most:
+                return Tail(shards, states, replaced)
+    # A tool may have replaced shards of its own.
+    gone = Ranges(replaced)
+    return Tail([s for s in shards if (s.header.writer, s.header.seq) not in gone], states, replaced)
+
+
+def _shards(
+    store: Store, header: CacheHeader, writer: str, first: int, limit: int | None, gone: Ranges, is_refresh: bool
+) -> Iterator[tuple[int, Shard | None]]:
+    """Shards by number, in order; None: one that is replaced and not there any more."""
+    if limit is None:
+        if is_refresh and not store.exists(shard_name(writer, first)):
+            return
+        limit = max(stream_seqs(store, writer, first), default=first - 1) + 1
+    numbers: Sequence[int] = range(first, limit)
+    for start in range(0, len(numbers), _TOGETHER):
+        part = numbers[start : start + _TOGETHER]
+        for seq, shard in zip(part, store.map(lambda seq: open_shard(store, header, writer, seq), part), strict=True):
+            # A folder's names are not read at one moment, so that a new shard may be seen before the one in front of it.
+            if (
+                shard is None
+                and (writer, seq) not in gone
+                and (shard := open_shard(store, header, writer, seq)) is None
+            ):
+                raise CacheError(
+                    f"{store.path(shard_name(writer, seq))}: the shard is missing; if `compact --purge` has removed it, a "
+                    "view from before the compaction cannot be read any more, else codistill-cache repair helps"
+                )
+            yield seq, shard
+
+
+def next_seq(store: Store, header: CacheHeader, writer: str, state: StreamState) -> StreamState:
+    """The state of a writer's stream with all that is published; CacheError as `read_tail`.
+
+    Reads headers alone.
+    """
+    known = takewhile(lambda seq: store.exists(shard_name(writer, seq)), count(state.count))
+    for seq in known:
+        state = state.after(read_front(store, header, writer, seq).header)
+    there = stream_seqs(store, writer, state.count)
+    if there:
+        raise CacheError(
+            f"{store.path(shard_name(writer, state.count))}: the shard is missing, and shard {there[0]} is there; "
+            f"codistill-cache repair {store.root} helps"
+        )
+    return state
