@@ -6,11 +6,10 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 
 from distill.cache.entries import EntryTable, replaced_rows
-from distill.cache.format import TOOLS, shard_name
+from distill.cache.format import shard_name
 from distill.cache.header import CacheHeader
 from distill.cache.listing import (
     Listing,
-    ListingDamaged,
     ListingRef,
     TableSource,
     block_cache,
@@ -45,7 +44,6 @@ def update(
     Raises:
         CacheError: damage, or it cannot be written.
     """
-    cache = header.identity
     while True:
         base = _newest_usable(store, header)
         streams = writers_of(store) if writers is None else list(writers)
@@ -58,7 +56,6 @@ def update(
         # Another process has taken the number: what it has taken in counts, too.
         for each in made:
             store.remove(each.name)
-        assert snapshot.cache == cache
 
 
 def _next(
@@ -139,6 +136,3 @@ def _newest_usable(store: Store, header: CacheHeader) -> Snapshot:
             log.warning("%s; the snapshot before it serves, or the shards", error)
             snapshot = newest_snapshot(store, header.identity, snapshot.number)
     return snapshot
-
-
-__all__ = ["TOOLS", "ListingDamaged", "update"]

@@ -36,8 +36,8 @@ ORIGIN = np.dtype(
         ("atoms", "<u8"), ("shard_samples", "<u4"),
     ]
 )  # fmt: skip
-"""A teacher's part of a shard: writer, sequence number, where the records begin in the file, number of the origin in the
-shard, fields of `Origin` (loss NaN: none); bytes, atoms and samples of the whole shard in its first row, else 0."""
+"""A teacher's part of a shard: writer, sequence number, where the records begin in the file, number of the origin in
+the shard, fields of `Origin` (loss NaN: none); bytes, atoms and samples of the whole shard in its first row, else 0."""
 
 
 class Names(NamedTuple):
@@ -160,7 +160,7 @@ def origin_rows(shard: Shard, names: Names) -> Array:
             origin.first_step, origin.last_step, origin.tokens, origin.tokens_seen,
             np.nan if origin.loss is None else origin.loss, origin.flops_per_token, 0, 0, 0,
         )  # fmt: skip
-    rows[:1]["bytes"], rows[:1]["atoms"], rows[:1]["shard_samples"] = shard.bytes, header.atoms, header.samples
+    rows[:1]["bytes"], rows[:1]["atoms"], rows[:1]["shard_samples"] = shard.size, header.atoms, header.samples
     return rows
 
 

@@ -2,8 +2,8 @@
 
     entries in blocks | fences in blocks | origin rows in blocks | footer
 
-A fence is the first id and the digest of a block of entries. The footer, sealed JSON, has the first id and digest of each
-block of fences and the digest of each block of origin rows. A snapshot names the footer's digest, so every byte is
+A fence is the first id and the digest of a block of entries. The footer, sealed JSON, has the first id and digest of
+each block of fences and the digest of each block of origin rows. A snapshot names the footer's digest, so every byte is
 covered. Blocks are read when they are needed; never mapped, never loaded whole.
 """
 
@@ -83,7 +83,9 @@ class Totals:
 class Source(Protocol):
     """A table of samples that a listing is made of."""
 
-    names: Names
+    @property
+    def names(self) -> Names:
+        """What its origin rows name."""
 
     def chunks(self, size: int) -> Iterator[Array]:
         """Entries in order, about `size` at a time."""

@@ -3,8 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 
-import numpy as np
-
 from distill.cache.format import CATALOG, HEADER, LOCKS, SHARDS, ranks_name, shard_name
 from distill.cache.header import CacheHeader
 from distill.cache.loss_curve import LossSums
@@ -89,7 +87,7 @@ def publish_mark(store: Store, cache: str, writer: str, seq: int, kind: str, sou
         cache=cache, writer=writer, seq=seq, kind=kind, source=source, step=step, samples=0, first_sample=-1,
         last_sample=-1, tokens=0, atoms=0, records=0, index=digest(b""), origins=(), losses=LossSums(), replaces=(),
     )  # fmt: skip
-    _put(store, header, b"", memoryview(np.empty(0, np.uint8)))
+    _put(store, header, b"", memoryview(b""))
     return header
 
 

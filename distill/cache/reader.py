@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distill.cache import record
 from distill.cache.codecs import make_codec
+from distill.cache.entries import ORIGIN
 from distill.cache.header import CacheHeader
 from distill.cache.listing import ListingDamaged
 from distill.cache.loss_curve import LossSums
@@ -122,8 +123,8 @@ class CacheReader:
     def frontier(self) -> int | None:
         """The teacher's step before which everything is published or left out for good; None: all of it.
 
-        Every writer of a teacher marks the beginning of its stream before any of them publishes targets, so one that has
-        published none yet holds the frontier back, too.
+        Every writer of a teacher marks the beginning of its stream before any of them publishes targets, so one that
+        has published none yet holds the frontier back, too.
         """
         teachers = self._teachers()
         if not teachers:
@@ -173,8 +174,8 @@ class CacheReader:
         for i in np.flatnonzero(found.there & (found.entries["digest"] != wanted)).tolist():
             raise CacheError(
                 f"cache {self.folder}: sample {found.entries['sample'][i]} has digest "
-                f"{int(found.entries['digest'][i]):016x} in the cache, {int(wanted[i]):016x} in this batch: the tokens are "
-                "not those the teacher saw"
+                f"{int(found.entries['digest'][i]):016x} in the cache, {int(wanted[i]):016x} in this batch: the tokens "
+                "are not those the teacher saw"
             )
         there = [each for each in self._samples(view, found) if each is not None]
         decoded = self.decode(there)
@@ -218,9 +219,7 @@ class CacheReader:
         """
         view = self._view
         tables = [rows for _, rows in view.origin_rows()]
-        rows = np.concatenate(tables) if tables else np.empty(0)
-        if not len(rows):
-            rows = np.zeros(0, [(n, "f8") for n in ("last_step", "loss", "tokens", "bytes", "atoms", "number")])
+        rows: Array = np.concatenate([np.empty(0, ORIGIN), *tables])
         rows = rows[np.argsort(rows["last_step"], kind="stable")]
         tokens, covered = int(rows["tokens"].sum()), view.covered
         size = int(rows["bytes"].sum())

@@ -114,16 +114,16 @@ class Shard:
         """Raises CacheError when the file is missing, of another size, of another cache, or its index is damaged."""
         self._name = shard_name(writer, seq)
         self.path, self._store = store.path(self._name), store
-        self.header, size, data = read_front(store, cache, writer, seq)
+        self.header, front_bytes, data = read_front(store, cache, writer, seq)
         header = self.header
-        self.records_at = size + WIDTH * header.samples
+        self.records_at = front_bytes + WIDTH * header.samples
         """Where the records begin in the file."""
         # One request more in a slow store, where the digests of the records find what is missing.
-        if not store.slow and (actual := store.size(self._name)) != self.bytes:
-            raise CacheError(f"{self.name} is damaged: {actual} bytes, {self.bytes} in its header")
+        if not store.slow and (actual := store.size(self._name)) != self.size:
+            raise CacheError(f"{self.name} is damaged: {actual} bytes, {self.size} by its header")
         if len(data) < self.records_at:
             data += store.read_at(self._name, len(data), self.records_at - len(data))
-        index = data[size : self.records_at]
+        index = data[front_bytes : self.records_at]
         if digest(index) != header.index:
             raise CacheError(f"{self.name} is damaged: index digest {digest(index)}, {header.index} in its header")
         arrays = _columns(index, header.samples)
@@ -155,8 +155,8 @@ class Shard:
         )
 
     @property
-    def bytes(self) -> int:
-        """Of the whole file."""
+    def size(self) -> int:
+        """Bytes of the whole file."""
         return self.records_at + self.header.records
 
     @property

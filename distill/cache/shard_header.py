@@ -1,7 +1,7 @@
 """The sealed header of a shard, which says what the shard is, and the bytes at the front of its file. No torch.
 
-A stream is the numbered shards of one writer. Beside shards with targets it holds marks, shards without samples: `begin`
-where a writer starts or goes on after an end, `end` where its stream is complete, `gap` where a shard was lost.
+A stream is the numbered shards of one writer. Beside shards with targets it holds marks, shards without samples:
+`begin` where a writer starts or goes on after an end, `end` where its stream is complete, `gap` where a shard was lost.
 """
 
 from __future__ import annotations

@@ -101,16 +101,14 @@ def load_snapshot(store: Store, cache: str, number: int) -> Snapshot | None:
 
 
 def newest_snapshot(store: Store, cache: str, below: int | None = None) -> Snapshot:
-    """The newest one that is valid, by number less than `below`; damaged ones are named in a warning and passed over."""
+    """The newest valid one, of number less than `below`; damaged ones are named in a warning and passed over."""
     for number in snapshot_numbers(store):
         if below is not None and number >= below:
             continue
         try:
             snapshot = load_snapshot(store, cache, number)
         except CacheError as error:
-            log.warning(
-                "%s; the snapshot before it serves, or the shards: codistill-cache index makes a new one", error
-            )
+            log.warning("%s; an older one serves, or the shards: codistill-cache index makes a new one", error)
             continue
         if snapshot is not None:
             return snapshot

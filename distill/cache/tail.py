@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import count, takewhile
 from pathlib import Path
 from typing import NamedTuple
@@ -66,7 +66,7 @@ class Ranges:
         self._by_writer: dict[str, list[tuple[int, int]]] = {}
         for each in sorted(ranges, key=lambda each: (each.writer, each.first)):
             there = self._by_writer.setdefault(each.writer, [])
-            # Only ranges that reach further than all before them: then the last that begins at or before a shard decides.
+            # Only ranges that reach further than all before: then the last that begins at or before a shard decides.
             if not there or each.last > there[-1][1]:
                 there.append((each.first, each.last))
 
@@ -105,28 +105,31 @@ def read_tail(
     Raises:
         CacheError: damage, or a shard that is missing and that no other replaces.
     """
-    tools_first = sorted(writers, key=lambda name: (name not in TOOLS, name))
-    states, shards, replaced = dict(states), list[Shard](), list[Replaced]()
-    samples = 0
-    for writer in tools_first:
+    writers = sorted(writers)
+    tools = {name: states.get(name, StreamState()).count for name in writers if name in TOOLS}
+    replaced = [
+        each
+        for name, first in tools.items()
+        for seq in stream_seqs(store, name, first)
+        if limits is None or seq < limits.get(name, 0)
+        for each in read_front(store, header, name, seq).header.replaces
+    ]
+    gone, states, shards, samples = Ranges(replaced), dict(states), list[Shard](), 0
+    for writer in writers:
         state = states.get(writer, StreamState())
-        limit = None if limits is None else limits.get(writer, 0)
-        gone = Ranges(replaced)
-        for seq, shard in _shards(store, header, writer, state.count, limit, gone, is_refresh):
+        first, limit = state.count, None if limits is None else limits.get(writer, 0)
+        for seq, shard in _shards(store, header, writer, first, limit, gone, is_refresh):
             if shard is None:
                 state = dataclasses.replace(state, count=seq + 1, finished=False)
             else:
                 state = state.after(shard.header)
-                replaced += shard.header.replaces
                 if (writer, seq) not in gone:
                     shards.append(shard)
                     samples += shard.header.samples
             states[writer] = state
             if most is not None and samples >= most:
                 return Tail(shards, states, replaced)
-    # A tool may have replaced shards of its own.
-    gone = Ranges(replaced)
-    return Tail([s for s in shards if (s.header.writer, s.header.seq) not in gone], states, replaced)
+    return Tail(shards, states, replaced)
 
 
 def _shards(
@@ -137,21 +140,20 @@ def _shards(
         if is_refresh and not store.exists(shard_name(writer, first)):
             return
         limit = max(stream_seqs(store, writer, first), default=first - 1) + 1
-    numbers: Sequence[int] = range(first, limit)
-    for start in range(0, len(numbers), _TOGETHER):
-        part = numbers[start : start + _TOGETHER]
-        for seq, shard in zip(part, store.map(lambda seq: open_shard(store, header, writer, seq), part), strict=True):
-            # A folder's names are not read at one moment, so that a new shard may be seen before the one in front of it.
-            if (
-                shard is None
-                and (writer, seq) not in gone
-                and (shard := open_shard(store, header, writer, seq)) is None
-            ):
-                raise CacheError(
-                    f"{store.path(shard_name(writer, seq))}: the shard is missing; if `compact --purge` has removed it, a "
-                    "view from before the compaction cannot be read any more, else codistill-cache repair helps"
-                )
-            yield seq, shard
+
+    def opened(seq: int) -> Shard | None:
+        shard = open_shard(store, header, writer, seq)
+        # A folder's names are not read at one moment, so that a new shard may be seen before the one in front of it.
+        if shard is None and (writer, seq) not in gone and (shard := open_shard(store, header, writer, seq)) is None:
+            raise CacheError(
+                f"{store.path(shard_name(writer, seq))}: the shard is missing; if `compact --purge` has removed it, a "
+                "view from before the compaction cannot be read any more, else codistill-cache repair helps"
+            )
+        return shard
+
+    for start in range(first, limit, _TOGETHER):
+        part = range(start, min(start + _TOGETHER, limit))
+        yield from zip(part, store.map(opened, part), strict=True)
 
 
 def next_seq(store: Store, header: CacheHeader, writer: str, state: StreamState) -> StreamState:

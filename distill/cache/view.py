@@ -18,7 +18,7 @@ from distill.cache.ahead import NEAR
 from distill.cache.entries import ENTRY, ORIGIN, Array, EntryTable, Names
 from distill.cache.format import TOOLS, shard_name
 from distill.cache.header import CacheHeader
-from distill.cache.listing import Listing, ListingDamaged, block_cache
+from distill.cache.listing import Listing, block_cache
 from distill.cache.loss_curve import LossSums
 from distill.cache.origins import Origin, summed
 from distill.cache.shard import Shard, check
@@ -332,6 +332,3 @@ def _with_tail(view: View, tail: Tail) -> View:
         tables = [EntryTable.joined(tables)]
     headers = (*view.tail, *(shard.header for shard in tail.shards))
     return replace(view, tables=tuple(tables), tail=headers, streams=tail.states)
-
-
-__all__ = ["ListingDamaged", "Records", "View", "open_view", "refreshed"]

@@ -77,7 +77,8 @@ class CacheWriter:
 
         folder: a path, or a URL of a file system of fsspec.
         writer: name of the stream of shards; one live process only, and none of the tools'.
-        counts_V: corpus frequency of every id (array, tensor or list), for the rank table; None takes the table that is there, or none.
+        counts_V: corpus frequency of every id (array, tensor or list), for the rank table; None takes the table that
+        is there, or none.
         shard_samples: publish as soon as so many samples wait. queue: micro-batches that may wait for the thread.
         source: capture, backfill or import. seen_before: the teacher has trained on these samples (backfill).
         flops_per_token: of a forward pass of the teacher; 0: not known. index_every: shards after which a listing is
