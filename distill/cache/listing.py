@@ -186,7 +186,7 @@ class Listing:
             for number in np.unique(blocks).tolist():
                 some = here[blocks == number]
                 entries = self._entry_block(top * FENCES + number, fences[number])
-                found.entries[some], found.there[some] = find_in(entries, sample_ids[some])
+                found.entries[some], found.there[some] = find_in(entries, entries["sample"], sample_ids[some])
         return found
 
     def origin_rows(self, numbers: Array) -> Array:
