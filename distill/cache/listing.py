@@ -122,7 +122,10 @@ def block_cache(store: Store) -> Callable[[str, int, int, int], bytes]:
     def block(name: str, start: int, size: int, expected: int) -> bytes:
         data = store.read_at(name, start, size)
         if xxhash.xxh3_64_intdigest(data) != expected:
-            raise ListingDamaged(f"{store.path(name)} is damaged: bytes {start} to {start + size} do not verify")
+            raise ListingDamaged(
+                f"{store.path(name)} is damaged: bytes {start} to {start + size} do not verify; "
+                f"codistill-cache index {store.root} --rebuild makes a new one"
+            )
         return data
 
     return block
