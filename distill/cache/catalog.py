@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -26,7 +27,7 @@ from distill.config.errors import CacheError
 
 log = logging.getLogger(__name__)
 
-PIECE = 1 << 21
+PIECE = 1 << 20
 """Samples that are put into a listing at one time; 44 bytes each."""
 _ALIKE = 4
 """Listings of one size that a writer leaves side by side before it makes them one."""
@@ -35,27 +36,40 @@ _LARGEST = 1 << 22
 
 
 def update(
-    store: Store, header: CacheHeader, writers: Iterable[str] | None = None, *, is_merging: bool = False
+    store: Store,
+    header: CacheHeader,
+    writers: Iterable[str] | None = None,
+    *,
+    is_merging: bool = False,
+    is_rebuilding: bool = False,
 ) -> Snapshot:
     """Makes the next snapshot, with what these writers have published; returns it, or the newest one if it has all.
 
-    writers: None for all, those of tools included. is_merging: all listings become one.
+    writers: None for all, those of tools included, as also where the newest snapshot cannot be used. is_merging: all
+    listings become one. is_rebuilding: from the shards alone.
 
     Raises:
         CacheError: damage, or it cannot be written.
     """
     while True:
-        base = _newest_usable(store, header)
-        streams = writers_of(store) if writers is None else list(writers)
+        # Before the base is read: what another process makes of that base meanwhile takes the number.
+        number = max(snapshot_numbers(store), default=-1) + 1
+        base = Snapshot(header.identity) if is_rebuilding else _newest_usable(store, header)
+        streams = writers_of(store) if writers is None or base.number < number - 1 or not number else list(writers)
         made: list[ListingRef] = []
-        snapshot = _next(store, header, base, streams, is_merging, made)
-        if snapshot is None:
-            return base
-        if publish_snapshot(store, snapshot):
-            return snapshot
-        # Another process has taken the number: what it has taken in counts, too.
-        for each in made:
-            store.remove(each.name)
+        used: tuple[ListingRef, ...] = ()
+        try:
+            snapshot = _next(store, header, base, streams, is_merging, made)
+            if snapshot is None:
+                return base
+            snapshot = dataclasses.replace(snapshot, number=number)
+            if publish_snapshot(store, snapshot):
+                used = snapshot.listings
+                return snapshot
+        finally:
+            for each in made:
+                if each not in used:
+                    store.remove(each.name)
 
 
 def _next(
@@ -64,9 +78,9 @@ def _next(
     """The snapshot after `base`; None: there would be nothing new. made: gets what is written."""
     listings, states, replaced = list(base.listings), dict(base.streams), list[Replaced]()
     while True:
-        tail = read_tail(store, header, states, writers, most=PIECE)
-        replaced += tail.replaced
-        if tail.shards and any(shard.header.samples for shard in tail.shards):
+        tail = read_tail(store, header, states, writers, most=PIECE, replaced=replaced)
+        replaced = tail.replaced
+        if any(shard.header.samples or shard.header.losses.json() for shard in tail.shards):
             made.append(_listing_of(store, header, tail))
             listings.append(made[-1])
         is_last = tail.states == states
@@ -80,8 +94,7 @@ def _next(
         listings = _tiered(store, header, listings, made)
     if states == base.streams and tuple(listings) == base.listings:
         return None
-    number = max(snapshot_numbers(store), default=-1) + 1
-    return Snapshot(header.identity, number, 0, states, tuple(listings))
+    return Snapshot(header.identity, base.number, 0, states, tuple(listings))
 
 
 def _listing_of(store: Store, header: CacheHeader, tail: Tail) -> ListingRef:

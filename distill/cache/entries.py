@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,6 +98,11 @@ class EntryTable:
     origins: Array
     names: Names
 
+    @cached_property
+    def _ids(self) -> Array:
+        """Side by side, which searching needs."""
+        return np.ascontiguousarray(self.entries["sample"])
+
     @classmethod
     def of_shards(cls, shards: Iterable[Shard]) -> EntryTable:
         """The newest record of each sample in some shards."""
@@ -123,17 +129,16 @@ class EntryTable:
         return cls(newest(np.concatenate(parts), ranks(origins, names)), origins, names)
 
     def find(self, sample_ids: Array) -> Found:
-        return find_in(self.entries, sample_ids)
+        return find_in(self.entries, self._ids, sample_ids)
 
     def origin_rows(self, numbers: Array) -> Array:
         return self.origins[numbers]
 
 
-def find_in(entries: Array, sample_ids: Array) -> Found:
-    """Entries of samples in a sorted table."""
+def find_in(entries: Array, ids: Array, sample_ids: Array) -> Found:
+    """Entries of samples in a sorted table, whose ids are `ids`."""
     if not len(entries):
         return Found(np.zeros(len(sample_ids), ENTRY), np.zeros(len(sample_ids), np.bool_))
-    ids = entries["sample"]
     places = np.minimum(np.searchsorted(ids, sample_ids), len(ids) - 1)
     return Found(entries[places], ids[places] == sample_ids)
 

@@ -122,7 +122,10 @@ def block_cache(store: Store) -> Callable[[str, int, int, int], bytes]:
     def block(name: str, start: int, size: int, expected: int) -> bytes:
         data = store.read_at(name, start, size)
         if xxhash.xxh3_64_intdigest(data) != expected:
-            raise ListingDamaged(f"{store.path(name)} is damaged: bytes {start} to {start + size} do not verify")
+            raise ListingDamaged(
+                f"{store.path(name)} is damaged: bytes {start} to {start + size} do not verify; "
+                f"codistill-cache index {store.root} --rebuild makes a new one"
+            )
         return data
 
     return block
@@ -176,21 +179,21 @@ class Listing:
         """Entries of samples; ListingDamaged when a block does not verify."""
         found = Found(np.zeros(len(sample_ids), ENTRY), np.zeros(len(sample_ids), np.bool_))
         tops = np.searchsorted(self._roots, sample_ids, side="right") - 1
-        for top in np.unique(tops[tops >= 0]).tolist():
+        for top in sorted({*tops.tolist()} - {-1}):
             fences = self._fence_block(top)
             here = np.flatnonzero(tops == top)
             blocks = np.searchsorted(fences["first"], sample_ids[here], side="right") - 1
-            for number in np.unique(blocks).tolist():
+            for number in sorted({*blocks.tolist()}):
                 some = here[blocks == number]
                 entries = self._entry_block(top * FENCES + number, fences[number])
-                found.entries[some], found.there[some] = find_in(entries, sample_ids[some])
+                found.entries[some], found.there[some] = find_in(entries, entries["sample"], sample_ids[some])
         return found
 
     def origin_rows(self, numbers: Array) -> Array:
         """Origin rows by number."""
         rows = np.empty(len(numbers), ORIGIN)
         blocks = numbers // ORIGINS
-        for block in np.unique(blocks).tolist():
+        for block in sorted({*blocks.tolist()}):
             here = blocks == block
             rows[here] = self._origin_block(block)[numbers[here] - block * ORIGINS]
         return rows

@@ -45,12 +45,18 @@ class LocalStore(Store):
 
     def read_at(self, name: str, start: int, size: int) -> bytes:
         """Not by mapping: a mapped file that another process cuts short kills its reader with SIGBUS."""
-        # O_NONBLOCK, or a FIFO in a file's place would be waited for.
-        with reported(self.folder / name), _opened(self.folder / name, os.O_RDONLY | os.O_NONBLOCK) as fd:
-            data = os.pread(fd, size, start)
-            while 0 < len(data) < size and (more := os.pread(fd, size - len(data), start + len(data))):
-                data += more
-            return data
+        path = f"{self.root}/{name}"
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO in a file's place would be waited for
+            try:
+                data = os.pread(fd, size, start)
+                while 0 < len(data) < size and (more := os.pread(fd, size - len(data), start + len(data))):
+                    data += more
+                return data
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise CacheError(f"{path}: {error.strerror or error}") from error
 
     def size(self, name: str) -> int:
         with reported(self.folder / name):

@@ -56,7 +56,7 @@ def index_of(columns: Columns, records: Array, ends: Array) -> bytes:
         numbers = getattr(columns, name)
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < 2**32:
             raise CacheError(f"{name} of a sample from {numbers.min()} to {numbers.max()}; allowed is 0 to {2**32 - 1}")
-    starts = np.concatenate([[0], ends[:-1]])
+    starts = np.concatenate([[0], ends])[:-1]
     view = records.data
     checks = [
         check(sample, token_digest, view[start:end])

@@ -75,6 +75,11 @@ class Ranges:
         place = bisect_right(there, (shard[1], 2**63)) - 1
         return place >= 0 and there[place][1] >= shard[1]
 
+    def end(self, writer: str) -> int:
+        """The number after the last shard of a writer's ranges; 0: there are none."""
+        there = self._by_writer.get(writer)
+        return there[-1][1] + 1 if there else 0
+
     def joined(self) -> list[Replaced]:
         """The same ranges, those that touch as one, by writer and number."""
         joined: list[Replaced] = []
@@ -87,6 +92,28 @@ class Ranges:
         return joined
 
 
+def replaced_by_tools(
+    store: Store,
+    header: CacheHeader,
+    states: Mapping[str, StreamState],
+    writers: Iterable[str] = TOOLS,
+    limits: Mapping[str, int] | None = None,
+) -> list[Replaced]:
+    """Ranges of shards that those of tools among `writers` replace, from the count of `states` on; CacheError: damage.
+
+    limits: as of `read_tail`.
+    """
+    places = [
+        (name, seq)
+        for name in writers
+        if name in TOOLS
+        for seq in stream_seqs(store, name, states.get(name, StreamState()).count)
+        if limits is None or seq < limits.get(name, 0)
+    ]
+    fronts = store.map(lambda place: read_front(store, header, *place).header.replaces, places)
+    return [each for replaces in fronts for each in replaces]
+
+
 def read_tail(
     store: Store,
     header: CacheHeader,
@@ -96,25 +123,20 @@ def read_tail(
     limits: Mapping[str, int] | None = None,
     most: int | None = None,
     is_refresh: bool = False,
+    replaced: Iterable[Replaced] = (),
 ) -> Tail:
     """Shards of these writers' streams from the count of `states` on.
 
     limits: numbers at which streams end for the caller; None: they end where there are no more shards. most: stop after
-    about so many samples. is_refresh: ask for the next name of each stream before anything else.
+    about so many samples. is_refresh: ask for the next name of each stream before anything else. replaced: ranges that
+    do not count, beside those that these streams replace.
 
     Raises:
         CacheError: damage, or a shard that is missing and that no other replaces.
     """
     writers = sorted(writers)
-    tools = {name: states.get(name, StreamState()).count for name in writers if name in TOOLS}
-    replaced = [
-        each
-        for name, first in tools.items()
-        for seq in stream_seqs(store, name, first)
-        if limits is None or seq < limits.get(name, 0)
-        for each in read_front(store, header, name, seq).header.replaces
-    ]
-    gone, states, shards, samples = Ranges(replaced), dict(states), list[Shard](), 0
+    gone = Ranges([*replaced, *replaced_by_tools(store, header, states, writers, limits)])
+    states, shards, samples = dict(states), list[Shard](), 0
     for writer in writers:
         state = states.get(writer, StreamState())
         first, limit = state.count, None if limits is None else limits.get(writer, 0)
@@ -128,8 +150,8 @@ def read_tail(
                     samples += shard.header.samples
             states[writer] = state
             if most is not None and samples >= most:
-                return Tail(shards, states, replaced)
-    return Tail(shards, states, replaced)
+                return Tail(shards, states, gone.joined())
+    return Tail(shards, states, gone.joined())
 
 
 def _shards(
@@ -139,7 +161,7 @@ def _shards(
     if limit is None:
         if is_refresh and not store.exists(shard_name(writer, first)):
             return
-        limit = max(stream_seqs(store, writer, first), default=first - 1) + 1
+        limit = max([first, gone.end(writer), *(seq + 1 for seq in stream_seqs(store, writer, first))])
 
     def opened(seq: int) -> Shard | None:
         shard = open_shard(store, header, writer, seq)
@@ -156,18 +178,24 @@ def _shards(
         yield from zip(part, store.map(opened, part), strict=True)
 
 
-def next_seq(store: Store, header: CacheHeader, writer: str, state: StreamState) -> StreamState:
-    """The state of a writer's stream with all that is published; CacheError as `read_tail`.
-
-    Reads headers alone.
+def next_seq(store: Store, header: CacheHeader, writer: str, states: Mapping[str, StreamState]) -> StreamState:
+    """The state of a writer's stream with all that is published after `states`, of a snapshot; CacheError as
+    `read_tail`. Reads headers alone.
     """
+    state = states.get(writer, StreamState())
     known = takewhile(lambda seq: store.exists(shard_name(writer, seq)), count(state.count))
     for seq in known:
         state = state.after(read_front(store, header, writer, seq).header)
-    there = stream_seqs(store, writer, state.count)
-    if there:
-        raise CacheError(
-            f"{store.path(shard_name(writer, state.count))}: the shard is missing, and shard {there[0]} is there; "
-            f"codistill-cache repair {store.root} helps"
-        )
+    gone, there = Ranges(replaced_by_tools(store, header, states)), set(stream_seqs(store, writer, state.count))
+    # Of a snapshot that is lost, the stream may begin or end with shards that others replace and that are gone.
+    for seq in range(state.count, max([gone.end(writer), *(seq + 1 for seq in there)])):
+        if seq in there:
+            state = state.after(read_front(store, header, writer, seq).header)
+        elif (writer, seq) in gone:
+            state = dataclasses.replace(state, count=seq + 1, finished=False)
+        else:
+            raise CacheError(
+                f"{store.path(shard_name(writer, seq))}: the shard is missing, and later ones are there; "
+                f"codistill-cache repair {store.root} helps"
+            )
     return state

@@ -106,12 +106,13 @@ class View:
                 continue
             theirs = found.entries[new]
             their_rows = part.origin_rows(theirs["origin"].astype(np.int64))
-            mine = entries[new]
-            wins = (tables[new] < 0) | (theirs["step"] > mine["step"])
-            for i in np.flatnonzero(~wins & (theirs["step"] == mine["step"])).tolist():
-                wins[i] = self._shard(number, their_rows[i]) > self._shard(int(tables[new[i]]), rows[new[i]])
-            places = new[wins]
-            entries[places], rows[places], tables[places] = theirs[wins], their_rows[wins], number
+            if number:
+                mine = entries[new]
+                wins = (tables[new] < 0) | (theirs["step"] > mine["step"])
+                for i in np.flatnonzero(~wins & (theirs["step"] == mine["step"])).tolist():
+                    wins[i] = self._shard(number, their_rows[i]) > self._shard(int(tables[new[i]]), rows[new[i]])
+                new, theirs, their_rows = new[wins], theirs[wins], their_rows[wins]
+            entries[new], rows[new], tables[new] = theirs, their_rows, number
         return Records(entries, tables, rows)
 
     def _shard(self, table: int, row: Any) -> tuple[str, int]:

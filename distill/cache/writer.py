@@ -102,9 +102,9 @@ class CacheWriter:
         self._done: View | None = None
         with contextlib.ExitStack() as stack:
             is_alone = stack.enter_context(self._store.lock(writer_lock(writer), f"the writer's name {writer!r}"))
-            listed = newest_snapshot(self._store, self._identity).streams.get(writer, StreamState())
+            listed = newest_snapshot(self._store, self._identity).streams
             self._state = next_seq(self._store, self.header, writer, listed)
-            self._listed = listed.count
+            self._listed = listed.get(writer, StreamState()).count
             if is_alone:
                 self._remove_leftovers()
             if source == "capture" and (self._state.finished or not self._state.count):

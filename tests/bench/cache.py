@@ -22,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from distill.cache.ledger import LedgerWriter, Origin
 
 from distill.cache import Atoms, CacheHeader, CacheReader, CacheWriter, make_codec, record
-from distill.cache.ledger import LedgerWriter, Origin
 from distill.cache.local import LocalStore
 from distill.cache.publish import create, publish_shard
 from distill.cache.shard import Columns
