@@ -27,7 +27,7 @@ from distill.config.errors import CacheError
 
 log = logging.getLogger(__name__)
 
-PIECE = 1 << 21
+PIECE = 1 << 20
 """Samples that are put into a listing at one time; 44 bytes each."""
 _ALIKE = 4
 """Listings of one size that a writer leaves side by side before it makes them one."""

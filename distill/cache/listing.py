@@ -182,11 +182,11 @@ class Listing:
         """Entries of samples; ListingDamaged when a block does not verify."""
         found = Found(np.zeros(len(sample_ids), ENTRY), np.zeros(len(sample_ids), np.bool_))
         tops = np.searchsorted(self._roots, sample_ids, side="right") - 1
-        for top in np.unique(tops[tops >= 0]).tolist():
+        for top in sorted({*tops.tolist()} - {-1}):
             fences = self._fence_block(top)
             here = np.flatnonzero(tops == top)
             blocks = np.searchsorted(fences["first"], sample_ids[here], side="right") - 1
-            for number in np.unique(blocks).tolist():
+            for number in sorted({*blocks.tolist()}):
                 some = here[blocks == number]
                 entries = self._entry_block(top * FENCES + number, fences[number])
                 found.entries[some], found.there[some] = find_in(entries, entries["sample"], sample_ids[some])
@@ -196,7 +196,7 @@ class Listing:
         """Origin rows by number."""
         rows = np.empty(len(numbers), ORIGIN)
         blocks = numbers // ORIGINS
-        for block in np.unique(blocks).tolist():
+        for block in sorted({*blocks.tolist()}):
             here = blocks == block
             rows[here] = self._origin_block(block)[numbers[here] - block * ORIGINS]
         return rows

@@ -18,7 +18,7 @@ from distill.cache.ahead import NEAR
 from distill.cache.entries import ENTRY, ORIGIN, Array, EntryTable, Names
 from distill.cache.format import TOOLS, shard_name
 from distill.cache.header import CacheHeader
-from distill.cache.listing import Listing, block_cache
+from distill.cache.listing import Listing, ListingDamaged, block_cache
 from distill.cache.loss_curve import LossSums
 from distill.cache.origins import Origin, summed
 from distill.cache.shard import Shard, check
@@ -106,12 +106,13 @@ class View:
                 continue
             theirs = found.entries[new]
             their_rows = part.origin_rows(theirs["origin"].astype(np.int64))
-            mine = entries[new]
-            wins = (tables[new] < 0) | (theirs["step"] > mine["step"])
-            for i in np.flatnonzero(~wins & (theirs["step"] == mine["step"])).tolist():
-                wins[i] = self._shard(number, their_rows[i]) > self._shard(int(tables[new[i]]), rows[new[i]])
-            places = new[wins]
-            entries[places], rows[places], tables[places] = theirs[wins], their_rows[wins], number
+            if number:
+                mine = entries[new]
+                wins = (tables[new] < 0) | (theirs["step"] > mine["step"])
+                for i in np.flatnonzero(~wins & (theirs["step"] == mine["step"])).tolist():
+                    wins[i] = self._shard(number, their_rows[i]) > self._shard(int(tables[new[i]]), rows[new[i]])
+                new, theirs, their_rows = new[wins], theirs[wins], their_rows[wins]
+            entries[new], rows[new], tables[new] = theirs, their_rows, number
         return Records(entries, tables, rows)
 
     def _shard(self, table: int, row: Any) -> tuple[str, int]:
@@ -277,6 +278,16 @@ def open_view(store: Store, header: CacheHeader, pin: Mapping[str, Any] | None =
         writers = _followed(store, snapshot) if limits is None else limits
         return _with_tail(view, read_tail(store, header, snapshot.streams, writers, limits=limits))
     raise AssertionError("the empty snapshot is always a candidate")
+
+
+def find_in_view(view: View, sample_ids: Array) -> tuple[View, Records]:
+    """`view.find`, and the view; where a listing is damaged, another view of the same shards, without the snapshot."""
+    try:
+        return view, view.find(sample_ids)
+    except ListingDamaged as error:
+        log.warning("%s; the shards serve: codistill-cache index makes a new listing", error)
+        view = open_view(view.store, view.header, view.pin, bad=view.snapshot.number)
+        return view, view.find(sample_ids)
 
 
 def refreshed(view: View) -> View:

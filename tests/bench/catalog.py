@@ -26,7 +26,7 @@ from distill.cache.open_store import open_store
 from distill.cache.publish import create
 from tests.bench import _forge
 
-FORMAT_2 = "ac026dbc0"
+FORMAT_2 = "ac026dbcc38d"
 """The last commit of format 2."""
 SAMPLES, SHARDS = 100_000_000, 100_000
 SMALL, READS = 10, 10_000
@@ -51,7 +51,7 @@ def forged(folder: Path, samples: int, shards: int) -> None:
 
 
 def probe(what: str, folder: Path, count: int = 0, tree: Path = ROOT) -> subprocess.Popen[str]:
-    command = [sys.executable, str(Path(__file__).with_name("_catalog_probe.py")), what, str(folder), str(count)]
+    command = [sys.executable, "-P", str(Path(__file__).with_name("_catalog_probe.py")), what, str(folder), str(count)]
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=tree)
 
@@ -105,7 +105,7 @@ def reads(place: Path, samples: int, shards: int) -> dict[str, float]:
     subprocess.run(add, check=True, cwd=ROOT, capture_output=True)
     try:
         forge = Path(__file__).with_name("_format2_forge.py")
-        command = [sys.executable, str(forge), str(old), str(samples), str(shards)]
+        command = [sys.executable, "-P", str(forge), str(old), str(samples), str(shards)]
         subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(tree)}, cwd=tree)
         rates: dict[str, list[float]] = {"new": [], "old": []}
         for _ in range(3):
