@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,11 +12,13 @@ from numpy.typing import NDArray
 from distill.cache.entries import ENTRY, Array
 from distill.cache.header import CacheHeader
 from distill.cache.loss_curve import LossSums
+from distill.cache.publish import targets_header
 from distill.cache.seal import digest
 from distill.cache.shard import Columns, Front, columns_of, front_of, index_bytes
 from distill.cache.shard_header import WIDTH, Replaced, ShardHeader, front, front_size, parse_front
 from distill.cache.store import Store
 from distill.config.errors import CacheError
+from distill.tools.repack import part_of
 from distill.tools.shard_scan import Place, Rows, read_part, runs, sound
 from distill.tools.token_counter import TokenCounter
 
@@ -90,7 +91,7 @@ def _mended(data: bytes, cache: CacheHeader) -> Front | None:
         flipped = bytearray(data)
         flipped[place >> 3] ^= 1 << (place & 7)
         with contextlib.suppress(ValueError):
-            size = front_size(flipped)
+            size = front_size(bytes(flipped))
             if place >= 8 * size:
                 break
             if size <= len(data) and (header := parse_front(bytes(flipped[:size]))).cache == cache.identity:
@@ -122,57 +123,32 @@ def _indexed(index: bytes, here: Front, samples: int, *, is_proven: bool) -> Row
 
 def write(store: Store, cache: CacheHeader, made: Salvage, name: str, source: str, counter: TokenCounter) -> None:
     """Writes the shard of what is good; source: what wrote the damaged one, where its header does not verify."""
-    entries, rows = made.kept, made.rows
-    tokens, losses = np.zeros(len(rows.origins), np.int64), LossSums()
+    from distill.cache.record import Raw
+
+    entries, origins = made.kept, made.rows.origins
+    tokens, losses = np.zeros(len(origins), np.int64), LossSums()
     for first, end, parts in _records(store, made):
-        of = entries["origin"][first:end].tolist()
-        for entry, number, each in zip(
-            entries[first:end], of, counter.losses(parts, entries["atoms"][first:end].tolist()), strict=True
-        ):
-            assert each is not None, "a record that was good before"
-            tokens[number] += len(each)
-            origin = rows.origins[number]
-            if made.losses is None:
-                losses.add_tokens(origin.teacher, origin.source, np.full(len(each), entry["step"], np.int64), each)
-    used = np.unique(entries["origin"])
-    origins = []
-    for number in used.tolist():
-        steps = entries["step"][entries["origin"] == number]
-        origins.append(
-            dataclasses.replace(
-                rows.origins[number], samples=len(steps), tokens=int(tokens[number]), first_step=int(steps.min()),
-                last_step=int(steps.max()),
-            )
-        )  # fmt: skip
-    columns = Columns(
-        entries["sample"], entries["digest"], entries["step"], entries["atoms"],
-        np.searchsorted(used, entries["origin"]),
+        for entry, each in zip(entries[first:end], parts, strict=True):
+            decoded, origin = counter.decode([Raw(each, int(entry["atoms"]))]), origins[entry["origin"]]
+            label_losses = -decoded.label_logprob_T[decoded.valid_T].numpy()
+            tokens[entry["origin"]] += len(label_losses)
+            steps = np.full(len(label_losses), entry["step"], np.int64)
+            losses.add_tokens(origin.teacher, origin.source, steps, label_losses)
+    steps, atoms = entries["step"].astype(np.int64), entries["atoms"].astype(np.int64)
+    columns = Columns(entries["sample"], entries["digest"], steps, atoms, entries["origin"].astype(np.int64))
+    part, ends = part_of(columns, [], origins, tokens.tolist()), np.cumsum(entries["size"].astype(np.int64))
+    index = index_bytes(part.columns, entries["check"], ends)
+    header = targets_header(
+        cache.identity, *made.place, made.header.source if made.header else source, part.columns, index,
+        int(entries["size"].sum(dtype=np.int64)), part.origins, made.losses or losses, made.replaces,
     )  # fmt: skip
-    ends = np.cumsum(entries["size"].astype(np.int64))
-    index = index_bytes(columns, entries["check"], ends)
-    header = ShardHeader(
-        cache=cache.identity,
-        writer=made.place[0],
-        seq=made.place[1],
-        kind=made.header.kind if made.header else "targets",
-        source=made.header.source if made.header else source,
-        step=int(entries["step"].max()) if len(entries) else made.header.step if made.header else -1,
-        samples=len(entries),
-        first_sample=int(entries["sample"].min()) if len(entries) else -1,
-        last_sample=int(entries["sample"].max()) if len(entries) else -1,
-        tokens=int(tokens.sum()),
-        atoms=int(entries["atoms"].sum(dtype=np.int64)),
-        records=int(ends[-1]) if len(ends) else 0,
-        index=digest(index),
-        origins=tuple(origins),
-        losses=losses if made.losses is None else made.losses,
-        replaces=made.replaces,
-    )
+    if made.header is not None and made.header.is_mark:
+        header = made.header
 
     def data() -> Iterator[bytes]:
         yield front(header) + index
-        for _, _, some in _records(store, made):
-            yield b"".join(some)
+        for _, _, parts in _records(store, made):
+            yield b"".join(parts)
 
     store.publish_parts(name, data())
 
