@@ -38,7 +38,7 @@ from distill.config.terminal import advancing
 from distill.tools.catalog_scan import listed_rows, scan_catalog, stale
 from distill.tools.common import add_folder, alone, caches, is_live
 from distill.tools.salvage import Salvage, salvage, write
-from distill.tools.shard_scan import Place, ShardScan, examine, shard_files
+from distill.tools.shard_scan import Place, ShardScan, examine, read_part, shard_files
 from distill.tools.token_counter import TokenCounter
 from distill.tools.verify import missing, replaced_ranges
 
@@ -46,7 +46,6 @@ _MOST_GAPS = 100_000
 """Missing shards, one after the other, whose numbers marks take; shards behind more of them are set aside."""
 _UNFINISHED = ".unfinished"
 _NEW = ".salvaged"
-_MARK = re.compile(rb'\\"kind\\": \\"(begin|end|gap)\\"')
 
 
 @dataclass
@@ -156,7 +155,7 @@ class _Look:
         for scan in self.strangers:
             path, own = self._store.path(scan.name), scan.own
             if own is None or not scan.is_whole:
-                self._set_aside(scan.name, f"{path}: not a shard of this cache; moved to quarantine")
+                self._set_aside(scan.name, f"{scan.problems[0]}; not part of the cache, moved to quarantine")
                 continue
             expected = "" if scan.place is None else f", expected shard {scan.place[1]} of writer {scan.place[0]}"
             what, home = f"{path}: it is shard {own[1]} of writer {own[0]}{expected}", self.good.get(own)
@@ -264,21 +263,23 @@ class _Look:
         newest, (writer, seq) = self.found.newest, place
         if newest is not None and made.unnamed is None and place not in self.gone:
             return seq < newest.streams.get(writer, StreamState()).count
-        return _MARK.search(self._start(made.file)) is not None
+        return bool(self._mark(place, made.file))
 
-    def _start(self, file: str) -> bytes:
-        with contextlib.suppress(CacheError):
-            return self._store.read_at(file, 0, 4096) if file else b""
-        return b""
+    def _mark(self, place: Place, file: str) -> str:
+        """Of which kind a damaged file seems to be a mark for a place; "": it is none."""
+        writer, seq = place
+        what = rf'\\"writer\\": \\"{writer}\\", \\"seq\\": {seq}, \\"kind\\": \\"(begin|end|gap)\\"'
+        start = read_part(self._store, file, 0, 4096) if file else b""
+        match = re.search(what.encode(), start)
+        return match[1].decode() if match else ""
 
     def _state(self, place: Place) -> StreamState:
         """Of the stream in front of a place; finished, where there was an end mark at the place."""
         writer, seq = place
         states = [each.streams[writer] for each in self.found.snapshots if writer in each.streams]
         scan = self.damaged.get(place)
-        match = _MARK.search(self._start(scan.name)) if scan is not None else None
         is_end = any(each.finished and each.count == seq + 1 for each in states)
-        is_end |= match is not None and match[1] == b"end"
+        is_end |= scan is not None and self._mark(place, scan.name) == "end"
         state = StreamState(source=writer if writer in TOOLS else "")
         if is_end or scan is not None:
             for number in sorted(number for name, number in self.good if name == writer and number < seq):
