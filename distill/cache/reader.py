@@ -16,7 +16,6 @@ from distill.cache import record
 from distill.cache.codecs import make_codec
 from distill.cache.entries import ORIGIN
 from distill.cache.header import CacheHeader
-from distill.cache.listing import ListingDamaged
 from distill.cache.loss_curve import LossSums
 from distill.cache.open_store import open_store
 from distill.cache.origins import Origin
@@ -25,7 +24,7 @@ from distill.cache.record import Decoded
 from distill.cache.shard import Shard
 from distill.cache.snapshot import StreamState
 from distill.cache.targets import SoftTargets
-from distill.cache.view import Records, View, open_view, refreshed
+from distill.cache.view import Records, View, find_in_view, open_view, refreshed
 from distill.config.errors import CacheError
 from distill.config.paths import is_url
 
@@ -91,11 +90,16 @@ class CacheReader:
         Raises:
             CacheError: a damaged shard. The view stays what it was, and the next call fails again.
         """
-        before, self._view = self._view, refreshed(self._view)
-        if before is self._view:
-            return 0
+        before = self._view
+        view = refreshed(before)
+        self._take(before, view)
         old = {name: state.count for name, state in before.streams.items()}
-        return sum(max(state.count - old.get(name, 0), 0) for name, state in self._view.streams.items())
+        return sum(max(state.count - old.get(name, 0), 0) for name, state in view.streams.items())
+
+    def _take(self, before: View, view: View) -> None:
+        """Takes another view, unless another thread has taken one meanwhile, which may be newer."""
+        if self._view is before:
+            self._view = view
 
     @property
     def view(self) -> dict[str, Any]:
@@ -147,7 +151,7 @@ class CacheReader:
     def origins(self, sample_ids: Array) -> tuple[NDArray[np.int64], list[Origin]]:
         """For each sample id, which of the returned origins its newest record has; -1: there is no record."""
         view, records = self._find(sample_ids)
-        numbers, origins = np.full(len(sample_ids), -1, np.int64), list[Origin]()
+        numbers, origins = np.full(len(records.entries), -1, np.int64), list[Origin]()
         there = np.flatnonzero(records.there)
         keys = np.stack([records.tables[there], records.entries["origin"][there].astype(np.int64)], axis=1)
         each, first, of = np.unique(keys, axis=0, return_index=True, return_inverse=True)
@@ -169,7 +173,7 @@ class CacheReader:
         Raises:
             CacheError: a digest that differs, or damaged bytes; names cache or file, and sample.
         """
-        view, found = self._find(np.atleast_1d(sample_ids_B))
+        view, found = self._find(sample_ids_B)
         wanted = np.atleast_1d(np.asarray(digests_B, np.uint64))
         for i in np.flatnonzero(found.there & (found.entries["digest"] != wanted)).tolist():
             raise CacheError(
@@ -239,16 +243,13 @@ class CacheReader:
 
     def _find(self, sample_ids: Array) -> tuple[View, Records]:
         """The view, and in it the records of samples; CacheError for an id that the corpus does not have."""
-        sample_ids = np.asarray(sample_ids, np.int64) if len(sample_ids) else np.empty(0, np.int64)
+        sample_ids = np.atleast_1d(np.asarray(sample_ids)).astype(np.int64)
         if len(sample_ids) and not 0 <= sample_ids.min() <= sample_ids.max() < self.header.samples:
             raise CacheError(f"cache {self.folder}: sample ids must lie in 0 to {self.header.samples - 1}")
-        view = self._view
-        try:
-            return view, view.find(sample_ids)
-        except ListingDamaged as error:
-            log.warning("%s; the shards serve: codistill-cache index makes a new listing", error)
-            self._view = view = open_view(self._store, self.header, view.pin, bad=view.snapshot.number)
-            return view, view.find(sample_ids)
+        before = self._view
+        view, records = find_in_view(before, sample_ids)
+        self._take(before, view)
+        return view, records
 
     def _samples(self, view: View, found: Records) -> list[Sample | None]:
         """Records with their bytes, verified; None where there is none."""

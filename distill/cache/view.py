@@ -18,7 +18,7 @@ from distill.cache.ahead import NEAR
 from distill.cache.entries import ENTRY, ORIGIN, Array, EntryTable, Names
 from distill.cache.format import TOOLS, shard_name
 from distill.cache.header import CacheHeader
-from distill.cache.listing import Listing, block_cache
+from distill.cache.listing import Listing, ListingDamaged, block_cache
 from distill.cache.loss_curve import LossSums
 from distill.cache.origins import Origin, summed
 from distill.cache.shard import Shard, check
@@ -278,6 +278,16 @@ def open_view(store: Store, header: CacheHeader, pin: Mapping[str, Any] | None =
         writers = _followed(store, snapshot) if limits is None else limits
         return _with_tail(view, read_tail(store, header, snapshot.streams, writers, limits=limits))
     raise AssertionError("the empty snapshot is always a candidate")
+
+
+def find_in_view(view: View, sample_ids: Array) -> tuple[View, Records]:
+    """`view.find`, and the view; where a listing is damaged, another view of the same shards, without the snapshot."""
+    try:
+        return view, view.find(sample_ids)
+    except ListingDamaged as error:
+        log.warning("%s; the shards serve: codistill-cache index makes a new listing", error)
+        view = open_view(view.store, view.header, view.pin, bad=view.snapshot.number)
+        return view, view.find(sample_ids)
 
 
 def refreshed(view: View) -> View:

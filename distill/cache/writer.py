@@ -21,12 +21,13 @@ from distill.cache.open_store import open_store
 from distill.cache.origins import Origin
 from distill.cache.pending import Pending
 from distill.cache.publish import create, publish_mark, publish_shard
+from distill.cache.put_check import PutCheck
 from distill.cache.ranks import invert, load_ranks
 from distill.cache.shard import Array, Columns
 from distill.cache.snapshot import StreamState, newest_snapshot
 from distill.cache.tail import next_seq
 from distill.cache.targets import Atoms
-from distill.cache.view import View, open_view
+from distill.cache.view import View, find_in_view, open_view
 from distill.config.errors import CacheError
 from distill.config.schema import OnFull
 
@@ -93,6 +94,7 @@ class CacheWriter:
         self.header = create(self._store, header, counts_V)
         self._identity = self.header.identity
         self._codec = make_codec(self.header.codec, self.header.vocab_size)
+        self._check = PutCheck(self.header, self._codec)
         self._shard_samples, self._on_full = shard_samples, OnFull(on_full)
         self._source, self._seen_before, self._flops_per_token = source, seen_before, flops_per_token
         self._rank_of_id = invert(load_ranks(self._store, self.header))
@@ -155,24 +157,19 @@ class CacheWriter:
     ) -> bool:
         """Accepts one micro-batch of T = B * S tokens for the thread; False: skipped, because the queue is full.
 
-        digests_B: uint64 of each sample's tokens. label_logprob_T, entropy_T: float nats of the teacher. valid_T:
-        bool, tokens that have a label; others are stored as having no target. step: the teacher's, before its update.
+        sample_ids_B: ids, or one id; of a sample that comes twice the last targets count. digests_B: uint64 of each
+        sample's tokens. label_logprob_T, entropy_T: float nats of the teacher. valid_T: bool, tokens that have a
+        label; others are stored as having no target, and what comes for them is not checked. step: the teacher's,
+        before its update.
 
         Raises:
-            CacheError: the thread has failed (names file and reason), or these targets cannot be stored.
+            CacheError: the thread has failed (names file and reason), or these are no targets (names cache, sample and
+            position): codes that do not sum to the codec's draws, more atoms than the codec makes, ids or codes out of
+            range, an id twice within a token, what is not finite, wrong shapes, another teacher at the same step.
         """
-        batch = Pending(
-            np.array(sample_ids_B, np.int64),
-            np.array(digests_B, np.uint64),
-            atoms.cpu(),
-            _own(label_logprob_T, np.float32),
-            _own(entropy_T, np.float32),
-            _own(valid_T, np.bool_),
-            step,
-            tokens_seen,
-            teacher,
+        batch = self._check.batch(
+            sample_ids_B, digests_B, atoms, label_logprob_T, entropy_T, valid_T, step, tokens_seen, teacher
         )
-        self._validate(batch)
         batch = self._undone(batch)
         if not len(batch.sample_ids_B):
             return True
@@ -202,20 +199,20 @@ class CacheWriter:
         """`put` of atoms that the codec takes from a teacher's logits at temperature 1, on the logits' device.
 
         logits_TV: any float type, row t predicts labels_T[t]; T = B * S tokens, V = the header's vocab_size. labels_T:
-        int64, any id of the vocabulary where not valid. valid_T: bool.
+        ids, any number (-100) where not valid. valid_T: bool. CacheError as `put`.
         """
-        vocab, tokens = self.header.vocab_size, len(sample_ids_B) * self.header.sample_tokens
-        assert logits_TV.shape == (tokens, vocab), f"logits are {tuple(logits_TV.shape)}, expected {(tokens, vocab)}"
-        device = logits_TV.device
+        sample_ids_B = self._check.sample_ids(sample_ids_B)
+        device, width = logits_TV.device, self.header.sample_tokens
+        labels_T = self._check.labels(sample_ids_B, logits_TV, labels_T, valid_T).to(device)
         lse_T = logits_TV.float().logsumexp(-1)
         selection = self._codec.select(
             logits_TV,
             lse_T,
             seed=self.header.seed,
-            sample_ids_T=torch.as_tensor(sample_ids_B, device=device).repeat_interleave(self.header.sample_tokens),
-            positions_T=torch.arange(self.header.sample_tokens, device=device).repeat(len(sample_ids_B)),
+            sample_ids_T=torch.as_tensor(sample_ids_B, device=device).repeat_interleave(width),
+            positions_T=torch.arange(width, device=device).repeat(len(sample_ids_B)),
         )
-        label_logprob_T = logits_TV.gather(-1, labels_T.to(device)[:, None])[:, 0].float() - lse_T
+        label_logprob_T = logits_TV.gather(-1, labels_T[:, None])[:, 0].float() - lse_T
         return self.put(
             sample_ids_B,
             digests_B,
@@ -244,7 +241,7 @@ class CacheWriter:
 
     def take_back(self, batches: list[Pending]) -> None:
         """Accepts what a writer has handed over; called before the first `put`."""
-        for batch in map(self._undone, batches):
+        for batch in map(self._undone, map(self._check.check, batches)):
             if len(batch.sample_ids_B):
                 self._queue.put(batch)
 
@@ -268,37 +265,25 @@ class CacheWriter:
             self._aborted = True
             self._stop()
 
-    def _validate(self, batch: Pending) -> None:
-        width, ids = self.header.sample_tokens, batch.sample_ids_B
-        tokens = len(ids) * width
-        lengths = [len(batch.digests_B) * width, len(batch.label_logprob_T), len(batch.entropy_T), len(batch.valid_T)]
-        lengths.append(len(batch.atoms.counts_T))
-        assert lengths == [tokens] * 5, f"{len(ids)} samples of {width} tokens, but lengths are {lengths}"
-        if len(ids) and not 0 <= ids.min() <= ids.max() < self.header.samples:
-            raise CacheError(f"cache {self.folder}: sample ids must lie in 0 to {self.header.samples - 1}")
-        broken_T = batch.valid_T & ~(np.isfinite(batch.label_logprob_T) & np.isfinite(batch.entropy_T))
-        if broken_T.any():
-            sample = ids[np.flatnonzero(broken_T)[0] // width]
-            raise CacheError(f"cache {self.folder}: the teacher's log-probabilities of sample {sample} are not finite")
-
     def _undone(self, batch: Pending) -> Pending:
-        """Drops samples whose targets of this step, or of a later one, had been published before the first `put`.
+        """Drops samples whose targets of this step, or of a later one, had been published before the first `put`, and
+        those that come once more in the same batch.
 
         A run that goes on from a checkpoint does some steps again.
         """
+        keep_B = self._check.last_of_each(batch)
         if self._done is None:
             self._done = open_view(self._store, self.header)
-        if batch.step > max((state.step for state in self._done.streams.values()), default=-1):
-            return batch
-        records = self._done.find(batch.sample_ids_B)
-        for i in np.flatnonzero(records.there & (records.steps == batch.step)).tolist():
-            teacher = self._done.names(int(records.tables[i])).origin(records.rows[i]).teacher
-            if teacher != batch.teacher:
-                raise CacheError(
-                    f"cache {self.folder}: sample {batch.sample_ids_B[i]} has targets of step {batch.step} by teacher "
-                    f"{teacher}, and these are of teacher {batch.teacher}"
-                )
-        keep_B = records.steps < batch.step
+        if batch.step <= max((state.step for state in self._done.streams.values()), default=-1):
+            self._done, records = find_in_view(self._done, batch.sample_ids_B)
+            for i in np.flatnonzero(records.there & (records.steps == batch.step)).tolist():
+                teacher = self._done.names(int(records.tables[i])).origin(records.rows[i]).teacher
+                if teacher != batch.teacher:
+                    raise CacheError(
+                        f"cache {self.folder}: sample {batch.sample_ids_B[i]} has targets of step {batch.step} by "
+                        f"teacher {teacher}, and these are of teacher {batch.teacher}"
+                    )
+            keep_B &= records.steps < batch.step
         self._passed += int((~keep_B).sum())
         return batch.select(keep_B, self.header.sample_tokens)
 
@@ -365,9 +350,7 @@ class CacheWriter:
 
         sample_ids, valid, label_logprob = joined("sample_ids_B"), joined("valid_T"), joined("label_logprob_T")
         atoms = Atoms.cat([batch.atoms for batch in batches])
-        vocab, width = self.header.vocab_size, self.header.sample_tokens
-        if len(atoms.ids_N) and not 0 <= int(atoms.ids_N.min()) <= (most := int(atoms.ids_N.max())) < vocab:
-            raise CacheError(f"cache {self.folder}: id {most} in a vocabulary of {vocab}")
+        width = self.header.sample_tokens
         encoded = record.encode(atoms, label_logprob, joined("entropy_T"), valid, width, self._rank_of_id, self._codec)
         steps = np.repeat([batch.step for batch in batches], [len(batch.sample_ids_B) for batch in batches])
         tokens = int(valid.sum())
@@ -397,10 +380,3 @@ class CacheWriter:
         )
         if self._state.count - self._listed >= self._index_every:
             self._index()
-
-
-def _own(values: Tensor | Array, dtype: Any) -> Array:
-    """A copy, so that the caller may change the original."""
-    if isinstance(values, Tensor):
-        values = (values.float() if values.is_floating_point() else values).cpu().numpy()  # numpy has no bfloat16
-    return np.array(values, dtype)
