@@ -5,6 +5,7 @@ import errno
 import fcntl
 import os
 import secrets
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -61,6 +62,12 @@ class LocalStore(Store):
     def size(self, name: str) -> int:
         with reported(self.folder / name):
             return (self.folder / name).stat().st_size
+
+    def modified(self, name: str) -> float:
+        """Now, of a file that is gone meanwhile."""
+        with contextlib.suppress(FileNotFoundError):
+            return (self.folder / name).stat().st_mtime
+        return time.time()
 
     def bytes_in(self, folder: str) -> int:
         with reported(self.folder / folder):

@@ -5,6 +5,7 @@ moment leaves the old state or the new one.
 """
 
 import contextlib
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -69,6 +70,10 @@ class Store(ABC):
                 return False
             raise
         return True
+
+    def modified(self, name: str) -> float:
+        """Seconds since 1970 of a file's last change; now, where the store does not say."""
+        return time.time()
 
     @abstractmethod
     def bytes_in(self, folder: str) -> int:
