@@ -119,7 +119,7 @@ def _table(rows: Sequence[table.Outcome], styles: dict[str, int]) -> str:
 
 def _curves(data: RunData) -> str:
     # One unit for every chart: tokens where all arms have logged theirs, else steps.
-    unit = "tokens" if data.arms and all(arm.has_tokens for arm in data.arms) else "steps"
+    unit = "tokens" if data.arms and all("tokens" in arm.metrics for arm in data.arms) else "steps"
     html = ""
     for title, panels in _sections(data).items():
         drawn = ""

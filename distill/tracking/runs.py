@@ -37,10 +37,6 @@ class Arm:
     """Metrics that were measured once more at the end, in another way than along the run; by name."""
 
     @property
-    def has_tokens(self) -> bool:
-        return "tokens" in self.metrics
-
-    @property
     def last_step(self) -> float:
         return max(float(series.steps[-1]) for series in self.metrics.values())
 
