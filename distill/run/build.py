@@ -1,7 +1,6 @@
 """Wiring: from a run to a trainer with its model, stream, caches and recipe."""
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,13 +12,13 @@ from distill.data.join import Joiner
 from distill.data.stream import Stream, replay
 from distill.engine.watch import Watch
 from distill.model import Transformer
-from distill.run import evaluation, identity
+from distill.run import identity
 from distill.run.caches import cache_folders, open_capture
 from distill.run.feed import Feed, FollowingFeed, Positions
 from distill.run.identity import Lineage
-from distill.run.models import architecture, check_vision, engine_of, first_model
+from distill.run.models import architecture, check_vision, first_model
 from distill.run.run import Run
-from distill.run.trainer import Recipe, Trainer
+from distill.run.trainer import Trainer
 from student.distilling import StudentRecipe
 from teacher.capture import Capture
 from teacher.pretraining import TeacherRecipe
@@ -94,7 +93,7 @@ def teacher(run: Run) -> tuple[Trainer, Capture | None]:
         capture = open_capture(run, planned, cache_folders(run), lineage.base, watch)
     recipe = TeacherRecipe(part.train.head_chunk, capture)
     feed = _feed(run, stream, replay(ReplayOrder.same, steps * batch), None, batch)
-    return _trainer(run, "teacher", model, recipe, feed, watch, steps), capture
+    return Trainer(run, "teacher", model, recipe, feed, watch, steps), capture
 
 
 def lineage_of(run: Run, model: Transformer, is_loaded: bool, steps: int, stream: Stream) -> Lineage:
@@ -113,7 +112,7 @@ def lineage_of(run: Run, model: Transformer, is_loaded: bool, steps: int, stream
     return identity.lineage(first, like, part.optim, part.train, steps, run.config.precision, stream, run.data.train)
 
 
-def student(run: Run, readers: list[CacheReader] | None) -> Trainer:
+def student(run: Run, readers: list[CacheReader] | None) -> tuple[Trainer, StudentRecipe]:
     """A student on the teacher's stream as the cache records it, or (no cache, or order=own) on its own."""
     part, steps = run.config.student, steps_of(run, "student")
     if readers and part.replay.order is not ReplayOrder.own:
@@ -130,7 +129,7 @@ def student(run: Run, readers: list[CacheReader] | None) -> Trainer:
     )
     feed = _feed(run, stream, replay(part.replay.order, planned), readers, part.train.batch)
     model, _ = first_model(run, "student")
-    return _trainer(run, "student", model, recipe, feed, Watch(run.dist), steps)
+    return Trainer(run, "student", model, recipe, feed, Watch(run.dist), steps), recipe
 
 
 def _best_losses(run: Run, readers: list[CacheReader] | None) -> list[float] | None:
@@ -147,9 +146,3 @@ def _feed(run: Run, stream: Stream, positions: Positions, readers: list[CacheRea
     if readers and run.config.cache.follow:
         return FollowingFeed(readers, run.config.cache, run.tracker, *arguments)
     return Feed(*arguments)
-
-
-def _trainer(run: Run, role: str, model: Transformer, recipe: Recipe, feed: Feed, watch: Watch, steps: int) -> Trainer:
-    train = getattr(run.config, role).train
-    evaluate = partial(evaluation.glance, run, train=train)
-    return Trainer(run, role, engine_of(run, role, model), recipe, feed, watch, steps, evaluate)

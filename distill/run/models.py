@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from distill.config.checks import vision_problems
 from distill.config.errors import ConfigError
+from distill.config.load import to_dict
 from distill.config.model import moe_layers, rope_layers
 from distill.config.schema import DataConfig, ModelConfig, RunConfig, VisionConfig
 from distill.data.tokenizer import Tokenizer
@@ -116,7 +117,7 @@ def check_vision(key: str, vision: VisionConfig | None, data: DataConfig, tokeni
 
 def architecture(config: ModelConfig) -> dict[str, Any]:
     """What a model must share with another to take its weights and compute the same, however either spells it."""
-    plain = to_plain(config)
+    plain = to_dict(config)
     free = ("bos_id", "eos_ids", "pad_id", "init_std", "max_positions", "parametrization", "base")
     for key in (*free, "moe_step", "nope_step"):
         del plain[key]
@@ -132,8 +133,3 @@ def _unlike(here: dict[str, Any], there: dict[str, Any], prefix: str = "") -> It
             yield from _unlike(value, there[key], f"{prefix}{key}.")
         elif value != there[key]:
             yield prefix + key, value, there[key]
-
-
-def to_plain(config: ModelConfig) -> dict[str, Any]:
-    """The configuration as JSON-able values."""
-    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
