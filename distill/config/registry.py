@@ -79,7 +79,7 @@ class Job:
     function: str | Callable[..., None]
     """Runs the job, given (RunConfig, run folder, Dist); an entry is a place, `module:name`."""
     trains: tuple[str, ...] = ()
-    """Roles that it trains; their models are built as the configuration says."""
+    """Roles that it trains; their models are built from the configuration."""
     rules: str | Callable[..., Iterator[str]] | None = None
     """Yields a sentence for each rule that a RunConfig of this job breaks, before anything heavy starts."""
 

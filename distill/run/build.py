@@ -84,7 +84,7 @@ def teacher(run: Run) -> tuple[Trainer, Capture | None]:
     part, steps = run.config.teacher, steps_of(run, "teacher")
     stream, batch = own_stream(run), part.train.batch
     model, source = first_model(run, "teacher")
-    # A resumed run stays who it was.
+    # A resumed run keeps the one that it started with.
     lineage = run.lineages.get("teacher") or lineage_of(run, model, source is not None, steps, stream)
     run.lineages["teacher"] = lineage
     watch, capture = Watch(run.dist), None
@@ -102,14 +102,25 @@ def lineage_of(run: Run, model: Transformer, is_loaded: bool, steps: int, stream
     is_loaded: its first weights come from elsewhere, so they are named by their digest; else by what they are drawn
     with.
     """
-    part = run.config.teacher
+    part, corpora = run.config.teacher, run.data.train
     like = architecture(part.model) | {"parametrization": part.model.parametrization}
     if part.model.parametrization is Parametrization.transfer:
         like["base"] = dataclasses.asdict(part.model.base)
     first: dict[str, Any] = {"seed": run.config.seed, "init_std": part.model.init_std}
     if is_loaded:
         first = {"digest": run.dist.from_main(identity.of_weights(model) if run.dist.is_main else None)}
-    return identity.lineage(first, like, part.optim, part.train, steps, run.config.precision, stream, run.data.train)
+    deciding = ("batch", "freeze", "balance_rate", "balance_loss", "z_loss")
+    parts = {
+        "first_weights": first,
+        "architecture": like,
+        "optim": dataclasses.asdict(part.optim),
+        "train": {name: getattr(part.train, name) for name in deciding},
+        "steps": steps,
+        "precision": run.config.precision,
+        "stream": [stream.seed, [[name, corpora[name].digest, share] for name, share in stream.shares.items()]],
+    }
+    digests = [corpus.digest for corpus in corpora.values()]
+    return Lineage(identity.base_of(parts), digests, part.train.batch * run.config.data.sample_tokens)
 
 
 def student(run: Run, readers: list[CacheReader] | None) -> tuple[Trainer, StudentRecipe]:

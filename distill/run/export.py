@@ -150,8 +150,8 @@ def _copy(source: Path, target: Path) -> None:
 def _with_ids_of(tokenizer: Tokenizer, config: ModelConfig) -> ModelConfig:
     """The configuration with the tokenizer's special tokens.
 
-    Further ends of a turn are kept where the tokenizer's own eos is among them. A padding id that the tokenizer does
-    not know becomes its eos, as is usual for text that is generated.
+    Further ends of a turn are kept where the tokenizer's own eos is among them. A padding id that the tokenizer
+    lacks becomes its eos, as is usual for text that is generated.
     """
     eos = tokenizer.eos_id
     eos_ids = config.eos_ids if eos in config.eos_ids else [] if eos is None else [eos]

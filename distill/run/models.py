@@ -1,4 +1,4 @@
-"""Models of a run: built as its configuration says, or loaded from a run, a checkpoint or a Hugging Face folder."""
+"""Models of a run: built from its configuration, or loaded from a run, a checkpoint or a Hugging Face folder."""
 
 import dataclasses
 from collections.abc import Iterator

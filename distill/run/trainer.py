@@ -240,11 +240,6 @@ class Trainer:
         """A step with another recipe in all but effect, for timing; inside `engine.rehearsal` nothing changes."""
         self._update(recipe, Meters(self.dist.device), batch, lr=0.0)
 
-    def check(self) -> None:
-        """Raises DivergenceError, on every rank, if anything was not finite so far; waits for the device."""
-        if (problem := self.watch.problem()) is not None:
-            raise self.run.diverged(self.role, problem)
-
     def _report(self, goal: int) -> None:
         """Logs a row and evaluates, at the steps where `log_every` and `eval_every` fall."""
         step, last = self.step, self.step == self.steps
@@ -340,7 +335,8 @@ class StepClock:
 def _save(run: Run, trainers: dict[str, Trainer], stopped: str | None) -> None:
     """One checkpoint of all trainers, if they have moved; collective. stopped: the role that a signal stopped."""
     for trainer in trainers.values():
-        trainer.check()
+        if (problem := trainer.watch.problem()) is not None:
+            raise run.diverged(trainer.role, problem)
     step = sum(trainer.step for trainer in trainers.values())
     if step == run.saved:
         return

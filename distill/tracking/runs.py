@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 
 from distill.tracking import jsonl
 from distill.tracking.tracker import HISTOGRAMS, METRICS
@@ -56,15 +55,7 @@ class RunData:
     arms: list[Arm]
     summary: dict[str, Any]
     configs: dict[str, str]
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The run's own configuration; empty where it is missing or torn."""
-        try:
-            content = yaml.safe_load(self.configs.get("", ""))
-        except yaml.YAMLError:
-            return {}
-        return content if isinstance(content, dict) else {}
+    """The run's own has the name ""."""
 
 
 def load(folder: Path) -> RunData:
