@@ -13,7 +13,7 @@ from distill.config import paths
 from distill.config.errors import ConfigError
 from distill.config.load import to_dict
 from distill.config.schema import RunConfig
-from distill.config.sentences import shown
+from distill.config.values import shown
 from distill.tracking.tracker import METRICS
 
 CONFIG, SUMMARY, CHECKPOINTS = "config.yaml", "summary.json", "checkpoints"
