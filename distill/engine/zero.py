@@ -1,4 +1,4 @@
-"""DeepSpeed, which only this file and `layouts` use: one model, its optimizer steps and its state in the clear.
+"""One model in training under DeepSpeed, which only this file and `layouts` use: its steps, and its state by name.
 
 The DeepSpeed dictionary is generated here. Losses are sums over tokens: a step's gradient is that of the sum divided by
 the number of valid tokens of the whole optimizer step, over all ranks and micro-batches, so a batch may be cut anyhow.
