@@ -37,3 +37,10 @@ def differences(here: dict[str, Any], there: dict[str, Any], prefix: str = "") -
                 yield Difference(f"{prefix}{key}.name", a["name"], b["name"])
         elif a != b:
             yield Difference(f"{prefix}{key}", a, b)
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Values of nested dictionaries by dotted key; an empty dictionary is a value."""
+    if isinstance(value, dict) and value:
+        return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): value}
