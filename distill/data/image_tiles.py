@@ -29,14 +29,14 @@ def decode(data: bytes, where: str) -> NDArray[np.uint8]:
     """The image of a file's bytes as RGB, uint8 [height, width, 3].
 
     Args:
-        where: what messages call it.
+        where: its name in messages.
 
     Raises:
         DataError: damaged, cut short, of another format, too large, or without 8 or 16 bits a channel.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what matters is an error here
+            warnings.simplefilter("ignore")  # what is wrong with a file is an error here
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise DataError(f"{where}: {image.width} x {image.height} pixels; allowed: {MAX_PIXELS} in all")

@@ -139,7 +139,7 @@ class Tokenizer:
         return self._library.id_to_token(token_id) if token_id >= 0 else None
 
     def agrees(self, other: Tokenizer) -> bool:
-        """Whether both give every text the same ids, as far as their files say: padding and templates aside."""
+        """Whether both give every text the same ids by what their files hold, padding and templates aside."""
         return self._same(other, "model", "added_tokens", "normalizer", "pre_tokenizer")
 
     def extends(self, other: Tokenizer) -> bool:

@@ -25,8 +25,8 @@ def flops_per_token(config: ModelConfig, sample_tokens: int, tiles: float = 0.0)
     chunk_pairs = chunks * chunk * (chunk + 1) / 2 + rest * (rest + 1) / 2
     pairs = sum(chunk_pairs if rope else full_pairs for rope in rope_layers(config))
     # Scores and mixing: two multiply-adds per pair, head and channel.
-    vision = tiles * vision_flops_per_tile(config) / sample_tokens
-    return 2 * multiplied_parameters(config) + 4 * config.heads * config.head_dim * pairs / sample_tokens + vision
+    attention = 4 * config.heads * config.head_dim * pairs / sample_tokens
+    return 2 * multiplied_parameters(config) + attention + tiles * vision_flops_per_tile(config) / sample_tokens
 
 
 def vision_flops_per_tile(config: ModelConfig) -> float:

@@ -1,8 +1,8 @@
 """The way of a MoE layer's rows to the experts and back, for experts that lie in one process.
 
 A dispatcher is handed to the model when it is built; the key `engine.dispatcher` names one (`DISPATCHERS` in
-distill/config/registry.py). An expert-parallel one holds some of the experts (`held`) and extends this one: it
-exchanges the sorted rows between processes after `dispatch` and before `combine`.
+distill/config/registry.py). An expert-parallel one holds some of the experts (`held`) and extends the local one:
+it exchanges the sorted rows between processes after `dispatch` and before `combine`.
 """
 
 from typing import Any, NamedTuple

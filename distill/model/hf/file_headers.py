@@ -57,8 +57,8 @@ def contents(folder: Path) -> Contents:
     """
     tensors: list[Stored] = []
     lost: set[str] | None = set()
-    promised, problems = _files(folder)
-    for file, keys in promised.items():
+    listed, problems = _files(folder)
+    for file, keys in listed.items():
         try:
             if Path(file).name != file or not (folder / file).is_file():  # an index may not point out of the folder
                 raise CheckpointError(f"{folder / file} is named by {INDEX} but is no file of the folder")
@@ -95,7 +95,7 @@ def _refuse_pointer(path: Path) -> None:
 
 
 def _files(folder: Path) -> tuple[dict[str, set[str] | None], list[str]]:
-    """The files that make up the checkpoint with the keys that an index promises in each, and what is wrong there."""
+    """The files of the checkpoint with the keys that an index lists for each, and a sentence for each fault."""
     single = (folder / SINGLE).exists()
     if not (folder / INDEX).exists():
         if not single:

@@ -149,7 +149,7 @@ class _Finder:
     """Finds the stored tensors of each parameter.
 
     Attributes:
-        unread: tensors that no parameter has asked for, by key.
+        unread: tensors that belong to no parameter that was looked for so far, by key.
         problems: a sentence for each tensor that is missing or does not fit.
     """
 
