@@ -17,9 +17,10 @@ from losses.schedule import schedule
 from losses.weighting import Factor, Mean, Setting, Signals, State, Weighting, Weights
 
 ALPHA_BINS = 20
-COVERED = {"soft": "soft_loss", "mass": "mass", "agreement": "agreement"}
-"""Parts of the loss that are averaged over tokens with targets, and the names of their metrics; the others are averaged
-over all valid tokens."""
+COVERED = ("soft", "mass", "agreement")
+"""Parts of the loss that are averaged over tokens with targets; the others are averaged over all valid tokens."""
+METRIC_NAMES = {"hard": "hard_loss", "soft": "soft_loss"}
+"""Of parts of the loss, where they differ from the part's."""
 
 
 class StepPlan(NamedTuple):
@@ -77,26 +78,24 @@ class StudentRecipe:
     def forward(self, model: Any, micro: Batch, plan: StepPlan) -> Forward:
         """Sum over valid tokens of soft and hard loss, weighted (nats); the result is the sums that `end` takes."""
         labels_T, valid_T = micro.labels_BS.flatten(), micro.valid_BS.flatten()
-        alpha_T = torch.zeros(len(valid_T), device=valid_T.device)
+        alpha_T, covered_T = torch.zeros(len(valid_T), device=valid_T.device), torch.zeros_like(valid_T)
         soft: tuple[Tensor, ...] = ()
+        target_means: dict[str, Mean] = {}
+        histograms: dict[str, Tensor] = {}
         if micro.targets is not None:
             weights = self.weigh(micro, plan)
             alpha_T = weights.alpha_T.to(valid_T.device)
-            soft = micro.targets.ids_TK, micro.targets.probs_TK, alpha_T * valid_T
-        rows = LOSSES[self.config.loss](labels_T, (1.0 - alpha_T) * valid_T, *soft)
-        head_fn = partial(head_loss, row_function=rows, chunk=self.config.train.head_chunk)
-        head, routing = model(micro.ids_BS, micro.documents_BS, head_fn, micro.images)
-
-        covered_T = torch.zeros_like(valid_T)
-        if micro.targets is not None:
             covered_T = (micro.targets.covered_T & valid_T).to(valid_T.device)
-        means = {"loss": Mean(head.loss_sum.detach(), valid_T.sum())} | _means(head.parts, valid_T, covered_T)
-        histograms = {}
-        if micro.targets is not None:
-            means |= _target_means(micro, alpha_T, covered_T) | weights.means
+            soft = micro.targets.ids_TK, micro.targets.probs_TK, alpha_T * valid_T
+            target_means = _target_means(micro, alpha_T, covered_T) | weights.means
             bins_T = (alpha_T * ALPHA_BINS).long().clamp(0, ALPHA_BINS - 1)
             # index_add_, not bincount: that would wait for the device.
             histograms["alpha"] = alpha_T.new_zeros(ALPHA_BINS).index_add_(0, bins_T, valid_T.float())
+        rows = LOSSES[self.config.loss](labels_T, (1.0 - alpha_T) * valid_T, *soft)
+        head_fn = partial(head_loss, row_function=rows, chunk=self.config.train.head_chunk)
+        head, routing = model(micro.ids_BS, micro.documents_BS, head_fn, micro.images)
+        loss = {"loss": Mean(head.loss_sum.detach(), valid_T.sum())}
+        means = loss | _means(head.parts, valid_T, covered_T) | target_means
         result = self._sums(micro, head.parts["hard"], covered_T, valid_T)
         return Forward(head.loss_sum, routing, means, histograms, result)
 
@@ -168,13 +167,11 @@ def _signals(batch: Batch, device: torch.device) -> Signals:
 
 def _means(parts: Mapping[str, Tensor], valid_T: Tensor, covered_T: Tensor) -> dict[str, Mean]:
     """Metrics of the loss' parts, each over the tokens that it is defined on."""
-    means = {}
-    for name, part_T in parts.items():
-        if name in COVERED:
-            means[COVERED[name]] = Mean((part_T * covered_T).sum(), covered_T.sum())
-        else:
-            means["hard_loss" if name == "hard" else name] = Mean((part_T * valid_T).sum(), valid_T.sum())
-    return means
+    tokens_T = {name: covered_T if name in COVERED else valid_T for name in parts}
+    return {
+        METRIC_NAMES.get(name, name): Mean((part_T * tokens_T[name]).sum(), tokens_T[name].sum())
+        for name, part_T in parts.items()
+    }
 
 
 def _target_means(micro: Batch, alpha_T: Tensor, covered_T: Tensor) -> dict[str, Mean]:

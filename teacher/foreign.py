@@ -1,11 +1,11 @@
 """Any causal language model of `transformers` as a frozen teacher; the only file that imports that library.
 
 Packed documents must not attend to each other, and each counts its positions from 0. Since that has no common interface
-in hundreds of architectures, every document is a row of its own, padded on the right, which no causal model looks at.
+in hundreds of architectures, every document is a row of its own, padded on the right, which causal attention ignores.
 
-Where logits are nothing but a product of the last hidden states with the unembedding, which is tried on planted states
+Where logits are nothing but a product of the last hidden states with the unembedding, which is tested on planted states
 (teacher/probe.py) and on the first batch, the head runs in chunks like that of our own models. Elsewhere (biases,
-capped or scaled logits) the model's own logits are taken, some whole documents at a time.
+capped or scaled logits) the model computes the logits itself, some whole documents at a time.
 """
 
 from collections.abc import Iterator
@@ -46,7 +46,7 @@ class Foreign:
         name: of the teacher in messages.
 
     Attributes:
-        max_positions: longest document that it takes; None: its configuration has no limit.
+        max_positions: longest document that the model takes; None: its configuration has no limit.
     """
 
     def __init__(self, model: Any, name: str = "the teacher"):
@@ -55,7 +55,7 @@ class Foreign:
         config = model.config.get_text_config()
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         self._plain_head: bool | None = None
-        """The logits are hidden states times the unembedding; None: not tried yet."""
+        """The logits are hidden states times the unembedding; None: not tested yet."""
 
     @cached_property
     def _head(self) -> HeadForm:

@@ -1,4 +1,4 @@
-"""A frozen teacher labels a batch: the forward pass and its tap, no gradient, no optimizer, no engine."""
+"""Labelling by a frozen teacher: a forward pass from which targets are selected; no gradient, optimizer or engine."""
 
 from typing import Any, NamedTuple, Protocol
 
@@ -77,7 +77,7 @@ def label(
         step, tokens_seen: of the teacher, for the records.
 
     Returns:
-        Sum of the label losses over valid tokens (nats) and their number; on the device, nothing waits for it.
+        Sum of the label losses over valid tokens (nats) and their number, on the device; nothing waits for them.
     """
     labelled = teacher.label(batch, capture.selector(batch), head_chunk)
     capture.put(MicroTargets(batch, *labelled), step, tokens_seen)

@@ -1,4 +1,4 @@
-"""The teacher's recipe: hard loss, and on the same forward pass the capture of its soft targets."""
+"""The teacher's recipe: the hard loss, and the capture of soft targets from the same forward pass."""
 
 from functools import partial
 from typing import Any
@@ -13,8 +13,8 @@ from teacher.capture import Capture, MicroTargets
 
 
 class TeacherRecipe:
-    """See `distill.run.trainer.Recipe`. Targets are selected before the teacher trains on the batch, so they are never
-    memorized ones."""
+    """See `distill.run.trainer.Recipe`. Targets are selected before the teacher trains on the batch, so none of them is
+    memorized."""
 
     def __init__(self, head_chunk: int, capture: Capture | None):
         self.head_chunk, self.capture = head_chunk, capture

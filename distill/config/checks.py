@@ -28,7 +28,8 @@ from distill.config.schema import (
     VisionConfig,
     WeightingConfig,
 )
-from distill.config.sentences import key_of, shown
+from distill.config.sentences import key_of
+from distill.config.values import shown
 
 
 def check(run: RunConfig) -> Iterator[str]:

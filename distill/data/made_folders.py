@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 
 from distill.config.errors import DataError
-from distill.config.files import sync, write_text
+from distill.config.files import publish_folder, write_text
 from distill.config.paths import home
 from distill.config.schema import CorpusConfig, DataConfig
 from distill.data.tokenizer import Tokenizer
@@ -69,13 +69,11 @@ def make(folder: Path, name: str, parts: list[object], fill: Callable[[Path, Pat
         scratch.mkdir()
         fill(new, scratch)
         write_text(new / ABOUT, json.dumps(about, indent=1, default=str) + "\n")
-        sync(new)
         try:
-            new.rename(place)
+            publish_folder(new, place)
         except OSError:
             if not place.is_dir():  # else another process was first, with the same content
                 raise
-        sync(folder)
     return place
 
 

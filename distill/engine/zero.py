@@ -1,4 +1,4 @@
-"""DeepSpeed, which only this file and `layouts` use: one model, its optimizer steps and its state in the clear.
+"""One model in training under DeepSpeed, which only this file and `layouts` use: its steps, and its state by name.
 
 The DeepSpeed dictionary is generated here. Losses are sums over tokens: a step's gradient is that of the sum divided by
 the number of valid tokens of the whole optimizer step, over all ranks and micro-batches, so a batch may be cut anyhow.
@@ -125,19 +125,16 @@ class Engine:
                     yield f"{key}/{name}", partial(self.layout.whole, parameter, key)
             else:
                 yield f"param/{name}", parameter.detach().float
-        for name, buffer in _persistent_buffers(self.model):
-            yield f"buffer/{name}", buffer.detach
+        persistent = self.model.state_dict(keep_vars=True)
+        for name, buffer in self.model.named_buffers():
+            if name in persistent:
+                yield f"buffer/{name}", buffer.detach
         steps = self._steps_before + self._ds.global_steps
         yield "optimizer_steps", partial(torch.tensor, float(steps))
 
     def close(self) -> None:
         """Frees DeepSpeed's hooks and buffers; the process group stays for the next job."""
         self._ds.destroy()
-
-
-def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    kept = model.state_dict(keep_vars=True)
-    return ((name, kept[name]) for name, _ in model.named_buffers() if name in kept)
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -16,7 +16,6 @@ themselves. The precision in which a frozen teacher labels makes it no other.
 """
 
 import dataclasses
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from distill.config.errors import CheckpointError
 from distill.config.schema import OptimConfig, TrainConfig
 from distill.data.packed import PackedCorpus
 from distill.data.stream import Stream
-from distill.engine.checkpoint import Checkpoint
+from distill.engine.checkpoint import Checkpoint, file_digest
 
 EXPORTED = "codistill.json"
 """Beside the weights of an exported teacher: whose they are."""
@@ -132,8 +131,4 @@ def exported(folder: Path) -> tuple[Lineage, int] | None:
 
 def _files(folder: Path) -> dict[str, str]:
     """Digests of the files of weights."""
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            found[path.name] = hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()  # type: ignore[arg-type]
-    return found
+    return {path.name: file_digest(path) for path in sorted(folder.glob("*.safetensors"))}

@@ -1,7 +1,6 @@
 """Models of a run: built as its configuration says, or loaded from a run, a checkpoint or a Hugging Face folder."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +11,7 @@ from distill.config.checks import vision_problems
 from distill.config.errors import ConfigError
 from distill.config.model import moe_layers, rope_layers
 from distill.config.schema import DataConfig, ModelConfig, RunConfig, VisionConfig
+from distill.config.values import differences, shown
 from distill.data.tokenizer import Tokenizer
 from distill.engine import checkpoint
 from distill.engine.checkpoint import Checkpoint
@@ -20,7 +20,6 @@ from distill.model import Transformer, hf
 from distill.model.balance import degenerate_routers
 from distill.model.freeze import freeze
 from distill.model.parts import PLAIN, Parts
-from distill.run.folder import shown
 from distill.run.run import Run
 
 
@@ -80,7 +79,7 @@ def load_model(
     else:
         model = _from_checkpoint(opened or checkpoint.find(folder), role, with_vision, parts)
     if want is not None:
-        unlike = list(_unlike(architecture(want), architecture(model.config)))
+        unlike = list(differences(architecture(want), architecture(model.config)))
         if unlike:
             raise ConfigError(
                 *[f"{role}.model.{key} is {shown(a)}; the model in {folder} has {shown(b)}" for key, a, b in unlike]
@@ -123,15 +122,6 @@ def architecture(config: ModelConfig) -> dict[str, Any]:
     if config.chunk_size is not None and config.chunk_size >= config.max_positions:
         plain["chunk_size"] = None  # the Hugging Face format has no null here
     return plain | {"moe_layers": moe_layers(config), "rope_layers": rope_layers(config)}
-
-
-def _unlike(here: dict[str, Any], there: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Key and both values, wherever two of them differ."""
-    for key, value in here.items():
-        if isinstance(value, dict) and isinstance(there[key], dict):
-            yield from _unlike(value, there[key], f"{prefix}{key}.")
-        elif value != there[key]:
-            yield prefix + key, value, there[key]
 
 
 def to_plain(config: ModelConfig) -> dict[str, Any]:

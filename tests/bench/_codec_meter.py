@@ -33,7 +33,7 @@ class ShardBytes(NamedTuple):
     """Bytes per token of the files that a writer made."""
 
     all: float
-    """Shard and ledger; with few tokens the shard's header and its row in the ledger weigh much."""
+    """Shard and ledger; with few tokens the shard's header and its row in the ledger are a large part."""
     records: float
     index: float
     """The samples' entries in the shard's index."""

@@ -38,7 +38,7 @@ class FlipPlace(NamedTuple):
 
 
 def run(flips: int, seed: int, progress: Progress) -> tuple[dict[str, Any], list[str]]:
-    """Flips `flips` bits, one at a time; figures, and every problem found in words."""
+    """Flips `flips` bits, one at a time; counts by name, and every problem in words."""
     rng, counts, problems = random.Random(seed), Counter[str](), list[str]()
     with tempfile.TemporaryDirectory(prefix="crash-") as scratch:
         caches = []

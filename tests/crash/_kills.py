@@ -47,7 +47,7 @@ class _Aim:
 
 
 def run(kills: int, seed: int, progress: Progress) -> tuple[dict[str, Any], list[str]]:
-    """Kills `kills` times; figures, and every problem found in words."""
+    """Kills `kills` times; counts by name, and every problem in words."""
     rng, counts, problems = random.Random(seed), Counter[str](), list[str]()
     aim = _Aim(rng)
     teacher.prepare()

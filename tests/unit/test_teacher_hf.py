@@ -49,7 +49,7 @@ def model_of(name):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(8.0)  # logits that differ, so that a document's neighbours would show
+                parameter.mul_(8.0)  # logits that differ, so that a document's neighbors would show
         if name == "phi":
             model.lm_head.bias.normal_()
     return model

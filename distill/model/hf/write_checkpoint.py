@@ -11,7 +11,7 @@ from torch import nn
 
 from distill.config import stop
 from distill.config.errors import CheckpointError, DivergenceError
-from distill.config.files import sync, write_text
+from distill.config.files import publish_folder, write_text
 from distill.config.model import moe_layers
 from distill.config.paths import home
 from distill.model.finite import is_finite
@@ -69,10 +69,7 @@ def save(
         _write(model, partial, dtype or next(model.parameters()).dtype, max_shard_bytes)
         if also is not None:
             also(partial)
-        for path in (*partial.iterdir(), partial):
-            sync(path)
-        partial.rename(folder)
-        sync(folder.parent)
+        publish_folder(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
