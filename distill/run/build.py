@@ -11,6 +11,7 @@ from distill.config.errors import ConfigError
 from distill.config.schema import OnMissing, Parametrization, ReplayOrder, TrainConfig
 from distill.data.join import Joiner
 from distill.data.stream import Stream, replay
+from distill.engine.recipe import Recipe
 from distill.engine.watch import Watch
 from distill.model import Transformer
 from distill.run import evaluation, identity
@@ -19,7 +20,7 @@ from distill.run.feed import Feed, FollowingFeed, Positions
 from distill.run.identity import Lineage
 from distill.run.models import architecture, check_vision, engine_of, first_model
 from distill.run.run import Run
-from distill.run.trainer import Recipe, Trainer
+from distill.run.trainer import Trainer
 from student.distilling import StudentRecipe
 from teacher.capture import Capture
 from teacher.pretraining import TeacherRecipe
