@@ -11,7 +11,7 @@ from distill.config.registry import FACTORS, LOSSES
 from distill.config.schema import StudentConfig, WeightingConfig
 from distill.data.join import Batch
 from distill.engine.dist import Dist
-from distill.engine.forward import Forward
+from distill.engine.recipe import Forward, Recipe
 from losses import head_loss, weighting
 from losses.schedule import schedule
 from losses.weighting import Factor, Mean, Setting, Signals, State, Weighting, Weights
@@ -31,8 +31,8 @@ class StepPlan(NamedTuple):
     """Of the weighting's factors."""
 
 
-class StudentRecipe:
-    """See `distill.run.trainer.Recipe`.
+class StudentRecipe(Recipe):
+    """The recipe of one student.
 
     Args:
         steps: of the run.
@@ -108,30 +108,17 @@ class StudentRecipe:
         self.covered += sums_C3[:, 1:].sum(0)
         self.weighting_state = self.weighting.update(plan.state, sums_C3[:, 0] / sums_C3[:, 2])
 
-    def publish(self, last: bool) -> None:
-        pass
-
-    def metrics(self) -> dict[str, float]:
-        return {}
-
     @property
     def coverage(self) -> float:
         """Share of the valid tokens so far that had targets."""
         return float(self.covered[0] / self.covered[1].clamp(min=1))
 
     def state(self) -> dict[str, Any]:
-        """JSON-able numbers, exact."""
         return {"weighting": weighting.to_json(self.weighting_state), "covered": self.covered.tolist()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.weighting_state = weighting.from_json(state["weighting"], self.weighting_state)
         self.covered = self.covered.new_tensor(state["covered"])
-
-    def hand_over(self) -> dict[str, Tensor]:
-        return {}
-
-    def take_back(self, tensors: dict[str, Tensor]) -> None:
-        assert not tensors, list(tensors)
 
     def _sums(self, micro: Batch, hard_T: Tensor, covered_T: Tensor, valid_T: Tensor) -> Tensor:
         """Of each corpus: hard loss, tokens with targets, valid tokens; fp64 [C, 3]."""

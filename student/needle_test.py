@@ -11,6 +11,7 @@ from distill.data.needle import trial
 from distill.data.tokenizer import Tokenizer
 from distill.engine.dist import Dist
 from distill.model import Transformer
+from distill.model.decode import generate
 
 
 class NeedleCounts(NamedTuple):
@@ -42,7 +43,7 @@ def find(
             trials = [trial(tokenizer, length, depth, config.facts, (seed, length, depth, n)) for n in mine]
             for part in stop.checked(trials[start : start + batch] for start in range(0, len(trials), batch)):
                 prompts = [torch.tensor(t.prompt, device=dist.device) for t in part]
-                answers = model.generate(prompts, max(len(t.answer) for t in part), eos_ids=[])
+                answers = generate(model, prompts, max(len(t.answer) for t in part), eos_ids=[])
                 for t, ids in zip(part, answers):
                     hit = ids[: len(t.answer)].tolist() == t.answer
                     across = chunk is not None and t.stated // chunk < (len(t.prompt) - 1) // chunk

@@ -24,7 +24,8 @@ from distill.data.join import Batch
 from distill.model.finite import is_finite
 from distill.model.segments import document_starts
 from losses.mixed import Select
-from teacher.labelling import Labelled, label_rows
+from teacher.capture import MicroTargets
+from teacher.labelling import label_rows
 from teacher.probe import HeadForm, call, number, probe
 
 
@@ -93,7 +94,7 @@ class Foreign:
         width = size("head_dim") or size("hidden_size") / max(heads, 1)
         return 2.0 * products + 4.0 * layers * heads * width * (sample_tokens + 1) / 2
 
-    def label(self, batch: Batch, select: Select | None, head_chunk: int) -> Labelled:
+    def label(self, batch: Batch, select: Select | None, head_chunk: int) -> MicroTargets:
         ids_T, labels_T = batch.ids_BS.flatten(), batch.labels_BS.flatten()
         documents = _documents(batch.documents_BS)
         if self._plain_head is None:
@@ -102,7 +103,7 @@ class Foreign:
         if self._plain_head:
             hidden_TD = self._hidden(ids_T, documents, room=len(ids_T))
             head = label_rows(hidden_TD, self.model.get_output_embeddings().weight, batch, select, head_chunk)
-            return Labelled(head.parts["hard"], head.selected)
+            return MicroTargets(batch, head.parts["hard"], head.selected)
         hard, selections = [], []
         for group in _groups(documents, head_chunk, in_order=True):
             logits_NLV = self._rows(self.model, ids_T, group).logits
@@ -113,7 +114,7 @@ class Foreign:
                 selections.append(select(slice(start, start + len(logprobs_tV)), logprobs_tV.exp(), logprobs_tV))
             labels_t1 = labels_T[start : start + len(logprobs_tV), None]
             hard.append(-logprobs_tV.gather(-1, labels_t1).squeeze(-1))
-        return Labelled(torch.cat(hard), selections)
+        return MicroTargets(batch, torch.cat(hard), selections)
 
     def _has_plain_head(self, ids_T: Tensor, documents: list[_Document]) -> bool:
         """Whether the product gives, number for number, the logits that the model gives on these documents."""

@@ -1,6 +1,6 @@
 """Labelling by a frozen teacher: a forward pass from which targets are selected; no gradient, optimizer or engine."""
 
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +11,6 @@ from distill.model.transformer import Transformer
 from losses import HeadLoss, Mixed, head_loss
 from losses.mixed import Select
 from teacher.capture import Capture, MicroTargets
-
-
-class Labelled(NamedTuple):
-    """What a frozen teacher's pass over a batch gives."""
-
-    hard_T: Tensor
-    """Cross entropy against the labels, nats."""
-    selections: list[Any]
-    """What `select` returned for each chunk, in order."""
 
 
 class Frozen(Protocol):
@@ -37,8 +28,11 @@ class Frozen(Protocol):
         """Of a forward pass over samples of S tokens, with so many tiles of images in the mean."""
         ...
 
-    def label(self, batch: Batch, select: Select | None, head_chunk: int) -> Labelled:
-        """Selects from the probabilities of every token, at most `head_chunk` at a time and in order."""
+    def label(self, batch: Batch, select: Select | None, head_chunk: int) -> MicroTargets:
+        """Selects from the probabilities of every token, at most `head_chunk` at a time and in order.
+
+        select: None: nothing is selected.
+        """
         ...
 
 
@@ -52,12 +46,12 @@ class Own:
     def flops_per_token(self, sample_tokens: int, tiles: float) -> float:
         return flops_per_token(self.model.config, sample_tokens, tiles)
 
-    def label(self, batch: Batch, select: Select | None, head_chunk: int) -> Labelled:
+    def label(self, batch: Batch, select: Select | None, head_chunk: int) -> MicroTargets:
         def head_fn(hidden_TD: Tensor, weight_VD: Tensor) -> HeadLoss:
             return label_rows(hidden_TD, weight_VD, batch, select, head_chunk)
 
         head, _ = self.model(batch.ids_BS, batch.documents_BS, head_fn, batch.images)
-        return Labelled(head.parts["hard"], head.selected)
+        return MicroTargets(batch, head.parts["hard"], head.selected)
 
 
 def label_rows(hidden_TD: Tensor, weight_VD: Tensor, batch: Batch, select: Select | None, chunk: int) -> HeadLoss:
@@ -79,10 +73,10 @@ def label(
     Returns:
         Sum of the label losses over valid tokens (nats) and their number, on the device; nothing waits for them.
     """
-    labelled = teacher.label(batch, capture.selector(batch), head_chunk)
-    capture.put(MicroTargets(batch, *labelled), step, tokens_seen)
+    targets = teacher.label(batch, capture.selector(batch), head_chunk)
+    capture.put(targets, step, tokens_seen)
     valid_T = batch.valid_BS.flatten()
-    return (labelled.hard_T.double() * valid_T).sum(), valid_T.sum()
+    return (targets.hard_T.double() * valid_T).sum(), valid_T.sum()
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,9 +26,9 @@ from distill.config.stop import Stopped
 from distill.data.join import Batch
 from distill.data.prefetch import Prefetch
 from distill.engine import checkpoint
-from distill.engine.forward import Forward
 from distill.engine.halt import Halt
 from distill.engine.optim import learning_rate
+from distill.engine.recipe import Forward, Recipe
 from distill.engine.watch import Watch
 from distill.model import Transformer
 from distill.model.balance import load_stats, update_bias
@@ -40,42 +40,6 @@ from distill.run.models import engine_of
 from distill.run.run import Run
 from distill.tracking.meters import Meters
 from losses import routing_loss
-
-
-class Recipe(Protocol):
-    """What teacher and student put into the loop; `begin`, `end` and `publish` may be collective, `forward` is not."""
-
-    def begin(self, batch: Batch, step: int) -> Any:
-        """What this rank's rows of a whole optimizer step decide: a value that is handed to `forward` and `end`."""
-        ...
-
-    def forward(self, model: Any, micro: Batch, plan: Any) -> Forward:
-        """The pass over a micro-batch."""
-        ...
-
-    def end(self, plan: Any, results: list[Any]) -> None:
-        """Moves the recipe's state on, by the results of the step's forward passes."""
-        ...
-
-    def publish(self, last: bool) -> None:
-        """Makes visible to others what is done so far; `last`: the run's last step is done."""
-        ...
-
-    def metrics(self) -> dict[str, float]:
-        """Further metrics of a logged row, from the host."""
-        ...
-
-    def state(self) -> dict[str, Any]:
-        """JSON-able state for `load_state` after a resume."""
-        ...
-
-    def load_state(self, state: dict[str, Any]) -> None: ...
-
-    def hand_over(self) -> dict[str, Tensor]:
-        """Takes away what this rank has begun and not published, for `take_back` after a resume."""
-        ...
-
-    def take_back(self, tensors: dict[str, Tensor]) -> None: ...
 
 
 class Leg(NamedTuple):
