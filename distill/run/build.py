@@ -10,7 +10,6 @@ from distill.config.errors import ConfigError
 from distill.config.schema import OnMissing, Parametrization, ReplayOrder, TrainConfig
 from distill.data.join import Joiner
 from distill.data.stream import Stream, replay
-from distill.engine.recipe import Recipe
 from distill.engine.watch import Watch
 from distill.model import Transformer
 from distill.run import identity

@@ -28,7 +28,7 @@ from distill.data.prefetch import Prefetch
 from distill.engine import checkpoint
 from distill.engine.halt import Halt
 from distill.engine.optim import learning_rate
-from distill.engine.recipe import Forward, Recipe
+from distill.engine.recipe import Recipe
 from distill.engine.watch import Watch
 from distill.model import Transformer
 from distill.model.balance import load_stats, update_bias
