@@ -201,7 +201,7 @@ def _tflops(places: list[Place], units: list[Unit]) -> float:
 
 def measure(run: Run, teacher: Teacher, places: list[Place], units: list[Unit]) -> Rate:
     """Speed and size, from the first batch labelled into a cache that is thrown away; collective."""
-    seconds, size, tokens, loss = 0.0, 0.0, 0, 0.0
+    speed, size, tokens, loss = 0.0, 0.0, 0, 0.0
     captures: list[Capture] = []
     if units:
         first = units[0]
@@ -217,13 +217,12 @@ def measure(run: Run, teacher: Teacher, places: list[Place], units: list[Unit]) 
                     batch = Joiner([corpus], None, OnMissing.hard).batch(np.zeros(len(ids), np.int64), ids)
                     loss += float(_label(run, teacher, batch, capture, place.step + timed)[0])
                     capture.flush()
-                    seconds = time.perf_counter() - began
+                    speed = batch.ids_BS.numel() / (time.perf_counter() - began)
                 stats = capture.writers[0].stats
                 size, tokens = stats.bytes / 2, stats.tokens // 2
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    positions = len(units[0].sample_ids[: run.config.backfill.batch]) * run.config.data.sample_tokens if units else 0
-    sums = torch.tensor([positions / seconds if seconds else 0.0, size, float(tokens), loss], dtype=torch.float64)
+    sums = torch.tensor([speed, size, float(tokens), loss], dtype=torch.float64)
     speed, size, counted, loss = run.dist.sum(sums.to(run.dist.device)).tolist()
     _check(run, teacher, loss, captures)
     return Rate(speed, size / max(counted, 1.0))
