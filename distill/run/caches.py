@@ -67,9 +67,9 @@ def open_capture(
         for writer in streams.keys() - {*mine}:  # of ranks that are not there any more; all that are have begun anew
             with CacheWriter(folders[name], CacheHeader.load(folders[name]), writer=writer) as left:
                 left.finish()
-    tokens = config.teacher.train.batch * config.data.sample_tokens
+    tokens = config.teacher.train.batch * config.data.sample_tokens  # a step
     codec = make_codec(config.cache.codec, config.teacher.model.vocab_size)
-    return Capture(codec, writers, config.seed, teacher, tokens, watch)
+    return Capture(codec, writers, config.seed, teacher, lambda step: step * tokens, watch)
 
 
 def _open_streams(folders: Mapping[str, str | Path]) -> dict[str, dict[str, StreamState]]:
