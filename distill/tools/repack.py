@@ -188,7 +188,7 @@ class Shards(NamedTuple):
     @property
     def room(self) -> int:
         """About the bytes of new shards with all wanted records, and of a listing of them."""
-        return int(self.sizes.sum() + (WIDTH + ENTRY.itemsize) * self.kept.sum()) + 512 * len(self.rows)
+        return int(self.sizes.sum() + (WIDTH + ENTRY.itemsize) * self.kept.sum()) + 512 * int(np.count_nonzero(self.kept))
 
 
 def shards_of(view: View, is_wanted: Callable[[Array, Array], Array]) -> Shards:
