@@ -14,8 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from distill import __version__
 from distill.config import stop
-from distill.config.errors import ConfigError, UserError
-from distill.config.files import has_remedy
+from distill.config.errors import ConfigError, UserError, print_error
 from distill.config.streams import silence
 
 
@@ -71,21 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = COMMANDS[args.command].load().run(args)
         sys.stdout.flush()  # Python would as it ends, and complain about a pipe that is closed
         return code
-    except UserError as error:
-        lines = str(error).splitlines()
     except BrokenPipeError:  # the reading end has closed
         silence(sys.stdout)
         return 128 + signal.SIGPIPE
-    except OSError as error:
-        if not has_remedy(error):
-            raise
-        lines = [str(error)]
+    except (UserError, OSError) as error:
+        return print_error(error)
     except KeyboardInterrupt:
         print("interrupted: what has been published is whole", file=sys.stderr)
         return stop.EXIT_CODES[signal.SIGINT]
-    for line in lines:
-        print(f"error: {line}", file=sys.stderr)
-    return 2
 
 
 def _no_empty(args: argparse.Namespace) -> None:
