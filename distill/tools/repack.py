@@ -188,7 +188,8 @@ class Shards(NamedTuple):
     @property
     def room(self) -> int:
         """About the bytes of new shards with all wanted records, and of a listing of them."""
-        return int(self.sizes.sum() + (WIDTH + ENTRY.itemsize) * self.kept.sum()) + 512 * int(np.count_nonzero(self.kept))
+        samples, shards = int(self.kept.sum()), np.count_nonzero(self.kept)
+        return int(self.sizes.sum()) + (WIDTH + ENTRY.itemsize) * samples + 512 * int(shards)
 
 
 def shards_of(view: View, is_wanted: Callable[[Array, Array], Array]) -> Shards:
