@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from distill.cache import Atoms, CacheHeader, CacheReader, CacheWriter, make_codec
-from distill.cache.shard import WIDTHS
+from distill.cache.open_store import open_store
+from distill.cache.shard_header import WIDTH
 from distill.config.registry import CODECS
 from distill.config.schema import CodecConfig
 from tests.bench._yardstick import EXPONENTS, VOCAB, rows
@@ -99,11 +100,11 @@ class CodecMeter:
                 )  # fmt: skip
             reader = CacheReader(folder)
             self._check(atoms, reader.read(ids, digests).targets)
-            files = [*Path(folder).glob("shards/**/*.safetensors"), *Path(folder).glob("ledger/**/*.json*")]
+            files = [*Path(folder).glob("shards/**/*.safetensors"), *Path(folder).glob("catalog/*")]
             return ShardBytes(
                 all=sum(path.stat().st_size for path in files) / self.tokens,
-                records=sum(row.bytes - row.index_bytes for row in reader.rows) / self.tokens,
-                index=sum(WIDTHS.values()) / width,
+                records=stats(open_store(folder))["bytes"]["shards"]["records"] / self.tokens,
+                index=WIDTH / width,
             )
 
     def _check(self, atoms: Atoms, stored: tuple[Tensor, ...]) -> None:
