@@ -79,6 +79,10 @@ class Store(ABC):
     def bytes_in(self, folder: str) -> int:
         """Bytes of all files in a folder and the folders in it; 0 if there is no such folder."""
 
+    def is_folder(self, name: str) -> bool:
+        """Whether it is a folder, not a file."""
+        return bool(self.names(name))
+
     def make_folders(self, *names: str) -> None:  # noqa: B027 (object stores have no folders)
         """Makes folders, where a file needs one to lie in."""
 
