@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from distill.cache.ahead import NEAR
 from distill.cache.entries import ENTRY, ORIGIN, Array, EntryTable, Names
-from distill.cache.format import TOOLS, shard_name
+from distill.cache.format import TOOLS, shard_name, snapshot_name
 from distill.cache.header import CacheHeader
 from distill.cache.listing import Listing, ListingDamaged, block_cache
 from distill.cache.loss_curve import LossSums
@@ -82,6 +82,8 @@ class View:
     """Headers of these shards."""
     streams: dict[str, StreamState]
     block: Callable[[str, int, int, int], bytes]
+    past: int = -1
+    """Number of the newest snapshot that has been tried: its own, or one whose listing is damaged."""
 
     @property
     def pin(self) -> dict[str, Any]:
@@ -267,14 +269,15 @@ def open_view(store: Store, header: CacheHeader, pin: Mapping[str, Any] | None =
         CacheError: damage, or shards of the pinned view that are not there any more.
     """
     limits = None if pin is None else dict(pin["streams"])
-    block = block_cache(store)
+    block, past = block_cache(store), -1
     for snapshot in _candidates(store, header, pin, bad):
+        past = max(past, snapshot.number)
         try:
             listings = tuple(Listing(store, ref, header.identity, block) for ref in snapshot.listings)
         except CacheError as error:
             log.warning("%s; the snapshot before it serves, or the shards", error)
             continue
-        view = View(store, header, snapshot, listings, (), (), dict(snapshot.streams), block)
+        view = View(store, header, snapshot, listings, (), (), dict(snapshot.streams), block, past)
         writers = _followed(store, snapshot) if limits is None else limits
         return _with_tail(view, read_tail(store, header, snapshot.streams, writers, limits=limits))
     raise AssertionError("the empty snapshot is always a candidate")
@@ -286,27 +289,29 @@ def find_in_view(view: View, sample_ids: Array) -> tuple[View, Records]:
         return view, view.find(sample_ids)
     except ListingDamaged as error:
         log.warning("%s; the shards serve: codistill-cache index makes a new listing", error)
-        view = open_view(view.store, view.header, view.pin, bad=view.snapshot.number)
-        return view, view.find(sample_ids)
+        fresh = replace(open_view(view.store, view.header, view.pin, bad=view.snapshot.number), past=view.past)
+        return fresh, fresh.find(sample_ids)
 
 
 def refreshed(view: View) -> View:
     """The view with what has been published since; the same one when that is nothing. CacheError as `open_view`."""
     store, header = view.store, view.header
-    newer = view.snapshot
-    try:
-        while (following := load_snapshot(store, header.identity, newer.number + 1)) is not None:
-            newer = following
-    except CacheError as error:
-        log.warning("%s; the one before it serves", error)
-    if newer is not view.snapshot and all(
-        newer.streams.get(name, StreamState()).count >= state.count for name, state in view.snapshot.streams.items()
-    ):
-        fresh = open_view(store, header)
-        if fresh.snapshot.number > view.snapshot.number:
-            return fresh
+    if _has_newer(store, view.past):
+        newer = newest_snapshot(store, header.identity)
+        counts = {name: state.count for name, state in newer.streams.items()}
+        if newer.number > view.past and all(
+            counts.get(name, 0) >= state.count for name, state in view.snapshot.streams.items()
+        ):
+            fresh = open_view(store, header)
+            if fresh.snapshot.number > view.past:
+                return fresh
     tail = read_tail(store, header, view.streams, _followed(store, view.snapshot), is_refresh=True)
     return view if tail.states == view.streams else _with_tail(view, tail)
+
+
+def _has_newer(store: Store, number: int) -> bool:
+    """Whether there is a later snapshot. A purge removes old ones, so the next number may be gone again."""
+    return store.exists(snapshot_name(number + 1)) or (number >= 0 and not store.exists(snapshot_name(number)))
 
 
 def _candidates(
