@@ -20,8 +20,7 @@ from omegaconf import DictConfig
 from distill import __version__
 from distill.config import owner
 from distill.config import streams as console
-from distill.config.errors import ConfigError, DivergenceError, UserError
-from distill.config.files import has_remedy
+from distill.config.errors import ConfigError, UserError, print_error
 from distill.config.load import CONF, load, precheck
 from distill.config.registry import JOBS, Job
 from distill.config.schema import RunConfig
@@ -34,7 +33,7 @@ def compose_and_run(cfg: DictConfig) -> None:
     try:
         run_job(load(cfg))
     except (UserError, OSError) as error:
-        sys.exit(_printed(error))  # not raised: Hydra would print the whole command line
+        sys.exit(print_error(error))  # not raised: Hydra would print the whole command line
     except Exception:  # a fault of the program; what reaches main is Hydra's, and a fault of the command line
         sys.excepthook(*sys.exc_info())
         sys.exit(1)
@@ -111,7 +110,7 @@ def _main() -> int:
     try:
         sys.argv[1:] = precheck(sys.argv[1:])
     except UserError as error:
-        return _printed(error)
+        return print_error(error)
     if "--version" in sys.argv[1:]:  # Hydra would print its own
         print(f"codistill {__version__}")
         return 0
@@ -125,23 +124,10 @@ def _main() -> int:
         try:
             compose_and_run()
         except OSError as error:  # Hydra makes the run folder before it calls us
-            return _printed(error)
+            return print_error(error)
         except Exception as error:
-            return _printed(ConfigError(sentence(error)))
+            return print_error(ConfigError(sentence(error)))
     return 0
-
-
-def _printed(error: UserError | OSError) -> int:
-    if isinstance(error, OSError) and not has_remedy(error):
-        raise error
-    if isinstance(error, DivergenceError) and int(os.environ.get("RANK", "0")) > 0:
-        return error.exit_code  # raised on all ranks alike, and printed by the main one
-    text = str(error)
-    if isinstance(error, OSError) and error.filename:
-        text = f"{error.filename}: {error.strerror}"
-    for line in text.splitlines():
-        print(f"error: {line}", file=sys.stderr)
-    return error.exit_code if isinstance(error, UserError) else 2
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What a training step may add for its routers' sake: even load within each sequence, and small logits.
+"""Penalties that a training step may add for its routers: on uneven load within a sequence, and on large logits.
 
-Both are sums in which a token weighs what it weighs in the language loss, so that one division by the number of valid
-tokens serves all, however a batch is cut into micro-batches.
+Both are sums in which a token has the weight that it has in the language loss. One division by the number of valid
+tokens then applies to all, however a batch is cut into micro-batches.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """How much the soft targets count: alpha_T = schedule(step) x product of factors in [0, 1].
 
 A factor is an object of one kind: it has a name, an explicit state that is handed in and returned, a value for each
-token, and metrics. No factor of ours looks at the label of its own token, so the fixed point of the loss stays the
+token, and metrics. No factor of ours depends on the label of its own token, so the fixed point of the loss stays the
 proper mixture (1 - alpha) q + alpha p and calibration is safe.
 """
 
@@ -28,7 +28,7 @@ class Setting(NamedTuple):
 
 
 class Signals(NamedTuple):
-    """What factors may look at, of B samples and their T tokens."""
+    """What factors are computed from, of B samples and their T tokens."""
 
     corpus_B: Tensor
     """int64, the corpus of each sample."""

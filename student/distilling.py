@@ -11,15 +11,16 @@ from distill.config.registry import FACTORS, LOSSES
 from distill.config.schema import StudentConfig, WeightingConfig
 from distill.data.join import Batch
 from distill.engine.dist import Dist
-from distill.engine.forward import Forward
+from distill.engine.recipe import Forward, Recipe
 from losses import head_loss, weighting
 from losses.schedule import schedule
 from losses.weighting import Factor, Mean, Setting, Signals, State, Weighting, Weights
 
 ALPHA_BINS = 20
-COVERED = {"soft": "soft_loss", "mass": "mass", "agreement": "agreement"}
-"""Parts of the loss that are averaged over tokens with targets, and the names of their metrics; the others are averaged
-over all valid tokens."""
+COVERED = ("soft", "mass", "agreement")
+"""Parts of the loss that are averaged over tokens with targets; the others are averaged over all valid tokens."""
+METRIC_NAMES = {"hard": "hard_loss", "soft": "soft_loss"}
+"""Of parts of the loss, where they differ from the part's."""
 
 
 class StepPlan(NamedTuple):
@@ -30,8 +31,8 @@ class StepPlan(NamedTuple):
     """Of the weighting's factors."""
 
 
-class StudentRecipe:
-    """See `distill.run.trainer.Recipe`.
+class StudentRecipe(Recipe):
+    """The recipe of one student.
 
     Args:
         steps: of the run.
@@ -77,26 +78,24 @@ class StudentRecipe:
     def forward(self, model: Any, micro: Batch, plan: StepPlan) -> Forward:
         """Sum over valid tokens of soft and hard loss, weighted (nats); the result is the sums that `end` takes."""
         labels_T, valid_T = micro.labels_BS.flatten(), micro.valid_BS.flatten()
-        alpha_T = torch.zeros(len(valid_T), device=valid_T.device)
+        alpha_T, covered_T = torch.zeros(len(valid_T), device=valid_T.device), torch.zeros_like(valid_T)
         soft: tuple[Tensor, ...] = ()
+        target_means: dict[str, Mean] = {}
+        histograms: dict[str, Tensor] = {}
         if micro.targets is not None:
             weights = self.weigh(micro, plan)
             alpha_T = weights.alpha_T.to(valid_T.device)
-            soft = micro.targets.ids_TK, micro.targets.probs_TK, alpha_T * valid_T
-        rows = LOSSES[self.config.loss](labels_T, (1.0 - alpha_T) * valid_T, *soft)
-        head_fn = partial(head_loss, row_function=rows, chunk=self.config.train.head_chunk)
-        head, routing = model(micro.ids_BS, micro.documents_BS, head_fn, micro.images)
-
-        covered_T = torch.zeros_like(valid_T)
-        if micro.targets is not None:
             covered_T = (micro.targets.covered_T & valid_T).to(valid_T.device)
-        means = {"loss": Mean(head.loss_sum.detach(), valid_T.sum())} | _means(head.parts, valid_T, covered_T)
-        histograms = {}
-        if micro.targets is not None:
-            means |= _target_means(micro, alpha_T, covered_T) | weights.means
+            soft = micro.targets.ids_TK, micro.targets.probs_TK, alpha_T * valid_T
+            target_means = _target_means(micro, alpha_T, covered_T) | weights.means
             bins_T = (alpha_T * ALPHA_BINS).long().clamp(0, ALPHA_BINS - 1)
             # index_add_, not bincount: that would wait for the device.
             histograms["alpha"] = alpha_T.new_zeros(ALPHA_BINS).index_add_(0, bins_T, valid_T.float())
+        rows = LOSSES[self.config.loss](labels_T, (1.0 - alpha_T) * valid_T, *soft)
+        head_fn = partial(head_loss, row_function=rows, chunk=self.config.train.head_chunk)
+        head, routing = model(micro.ids_BS, micro.documents_BS, head_fn, micro.images)
+        loss = {"loss": Mean(head.loss_sum.detach(), valid_T.sum())}
+        means = loss | _means(head.parts, valid_T, covered_T) | target_means
         result = self._sums(micro, head.parts["hard"], covered_T, valid_T)
         return Forward(head.loss_sum, routing, means, histograms, result)
 
@@ -109,30 +108,17 @@ class StudentRecipe:
         self.covered += sums_C3[:, 1:].sum(0)
         self.weighting_state = self.weighting.update(plan.state, sums_C3[:, 0] / sums_C3[:, 2])
 
-    def publish(self, last: bool) -> None:
-        pass
-
-    def metrics(self) -> dict[str, float]:
-        return {}
-
     @property
     def coverage(self) -> float:
         """Share of the valid tokens so far that had targets."""
         return float(self.covered[0] / self.covered[1].clamp(min=1))
 
     def state(self) -> dict[str, Any]:
-        """JSON-able numbers, exact."""
         return {"weighting": weighting.to_json(self.weighting_state), "covered": self.covered.tolist()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.weighting_state = weighting.from_json(state["weighting"], self.weighting_state)
         self.covered = self.covered.new_tensor(state["covered"])
-
-    def hand_over(self) -> dict[str, Tensor]:
-        return {}
-
-    def take_back(self, tensors: dict[str, Tensor]) -> None:
-        assert not tensors, list(tensors)
 
     def _sums(self, micro: Batch, hard_T: Tensor, covered_T: Tensor, valid_T: Tensor) -> Tensor:
         """Of each corpus: hard loss, tokens with targets, valid tokens; fp64 [C, 3]."""
@@ -168,13 +154,11 @@ def _signals(batch: Batch, device: torch.device) -> Signals:
 
 def _means(parts: Mapping[str, Tensor], valid_T: Tensor, covered_T: Tensor) -> dict[str, Mean]:
     """Metrics of the loss' parts, each over the tokens that it is defined on."""
-    means = {}
-    for name, part_T in parts.items():
-        if name in COVERED:
-            means[COVERED[name]] = Mean((part_T * covered_T).sum(), covered_T.sum())
-        else:
-            means["hard_loss" if name == "hard" else name] = Mean((part_T * valid_T).sum(), valid_T.sum())
-    return means
+    tokens_T = {name: covered_T if name in COVERED else valid_T for name in parts}
+    return {
+        METRIC_NAMES.get(name, name): Mean((part_T * tokens_T[name]).sum(), tokens_T[name].sum())
+        for name, part_T in parts.items()
+    }
 
 
 def _target_means(micro: Batch, alpha_T: Tensor, covered_T: Tensor) -> dict[str, Mean]:

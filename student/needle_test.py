@@ -11,6 +11,7 @@ from distill.data.needle import trial
 from distill.data.tokenizer import Tokenizer
 from distill.engine.dist import Dist
 from distill.model import Transformer
+from distill.model.decode import generate
 
 
 class NeedleCounts(NamedTuple):
@@ -42,7 +43,7 @@ def find(
             trials = [trial(tokenizer, length, depth, config.facts, (seed, length, depth, n)) for n in mine]
             for part in stop.checked(trials[start : start + batch] for start in range(0, len(trials), batch)):
                 prompts = [torch.tensor(t.prompt, device=dist.device) for t in part]
-                answers = model.generate(prompts, max(len(t.answer) for t in part), eos_ids=[])
+                answers = generate(model, prompts, max(len(t.answer) for t in part), eos_ids=[])
                 for t, ids in zip(part, answers):
                     hit = ids[: len(t.answer)].tolist() == t.answer
                     across = chunk is not None and t.stated // chunk < (len(t.prompt) - 1) // chunk
@@ -51,19 +52,19 @@ def find(
 
 
 def entries(
-    found: NeedleCounts, config: NeedleTestConfig, chunk_size: int | None, trained_tokens: int
+    counts: NeedleCounts, config: NeedleTestConfig, chunk_size: int | None, trained_tokens: int
 ) -> dict[str, Any]:
     """Summary entries: shares within the trained length and by length, and the grid that the report draws."""
     within_N = torch.tensor([length <= trained_tokens for length in config.lengths])
     shares = {
-        "needle_accuracy": _share(found.hits_ND[within_N], found.trials_ND[within_N]),
-        "needle_accuracy_across_chunks": _share(found.hits_across_ND[within_N], found.across_ND[within_N]),
+        "needle_accuracy": _share(counts.hits_ND[within_N], counts.trials_ND[within_N]),
+        "needle_accuracy_across_chunks": _share(counts.hits_across_ND[within_N], counts.across_ND[within_N]),
     }
     grid = {
         "lengths": list(config.lengths),
         "depths": list(config.depths),
-        "accuracy": (found.hits_ND / found.trials_ND).tolist(),
-        "accuracy_by_length": (found.hits_ND.sum(1) / found.trials_ND.sum(1)).tolist(),
+        "accuracy": (counts.hits_ND / counts.trials_ND).tolist(),
+        "accuracy_by_length": (counts.hits_ND.sum(1) / counts.trials_ND.sum(1)).tolist(),
         "trials": config.trials,
         "facts": config.facts,
         "chunk_size": chunk_size,

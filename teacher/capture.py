@@ -3,12 +3,13 @@
 Per chunk of the head: probabilities -> atoms of the codec and the entropy; per micro-batch: one `put` into the writer
 of its corpus. Probabilities are normalized over all of V at temperature 1.
 
-The targets of a step wait on the host until the next step begins: by then it has been found, without a wait beyond
-that for the targets themselves, whether the step was finite on all ranks. If it was not, neither they nor any later
-ones are published.
+The targets of a step wait on the host until the next step begins. Whether the step was finite on all ranks is on the
+host by then, at no wait beyond that for the targets themselves. If it was not, neither these targets nor any later ones
+are published.
 """
 
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -40,22 +41,21 @@ class _StepTargets(NamedTuple):
     entropy_T: Tensor
     valid_T: Tensor
     step: int
-    tokens_seen: int
 
 
 class Capture:
-    """Selects and hands on; `seconds` is what the training thread spent on it, in `puts` micro-batches.
+    """Selects targets and hands them to the writers; takes `seconds` of the training thread for `puts` micro-batches.
 
     Args:
         writers: one per corpus, in the stream's order of corpora.
         seed: of the codec's counter-based randomness.
         teacher: identity that goes into every shard.
-        tokens_per_step: of the whole optimizer step, for the shards' tokens_seen.
-        watch: of the teacher in training; None: it is frozen, and its targets wait for nothing.
+        tokens_seen: by the teacher, as a function of its step.
+        watch: of the teacher in training; None: the teacher is frozen, and its targets do not wait.
 
     Attributes:
-        broken: the first sample on which the teacher's loss or entropy was not finite; None: there was none. Nothing
-            that comes from then on is published.
+        broken: the first sample on which the teacher's loss or entropy was not finite; None: there was none. No targets
+            that are selected after it are published.
     """
 
     def __init__(
@@ -64,11 +64,11 @@ class Capture:
         writers: list[CacheWriter],
         seed: int,
         teacher: str,
-        tokens_per_step: int,
+        tokens_seen: Callable[[int], int],
         watch: Watch | None = None,
     ):
         self.codec, self.writers, self.seed = codec, writers, seed
-        self.teacher, self.tokens_per_step = teacher, tokens_per_step
+        self.teacher, self.tokens_seen = teacher, tokens_seen
         self.seconds = 0.0
         self.puts = 0
         self.watch = watch
@@ -97,17 +97,13 @@ class Capture:
 
         return select
 
-    def put(self, targets: MicroTargets, step: int, tokens_seen: int | None = None) -> None:
-        """Hands a micro-batch's targets to the writers; waits or skips when their queue is full.
-
-        tokens_seen: by the teacher; None: those of its steps so far.
-        """
+    def put(self, targets: MicroTargets, step: int) -> None:
+        """Hands a micro-batch's targets to the writers; waits or skips when their queue is full."""
         began = time.perf_counter()
         batch, hard_T, selections = targets
         atoms = Atoms.cat([part.atoms for part in selections]).cpu()
         entropy_T = torch.cat([part.entropy_T for part in selections]).cpu()
-        seen = step * self.tokens_per_step if tokens_seen is None else tokens_seen
-        held = _StepTargets(batch, atoms, hard_T.cpu(), entropy_T, batch.valid_BS.flatten().cpu(), step, seen)
+        held = _StepTargets(batch, atoms, hard_T.cpu(), entropy_T, batch.valid_BS.flatten().cpu(), step)
         finite_T = held.hard_T.isfinite() & held.entropy_T.isfinite()
         if self._held and self._held[0].step != step:
             self._release()
@@ -126,26 +122,23 @@ class Capture:
         if self.watch is not None and not self.watch.good:
             return
         for targets in held:
-            self._write(targets)
-
-    def _write(self, targets: _StepTargets) -> None:
-        batch = targets.batch
-        for corpus, writer in enumerate(self.writers):
-            rows_B = torch.as_tensor(batch.corpus_B == corpus)
-            if not rows_B.any():
-                continue
-            rows_T = rows_B.repeat_interleave(batch.ids_BS.shape[1])
-            writer.put(
-                batch.sample_ids_B[rows_B.numpy()],
-                batch.digests_B[rows_B.numpy()],
-                targets.atoms if rows_B.all() else targets.atoms.select(rows_T),
-                -targets.hard_T[rows_T],
-                targets.entropy_T[rows_T],
-                targets.valid_T[rows_T],
-                step=targets.step,
-                tokens_seen=targets.tokens_seen,
-                teacher=self.teacher,
-            )
+            batch = targets.batch
+            for corpus, writer in enumerate(self.writers):
+                rows_B = torch.as_tensor(batch.corpus_B == corpus)
+                if not rows_B.any():
+                    continue
+                rows_T = rows_B.repeat_interleave(batch.ids_BS.shape[1])
+                writer.put(
+                    batch.sample_ids_B[rows_B.numpy()],
+                    batch.digests_B[rows_B.numpy()],
+                    targets.atoms if rows_B.all() else targets.atoms.select(rows_T),
+                    -targets.hard_T[rows_T],
+                    targets.entropy_T[rows_T],
+                    targets.valid_T[rows_T],
+                    step=targets.step,
+                    tokens_seen=self.tokens_seen(targets.step),
+                    teacher=self.teacher,
+                )
 
     def metrics(self) -> dict[str, float]:
         stats = [writer.stats for writer in self.writers]
@@ -164,7 +157,7 @@ class Capture:
             writer.flush()
 
     def hand_over(self) -> dict[str, Tensor]:
-        """What is captured and not published, taken away, by name, at the end of a step; for `take_back` in a later
+        """Takes away what is captured and not published, by name, at the end of a step; for `take_back` in a later
         process."""
         self._release()
         return {
@@ -175,13 +168,13 @@ class Capture:
         }
 
     def take_back(self, tensors: dict[str, Tensor]) -> None:
-        """Before the first `put`."""
+        """Gives the writers what `hand_over` took away; before the first `put`."""
         batches: list[dict[str, dict[str, Tensor]]] = [{} for _ in self.writers]
         for key, tensor in tensors.items():
             corpus, index, name = key.split("/")
             batches[int(corpus)].setdefault(index, {})[name] = tensor
-        for writer, found in zip(self.writers, batches, strict=True):
-            writer.take_back([Pending.of(found[index]) for index in sorted(found)])
+        for writer, pending in zip(self.writers, batches, strict=True):
+            writer.take_back([Pending.of(pending[index]) for index in sorted(pending)])
 
     def finish(self) -> None:
         """Publishes everything and ends the writers' streams; at the end of a step."""
@@ -190,6 +183,6 @@ class Capture:
             writer.finish()
 
     def close(self) -> None:
-        """Gives up the writers, after `flush`."""
+        """Closes the writers; after `flush`."""
         for writer in self.writers:
             writer.close()

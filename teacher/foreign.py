@@ -1,11 +1,11 @@
 """Any causal language model of `transformers` as a frozen teacher; the only file that imports that library.
 
 Packed documents must not attend to each other, and each counts its positions from 0. Since that has no common interface
-in hundreds of architectures, every document is a row of its own, padded on the right, which no causal model looks at.
+in hundreds of architectures, every document is a row of its own, padded on the right, which causal attention ignores.
 
-Where logits are nothing but a product of the last hidden states with the unembedding, which is tried on planted states
+Where logits are nothing but a product of the last hidden states with the unembedding, which is tested on planted states
 (teacher/probe.py) and on the first batch, the head runs in chunks like that of our own models. Elsewhere (biases,
-capped or scaled logits) the model's own logits are taken, some whole documents at a time.
+capped or scaled logits) the model computes the logits itself, some whole documents at a time.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,8 @@ from distill.data.join import Batch
 from distill.model.finite import is_finite
 from distill.model.segments import document_starts
 from losses.mixed import Select
-from teacher.labelling import Labelled, label_rows
+from teacher.capture import MicroTargets
+from teacher.labelling import label_rows
 from teacher.probe import HeadForm, call, number, probe
 
 
@@ -46,7 +47,7 @@ class Foreign:
         name: of the teacher in messages.
 
     Attributes:
-        max_positions: longest document that it takes; None: its configuration has no limit.
+        max_positions: longest document that the model takes; None: its configuration has no limit.
     """
 
     def __init__(self, model: Any, name: str = "the teacher"):
@@ -55,7 +56,7 @@ class Foreign:
         config = model.config.get_text_config()
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         self._plain_head: bool | None = None
-        """The logits are hidden states times the unembedding; None: not tried yet."""
+        """The logits are hidden states times the unembedding; None: not tested yet."""
 
     @cached_property
     def _head(self) -> HeadForm:
@@ -93,7 +94,7 @@ class Foreign:
         width = size("head_dim") or size("hidden_size") / max(heads, 1)
         return 2.0 * products + 4.0 * layers * heads * width * (sample_tokens + 1) / 2
 
-    def label(self, batch: Batch, select: Select | None, head_chunk: int) -> Labelled:
+    def label(self, batch: Batch, select: Select | None, head_chunk: int) -> MicroTargets:
         ids_T, labels_T = batch.ids_BS.flatten(), batch.labels_BS.flatten()
         documents = _documents(batch.documents_BS)
         if self._plain_head is None:
@@ -102,7 +103,7 @@ class Foreign:
         if self._plain_head:
             hidden_TD = self._hidden(ids_T, documents, room=len(ids_T))
             head = label_rows(hidden_TD, self.model.get_output_embeddings().weight, batch, select, head_chunk)
-            return Labelled(head.parts["hard"], head.selected)
+            return MicroTargets(batch, head.parts["hard"], head.selected)
         hard, selections = [], []
         for group in _groups(documents, head_chunk, in_order=True):
             logits_NLV = self._rows(self.model, ids_T, group).logits
@@ -113,7 +114,7 @@ class Foreign:
                 selections.append(select(slice(start, start + len(logprobs_tV)), logprobs_tV.exp(), logprobs_tV))
             labels_t1 = labels_T[start : start + len(logprobs_tV), None]
             hard.append(-logprobs_tV.gather(-1, labels_t1).squeeze(-1))
-        return Labelled(torch.cat(hard), selections)
+        return MicroTargets(batch, torch.cat(hard), selections)
 
     def _has_plain_head(self, ids_T: Tensor, documents: list[_Document]) -> bool:
         """Whether the product gives, number for number, the logits that the model gives on these documents."""

@@ -1,6 +1,6 @@
-"""A frozen teacher labels a batch: the forward pass and its tap, no gradient, no optimizer, no engine."""
+"""Labelling by a frozen teacher: a forward pass from which targets are selected; no gradient, optimizer or engine."""
 
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +11,6 @@ from distill.model.transformer import Transformer
 from losses import HeadLoss, Mixed, head_loss
 from losses.mixed import Select
 from teacher.capture import Capture, MicroTargets
-
-
-class Labelled(NamedTuple):
-    """What a frozen teacher's pass over a batch gives."""
-
-    hard_T: Tensor
-    """Cross entropy against the labels, nats."""
-    selections: list[Any]
-    """What `select` returned for each chunk, in order."""
 
 
 class Frozen(Protocol):
@@ -37,8 +28,11 @@ class Frozen(Protocol):
         """Of a forward pass over samples of S tokens, with so many tiles of images in the mean."""
         ...
 
-    def label(self, batch: Batch, select: Select | None, head_chunk: int) -> Labelled:
-        """Selects from the probabilities of every token, at most `head_chunk` at a time and in order."""
+    def label(self, batch: Batch, select: Select | None, head_chunk: int) -> MicroTargets:
+        """Selects from the probabilities of every token, at most `head_chunk` at a time and in order.
+
+        select: None: nothing is selected.
+        """
         ...
 
 
@@ -52,12 +46,12 @@ class Own:
     def flops_per_token(self, sample_tokens: int, tiles: float) -> float:
         return flops_per_token(self.model.config, sample_tokens, tiles)
 
-    def label(self, batch: Batch, select: Select | None, head_chunk: int) -> Labelled:
+    def label(self, batch: Batch, select: Select | None, head_chunk: int) -> MicroTargets:
         def head_fn(hidden_TD: Tensor, weight_VD: Tensor) -> HeadLoss:
             return label_rows(hidden_TD, weight_VD, batch, select, head_chunk)
 
         head, _ = self.model(batch.ids_BS, batch.documents_BS, head_fn, batch.images)
-        return Labelled(head.parts["hard"], head.selected)
+        return MicroTargets(batch, head.parts["hard"], head.selected)
 
 
 def label_rows(hidden_TD: Tensor, weight_VD: Tensor, batch: Batch, select: Select | None, chunk: int) -> HeadLoss:
@@ -68,26 +62,17 @@ def label_rows(hidden_TD: Tensor, weight_VD: Tensor, batch: Batch, select: Selec
 
 
 @torch.inference_mode()
-def label(
-    teacher: Frozen, batch: Batch, capture: Capture, step: int, tokens_seen: int, head_chunk: int
-) -> tuple[Tensor, Tensor]:
-    """Labels a batch on the teacher's device and hands its targets to the writers.
+def label(teacher: Frozen, batch: Batch, head_chunk: int, capture: Capture | None = None, step: int = 0) -> Tensor:
+    """Labels a batch on the teacher's device and hands its targets to the writers of the capture, if there is one.
 
     Args:
-        step, tokens_seen: of the teacher, for the records.
+        step: of the teacher, for the records.
 
     Returns:
-        Sum of the label losses over valid tokens (nats) and their number; on the device, nothing waits for it.
+        Sum of the label losses over valid tokens (nats) and their number, fp64 [2] on the device; nothing waits for it.
     """
-    labelled = teacher.label(batch, capture.selector(batch), head_chunk)
-    capture.put(MicroTargets(batch, *labelled), step, tokens_seen)
+    targets = teacher.label(batch, None if capture is None else capture.selector(batch), head_chunk)
+    if capture is not None:
+        capture.put(targets, step)
     valid_T = batch.valid_BS.flatten()
-    return (labelled.hard_T.double() * valid_T).sum(), valid_T.sum()
-
-
-@torch.inference_mode()
-def label_loss(teacher: Frozen, batch: Batch, head_chunk: int) -> tuple[float, int]:
-    """Sum of the label losses over the valid tokens of a batch (nats), and their number; nothing is kept."""
-    valid_T = batch.valid_BS.flatten()
-    hard_T = teacher.label(batch, None, head_chunk).hard_T
-    return float((hard_T.double() * valid_T).sum()), int(valid_T.sum())
+    return torch.stack([(targets.hard_T.double() * valid_T).sum(), valid_T.sum().double()])

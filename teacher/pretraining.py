@@ -1,4 +1,4 @@
-"""The teacher's recipe: hard loss, and on the same forward pass the capture of its soft targets."""
+"""The teacher's recipe: the hard loss, and the capture of soft targets from the same forward pass."""
 
 from functools import partial
 from typing import Any
@@ -6,21 +6,20 @@ from typing import Any
 from torch import Tensor
 
 from distill.data.join import Batch
-from distill.engine.forward import Forward
+from distill.engine.recipe import Forward, Recipe
 from losses import Mixed, head_loss
 from losses.weighting import Mean
 from teacher.capture import Capture, MicroTargets
 
 
-class TeacherRecipe:
-    """See `distill.run.trainer.Recipe`. Targets are selected before the teacher trains on the batch, so they are never
-    memorized ones."""
+class TeacherRecipe(Recipe):
+    """Selects the targets of a batch before the teacher trains on it, so that none of them is memorized.
+
+    A recipe without state: a resumed teacher needs its weights and its place in the stream alone.
+    """
 
     def __init__(self, head_chunk: int, capture: Capture | None):
         self.head_chunk, self.capture = head_chunk, capture
-
-    def begin(self, batch: Batch, step: int) -> int:
-        return step
 
     def forward(self, model: Any, micro: Batch, step: int) -> Forward:
         """Sum over valid tokens of the hard loss; the result is the micro-batch's targets, if they are captured."""
@@ -49,13 +48,6 @@ class TeacherRecipe:
         """Of this process's capture since it started: bytes per published token, seconds a micro-batch, samples left
         out."""
         return {} if self.capture is None else self.capture.metrics()
-
-    def state(self) -> dict[str, Any]:
-        """Nothing: a resumed teacher needs its weights and its place in the stream alone."""
-        return {}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        assert not state, state
 
     def hand_over(self) -> dict[str, Tensor]:
         return {} if self.capture is None else self.capture.hand_over()

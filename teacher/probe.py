@@ -1,6 +1,6 @@
-"""How a model of `transformers` makes logits of its last hidden states, tried on states that are planted.
+"""How a model of `transformers` makes logits of its last hidden states, tested on states that are planted.
 
-Caps, scales and biases of logits have a dozen names, and small logits need not show them. So the model runs once with
+Caps, scales and biases of logits have a dozen names, and small logits may not show them. So the model runs once with
 planted hidden states in place of its own: zeros, and one direction scaled so that logits are small and huge. A bias
 shows at zero, a scale where logits are small, a cap where they are huge, whatever their names. A cap or scale that a
 configuration names and the model does not apply is an error: the teacher's targets would be those of another model.
@@ -60,7 +60,7 @@ def probe(model: Any, name: str) -> HeadForm:
     logits_PV, product_PV = _planted(model, 0.01 * min(sizes), 1e4 * max(sizes))
     refused = [key for key in named if key in WITHIN and not _applies(model, configs, key)]
     plain = False
-    if product_PV is None:  # nothing was tried: what a class has is trusted
+    if product_PV is None:  # nothing was tested: what a class has is trusted
         refused += [key for key in named if key not in WITHIN and not _has(configs, key)]
     else:
         plain = product_PV.shape == logits_PV.shape and all(

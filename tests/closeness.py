@@ -21,7 +21,7 @@ def apart(found: Tensor, expected: Tensor, whole: Iterable[Tensor] = ()) -> floa
 
 
 def _ratio(difference: Tensor, scale: Tensor) -> float:
-    """Infinite where something differs from nothing, or is not a number."""
+    """difference / scale; infinite where the difference is not finite, or the scale alone is 0."""
     if not torch.isfinite(difference):
         return float("inf")
     return difference.item() / scale.item() if scale > 0 else float("inf") if difference > 0 else 0.0

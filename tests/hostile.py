@@ -70,10 +70,10 @@ class CacheParts:
                     body = _checked(front, body)
                 file = struct.pack("<Q", len(text)) + text + body
                 if not self.keep_digests:
-                    facts = {"bytes": len(file), "file_digest": digest(file)}
-                    facts["index_bytes"] = len(file) - _payload(front, body)
-                    facts["index_digest"] = digest(file[: facts["index_bytes"]])
-                    row |= {key: value for key, value in facts.items() if key in row}
+                    sizes = {"bytes": len(file), "file_digest": digest(file)}
+                    sizes["index_bytes"] = len(file) - _payload(front, body)
+                    sizes["index_digest"] = digest(file[: sizes["index_bytes"]])
+                    row |= {key: value for key, value in sizes.items() if key in row}
                 with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a name that no file has
                     (folder / "shards" / row["shard"]).write_bytes(file)
             lines.append(seal(row))

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from torch import Tensor
 
 from distill.config.schema import CorpusConfig, DataConfig, ImageConfig, Source, TokenizerConfig
 from distill.data.prepare import Prepared, prepare
+from distill.model.images import Images
 
 SIDE, P = 4, 3
 CONFIG = ImageConfig(tile_size=SIDE, tile_tokens=P, max_tiles=2)
@@ -17,6 +20,15 @@ def pgm(height: int, *halves: int) -> bytes:
     """An image of flat gray squares side by side, each of a tile's size: its tiles are these, and last their mix."""
     row = b"".join(bytes([value]) * SIDE for value in halves)
     return f"P5 {SIDE * len(halves)} {height} 255\n".encode() + row * height
+
+
+def in_order(tiles_NCHW: Tensor, ids_BS: Tensor, image_token_id: int, tile_tokens: int) -> Images:
+    """All tokens of tiles in order, at the positions whose id is `image_token_id`, row by row."""
+    here_BS = ids_BS == image_token_id
+    assert here_BS.sum() == len(tiles_NCHW) * tile_tokens
+    patch_BS = torch.full_like(ids_BS, -1)
+    patch_BS[here_BS] = torch.arange(int(here_BS.sum()))
+    return Images(tiles_NCHW, patch_BS)
 
 
 def rows() -> list[tuple[str, list[bytes]]]:

@@ -1,4 +1,4 @@
-"""A local object store that speaks S3, which can be told to fail."""
+"""A local object store with the interface of S3, which fails on request."""
 
 import itertools
 import threading

@@ -120,7 +120,10 @@ def block_cache(store: Store) -> Callable[[str, int, int, int], bytes]:
 
     @lru_cache(KEPT)
     def block(name: str, start: int, size: int, expected: int) -> bytes:
-        data = store.read_at(name, start, size)
+        try:
+            data = store.read_at(name, start, size)
+        except CacheError as error:
+            raise ListingDamaged(str(error)) from error.__cause__
         if xxhash.xxh3_64_intdigest(data) != expected:
             raise ListingDamaged(
                 f"{store.path(name)} is damaged: bytes {start} to {start + size} do not verify; "

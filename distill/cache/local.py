@@ -5,6 +5,7 @@ import errno
 import fcntl
 import os
 import secrets
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from distill.cache.store import Store, reported
 from distill.config.errors import CacheError
 from distill.config.files import naming, replacing, sync, write_all
 
+_WHOLE = 1 << 28
+"""Bytes of the largest file that is read whole; a sparse one may say that it has any number."""
 _held: set[int] = set()
 """Descriptors of lock files. A child of a fork closes them: its parent alone holds the locks."""
 
@@ -42,7 +45,9 @@ class LocalStore(Store):
                 return []
 
     def read(self, name: str) -> bytes:
-        return self.read_at(name, 0, self.size(name))
+        if (size := self.size(name)) > _WHOLE:
+            raise CacheError(f"{self.path(name)} is damaged: {size} bytes, expected at most {_WHOLE}")
+        return self.read_at(name, 0, size)
 
     def read_at(self, name: str, start: int, size: int) -> bytes:
         """Not by mapping: a mapped file that another process cuts short kills its reader with SIGBUS."""
@@ -63,6 +68,12 @@ class LocalStore(Store):
         with reported(self.folder / name):
             return (self.folder / name).stat().st_size
 
+    def modified(self, name: str) -> float:
+        """Now, of a file that is gone meanwhile."""
+        with contextlib.suppress(FileNotFoundError):
+            return (self.folder / name).stat().st_mtime
+        return time.time()
+
     def bytes_in(self, folder: str) -> int:
         with reported(self.folder / folder):
             return sum(path.stat().st_size for path in (self.folder / folder).rglob("*") if path.is_file())
@@ -70,12 +81,18 @@ class LocalStore(Store):
     def make_folders(self, *names: str) -> None:
         for name in names:
             with reported(self.folder / name):
-                (self.folder / name).mkdir(parents=True, exist_ok=True)
+                _make(self.folder / name)
+
+    def is_folder(self, name: str) -> bool:
+        with reported(self.folder / name):
+            return (self.folder / name).is_dir()
 
     def publish(self, name: str, data: bytes) -> None:
         path = self.folder / name
         # One name for every process, so that what a kill left is recognized and written over.
         temporary = path.with_name(path.name + TEMPORARY)
+        with reported(path):
+            _make(path.parent)
         with (
             reported(path),
             replacing(path, temporary),
@@ -86,7 +103,8 @@ class LocalStore(Store):
     def publish_parts(self, name: str, parts: Iterable[bytes]) -> int:
         path, size = self.folder / name, 0
         temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
-        self.make_folders(os.path.dirname(name))
+        with reported(path):
+            _make(path.parent)
         with (
             reported(path),
             replacing(path, temporary),
@@ -104,10 +122,7 @@ class LocalStore(Store):
         with reported(path):
             if path.exists():
                 return False
-            if not path.parent.is_dir():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                for folder in path.parents[1:3]:  # a group of shards, and the first one's writer
-                    sync(folder)
+            _make(path.parent)
             try:
                 with naming(path, temporary):
                     with _opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:
@@ -133,7 +148,7 @@ class LocalStore(Store):
 
     def move(self, name: str, to: str) -> None:
         with reported(self.folder / name):
-            (self.folder / to).parent.mkdir(parents=True, exist_ok=True)
+            _make((self.folder / to).parent)
             os.replace(self.folder / name, self.folder / to)
             sync((self.folder / to).parent)
             sync((self.folder / name).parent)
@@ -167,12 +182,20 @@ class LocalStore(Store):
     def is_locked(self, name: str) -> bool:
         """Opened for reading only: the file may lie on a read-only file system."""
         path = self.folder / name
-        with reported(path), contextlib.suppress(FileNotFoundError), _opened(path, os.O_RDONLY) as fd:
+        with reported(path), contextlib.suppress(FileNotFoundError), _opened(path, os.O_RDONLY | os.O_NONBLOCK) as fd:
             try:
                 fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 return True
         return False
+
+
+def _make(folder: Path) -> None:
+    """Makes a folder, and those that it lies in, so that they outlast a power cut."""
+    if not folder.is_dir():
+        _make(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
 
 
 @contextlib.contextmanager

@@ -58,8 +58,18 @@ def publish_shard(
         CacheError: it cannot be written, or another process writes under this writer's name.
     """
     index = index_of(columns, records, ends)
+    header = targets_header(cache, writer, seq, source, columns, index, len(records), origins, losses, replaces)
+    _put(store, header, index, records.data)
+    return header
+
+
+def targets_header(
+    cache: str, writer: str, seq: int, source: str, columns: Columns, index: bytes, records: int,
+    origins: Sequence[Origin], losses: LossSums, replaces: Sequence[Replaced],
+) -> ShardHeader:  # fmt: skip
+    """The header of a shard; records: bytes of them all."""
     ids = columns.sample_ids
-    header = ShardHeader(
+    return ShardHeader(
         cache=cache,
         writer=writer,
         seq=seq,
@@ -71,14 +81,12 @@ def publish_shard(
         last_sample=int(ids.max(initial=-1)),
         tokens=sum(origin.tokens for origin in origins),
         atoms=int(columns.atoms.sum()),
-        records=len(records),
+        records=records,
         index=digest(index),
         origins=tuple(origins),
         losses=losses,
         replaces=tuple(replaces),
     )
-    _put(store, header, index, records.data)
-    return header
 
 
 def publish_mark(store: Store, cache: str, writer: str, seq: int, kind: str, source: str, step: int) -> ShardHeader:

@@ -136,6 +136,12 @@ class CacheReader:
         # Samples of a writer's last step may still be in its next shard.
         return min((max(state.step, 0) for state in teachers if not state.finished), default=None)
 
+    @property
+    def open_streams(self) -> dict[str, StreamState]:
+        """Streams of teachers in training that are not marked as complete, by writer."""
+        streams = self._view.streams.items()
+        return {name: state for name, state in streams if state.source == "capture" and not state.finished}
+
     def _teachers(self) -> list[StreamState]:
         return [state for state in self._view.streams.values() if state.source == "capture"]
 

@@ -64,7 +64,12 @@ def index_of(columns: Columns, records: Array, ends: Array) -> bytes:
             columns.sample_ids.tolist(), columns.digests.tolist(), starts.tolist(), ends.tolist(), strict=True
         )
     ]
-    index = columns._asdict() | {"checks": np.array(checks, np.uint64), "ends": ends}
+    return index_bytes(columns, np.array(checks, np.uint64), ends)
+
+
+def index_bytes(columns: Columns, checks: Array, ends: Array) -> bytes:
+    """The index of records that are known by their checks."""
+    index = columns._asdict() | {"checks": checks, "ends": ends}
     return b"".join(np.ascontiguousarray(index[name], _TYPES[dtype]).tobytes() for name, (dtype, _) in COLUMNS.items())
 
 
@@ -89,16 +94,29 @@ def read_front(store: Store, cache: CacheHeader, writer: str, seq: int) -> Front
     """The header of a shard's file.
 
     Raises:
-        CacheError: the file is missing (the cause is a FileNotFoundError), damaged, another one's, or of another cache.
+        CacheError: as `front_of`, or it is another shard's file.
     """
     name = shard_name(writer, seq)
+    front = front_of(store, cache, name)
+    if (there := (front.header.writer, front.header.seq)) != (writer, seq):
+        raise CacheError(
+            f"{store.path(name)} is damaged: it is shard {there[1]} of writer {there[0]}, expected shard {seq} of "
+            f"writer {writer}"
+        )
+    return front
+
+
+def front_of(store: Store, cache: CacheHeader, name: str) -> Front:
+    """The header of any file that is a shard.
+
+    Raises:
+        CacheError: the file is missing (the cause is a FileNotFoundError), damaged, or of another cache.
+    """
     data = store.read_at(name, 0, _FIRST_READ)
     try:
         size = front_size(data)
         data = _at_least(store, name, data, size)
         header = parse_front(data[:size])
-        if (header.writer, header.seq) != (writer, seq):
-            raise ValueError(f"it is shard {header.seq} of writer {header.writer}")
         if header.cache != cache.identity:
             raise ValueError(f"it belongs to another cache, {header.cache}; this one is {cache.identity}")
     except ValueError as error:
@@ -116,11 +134,16 @@ def _at_least(store: Store, name: str, data: bytes, size: int) -> bytes:
 class Shard:
     """The verified index of a published shard, and its records on demand."""
 
-    def __init__(self, store: Store, cache: CacheHeader, writer: str, seq: int):
-        """Raises CacheError when the file is missing, of another size, of another cache, or its index is damaged."""
-        self._name = shard_name(writer, seq)
+    def __init__(
+        self, store: Store, cache: CacheHeader, writer: str, seq: int, front: Front | None = None, name: str = ""
+    ):
+        """front, name: of a file that has not the shard's own name.
+
+        Raises CacheError when the file is missing, of another size, of another cache, or its index is damaged.
+        """
+        self._name = name or shard_name(writer, seq)
         self.path, self._store = store.path(self._name), store
-        self.header, front_bytes, data = read_front(store, cache, writer, seq)
+        self.header, front_bytes, data = front or read_front(store, cache, writer, seq)
         header = self.header
         self.records_at = front_bytes + WIDTH * header.samples
         """Where the records begin in the file."""
@@ -131,7 +154,7 @@ class Shard:
         index = data[front_bytes : self.records_at]
         if digest(index) != header.index:
             raise CacheError(f"{self.name} is damaged: index digest {digest(index)}, {header.index} in its header")
-        arrays = _columns(index, header.samples)
+        arrays = columns_of(index, header.samples)
         self.bounds = np.concatenate([[0], arrays["ends"].astype(np.int64)])
         """Of the records, from the first one's start."""
         self.checks = arrays["checks"]
@@ -205,7 +228,7 @@ def open_shard(store: Store, cache: CacheHeader, writer: str, seq: int) -> Shard
         raise
 
 
-def _columns(index: bytes, samples: int) -> dict[str, Array]:
+def columns_of(index: bytes, samples: int) -> dict[str, Array]:
     """The columns of an index, by name."""
     arrays, start = {}, 0
     for name, (dtype, width) in COLUMNS.items():

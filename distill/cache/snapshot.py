@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from distill.cache.fields import checked
@@ -31,14 +31,16 @@ class StreamState:
     source: str = ""
     """Of the last one: capture, backfill, import, compact, merge or repair."""
     step: int = -1
-    """Greatest step of its shards and begin marks."""
+    """Greatest step of its shards since the last begin mark, which sets it."""
     finished: bool = False
     """The last one is an end mark."""
 
     def after(self, header: ShardHeader) -> StreamState:
         """With the next shard or mark."""
-        source = self.source if header.kind == "gap" else header.source
-        return StreamState(header.seq + 1, source, max(self.step, header.step), header.kind == "end")
+        if header.kind == "gap":
+            return replace(self, count=header.seq + 1, finished=False)
+        step = header.step if header.kind == "begin" else max(self.step, header.step)
+        return StreamState(header.seq + 1, header.source, step, header.kind == "end")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ moment leaves the old state or the new one.
 """
 
 import contextlib
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -70,9 +71,17 @@ class Store(ABC):
             raise
         return True
 
+    def modified(self, name: str) -> float:
+        """Seconds since 1970 of a file's last change; now, where the store does not say."""
+        return time.time()
+
     @abstractmethod
     def bytes_in(self, folder: str) -> int:
         """Bytes of all files in a folder and the folders in it; 0 if there is no such folder."""
+
+    def is_folder(self, name: str) -> bool:
+        """Whether it is a folder, not a file."""
+        return bool(self.names(name))
 
     def make_folders(self, *names: str) -> None:  # noqa: B027 (object stores have no folders)
         """Makes folders, where a file needs one to lie in."""

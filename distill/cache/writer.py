@@ -73,6 +73,7 @@ class CacheWriter:
         flops_per_token: float = 0.0,
         index_every: int = 64,
         first_step: int = 0,
+        is_restart: bool = False,
     ):
         """Opens the cache, or creates it, and resumes this writer's stream.
 
@@ -83,7 +84,8 @@ class CacheWriter:
         shard_samples: publish as soon as so many samples wait. queue: micro-batches that may wait for the thread.
         source: capture, backfill or import. seen_before: the teacher has trained on these samples (backfill).
         flops_per_token: of a forward pass of the teacher; 0: not known. index_every: shards after which a listing is
-        made. first_step: of a capture that begins or goes on, the teacher's step.
+        made. first_step: of a capture that begins, the teacher's step. is_restart: it goes on with other writers than
+        before, so what this stream had published is no sign of how far all of them are.
 
         Raises:
             CacheError: another cache is there, another process has this name, a damaged stream, or no permission.
@@ -107,7 +109,7 @@ class CacheWriter:
             self._listed = listed.get(writer, StreamState()).count
             if is_alone:
                 self._remove_leftovers()
-            if source == "capture" and (self._state.finished or not self._state.count):
+            if source == "capture" and (is_restart or self._state.finished or not self._state.count):
                 self._mark("begin", first_step)
             self._resources = stack.pop_all()
 

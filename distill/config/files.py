@@ -1,10 +1,9 @@
-"""Files that are whole or not there: written beside, fsynced, renamed, and the folder fsynced.
+"""Files and folders that are whole or not there: written beside, fsynced, renamed, and the parent folder fsynced.
 
 Every file has the mode that `open` gives it, 0666 less the umask.
 """
 
 import contextlib
-import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -19,14 +18,6 @@ def is_lfs_pointer(path: Path) -> bool:
     start = b"version https://git-lfs"
     with path.open("rb") as file:
         return file.read(len(start)) == start
-
-
-_FULL_OR_FAILING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-
-
-def has_remedy(error: OSError) -> bool:
-    """Whether a person can act on it: it names a file, or a disk is full or fails. Others are faults of the program."""
-    return bool(error.filename) or error.errno in _FULL_OR_FAILING
 
 
 def reason(error: Exception) -> str:
@@ -104,3 +95,11 @@ def write_text(path: Path, text: str) -> None:
     """Replaces a file's text at one stroke."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def publish_folder(temporary: Path, final: Path) -> None:
+    """Renames a folder that is whole, once its files are on disk; OSError, and no change, where `final` has files."""
+    for path in (*temporary.iterdir(), temporary):
+        sync(path)
+    temporary.rename(final)
+    sync(final.parent)

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from distill.config.ranges import bare, hints
 from distill.config.schema import RunConfig
-from distill.config.sentences import shown
+from distill.config.values import shown
 
 _structured = functools.cache(OmegaConf.structured)
 

@@ -21,8 +21,9 @@ from distill.config import userfiles
 from distill.config.arguments import TYPOGRAPHIC
 from distill.config.keys import kind_of, unknown_key, wrong_value
 from distill.config.registry import JOBS
-from distill.config.sentences import sentence, shown
+from distill.config.sentences import sentence
 from distill.config.spelling import right
+from distill.config.values import shown
 
 _MOST = 100
 """Values of a sweep that are checked."""

@@ -126,7 +126,7 @@ class ConsoleMode(Enum):
     off = "off"
 
 
-# ---------------------------------------------------------------- optimisation
+# ---------------------------------------------------------------- optimization
 
 
 @frozen
@@ -488,7 +488,7 @@ class BackfillConfig:
     head_chunk: Count = 4096
     """Tokens whose logits live at one time."""
     dry_run: bool = False
-    """Tell the plan and what it would cost, label nothing."""
+    """Print the plan and what it would cost; label nothing."""
 
 
 @frozen

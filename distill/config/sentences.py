@@ -1,7 +1,6 @@
-"""Exceptions of Hydra, OmegaConf and YAML as one sentence each, and values as a user would write them."""
+"""Exceptions of Hydra, OmegaConf and YAML as one sentence each."""
 
 import re
-from enum import Enum
 from typing import Any
 
 from hydra.errors import MissingConfigException
@@ -9,17 +8,6 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 _NOISE = ("full_key:", "object_type=", "reference_type=", "See https://", "Search path:", "Set the environment")
-
-
-def shown(value: Any) -> str:
-    """A value of a configuration, as a user would write it."""
-    if isinstance(value, dict) and value:
-        return ", ".join(f"{name} {shown(each)}" for name, each in value.items())
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, Enum):
-        return str(value.value)
-    return "empty" if value in ({}, [], "") else str(value)
 
 
 def key_of(problem: str) -> str:

@@ -5,22 +5,18 @@ first frame of an animation; then the canvas of tiles that keeps most of the ima
 more with the whole image squashed into it.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import warnings
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from distill.config.errors import DataError
 from distill.config.schema import ImageConfig
 from distill.data.tokenizer import ImageIds
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """The formats that are decoded; pillow has more, but some of its readers start other programs."""
@@ -33,16 +29,14 @@ def decode(data: bytes, where: str) -> NDArray[np.uint8]:
     """The image of a file's bytes as RGB, uint8 [height, width, 3].
 
     Args:
-        where: what messages call it.
+        where: its name in messages.
 
     Raises:
         DataError: damaged, cut short, of another format, too large, or without 8 or 16 bits a channel.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what matters is an error here
+            warnings.simplefilter("ignore")  # what is wrong with a file is an error here
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise DataError(f"{where}: {image.width} x {image.height} pixels; allowed: {MAX_PIXELS} in all")
@@ -55,9 +49,7 @@ def decode(data: bytes, where: str) -> NDArray[np.uint8]:
         raise DataError(f"{where}: cannot be decoded: {error or type(error).__name__}") from error
 
 
-def _rgb(image: Image, where: str) -> Image:
-    from PIL import Image
-
+def _rgb(image: Image.Image, where: str) -> Image.Image:
     if image.mode == "F":
         raise DataError(f"{where}: its pixels are floating-point numbers; 8 or 16 bits a channel are needed")
     if image.mode.startswith("I"):  # 16 bits of gray, which pillow's own conversion would clip at 255
@@ -81,23 +73,18 @@ class ImageTiles(NamedTuple):
 def canvas(height: int, width: int, config: ImageConfig) -> tuple[int, int]:
     """Rows and columns of tiles for an image of this size.
 
-    Of all canvases that hold the image unshrunk, those that leave it the smallest; with `resize_to_max_canvas` the
-    largest; where none holds it, those that shrink it least. Among equals the one of fewest tiles.
+    Of all canvases that hold the image unshrunk, those that leave it the smallest; with `resize_to_max_canvas`, and
+    where none holds it, those that leave it the largest. Among equals the one of fewest tiles.
     """
     sheets = [(r, c) for r in range(1, config.max_tiles + 1) for c in range(1, config.max_tiles // r + 1)]
     scales = [min(r * config.tile_size / height, c * config.tile_size / width) for r, c in sheets]
-    holding = [scale for scale in scales if scale >= 1]
-    if not holding:
-        best = max(scales)
-    else:
-        best = max(holding) if config.resize_to_max_canvas else min(holding)
+    holding = [] if config.resize_to_max_canvas else [scale for scale in scales if scale >= 1]
+    best = min(holding) if holding else max(scales)
     return min((sheet for sheet, scale in zip(sheets, scales) if scale == best), key=math.prod)
 
 
 def cut(image_HWC: NDArray[np.uint8], config: ImageConfig) -> ImageTiles:
     """The tiles of an image [height, width, 3]; the part of the canvas that it leaves, right and below, is 0."""
-    from PIL import Image
-
     side = config.tile_size
     height, width = image_HWC.shape[:2]
     rows, columns = canvas(height, width, config)

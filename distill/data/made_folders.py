@@ -1,7 +1,7 @@
 """Folders of packed corpora and trained tokenizers in data.dir: `<name>-<key>`, each published whole.
 
-The key is a digest of all that decides the content. `about.json` in each says what it was asked to be made of, so that
-it is found again when the files that it was made from are gone.
+The key is a digest of all that decides the content. `about.json` in each folder records the settings that it was made
+with, by which the folder is found again when the files that it was made from are gone.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 
 from distill.config.errors import DataError
-from distill.config.files import sync, write_text
+from distill.config.files import publish_folder, write_text
 from distill.config.paths import home
 from distill.config.schema import CorpusConfig, DataConfig
 from distill.data.tokenizer import Tokenizer
@@ -69,25 +69,23 @@ def make(folder: Path, name: str, parts: list[object], fill: Callable[[Path, Pat
         scratch.mkdir()
         fill(new, scratch)
         write_text(new / ABOUT, json.dumps(about, indent=1, default=str) + "\n")
-        sync(new)
         try:
-            new.rename(place)
+            publish_folder(new, place)
         except OSError:
             if not place.is_dir():  # else another process was first, with the same content
                 raise
-        sync(folder)
     return place
 
 
 def find(folder: Path, name: str, about: About | None = None) -> list[Path]:
-    """The folders `name`-KEY in `folder` that were made of the same, or all of them, sorted."""
+    """The folders `name`-KEY in `folder` that were made with the settings `about`, or all of them, sorted."""
     wanted = json.loads(json.dumps(about, default=str))
     places = sorted(folder.glob(f"{name}-{'[0-9a-f]' * 16}"))
     return [place for place in places if about is None or _read_about(place) == wanted]
 
 
 def find_one(folder: Path, name: str, about: About, missing: DataError) -> Path:
-    """The one folder that was made of the same.
+    """The one folder that was made with the settings `about`.
 
     Raises:
         DataError: there is none, or there are several, made from these files at different times.

@@ -54,7 +54,7 @@ class Prefetch(Generic[T]):
 
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
-        while not self._ready.empty():  # frees the thread if it waits for a place; nobody else takes results now
+        while not self._ready.empty():  # frees the thread if it waits for room; no other thread takes results
             self._ready.get()
         # A call may wait for another machine; the message of an error must not wait for it.
         self._thread.join(timeout=1.0)

@@ -47,6 +47,9 @@ class Stream:
         weights: share of each in the mixture, up to a common factor.
         seed: of the permutations.
 
+    Attributes:
+        shares: positions of each corpus among `PATTERN`.
+
     Raises:
         ConfigError: a weight is not positive, or too small for even one of `PATTERN` positions.
     """
@@ -60,6 +63,7 @@ class Stream:
             [xxhash.xxh3_64_intdigest(name.encode(), seed % 2**64) for name in self.names], np.uint64
         )
         self._quota_C = _quotas([weights[name] for name in self.names], self.names)
+        self.shares: dict[str, int] = dict(zip(self.names, self._quota_C.tolist()))
         spread = [(np.arange(quota) + 0.5) / quota for quota in self._quota_C]
         corpus = np.repeat(np.arange(len(spread)), self._quota_C)
         order = np.lexsort((corpus, np.concatenate(spread)))
@@ -80,11 +84,6 @@ class Stream:
             key = _mix(epoch[mine].astype(np.uint64) ^ self._keys_C[c])
             sample_ids[mine] = _permute(index[mine].astype(np.uint64), key, int(size))
         return StreamSamples(corpus, sample_ids)
-
-    @property
-    def shares(self) -> dict[str, int]:
-        """Positions of each corpus among `PATTERN`."""
-        return {name: int(quota) for name, quota in zip(self.names, self._quota_C)}
 
     def describe(self) -> dict[str, Any]:
         """All that the order depends on, as JSON."""

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import xxhash
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from distill.config.errors import ConfigError, DataError
 from distill.config.files import LFS_CURE, is_lfs_pointer, write_text
@@ -137,7 +139,7 @@ class Tokenizer:
         return self._library.id_to_token(token_id) if token_id >= 0 else None
 
     def agrees(self, other: Tokenizer) -> bool:
-        """Whether both give every text the same ids, as far as their files say: padding and templates aside."""
+        """Whether both give every text the same ids by what their files hold, padding and templates aside."""
         return self._same(other, "model", "added_tokens", "normalizer", "pre_tokenizer")
 
     def extends(self, other: Tokenizer) -> bool:
@@ -206,8 +208,6 @@ class _Twin:
 
 
 def _library(record: dict[str, Any], problem: str) -> Any:
-    from tokenizers import Tokenizer as Library
-
     try:
         return Library.from_str(json.dumps(record))
     except Exception as error:  # the library raises bare Exception
@@ -216,8 +216,6 @@ def _library(record: dict[str, Any], problem: str) -> Any:
 
 def _has_all_bytes(record: dict[str, Any]) -> bool:
     """Whether a BPE has a token for every byte, and falls back on it."""
-    from tokenizers import pre_tokenizers
-
     model = record["model"]
     if "merges" not in model:
         return False
@@ -261,9 +259,6 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str], images: bool 
     Raises:
         ConfigError: the vocabulary has no room for bytes and special tokens.
     """
-    from tokenizers import Tokenizer as Library
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
     specials = [token for token in (config.bos, config.eos) if token is not None]
     specials += IMAGE_TOKENS if images else ()
     if config.vocab_size < BYTES + len(specials):

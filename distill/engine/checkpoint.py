@@ -10,6 +10,7 @@ manifest and files check, so a half-written or damaged one costs some steps, nev
 model that has diverged is neither saved nor loaded.
 """
 
+import hashlib
 import json
 import logging
 import re
@@ -23,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distill.config.errors import CheckpointError, DivergenceError
-from distill.config.files import reason, sync, write_text
+from distill.config.files import publish_folder, reason, write_text
 from distill.engine.dist import Dist
 from distill.engine.zero import Engine
 from distill.model.finite import is_finite
@@ -80,7 +81,7 @@ def save(
     first = min((key for part in every for key in part.broken), default=None)
     problem = next((part.problem for part in every if part.problem), None)
     if dist.is_main and first is None and problem is None:
-        files = {name: facts for part in every for name, facts in part.files.items()}
+        files = {name: entry for part in every for name, entry in part.files.items()}
         manifest = {"format": FORMAT, "step": step, "files": files, "engines": list(engines), "state": state}
         problem = _publish(temporary, final, json.dumps(manifest, allow_nan=False), keep)
     problem = dist.from_main(problem)
@@ -109,7 +110,7 @@ class _Written(NamedTuple):
         try:
             if problem is None:
                 save_tensors(tensors, path)
-                files = {path.name: {"bytes": path.stat().st_size, "xxh3": _digest(path)}}
+                files = {path.name: {"bytes": path.stat().st_size, "xxh3": file_digest(path)}}
         except (OSError, SafetensorError) as error:
             problem = reason(error)
         return _Written(self.files | files, self.broken + broken, problem)
@@ -125,8 +126,7 @@ def _publish(temporary: Path, final: Path, manifest: str, keep: int) -> str | No
         write_text(temporary / "manifest.json", json.dumps({"xxh3": _text_digest(manifest), "manifest": manifest}))
         if final.exists():  # of a run that was resumed from an older one
             shutil.rmtree(final)
-        temporary.rename(final)
-        sync(final.parent)
+        publish_folder(temporary, final)
         for old in _folders(final.parent)[keep:]:
             shutil.rmtree(old)
     except OSError as error:
@@ -150,12 +150,12 @@ class Checkpoint:
             raise CheckpointError(f"{path}: not a valid manifest ({error})") from error
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{path}: format {manifest['format']}; this version reads {FORMAT}")
-        for name, facts in manifest["files"].items():
+        for name, entry in manifest["files"].items():
             file = folder / name
             size = file.stat().st_size if file.exists() else -1
-            if size != facts["bytes"]:
-                raise CheckpointError(f"{file}: {size} bytes; its manifest has {facts['bytes']}")
-            if _digest(file) != facts["xxh3"]:
+            if size != entry["bytes"]:
+                raise CheckpointError(f"{file}: {size} bytes; its manifest has {entry['bytes']}")
+            if file_digest(file) != entry["xxh3"]:
                 raise CheckpointError(f"{file}: its bytes do not match the digest in the manifest")
         self.step: int = manifest["step"]
         self.engines: list[str] = manifest["engines"]
@@ -171,10 +171,7 @@ class Checkpoint:
         """
         if engine not in self.engines:
             raise CheckpointError(f"{self.folder}: holds {', '.join(self.engines)}; {engine} is not among them")
-        found: dict[str, Tensor] = {}
-        for _, tensors in self._parts(engine, prefixes):
-            found |= tensors
-        return found
+        return {key: tensor for _, part in self._parts(engine, prefixes) for key, tensor in part.items()}
 
     def rest(self, rank: int, world: int) -> list[dict[str, Tensor]]:
         """What a rank has to go on with: its own, and where there were more ranks, that of some of them."""
@@ -218,7 +215,7 @@ def newest(root: Path) -> Checkpoint | None:
 
 
 def last(root: Path) -> Path | None:
-    """The newest checkpoint, which is not looked into."""
+    """The folder of the newest checkpoint, by its name alone."""
     return next(iter(_folders(root)), None)
 
 
@@ -227,9 +224,8 @@ def find(folder: Path) -> Checkpoint:
     if (folder / "manifest.json").exists():
         return Checkpoint(folder)
     for root in (folder, folder / "checkpoints"):
-        found = newest(root)
-        if found is not None:
-            return found
+        if (checkpoint := newest(root)) is not None:
+            return checkpoint
     raise CheckpointError(f"{folder}: neither a Hugging Face folder (config.json) nor a checkpoint of ours")
 
 
@@ -240,16 +236,13 @@ def clear_half_written(root: Path) -> None:
 
 
 def _folders(root: Path) -> list[Path]:
-    found = [p for p in root.glob("step-*") if _NAME.fullmatch(p.name)] if root.is_dir() else []
-    return sorted(found, key=lambda p: p.name, reverse=True)
+    return sorted((path for path in root.glob("step-*") if _NAME.fullmatch(path.name)), reverse=True)
 
 
-def _digest(path: Path) -> str:
-    digest = xxhash.xxh3_64()
+def file_digest(path: Path) -> str:
+    """xxh3-64 of a file's bytes as 16 hexadecimal digits."""
     with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()  # type: ignore[arg-type]
 
 
 def _text_digest(text: str) -> str:

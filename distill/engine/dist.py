@@ -57,28 +57,28 @@ class Dist:
 
 
 def _place() -> tuple[int, int, int]:
-    """RANK, WORLD_SIZE and LOCAL_RANK; ConfigError where a launcher, or a shell's leftovers, made them senseless."""
-    found: dict[str, int] = {}
+    """RANK, WORLD_SIZE and LOCAL_RANK; ConfigError where a launcher, or the leftovers of a shell, set other values."""
+    values: dict[str, int] = {}
     problems = []
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
         text = os.environ.get(name, "1")
         if not (text.isascii() and text.isdigit()):
             problems.append(f"{name} is {text!r} in the environment; a whole number, or unset it for one process")
         else:
-            found[name] = int(text)
+            values[name] = int(text)
     if not problems:
         for name, least, most in (
             ("WORLD_SIZE", 1, 10**6),
             ("LOCAL_WORLD_SIZE", 1, 10**6),
-            ("RANK", 0, max(found["WORLD_SIZE"], 1) - 1),
-            ("LOCAL_RANK", 0, max(found["WORLD_SIZE"], 1) - 1),
+            ("RANK", 0, max(values["WORLD_SIZE"], 1) - 1),
+            ("LOCAL_RANK", 0, max(values["WORLD_SIZE"], 1) - 1),
             ("MASTER_PORT", 0, 65535),
         ):
-            if not least <= found[name] <= most:
-                problems.append(f"{name} is {found[name]} in the environment; allowed: {least} to {most}")
+            if not least <= values[name] <= most:
+                problems.append(f"{name} is {values[name]} in the environment; allowed: {least} to {most}")
     if problems:
         raise ConfigError(*problems)
-    return found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]
+    return values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"]
 
 
 def start(config: EngineConfig) -> Dist:
@@ -103,7 +103,7 @@ def start(config: EngineConfig) -> Dist:
     device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-        # It plans anew for every shape, for 7 to 10 ms on the host, and packed documents have a new one in every call.
+        # cuDNN plans anew for every shape, 7 to 10 ms on the host, and packed documents have a new one in every call.
         torch.backends.cuda.enable_cudnn_sdp(False)
     if not torch_dist.is_initialized():
         # One warning per collective otherwise, at every ZeRO stage on gloo.

@@ -13,7 +13,7 @@ _ORDER = (signal.SIGINT, signal.SIGTERM)
 
 
 class Halt:
-    """Whether this step is the last: votes ride on a sum that a step makes anyway.
+    """Whether this step is the last: each rank's signals are added to a sum over ranks that every step makes.
 
     On a GPU the sum of the step before is read, which is on the host by then, so that nothing waits for the device.
     """

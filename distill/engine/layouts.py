@@ -16,9 +16,11 @@ class Layout(ABC):
     """One model's placement.
 
     Args:
-        trainable: parameters that have optimizer state, by name.
         moments: names of the optimizer's state tensors that have their parameter's shape.
         clip: largest global gradient norm; 0: any.
+
+    Attributes:
+        trainable: parameters that have optimizer state, by name.
     """
 
     stage: int
@@ -73,7 +75,7 @@ class Layout(ABC):
 
 
 class Replicated(Layout):
-    """ZeRO 0: everything is on every rank. DeepSpeed keeps the gradient norm to itself, so clipping is done here."""
+    """ZeRO 0: everything is on every rank. DeepSpeed does not return the gradient norm here, so this class clips."""
 
     stage = 0
 
@@ -115,8 +117,8 @@ class Partitioned(Layout):
     stage = 1
 
     def bind(self, engine: Any, steps: float) -> None:
-        # DeepSpeed links partitions to their parameters after the step of the first parameter group alone, when the
-        # others have no state yet, and never finds theirs: so all have some before, and are linked here.
+        # DeepSpeed links partitions to their parameters once, after the step of the first parameter group, when the
+        # other groups have no state yet. So all groups get state before, and are linked here.
         super().bind(engine, steps)
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 

@@ -10,14 +10,14 @@ _NEVER = torch.iinfo(torch.int64).max
 
 
 class Watch:
-    """Of one model in training. Noting a step waits for nothing; `good` and `problem` wait for the device."""
+    """Finiteness of one model in training. `note` waits for nothing; `good` and `problem` wait for the device."""
 
     def __init__(self, dist: Dist):
         self._dist = dist
         self._first_N = torch.full((len(KINDS),), _NEVER, device=dist.device)
 
     def note(self, step: int, loss: Tensor, norm: Tensor, weights: Tensor) -> None:
-        """Notes of a step whether its loss, its gradient norm and the weights that it led to are finite.
+        """Records whether the loss and the gradient norm of a step, and the weights after it, are finite.
 
         Args:
             step: as rows of metrics count: 1 for the first.
@@ -38,6 +38,6 @@ class Watch:
         step = min(first_N)
         if step == _NEVER:
             return None
-        found = [kind for kind, first in zip(KINDS, first_N) if first == step]
-        verb = "is" if len(found) == 1 and found != ["weights"] else "are"
-        return f"{', '.join(found[:-1])}{' and ' * (len(found) > 1)}{found[-1]} {verb} not finite at step {step}"
+        kinds = [kind for kind, first in zip(KINDS, first_N) if first == step]
+        verb = "is" if len(kinds) == 1 and kinds != ["weights"] else "are"
+        return f"{', '.join(kinds[:-1])}{' and ' * (len(kinds) > 1)}{kinds[-1]} {verb} not finite at step {step}"

@@ -1,4 +1,4 @@
-"""DeepSpeed, which only this file and `layouts` use: one model, its optimizer steps and its state in the clear.
+"""One model in training under DeepSpeed, which only this file and `layouts` use: its steps, and its state by name.
 
 The DeepSpeed dictionary is generated here. Losses are sums over tokens: a step's gradient is that of the sum divided by
 the number of valid tokens of the whole optimizer step, over all ranks and micro-batches, so a batch may be cut anyhow.
@@ -125,8 +125,10 @@ class Engine:
                     yield f"{key}/{name}", partial(self.layout.whole, parameter, key)
             else:
                 yield f"param/{name}", parameter.detach().float
-        for name, buffer in _persistent_buffers(self.model):
-            yield f"buffer/{name}", buffer.detach
+        persistent = self.model.state_dict(keep_vars=True)
+        for name, buffer in self.model.named_buffers():
+            if name in persistent:
+                yield f"buffer/{name}", buffer.detach
         steps = self._steps_before + self._ds.global_steps
         yield "optimizer_steps", partial(torch.tensor, float(steps))
 
@@ -135,25 +137,14 @@ class Engine:
         self._ds.destroy()
 
 
-def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    kept = model.state_dict(keep_vars=True)
-    return ((name, kept[name]) for name, _ in model.named_buffers() if name in kept)
-
-
 def load_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Parameters and buffers of a checkpoint into a model; raises CheckpointError naming what does not fit."""
     stored = {k.split("/", 1)[1]: v for k, v in tensors.items() if k.startswith(("param/", "buffer/"))}
-    own = model.state_dict()
-    problems = [f"{k} is missing" for k in own.keys() - stored.keys()]
-    problems += [f"{k} is unknown to the model" for k in stored.keys() - own.keys()]
-    problems += [
-        f"{k} has shape {list(stored[k].shape)}, the model's is {list(own[k].shape)}"
-        for k in own.keys() & stored.keys()
-        if stored[k].shape != own[k].shape
-    ]
-    if problems:
-        raise CheckpointError("the checkpoint does not fit the model: " + "; ".join(sorted(problems)[:8]))
-    model.load_state_dict(stored)
+    try:
+        model.load_state_dict(stored)
+    except RuntimeError as error:
+        problems = " ".join(str(error).split("\n", 1)[-1].split())
+        raise CheckpointError(f"the checkpoint does not fit the model: {problems:.1000}") from error
 
 
 def _deepspeed() -> Any:

@@ -1,11 +1,10 @@
 """Cached decoding: a prompt goes through the model once, then every new token costs one token."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill.config.errors import ConfigError, DataError
 from distill.config.model import rope_layers
@@ -14,73 +13,55 @@ from distill.model.attention import AttentionPlan, Plans
 from distill.model.images import Images
 from distill.model.kv import KV, Slots
 from distill.model.segments import Block, SegmentPlan, Segments
+from distill.model.transformer import Transformer
 
 
-class Decodable(Protocol):
-    """The part of the Transformer that cached decoding uses."""
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    prompts: Sequence[Tensor],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    eos_ids: Sequence[int] | None = None,
+    generator: torch.Generator | None = None,
+    images: Images | None = None,
+) -> list[Tensor]:
+    """Continues prompts of any lengths together; without gradient.
 
-    config: ModelConfig
+    Args:
+        prompts: 1-D ids, one tensor each.
+        temperature: of the sampling; 0 takes the likeliest id.
+        top_p: sample among the fewest likeliest ids that have this much probability together.
+        eos_ids: ids that end a row; None: the configuration's.
+        generator: of the draws, on the model's device; None: torch's global one.
+        images: of all prompts; their `patch_BS` has one row, the prompts one after another.
 
-    def get_parameter(self, target: str) -> nn.Parameter: ...
+    Returns:
+        The new ids of each prompt, 1-D, at most `max_new_tokens`; the id that ended a row is its last.
 
-    def plans(self, segments: Segments) -> Plans: ...
-
-    def embedded(self, ids_BS: Tensor, images: Images | None = None) -> Tensor: ...
-
-    def through_layers(
-        self, hidden_TD: Tensor, plans: Plans, head_fn: Callable[[Tensor, Tensor], Any], caches: Sequence[KV]
-    ) -> tuple[Any, Any]: ...
-
-
-class Generation:
-    """Gives a model its method `generate`."""
-
-    @torch.no_grad()
-    def generate(
-        self: Decodable,
-        prompts: Sequence[Tensor],
-        max_new_tokens: int,
-        *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        eos_ids: Sequence[int] | None = None,
-        generator: torch.Generator | None = None,
-        images: Images | None = None,
-    ) -> list[Tensor]:
-        """Continues prompts of any lengths together; without gradient.
-
-        Args:
-            prompts: 1-D ids, one tensor each.
-            temperature: of the sampling; 0 takes the likeliest id.
-            top_p: sample among the fewest likeliest ids that have this much probability together.
-            eos_ids: ids that end a row; None: the configuration's.
-            generator: of the draws, on the model's device; None: torch's global one.
-            images: of all prompts; their `patch_BS` has one row, the prompts one after another.
-
-        Returns:
-            The new ids of each prompt, 1-D, at most `max_new_tokens`; the id that ended a row is its last.
-
-        Raises:
-            ConfigError: an argument out of its range.
-            DataError: an empty prompt, one that would grow beyond `max_positions`, or images that do not fit.
-        """
-        _check(self.config, prompts, max_new_tokens, temperature, top_p)
-        decoder = Decoder(self, len(prompts), max(map(len, prompts)) + max_new_tokens)
-        logits_BV = decoder.prefill(prompts, images)
-        ends = self.config.eos_ids if eos_ids is None else eos_ids
-        eos_N = torch.tensor(list(ends), dtype=torch.int64, device=logits_BV.device)
-        new: list[Tensor] = []
-        ended: list[Tensor] = []
-        while True:
-            ids_B = sample(logits_BV, temperature, top_p, generator)
-            new.append(ids_B)
-            ended.append(torch.isin(ids_B, eos_N) | (ended[-1] if ended else False))
-            if len(new) == max_new_tokens or bool(ended[-1].all()):
-                break
-            logits_BV = decoder.extend(ids_B[:, None])[:, -1]
-        # A row that has ended goes on beside the others; what comes after its end is cut off.
-        kept_B = (~torch.stack(ended)).sum(0) + 1
-        return [row_n[:kept] for row_n, kept in zip(torch.stack(new, 1), kept_B.tolist())]
+    Raises:
+        ConfigError: an argument out of its range.
+        DataError: an empty prompt, one that would grow beyond `max_positions`, or images that do not fit.
+    """
+    _check(model.config, prompts, max_new_tokens, temperature, top_p)
+    decoder = Decoder(model, len(prompts), max(map(len, prompts)) + max_new_tokens)
+    logits_BV = decoder.prefill(prompts, images)
+    ends = model.config.eos_ids if eos_ids is None else eos_ids
+    eos_N = torch.tensor(list(ends), dtype=torch.int64, device=logits_BV.device)
+    new: list[Tensor] = []
+    ended: list[Tensor] = []
+    while True:
+        ids_B = sample(logits_BV, temperature, top_p, generator)
+        new.append(ids_B)
+        ended.append(torch.isin(ids_B, eos_N) | (ended[-1] if ended else False))
+        if len(new) == max_new_tokens or bool(ended[-1].all()):
+            break
+        logits_BV = decoder.extend(ids_B[:, None])[:, -1]
+    # A row that has ended goes on beside the others; what comes after its end is cut off.
+    kept_B = (~torch.stack(ended)).sum(0) + 1
+    return [row_n[:kept] for row_n, kept in zip(torch.stack(new, 1), kept_B.tolist())]
 
 
 class Decoder:
@@ -95,8 +76,8 @@ class Decoder:
         lengths: tokens of each row so far.
     """
 
-    def __init__(self, model: Decodable, rows: int, positions: int):
-        config, weight = model.config, model.get_parameter("embed.weight")
+    def __init__(self, model: Transformer, rows: int, positions: int):
+        config, weight = model.config, model.embed.weight
         self.model, self.positions, self.lengths = model, positions, [0] * rows
         self.device = weight.device
         self.chunk = min(config.chunk_size or positions, positions)

@@ -1,11 +1,11 @@
 """The way of a MoE layer's rows to the experts and back, for experts that lie in one process.
 
 A dispatcher is handed to the model when it is built; the key `engine.dispatcher` names one (`DISPATCHERS` in
-distill/config/registry.py). An expert-parallel one holds some of the experts (`held`) and extends this one: it
-exchanges the sorted rows between processes after `dispatch` and before `combine`.
+distill/config/registry.py). An expert-parallel one holds some of the experts (`held`) and extends the local one:
+it exchanges the sorted rows between processes after `dispatch` and before `combine`.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,12 +24,12 @@ class Dispatched(NamedTuple):
     """Input of `combine`."""
 
 
-class Dispatcher(Protocol):
+class LocalDispatcher:
     """Takes tokens to their experts and the results back. Holds no state of a layer: all layers share one."""
 
     def held(self, experts: int) -> range:
         """Which of a layer's E experts have their parameters in this process."""
-        ...
+        return range(experts)
 
     def dispatch(self, hidden_TD: Tensor, experts_TA: Tensor, weight_TA: Tensor, experts: int) -> Dispatched:
         """The rows weight * hidden of each token's experts.
@@ -39,20 +39,6 @@ class Dispatcher(Protocol):
             weight_TA: factor of the expert's input.
             experts: E.
         """
-        ...
-
-    def combine(self, y_RD: Tensor, state: Any) -> Tensor:
-        """The sum over each token's experts, [T, D], of the experts' output, in the order of the dispatched rows."""
-        ...
-
-
-class LocalDispatcher:
-    """All experts lie in this process."""
-
-    def held(self, experts: int) -> range:
-        return range(experts)
-
-    def dispatch(self, hidden_TD: Tensor, experts_TA: Tensor, weight_TA: Tensor, experts: int) -> Dispatched:
         # Stable: tokens of an expert keep their order, so the bits depend on nothing but the input.
         expert_R, source_R = experts_TA.flatten().sort(stable=True)
         every_E = torch.arange(experts, device=hidden_TD.device)
@@ -62,6 +48,7 @@ class LocalDispatcher:
         row_TA = source_R.argsort().view_as(experts_TA)
         return Dispatched(scaled_RD.index_select(0, source_R), ends_E, counts_E, row_TA)
 
-    def combine(self, y_RD: Tensor, state: Tensor) -> Tensor:
+    def combine(self, y_RD: Tensor, state: Any) -> Tensor:
+        """The sum over each token's experts, [T, D], of the experts' output, in the order of the dispatched rows."""
         y_TAD = y_RD.index_select(0, state.flatten()).unflatten(0, state.shape)
         return y_TAD.squeeze(1) if y_TAD.shape[1] == 1 else y_TAD.sum(1)

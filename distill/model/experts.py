@@ -56,6 +56,6 @@ class MoE(nn.Module):
     def forward(self, hidden_TD: Tensor) -> tuple[Tensor, Routed]:
         """Output [T, D], and the router's selection."""
         logits_TE, experts_TA, weight_TA = self.router(hidden_TD)
-        there = self.dispatcher.dispatch(hidden_TD, experts_TA, weight_TA, logits_TE.shape[1])
-        routed_TD = self.dispatcher.combine(self.experts(there.x_RD, there.ends_E), there.state)
-        return self.shared_expert(hidden_TD) + routed_TD, Routed(logits_TE, experts_TA, there.counts_E)
+        sent = self.dispatcher.dispatch(hidden_TD, experts_TA, weight_TA, logits_TE.shape[1])
+        routed_TD = self.dispatcher.combine(self.experts(sent.x_RD, sent.ends_E), sent.state)
+        return self.shared_expert(hidden_TD) + routed_TD, Routed(logits_TE, experts_TA, sent.counts_E)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 
 from distill.config.registry import DISPATCHERS, PRECISIONS
-from distill.model.dispatch import Dispatcher, LocalDispatcher
+from distill.model.dispatch import LocalDispatcher
 from distill.model.linear import GroupedFn, LinearFn, grouped_mm
 
 
@@ -18,7 +18,7 @@ class Parts(NamedTuple):
     """Product of attention projections and feed-forwards; router, embedding, head and vision never use it."""
     grouped_fn: GroupedFn = grouped_mm
     """Product of the routed experts."""
-    dispatcher: Dispatcher = LocalDispatcher()
+    dispatcher: LocalDispatcher = LocalDispatcher()
 
     @staticmethod
     def of(precision: str, dispatcher: str = "local") -> Parts:

@@ -29,13 +29,9 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Ten
         return plain_P
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     turns_P = scaling.original_positions / (2 * math.pi / plain_P)  # full turns within the original context
-    slow_P = plain_P / scaling.factor
-    scaled_P = torch.where(turns_P < low, slow_P, plain_P)
-    if low == high:  # a hard step: the released models have no band between, and its formula would divide by zero
-        return scaled_P
-    keep_P = (turns_P - low) / (high - low)
-    between_P = (1 - keep_P) * slow_P + keep_P * plain_P
-    return torch.where((turns_P >= low) & (turns_P <= high), between_P, scaled_P)
+    # On a hard step (low == high, as in the released models) the quotient is infinite, or 0 / 0 just on the step.
+    keep_P = ((turns_P - low) / (high - low)).nan_to_num(nan=1.0).clamp(0, 1)
+    return (1 - keep_P) * (plain_P / scaling.factor) + keep_P * plain_P
 
 
 class RopeTable:

@@ -29,7 +29,7 @@ class Router(nn.Module):
         with torch.no_grad():
             plain_TE = logits_TE.float()
             # Not sigmoid alone: it saturates, and ties would change the released routing. A tensor condition, so that
-            # the host need not wait for the device to learn whether the bias is zero.
+            # the host need not wait for the device to read whether the bias is zero.
             key_TE = torch.where(self.bias.any(), plain_TE.sigmoid() + self.bias, plain_TE)
             experts_TA = key_TE.topk(self.active, dim=-1).indices
         weight_TA = logits_TE.gather(-1, experts_TA).float().sigmoid().type_as(logits_TE)

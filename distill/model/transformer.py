@@ -12,7 +12,6 @@ from distill.config.errors import DataError
 from distill.config.model import moe_layers, rope_layers
 from distill.config.schema import ModelConfig
 from distill.model.attention import Attention, AttentionPlan, Plans, temperature
-from distill.model.decode import Generation
 from distill.model.experts import MoE, Routed
 from distill.model.images import Images
 from distill.model.kv import KV
@@ -88,7 +87,7 @@ class Head(nn.Module):
         return head_fn(hidden_TD, self.weight)
 
 
-class Transformer(Generation, nn.Module):
+class Transformer(nn.Module):
     """Decoder of the Llama 4 family: MoE, layers with and without positions, chunked attention; vision if configured.
 
     Weights are drawn from torch's global generator (matrices normal with `init_std` times their factor in
@@ -159,7 +158,13 @@ class Transformer(Generation, nn.Module):
         if images is not None:
             check_images(images, self.config.vision, ids_BS)
         hidden_TD = self.embed(ids_BS.flatten())
-        return hidden_TD if self.vision_model is None else self._with_images(hidden_TD, images)
+        if self.vision_model is None:
+            return hidden_TD
+        if images is None or not len(images.tiles_NCHW):  # every parameter of vision gets a gradient nevertheless
+            parameters = *self.vision_model.parameters(), *self.multi_modal_projector.parameters()
+            return ZeroGradients.apply(hidden_TD, *parameters)
+        features_NPO = self.vision_model(images.tiles_NCHW, self.activation_checkpointing)
+        return place(hidden_TD, self.multi_modal_projector(features_NPO), images.patch_BS)
 
     def through_layers(
         self,
@@ -180,7 +185,10 @@ class Transformer(Generation, nn.Module):
                 routed.append(done)
         hidden_TD = self.norm(hidden_TD)
         out = hidden_TD if head_fn is None else self.head(hidden_TD, head_fn)
-        return out, self._routing(routed, hidden_TD.device)
+        counts_LE = torch.zeros(0, self.config.experts, dtype=torch.int64, device=hidden_TD.device)
+        if routed:
+            counts_LE = torch.stack([layer.counts_E for layer in routed])
+        return out, Routing(counts_LE, tuple(r.logits_TE for r in routed), tuple(r.experts_TA for r in routed))
 
     def logits(
         self, ids_BS: Tensor, documents_BS: Tensor | Segments | None = None, images: Images | None = None
@@ -200,15 +208,6 @@ class Transformer(Generation, nn.Module):
         factor = temperature(full, config.floor_scale, config.attn_scale) if config.temperature_tuning else None
         return Plans(AttentionPlan(chunked, rotation, None), AttentionPlan(full, None, factor))
 
-    def _with_images(self, hidden_TD: Tensor, images: Images | None) -> Tensor:
-        """The embeddings with the images in them; every parameter of vision gets a gradient, even without images."""
-        assert self.vision_model is not None
-        if images is None or not len(images.tiles_NCHW):
-            parameters = *self.vision_model.parameters(), *self.multi_modal_projector.parameters()
-            return ZeroGradients.apply(hidden_TD, *parameters)
-        features_NPO = self.vision_model(images.tiles_NCHW, self.activation_checkpointing)
-        return place(hidden_TD, self.multi_modal_projector(features_NPO), images.patch_BS)
-
     def _segments(self, ids_BS: Tensor, documents_BS: Tensor | Segments | None) -> Segments:
         """The plans of a batch, on its device."""
         if documents_BS is None:
@@ -217,9 +216,3 @@ class Transformer(Generation, nn.Module):
             assert documents_BS.shape == ids_BS.shape, "one document ordinal per token"
             documents_BS = Segments.build(documents_BS, self.config.chunk_size)
         return documents_BS.to(ids_BS.device)
-
-    def _routing(self, routed: list[Routed], device: torch.device) -> Routing:
-        counts_LE = torch.zeros(0, self.config.experts, dtype=torch.int64, device=device)
-        if routed:
-            counts_LE = torch.stack([layer.counts_E for layer in routed])
-        return Routing(counts_LE, tuple(r.logits_TE for r in routed), tuple(r.experts_TA for r in routed))

@@ -13,7 +13,7 @@ from distill.config import paths
 from distill.config.errors import ConfigError
 from distill.config.load import to_dict
 from distill.config.schema import RunConfig
-from distill.config.sentences import shown
+from distill.config.values import flat, shown
 from distill.tracking.tracker import METRICS
 
 CONFIG, SUMMARY, CHECKPOINTS = "config.yaml", "summary.json", "checkpoints"
@@ -48,6 +48,12 @@ def recorded(folder: Path) -> DictConfig:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path} is damaged ({reason:.120})") from error
     return found
+
+
+def run_of(path: Path) -> Path | None:
+    """The run that a path lies in, at most two levels below its folder, or is."""
+    place = path.absolute()
+    return next((f for f in (place, *list(place.parents)[:2]) if (f / CONFIG).exists()), None)
 
 
 def problems(folder: Path, config: RunConfig) -> Iterator[str]:
@@ -93,10 +99,3 @@ def summary(folder: Path) -> dict[str, Any]:
             f"{path} is damaged ({error}); remove it: with resume=true the run ends again from its last checkpoint"
         ) from error
     return found
-
-
-def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key."""
-    if isinstance(value, dict) and value:
-        return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}{key}.").items()}
-    return {prefix.rstrip("."): value}

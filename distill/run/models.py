@@ -1,7 +1,6 @@
-"""Models of a run: built as its configuration says, or loaded from a run, a checkpoint or a Hugging Face folder."""
+"""Models of a run: built from its configuration, or loaded from a run, a checkpoint or a Hugging Face folder."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,8 +9,10 @@ from omegaconf import OmegaConf
 
 from distill.config.checks import vision_problems
 from distill.config.errors import ConfigError
+from distill.config.load import to_dict
 from distill.config.model import moe_layers, rope_layers
 from distill.config.schema import DataConfig, ModelConfig, RunConfig, VisionConfig
+from distill.config.values import differences, shown
 from distill.data.tokenizer import Tokenizer
 from distill.engine import checkpoint
 from distill.engine.checkpoint import Checkpoint
@@ -20,7 +21,6 @@ from distill.model import Transformer, hf
 from distill.model.balance import degenerate_routers
 from distill.model.freeze import freeze
 from distill.model.parts import PLAIN, Parts
-from distill.run.folder import shown
 from distill.run.run import Run
 
 
@@ -80,7 +80,7 @@ def load_model(
     else:
         model = _from_checkpoint(opened or checkpoint.find(folder), role, with_vision, parts)
     if want is not None:
-        unlike = list(_unlike(architecture(want), architecture(model.config)))
+        unlike = list(differences(architecture(want), architecture(model.config)))
         if unlike:
             raise ConfigError(
                 *[f"{role}.model.{key} is {shown(a)}; the model in {folder} has {shown(b)}" for key, a, b in unlike]
@@ -116,24 +116,10 @@ def check_vision(key: str, vision: VisionConfig | None, data: DataConfig, tokeni
 
 def architecture(config: ModelConfig) -> dict[str, Any]:
     """What a model must share with another to take its weights and compute the same, however either spells it."""
-    plain = to_plain(config)
+    plain = to_dict(config)
     free = ("bos_id", "eos_ids", "pad_id", "init_std", "max_positions", "parametrization", "base")
     for key in (*free, "moe_step", "nope_step"):
         del plain[key]
     if config.chunk_size is not None and config.chunk_size >= config.max_positions:
         plain["chunk_size"] = None  # the Hugging Face format has no null here
     return plain | {"moe_layers": moe_layers(config), "rope_layers": rope_layers(config)}
-
-
-def _unlike(here: dict[str, Any], there: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Key and both values, wherever two of them differ."""
-    for key, value in here.items():
-        if isinstance(value, dict) and isinstance(there[key], dict):
-            yield from _unlike(value, there[key], f"{prefix}{key}.")
-        elif value != there[key]:
-            yield prefix + key, value, there[key]
-
-
-def to_plain(config: ModelConfig) -> dict[str, Any]:
-    """The configuration as JSON-able values."""
-    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))

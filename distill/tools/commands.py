@@ -2,7 +2,7 @@
 
 Each command is a module of `distill.tools` that holds `add_arguments(parser)` and `run(args)`, which returns the exit
 code: 0, or 1 where the answer is no. The module is imported when its command is on the command line, and imports torch,
-pyarrow and the like when it runs, so what reads headers and ledgers alone answers at once.
+pyarrow and the like when it runs, so what reads headers alone answers at once.
 """
 
 import argparse
@@ -14,8 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from distill import __version__
 from distill.config import stop
-from distill.config.errors import ConfigError, UserError
-from distill.config.files import has_remedy
+from distill.config.errors import ConfigError, UserError, print_error
 from distill.config.streams import silence
 
 
@@ -35,6 +34,7 @@ COMMANDS = {
     "verify": Command("every byte against its digest; exit code 1 if there is damage", "distill.tools.verify"),
     "repair": Command("make a damaged cache readable again, without losing what is good", "distill.tools.repair"),
     "compact": Command("many shards into few, without superseded records", "distill.tools.compact"),
+    "index": Command("one listing of all shards, so that a cache opens fast at any size", "distill.tools.index_cache"),
     "merge": Command("several caches of one corpus into one", "distill.tools.merge"),
     "compare": Command("two caches, record by record; exit code 1 if they differ", "distill.tools.compare"),
     "export": Command("a cache as a Parquet file, for other tools", "distill.tools.export_cache"),
@@ -70,21 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = COMMANDS[args.command].load().run(args)
         sys.stdout.flush()  # Python would as it ends, and complain about a pipe that is closed
         return code
-    except UserError as error:
-        lines = str(error).splitlines()
     except BrokenPipeError:  # the reading end has closed
         silence(sys.stdout)
         return 128 + signal.SIGPIPE
-    except OSError as error:
-        if not has_remedy(error):
-            raise
-        lines = [str(error)]
+    except (UserError, OSError) as error:
+        return print_error(error)
     except KeyboardInterrupt:
         print("interrupted: what has been published is whole", file=sys.stderr)
         return stop.EXIT_CODES[signal.SIGINT]
-    for line in lines:
-        print(f"error: {line}", file=sys.stderr)
-    return 2
 
 
 def _no_empty(args: argparse.Namespace) -> None:

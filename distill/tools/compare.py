@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from distill.cache import differ
+from distill.cache.differ import shown
 from distill.cache.open_store import open_store
 from distill.cache.store import Store
 from distill.config import json_text
 from distill.config.errors import ConfigError
 from distill.config.paths import home
 from distill.config.terminal import advancing
+from distill.config.values import differences
 from distill.tools.common import add_json
 
 if TYPE_CHECKING:
@@ -86,8 +87,8 @@ def compare(store_a: Store, store_b: Store) -> Comparison:
     a, b = CacheReader(store_a.root), CacheReader(store_b.root)
     b.header.check(**{name: getattr(a.header, name) for name in NEEDED})
     result, sums = Comparison(), _Sums()
-    pairs = differ.pairs(a.header.json(), b.header.json())
-    result.headers = [f"{name}: {differ.shown(in_a)}, {differ.shown(in_b)}" for name, in_a, in_b in pairs]
+    headers = differences(a.header.json(), b.header.json())
+    result.headers = [f"{key}: {shown(key, in_a)}, {shown(key, in_b)}" for key, in_a, in_b in headers]
     for first in range(0, a.header.samples, _IDS):
         ids = np.arange(first, min(first + _IDS, a.header.samples))
         in_a, in_b = a.covers(ids), b.covers(ids)

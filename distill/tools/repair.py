@@ -1,247 +1,493 @@
-"""Makes a damaged cache readable again: what is good stays or is copied, what is not goes to `quarantine/`.
+"""Makes a damaged cache readable again: what is good stays, or goes into a shard of the same name; what is not is moved
+to `quarantine/`.
 
-First a plan, from a look at everything; then the plan is carried out, in an order that a kill may cut anywhere, since
-the next repair finds what is left to do: ledgers, then good records into shards of the repair's own, then a row that
-retires the damaged shards, then their files. Nothing is lost without a line that names the samples.
+First a plan, from a look at everything. What will be lost is written to a report before anything changes. Then the plan
+is carried out in an order that a kill may cut anywhere: the next repair takes up what lies in quarantine and whose
+place is empty, and prints the report of the one that was stopped, too.
 """
+
+from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Sequence
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from itertools import count
+from typing import NamedTuple
 
 import numpy as np
 
-from distill.cache.format import LEDGER, QUARANTINE, SHARDS, TEMPORARY, row_of, writer_lock
+from distill.cache import catalog
+from distill.cache.entries import Array
+from distill.cache.format import CATALOG, QUARANTINE, SHARDS, TOOLS, shard_name, shard_of, snapshot_name, writer_lock
 from distill.cache.header import CacheHeader
-from distill.cache.ledger import Retired, ShardRow, ledgers, outside
+from distill.cache.listing import merged_losses
+from distill.cache.loss_curve import LossSums
+from distill.cache.publish import publish_mark
 from distill.cache.ranks import load_ranks
-from distill.cache.shard import Array
+from distill.cache.seal import seal, unseal
+from distill.cache.shard import Shard, front_of, read_front
+from distill.cache.shard_header import Replaced
+from distill.cache.snapshot import StreamState, load_snapshot, snapshot_numbers
 from distill.cache.store import Store
+from distill.cache.tail import Ranges, writers_of
 from distill.config.errors import CacheError
 from distill.config.terminal import advancing
-from distill.tools.common import add_folder, alone, caches, is_live, newest_records
-from distill.tools.ledger_scan import LedgerScan, lost_shards, mended, rows_of, scan_ledger
-from distill.tools.repack import Packer, portion
-from distill.tools.shard_scan import ShardScan, examine, row_from_file
+from distill.tools.catalog_scan import listed_rows, scan_catalog, stale
+from distill.tools.common import add_folder, alone, caches, is_live
+from distill.tools.salvage import Salvage, salvage, write
+from distill.tools.shard_scan import Place, ShardScan, examine, shard_files
 from distill.tools.token_counter import TokenCounter
+from distill.tools.verify import missing, replaced_ranges
 
-SHARD_BYTES = 512 << 20
-
-
-@dataclass
-class _Salvage:
-    """A shard whose row goes, or that never had one."""
-
-    row: ShardRow
-    scan: ShardScan
-    has_row: bool
-    keep: Array = field(default_factory=lambda: np.zeros(0, np.int64))
-    """Places of the good records that are newer than what remains of their samples."""
-
-    @property
-    def good(self) -> Array:
-        """Places of the records that verify."""
-        return np.array([i for i, data in enumerate(self.scan.records) if data is not None], np.int64)
+_MOST_GAPS = 100_000
+"""Missing shards, one after the other, whose numbers marks take; shards behind more of them are set aside."""
+_UNFINISHED = ".unfinished"
+_NEW = ".salvaged"
+_MARK = re.compile(rb'\\"kind\\": \\"(begin|end|gap)\\"')
 
 
 @dataclass
 class Repair:
     """What a repair does, or would do; two are equal where that is the same."""
 
-    store: Store = field(compare=False)
-    header: CacheHeader
-    dry_run: bool = field(compare=False)
     lines: list[str] = field(default_factory=list)
     """Of the report, in the order of the work."""
     lost: list[int] = field(default_factory=list)
-    """Samples whose newest record is lost, ascending; those of a shard whose index is lost are in `lines` alone."""
+    """Samples whose newest record is lost, ascending."""
     uncovered: list[int] = field(default_factory=list)
     """Of these: no older record is left."""
+    unnamed: int = 0
+    """Shards of which some records are lost whose samples are not known."""
     saved: int = 0
-    """Records copied out of damaged shards, or published for the first time."""
+    """Records in shards that are made of damaged ones."""
+    left: int = 0
+    """Problems of live writers' streams, which are left alone."""
+    report: str = field(default="", compare=False)
+    """Path of the report, if one was written."""
 
-    @cached_property
-    def counter(self) -> TokenCounter:
-        return TokenCounter(self.store, self.header)
+    def add(self, other: Repair) -> None:
+        """What an earlier one had begun."""
+        self.lines = [*other.lines, *(line for line in self.lines if line not in other.lines)]
+        for name in ("lost", "uncovered"):
+            setattr(self, name, sorted({*getattr(self, name), *getattr(other, name)}))
+        self.unnamed += other.unnamed
+        self.saved += other.saved
 
-    def lock_writers(self, locks: contextlib.ExitStack) -> set[str]:
-        """Names that no live process has; they are held until the repair is over (dry_run: not at all)."""
-        names = set(ledgers(self.store)) | {row.writer for name in self.store.names(SHARDS) if (row := row_of(name))}
-        mine = set()
-        for name in sorted(names):
-            if is_live(self.store, name):
-                self.lines.append(f"writer {name} is alive: its ledger and unpublished files are left alone")
+
+class _Move(NamedTuple):
+    """A file that goes out of its place."""
+
+    name: str
+    aside: str
+    """Its name in quarantine; "": it is there."""
+    to: Place | None = None
+    """The place that it takes from there."""
+
+
+@dataclass
+class _Plan:
+    """What is to be done, in the order of the work."""
+
+    salvages: list[tuple[Salvage, str]] = field(default_factory=list)
+    """Shards that are written anew from what is good, and what wrote them first."""
+    moves: list[_Move] = field(default_factory=list)
+    marks: list[tuple[Place, StreamState]] = field(default_factory=list)
+    """Places where a mark goes: the end of a stream that had come so far, or a gap."""
+    removed: list[str] = field(default_factory=list)
+    """Copies of whole shards, and temporary files."""
+
+
+class _Look:
+    """A look at everything, from which a plan is made."""
+
+    def __init__(self, store: Store, header: CacheHeader, locks: contextlib.ExitStack | None):
+        """locks: holds those of writers that no live process has; None: nothing is held."""
+        self._store, self.header, self._locks = store, header, locks
+        self.live: set[str] = set()
+        self._known: set[str] = set(TOOLS)
+        self.done, self.plan = Repair(), _Plan()
+        self.counter = TokenCounter(store, header)
+        self.found = scan_catalog(store, header)
+        self._lock({*writers_of(store), *(name for each in self.found.snapshots for name in each.streams)})
+        self.files = shard_files(store)
+        self.good: dict[Place, ShardScan] = {}
+        self.damaged: dict[Place, ShardScan] = {}
+        self.strangers: list[ShardScan] = []
+        """Files that are not what their names say."""
+        self.made: list[Salvage] = []
+        self.old: list[str] = []
+        """Listings that have other records than the shards."""
+        with advancing("repair", store.bytes_in(SHARDS)) as advance:
+            scans = [examine(store, header, name, advance=advance) for name in self.files.files]
+        self._lock({each.own[0] for each in scans if each.own})
+        for scan in scans:
+            self._sort(scan)
+        self.gone = replaced_ranges(self.good.values())
+
+    def _lock(self, writers: Iterable[str]) -> None:
+        """Holds the names of writers that are not alive."""
+        for name in sorted(set(writers) - self._known):
+            self._known.add(name)
+            if is_live(self._store, name):
+                self.live.add(name)
+            elif self._locks is not None:
+                self._locks.enter_context(self._store.lock(writer_lock(name), f"the writer's name {name!r}"))
+
+    def _sort(self, scan: ShardScan) -> None:
+        path, place = self._store.path(scan.name), scan.place
+        if scan.is_whole and place is not None and scan.own == place:
+            self.good[place] = scan
+        elif self.live & {each[0] for each in (place, scan.own) if each is not None}:
+            self.done.left += 1
+            what = scan.problems[0] if scan.problems else f"{path}: it is shard {scan.own}"
+            self.done.lines.append(f"{what}; left alone, since its writer is alive")
+        elif scan.is_whole or place is None:
+            self.strangers.append(scan)
+        else:
+            self.damaged[place] = scan
+
+    # ------------------------------------------------------------ files under a wrong name
+
+    def place_strangers(self) -> None:
+        """Whole shards under a wrong name get their own, if no whole shard has it."""
+        for scan in self.strangers:
+            path, own = self._store.path(scan.name), scan.own
+            if own is None or not scan.is_whole:
+                self._set_aside(scan.name, f"{path}: not a shard of this cache; moved to quarantine")
                 continue
-            if not self.dry_run:
-                locks.enter_context(self.store.lock(writer_lock(name), f"the writer's name {name!r}"))
-            mine.add(name)
-        return mine
-
-    def mend_ledger(self, scan: LedgerScan) -> LedgerScan:
-        """The ledger as it is afterwards."""
-        store = self.store
-        if scan.torn:
-            self.lines.append(f"{store.path(scan.torn_in)}: a torn last row of {scan.torn} bytes is removed")
-            if not self.dry_run and scan.torn_in.endswith(".jsonl"):
-                store.truncate(scan.torn_in, store.size(scan.torn_in) - scan.torn)
-            elif not self.dry_run:
-                store.remove(scan.torn_in)
-        if not scan.problems and not lost_shards(store, scan):
-            return scan._replace(torn=0)
-        lines, messages = mended(store, self.header, scan)
-        self.lines += scan.problems + messages
-        before = {line.name for line in scan.lines}
-        for name in dict.fromkeys(line.name for line in [*scan.lines, *lines]) if not self.dry_run else ():
-            data = b"".join(line.data for line in lines if line.name == name)
-            if name in before and data == store.read(name):
-                continue
-            if name in before and scan.problems:
-                self._to_quarantine(name, copy=True)
-            if data or name.endswith(".jsonl"):
-                store.publish(name, data)
+            expected = "" if scan.place is None else f", expected shard {scan.place[1]} of writer {scan.place[0]}"
+            what, home = f"{path}: it is shard {own[1]} of writer {own[0]}{expected}", self.good.get(own)
+            if home is None:
+                self.done.lines.append(f"{what}; moved to {shard_name(*own)}")
+                if own in self.damaged:
+                    there = self.damaged.pop(own)
+                    self._set_aside(there.name, f"{there.problems[0]}; moved to quarantine, since that one is whole")
+                self.plan.moves.append(_Move(scan.name, shard_name(*own), own))
+                self.good[own] = dataclasses.replace(scan, name=shard_name(*own))
+            elif home.header == scan.header and home.key == scan.key:
+                self.done.lines.append(f"{what}, and whole there; removed")
+                self.plan.removed.append(scan.name)
             else:
-                store.remove(name)
-        return LedgerScan(scan.writer, lines, 0, "")
+                self._set_aside(scan.name, f"{what}, and another one is there; moved to quarantine")
 
-    def damaged(self, rows: Sequence[ShardRow]) -> list[_Salvage]:
-        salvages = []
-        with advancing("repair", sum(row.bytes for row in rows)) as advance:
-            for row in rows:
-                if examine(self.store, self.header, row, advance=advance).problems:
-                    scan = examine(self.store, self.header, row, keep=True, counter=self.counter)
-                    salvages.append(_Salvage(row, scan, has_row=True))
-        return salvages
+    def _set_aside(self, name: str, line: str, aside: str = "") -> None:
+        self.done.lines.append(line)
+        self.plan.moves.append(_Move(name, aside or name))
 
-    def strays(self, known: set[str], mine: set[str]) -> tuple[list[_Salvage], list[str]]:
-        """Files of `shards/` that no row names: shards that are whole, and names of files that are of no use."""
-        salvages, useless = [], []
-        for name in self.store.names(SHARDS):
-            row = row_of(name)
-            if name in known or (row is not None and row.writer not in mine):
-                continue
-            path = self.store.path(f"{SHARDS}/{name}")
-            problem = ""
-            if name.endswith(TEMPORARY):
-                self.lines.append(f"{path}: a file that was being written is removed")
-            elif row is None:
-                self.lines.append(f"{path}: not part of a cache; moved to quarantine")
-            else:
-                try:
-                    remade = row_from_file(self.store, name, self.header.identity, None)
-                    scan = examine(self.store, self.header, remade, keep=True)
-                    problem = "".join(scan.problems[:1])
-                except CacheError as error:
-                    problem = str(error)
-                if not problem:
-                    salvages.append(_Salvage(remade, scan, has_row=False))
-                    continue
-                self.lines.append(f"{path}: a shard without a row, damaged ({problem}); moved to quarantine")
-            useless.append(f"{SHARDS}/{name}")
-        return salvages, useless
+    # ------------------------------------------------------------ damaged and missing shards
 
-    def left(self, scans: Sequence[LedgerScan], retired: Sequence[ShardRow]) -> list[str]:
-        """Files that an earlier repair has retired and not moved."""
-        lines = [line for scan in scans if scan.writer == "repair" for line in scan.lines]
-        by_repair = [each for line in lines for each in line.rows if isinstance(each, Retired)]
-        kept, there = {row.shard for row in outside(list(retired), by_repair)}, set(self.store.names(SHARDS))
-        return [f"{SHARDS}/{row.shard}" for row in retired if row.shard in there - kept]
+    def fill_places(self) -> None:
+        """Each number of a stream has a shard again, or a mark."""
+        streams: dict[str, list[int]] = {name: [] for each in self.found.snapshots for name in each.streams}
+        for writer, seq in [*self.good, *self.damaged]:
+            streams.setdefault(writer, []).append(seq)
+        kept, gone = self._quarantined(), dict[str, list[Replaced]]()
+        for each in self.gone.joined():
+            gone.setdefault(each.writer, []).append(each)
+        empty = set(kept)
+        for writer, seqs in streams.items():
+            end = max([self.found.count(writer), *(seq + 1 for seq in seqs)])
+            for first, last in missing(seqs, end, gone.get(writer, [])) if writer not in self.live else ():
+                if last - first >= _MOST_GAPS:
+                    self._cut(writer, first, last)
+                    break
+                empty |= {(writer, seq) for seq in range(first, last + 1)}
+        empty -= {place for place in empty if self._taken_up(place, kept.get(place, []))}
+        listed = listed_rows(self.found, {*self.damaged, *empty})
+        for place in sorted({*self.damaged, *empty}):
+            scan = self.damaged.get(place)
+            file = scan.name if scan is not None else (kept.get(place) or [""])[0]
+            made = salvage(self._store, self.header, place, file, listed.get(place), self.counter)
+            self._settle(place, made, scan)
 
-    def settle(self, rows: Sequence[ShardRow], salvages: list[_Salvage]) -> None:
-        """Which good records are worth copying, and which samples have lost their newest one."""
-        damaged = {each.row.shard for each in salvages}
-        whole = [row for row in rows if row.shard not in damaged]
-        newest = newest_records(self.store, self.header, whole)
+    def _cut(self, writer: str, first: int, last: int) -> None:
+        for place in [each for each in [*self.good, *self.damaged] if each[0] == writer and each[1] > last]:
+            scan = self.good.pop(place, None) or self.damaged.pop(place)
+            what = f"shards {first} to {last} in front of it are missing; moved to quarantine"
+            self._set_aside(scan.name, f"{self._store.path(scan.name)}: {what}", f"beyond/{scan.name}")
+
+    def _quarantined(self) -> dict[Place, list[str]]:
+        """Files in quarantine whose place is empty, as a stopped repair leaves them."""
+        found: dict[Place, list[str]] = {}
+        for name in shard_files(self._store, f"{QUARANTINE}/{SHARDS}").files:
+            place = shard_of(re.sub(r"\.\d+$", "", name.removeprefix(f"{QUARANTINE}/")))
+            if place and not (
+                place in self.good or place in self.damaged or place in self.gone or place[0] in self.live
+            ):
+                found.setdefault(place, []).append(name)
+        return found
+
+    def _taken_up(self, place: Place, names: list[str]) -> bool:
+        """Whether one of these files in quarantine is whole and takes its place."""
+        for name in names:
+            scan = examine(self._store, self.header, name)
+            if scan.is_whole and scan.own == place:
+                self.done.lines.append(f"{self._store.path(name)}: moved to its place, {shard_name(*place)}")
+                self.plan.moves.append(_Move(name, "", place))
+                self.good[place] = dataclasses.replace(scan, name=shard_name(*place))
+                return True
+        return False
+
+    def _settle(self, place: Place, made: Salvage, scan: ShardScan | None) -> None:
+        """Decides what takes a place. scan: of the damaged file that is there."""
+        state, kept, bad = self._state(place), len(made.kept), ranges(sorted(set(made.lost["sample"].tolist())))
+        if made.header is None and not kept and (state.finished or self._was_mark(made, place)):
+            made.unnamed, bad = 0, ""
+        if made.unnamed is None:
+            lost = "nothing can be read of it" if made.file else "the shard is missing, and what it held is not known"
+        elif made.unnamed and made.header is not None:
+            among = f"samples {made.header.first_sample} to {made.header.last_sample}"
+            lost = f"{made.unnamed} records among {among} are damaged"
+        elif bad:
+            lost = f"the records of samples {bad} are {'damaged' if made.file else 'missing with it'}"
+        else:
+            lost = "damaged, but no record of it" if made.file else "the shard is missing"
+        where = "; the damaged file is moved to quarantine" if scan else ""
+        if made.header is not None or kept:
+            self.plan.salvages.append((made, state.source))
+            self.done.saved += kept
+            outcome = f"{kept} records are kept"
+        else:
+            self.plan.marks.append((place, state))
+            outcome = f"a mark ({'end' if state.finished else 'gap'}) takes its number"
+        self.done.lines.append(f"{self._store.path(shard_name(*place))}: {lost}; {outcome}{where}")
+        self.done.unnamed += made.unnamed != 0 and place not in self.gone
+        if scan is not None:
+            self.plan.moves.append(_Move(scan.name, scan.name))
+        self.made.append(made)
+
+    def _was_mark(self, made: Salvage, place: Place) -> bool:
+        """Whether a place held no records: its file says so, or the snapshot counts it and lists nothing of it."""
+        newest, (writer, seq) = self.found.newest, place
+        if newest is not None and made.unnamed is None and place not in self.gone:
+            return seq < newest.streams.get(writer, StreamState()).count
+        return _MARK.search(self._start(made.file)) is not None
+
+    def _start(self, file: str) -> bytes:
+        with contextlib.suppress(CacheError):
+            return self._store.read_at(file, 0, 4096) if file else b""
+        return b""
+
+    def _state(self, place: Place) -> StreamState:
+        """Of the stream in front of a place; finished, where there was an end mark at the place."""
+        writer, seq = place
+        states = [each.streams[writer] for each in self.found.snapshots if writer in each.streams]
+        scan = self.damaged.get(place)
+        match = _MARK.search(self._start(scan.name)) if scan is not None else None
+        is_end = any(each.finished and each.count == seq + 1 for each in states)
+        is_end |= match is not None and match[1] == b"end"
+        state = StreamState(source=writer if writer in TOOLS else "")
+        if is_end or scan is not None:
+            for number in sorted(number for name, number in self.good if name == writer and number < seq):
+                header = self.good[writer, number].header
+                assert header is not None
+                state = state.after(header)
+        return dataclasses.replace(state, finished=is_end)
+
+    # ------------------------------------------------------------ what is lost
+
+    def count_losses(self) -> None:
+        """Which samples have lost their newest record, and of which an older one is left.
+
+        Of a shard that loses records, those that it has replaced and that are still there count again.
+        """
+        losing = [each for each in self.made if len(each.lost) or each.unnamed]
+        others = Ranges(
+            replaced
+            for header in [
+                *(each.header for each in self.good.values()),
+                *(m.header for m in self.made if m not in losing),
+            ]
+            if header is not None
+            for replaced in header.replaces
+        )
+        for each in losing:
+            mine = Ranges(each.replaces)
+            back = [place for place in self.good if place in mine and place not in others]
+            each.replaces = tuple(without(each.replaces, back))
+            for place in back if each.losses is not None else ():
+                header = read_front(self._store, self.header, *place).header
+                each.losses = merged_losses([each.losses or LossSums()], [header.losses])
         wanted: dict[int, int] = {}
-        """The greatest step of each sample in a damaged shard."""
-        # Of the others it cannot be read which samples they had.
-        readable = [(each, shard.columns) for each in salvages if (shard := each.scan.shard) is not None]
-        for number, (each, columns) in enumerate(readable, start=len(whole)):
-            ids, steps_of = columns.sample_ids, columns.steps
-            if each.has_row:
-                real = (ids >= 0) & (ids < self.header.samples)  # an index that does not verify may hold anything
-                for sample, step in zip(ids[real].tolist(), steps_of[real].tolist(), strict=True):
-                    wanted[sample] = max(wanted.get(sample, -1), step)
-            newer = each.good[newest.steps(ids[each.good]) < steps_of[each.good]]
-            newest.add(ids[newer], steps_of[newer])
-            each.keep = newer[newest.of(number, ids[newer])]  # of a sample that lies in the shard twice, one record
-            self.saved += len(each.keep)
+        for each in self.made:
+            lost = each.lost if each.place not in self.gone else each.lost[:0]
+            for sample, step in zip(lost["sample"].tolist(), lost["step"].tolist(), strict=True):
+                wanted[sample] = max(wanted.get(sample, -1), step)
         samples = np.array(sorted(wanted), np.int64)
-        left = newest.steps(samples)
-        self.lost = samples[left < np.array([wanted[s] for s in samples.tolist()], np.int64)].tolist()
-        self.uncovered = samples[left < 0].tolist()
+        left = np.full(len(samples), -1, np.int64)
+        for ids, steps in self._remaining() if wanted else ():
+            here = np.isin(ids, samples)
+            np.maximum.at(left, np.searchsorted(samples, ids[here]), steps[here])
+        self.done.lost = samples[left < np.array([wanted[each] for each in samples.tolist()], np.int64)].tolist()
+        self.done.uncovered = samples[left < 0].tolist()
 
-    def report(self, each: _Salvage) -> str:
-        path, row = self.store.path(f"{SHARDS}/{each.row.shard}"), each.row
-        if not each.has_row:
-            return f"{path}: a shard without a row; {len(each.keep)} of its {row.samples} records are published"
-        if each.scan.shard is None:
-            among = f"{row.samples} among samples {row.first_sample} to {row.last_sample}"
-            return f"{path}: nothing can be read of its records, {among}; retired, moved to quarantine"
-        ids = each.scan.shard.columns.sample_ids
-        bad = sorted(set(ids.tolist()) - set(ids[each.good].tolist()))
-        what = f"the records of samples {ranges(bad)} are damaged" if bad else "its file and its row disagree"
-        return f"{path}: {what}; {len(each.keep)} records copied, the shard retired and moved to quarantine"
+    def _remaining(self) -> Iterator[tuple[Array, Array]]:
+        """Ids and steps of all records that are there afterwards and count."""
+        gone = Ranges(
+            [each for scan in self.good.values() if scan.header for each in scan.header.replaces]
+            + [each for made in self.made for each in made.replaces]
+        )
+        moved = {move.to: move.name for move in self.plan.moves if move.to is not None}
+        for place, scan in self.good.items():
+            if place not in gone and scan.header is not None and scan.header.samples:
+                name = moved.get(place, scan.name)
+                columns = Shard(
+                    self._store, self.header, *place, front_of(self._store, self.header, name), name
+                ).columns
+                yield columns.sample_ids, columns.steps
+        for made in self.made:
+            yield made.kept["sample"], made.kept["step"].astype(np.int64)
 
-    def carry_out(self, salvages: list[_Salvage], useless: list[str]) -> None:
-        packer = Packer(self.store, "repair", self.header.identity, SHARD_BYTES)
-        for each in salvages:
-            if each.scan.shard is not None and len(each.keep):
-                packer.add(portion(each.scan.shard, each.scan.records, each.keep, self.counter))
-        packer.flush()
-        packer.retire(each.row for each in salvages if each.has_row)
-        # A stopped repair may have written the very same files, without their rows.
-        published = {f"{SHARDS}/{row.shard}" for row in packer.rows}
-        unpublished = [f"{SHARDS}/{each.row.shard}" for each in salvages if not each.has_row]
-        damaged = [f"{SHARDS}/{each.row.shard}" for each in salvages if each.has_row]
-        for name in [*unpublished, *damaged, *useless]:
-            if name in published or not self.store.exists(name):
-                continue
-            if name in unpublished or name.endswith(TEMPORARY):
-                self.store.remove(name)
-            else:
-                self._to_quarantine(name)
+    # ------------------------------------------------------------ the rest
 
-    def _to_quarantine(self, name: str, *, copy: bool = False) -> None:
-        """Takes a file out of the cache, or a copy of it, and keeps it under a name that is free."""
-        plain = f"{QUARANTINE}/{name.replace('/', '-') if name.startswith(LEDGER) else name.rsplit('/', 1)[-1]}"
-        kept, number = plain, 1
-        self.store.make_folders(QUARANTINE)
-        data = self.store.read(name)
-        while self.store.exists(kept) and self.store.read(kept) != data:
-            kept, number = f"{plain}.{number}", number + 1
-        self.store.publish(kept, data)
-        if not copy:
-            self.store.remove(name)
+    def tidy(self) -> None:
+        """Leftovers of writers and tools that are not alive; damaged files of the catalog."""
+        for name in [*self.files.temporary, *([] if self.live else self.found.temporary)]:
+            if name.split("/")[1] not in self.live:
+                self.done.lines.append(f"{self._store.path(name)}: a file that was being written; removed")
+                self.plan.removed.append(name)
+        for name, problem in self.found.damaged.items():
+            self._set_aside(name, f"{problem}; moved to quarantine, the catalog is made anew")
+        keys = {place: scan.key for place, scan in self.good.items()}
+        keys |= dict.fromkeys((made.place for made in self.made), 0)
+        self.old = [ref.name for ref, listing in self.found.listings.items() if stale(listing, keys)]
+        self.done.lines += [f"{self._store.path(name)}: not what the shards are; made anew" for name in self.old]
+
+
+def without(replaces: Iterable[Replaced], places: Iterable[Place]) -> Iterator[Replaced]:
+    """Ranges without some shards."""
+    for each in replaces:
+        first = each.first
+        for writer, seq in sorted(places):
+            if writer == each.writer and first <= seq <= each.last:
+                if first < seq:
+                    yield Replaced(writer, first, seq - 1)
+                first = seq + 1
+        if first <= each.last:
+            yield Replaced(each.writer, first, each.last)
+
+
+# ---------------------------------------------------------------- the work
+
+
+def _carry_out(store: Store, look: _Look) -> None:
+    """Shards of what is good are written first; then each file goes, and what replaces it takes its name."""
+    plan, header = look.plan, look.header
+    for made, source in plan.salvages:
+        write(store, header, made, f"{QUARANTINE}/{shard_name(*made.place)}{_NEW}", source, look.counter)
+    moved: list[tuple[str, Place]] = []
+    for move in plan.moves:
+        name = _free(store, f"{QUARANTINE}/{move.aside}") if move.aside else move.name
+        if move.aside:
+            store.move(move.name, name)
+        if move.to is not None:
+            moved.append((name, move.to))
+    for made, _ in plan.salvages:
+        moved.append((f"{QUARANTINE}/{shard_name(*made.place)}{_NEW}", made.place))
+    for name, place in moved:
+        store.move(name, shard_name(*place))
+    for (writer, seq), state in plan.marks:
+        kind, source = ("end", state.source) if state.finished else ("gap", "repair")
+        publish_mark(store, header.identity, writer, seq, kind, source, state.step if state.finished else -1)
+    for name in plan.removed:
+        store.remove(name)
+
+
+def _free(store: Store, name: str) -> str:
+    """A name in quarantine that no file has."""
+    names = set(store.names(name.rsplit("/", 1)[0]))
+    for number in count():
+        kept = name if not number else f"{name}.{number}"
+        if kept.rsplit("/", 1)[1] not in names:
+            return kept
+    raise AssertionError
+
+
+def _renew_catalog(store: Store, look: _Look) -> None:
+    """A snapshot of the shards as they are now; then what is damaged, or tells of shards as they were, goes."""
+    found = look.found
+    try:
+        catalog.update(store, look.header, is_rebuilding=True)
+    except CacheError as error:
+        if not look.done.left:
+            raise
+        look.done.lines.append(f"the catalog is not made anew: {error}")
+    useless = {*look.old, *found.damaged, *(ref.name for ref in found.gone)}
+    for snapshot in found.snapshots:
+        if any(ref.name in useless for ref in snapshot.listings):
+            store.remove(snapshot_name(snapshot.number))
+    for name in found.damaged:
+        if store.exists(name):
+            store.move(name, _free(store, f"{QUARANTINE}/{name}"))
+    left = [load_snapshot(store, look.header.identity, number) for number in snapshot_numbers(store)]
+    named = {ref.name for snapshot in left if snapshot for ref in snapshot.listings}
+    for name in store.names(CATALOG) if not look.live else ():
+        if name.endswith(".listing") and not (f"{CATALOG}/{name}" in named or store.is_folder(f"{CATALOG}/{name}")):
+            store.remove(f"{CATALOG}/{name}")
+
+
+# ---------------------------------------------------------------- reports
+
+
+def _reports(store: Store) -> list[str]:
+    return [each for each in store.names(QUARANTINE) if re.fullmatch(r"repair-\d{6}\.json(\.unfinished)?", each)]
+
+
+def _stopped(store: Store) -> Repair:
+    """What the reports of repairs that were stopped say."""
+    done = Repair()
+    for name in _reports(store):
+        if name.endswith(_UNFINISHED):
+            try:
+                done.add(Repair(**unseal(store.read(f"{QUARANTINE}/{name}"))))
+            except (ValueError, TypeError, RecursionError) as error:
+                done.lines.append(f"{store.path(f'{QUARANTINE}/{name}')}: a report that is damaged ({error!s:.200})")
+    return done
+
+
+def _write_report(store: Store, done: Repair) -> str:
+    number = max((int(name[7:13]) for name in _reports(store)), default=-1) + 1
+    name = f"{QUARANTINE}/repair-{number:06d}.json{_UNFINISHED}"
+    store.publish(name, seal(dataclasses.asdict(done), indent=1))
+    return name
+
+
+# ---------------------------------------------------------------- the command
 
 
 def repair(store: Store, *, dry_run: bool = False) -> Repair:
-    """Repairs one cache; `verify` has nothing to report afterwards.
+    """Repairs one cache; `verify` finds no damage afterwards.
 
-    Writers that are alive keep their ledgers and files, but for damaged shards that they have published.
+    Streams of writers that are alive are left alone. dry_run: nothing is written, not even a lock.
 
     Raises:
         CacheError: the header or the table of ranks is damaged (they cannot be made again from the rest), another tool
-            at work, or a file that cannot be written.
+            at work, or a file that cannot be read or written.
     """
-    done = Repair(store, _header(store), dry_run)
+    header = _header(store)
     with alone(store, dry_run=dry_run), contextlib.ExitStack() as locks:
-        mine = done.lock_writers(locks)
-        scans = [scan_ledger(store, name, done.header) for name in sorted({*ledgers(store), *mine})]
-        scans = [done.mend_ledger(each) if each.writer in mine else each for each in scans]
-        rows, retired = rows_of(scans)
-        salvages = done.damaged(rows)
-        unpublished, useless = done.strays({row.shard for row in rows + retired}, mine)
-        salvages += unpublished
-        done.settle(rows, salvages)
-        done.lines += [done.report(each) for each in salvages]
-        left = done.left(scans, retired)
-        stopped = "retired by a repair that was stopped; moved to quarantine"
-        done.lines += [f"{store.path(name)}: {stopped}" for name in left]
-        if not dry_run:
-            done.carry_out(salvages, left + useless)
-    return done
+        look = _Look(store, header, None if dry_run else locks)
+        look.place_strangers()
+        look.fill_places()
+        look.count_losses()
+        look.tidy()
+        before = _stopped(store)
+        is_renewing = bool(look.plan.moves or look.plan.marks or look.plan.salvages or look.old or look.found.damaged)
+        is_renewing |= bool(before.lines) or (look.found.newest is None and bool(look.found.snapshots))
+        look.done.add(before)
+        if not dry_run and (look.plan.removed or is_renewing):
+            name = _write_report(store, look.done)
+            _carry_out(store, look)
+            if is_renewing:
+                _renew_catalog(store, look)
+            for each in _reports(store):
+                if each.endswith(_UNFINISHED):
+                    store.move(f"{QUARANTINE}/{each}", f"{QUARANTINE}/{each.removesuffix(_UNFINISHED)}")
+            look.done.report = store.path(name.removesuffix(_UNFINISHED))
+    return look.done
 
 
 def _header(store: Store) -> CacheHeader:
@@ -249,12 +495,12 @@ def _header(store: Store) -> CacheHeader:
         header = CacheHeader.load(store)
         load_ranks(store, header)
     except CacheError as error:
-        if "no cache here" in str(error) and not store.names(LEDGER):
+        if "no cache here" in str(error) and not writers_of(store):
             raise
         raise CacheError(
             f"{error}; this cannot be made again from the rest of the cache. The same job, begun in another folder, "
-            "writes the same cache.json and ranks file byte for byte: copy them from there (every row of the ledgers "
-            "names the digest of the right cache.json)"
+            "writes the same cache.json and ranks file byte for byte: copy them from there (every shard's header has "
+            "the digest of the right cache.json)"
         ) from error
     return header
 
@@ -276,6 +522,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    has_lost = False
     for store in caches(args.dir):
         done = repair(store, dry_run=args.dry_run)
         for line in done.lines:
@@ -287,4 +534,9 @@ def run(args: argparse.Namespace) -> int:
             print(f"  lost: newest records of {len(done.lost)} samples: {ranges(done.lost)}")
             if older:
                 print(f"  of these an older record is left: {ranges(older)}")
-    return 0
+        if done.unnamed:
+            print(f"  lost: records of {done.unnamed} shards, of samples that are not known")
+        if done.report:
+            print(f"  the report is {done.report}")
+        has_lost |= bool(done.lost or done.unnamed or done.left)
+    return int(has_lost)

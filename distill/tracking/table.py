@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from distill.config.terminal import text_table
 from distill.config.units import duration, file_size, percent, short, tokens
+from distill.config.values import flat
 from distill.tracking.runs import is_number
 
 NATS = "nats per token"
@@ -89,9 +90,9 @@ def entries(summary: Mapping[str, Any]) -> dict[str, str]:
     """Label and value, with its unit, of every summary entry that is not in the table; nested names are dotted."""
     tabled = {"gap_closed", *(f"{row.arm}_{metric}" for row in outcomes(summary) for metric in ("loss", "accuracy"))}
     texts = {}
-    for name, value in _flat({name: value for name, value in summary.items() if name not in _CHARTS | tabled}).items():
+    for name, value in flat({name: value for name, value in summary.items() if name not in _CHARTS | tabled}).items():
         label, unit = _ENTRIES.get(name, (name.replace("_", " "), _plain))
-        if value is not None and "_corpora." not in name:
+        if value not in (None, {}) and "_corpora." not in name:
             texts[label] = unit(value) if is_number(value) else str(value)
     return texts
 
@@ -131,10 +132,3 @@ _ENTRIES = {
     "loss": ("teacher's loss", lambda value: f"{value:.3f} {NATS} labelled"),
     "seconds": ("wall time", duration),
 }
-
-
-def _flat(summary: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for name, value in summary.items():
-        leaves |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return leaves

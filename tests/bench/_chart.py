@@ -1,4 +1,4 @@
-"""What a bench draws, beside the numbers that it writes."""
+"""The page of a bench, with its charts, beside the file with its numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Times of several functions taken in turns, so that a noisy neighbour meets all of them alike."""
+"""Times of several functions taken in turns, so that other load on the machine slows all of them alike."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def _rows(folder: Path) -> list[float]:
 
 
 def _rate(folder: Path, setting: dict[str, str]) -> float:
-    """Median tokens a second of the rows that follow the first within SECONDS, at least three of them."""
+    """Median tokens a second of the rows that follow the first one within SECONDS, at least three rows."""
     process = _start(folder, setting)
     try:
         deadline = None

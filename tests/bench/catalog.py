@@ -2,10 +2,11 @@
 
 `open_s`, `open_mb`: a fresh process opens it; seconds, and MiB beyond what torch and the imports take. `open_mb_of_8`:
 the same of eight processes at one time, each (mean). `refresh_ms`: a refresh that finds nothing. `reads_ratio`: random
-reads of one sample each, over those of the last commit of format 2 from a work tree of its own, both on 10 million samples
-in 10,000 shards, in turns. `compact_gain_time`, `compact_gain_memory`: opening 4,000 shards without a snapshot over opening
-them compacted. `listing_s_per_million`, `listing_mb_per_million`: making the listing of the 100 million from the shards'
-indexes; `build_mb`: the most memory that takes. `forged_gb`: bytes of shards; nothing is written with fsync.
+reads of one sample each, over those of the last commit of format 2 from a work tree of its own, both on 10 million
+samples in 10,000 shards, in turns. `compact_gain_time`, `compact_gain_memory`: opening 4,000 shards without a snapshot
+over opening them compacted. `listing_s_per_million`, `listing_mb_per_million`: making the listing of the 100 million
+from the shards' indexes, and its bytes; `build_mb`: the most memory that takes. `forged_gb`: bytes of shards; nothing
+is written with fsync. FOLDER= for another disk; 14 GB.
 """
 
 from __future__ import annotations

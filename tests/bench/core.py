@@ -88,7 +88,7 @@ def shares(experts: int) -> dict[str, float]:
     seconds: dict[str, float] = {}
     for event in profiler.events():
         part, above = "rest", event
-        while above is not None:  # the outermost operator that has a name here says what a piece of time was for
+        while above is not None:  # the outermost operator in PARTS decides where a piece of time is counted
             part, above = PARTS.get(above.name, part), above.cpu_parent
         seconds[part] = seconds.get(part, 0.0) + event.self_cpu_time_total
     return {f"share_{part}_{experts}": time / sum(seconds.values()) for part, time in sorted(seconds.items())}

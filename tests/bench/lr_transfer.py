@@ -2,7 +2,7 @@
 
 WIDTHS x a grid of learning rates in factors of 2 x SEEDS, under both parametrizations, STEPS steps of 512 tokens of the
 standard library's source each (2 MoE layers, 4 experts, AdamW, linear decay). Judged on held-out text. The optimum of a
-width is the vertex of the parabola through the best rate and its neighbours, over log learning rate, of the mean over
+width is the vertex of the parabola through the best rate and its neighbors, over log learning rate, of the mean over
 seeds; `optimum_ratio_*` is the largest optimum of the three widths over the smallest. Goal: at most 2 under `transfer`.
 At the smallest width, the base, both parametrizations are one and are trained once.
 """
@@ -94,7 +94,7 @@ def train(trial: Trial, folder: Path) -> float:
 
 
 def optimum(rates: Sequence[float], losses: Sequence[float]) -> float:
-    """Vertex of the parabola through the least loss and its neighbours; an end of the grid is taken as it is."""
+    """Vertex of the parabola through the least loss and its neighbors; an end of the grid is taken as it is."""
     at = int(np.argmin(losses))
     if at in (0, len(rates) - 1):
         return rates[at]

@@ -28,13 +28,13 @@ def main() -> int:
     progress = Progress(lambda rate: f"{rate:.1f}")
     killed, lost = _kills.run(options.kills, options.seed, progress)
     flipped, unnoticed = _flips.run(options.flips, options.seed, progress)
-    figures, problems = {**killed, **flipped}, lost + unnoticed
-    figures["seconds"] = round(time.monotonic() - began, 1)
+    counts, problems = {**killed, **flipped}, lost + unnoticed
+    counts["seconds"] = round(time.monotonic() - began, 1)
     command = f"make crash KILLS={options.kills} FLIPS={options.flips} SEED={options.seed}"
-    record = {"figures": figures, "problems": problems, "machine": machine(), "command": command}
+    record = {"counts": counts, "problems": problems, "machine": machine(), "command": command}
     (out / "cache.json").write_text(json_text.dumps(record, indent=1) + "\n")
-    width = max(map(len, figures))
-    for key, value in figures.items():
+    width = max(map(len, counts))
+    for key, value in counts.items():
         print(f"  {key:<{width}}  {value}")
     for problem in problems[:50]:
         print(f"  ! {problem}")

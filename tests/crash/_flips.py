@@ -38,7 +38,7 @@ class FlipPlace(NamedTuple):
 
 
 def run(flips: int, seed: int, progress: Progress) -> tuple[dict[str, Any], list[str]]:
-    """Flips `flips` bits, one at a time; figures, and every problem found in words."""
+    """Flips `flips` bits, one at a time; counts by name, and every problem in words."""
     rng, counts, problems = random.Random(seed), Counter[str](), list[str]()
     with tempfile.TemporaryDirectory(prefix="crash-") as scratch:
         caches = []
@@ -107,7 +107,7 @@ def places(folder: Path) -> list[FlipPlace]:
 
 
 def rows(folder: Path) -> dict[Path, dict[str, Any]]:
-    """Rows of the shards that count, as the page says, by file."""
+    """Rows of the shards that count, as docs/cache.md defines them, by file."""
     lines = [line for p in (folder / "ledger").glob("*.jsonl") for line in p.read_bytes().splitlines(keepends=True)]
     lines += [p.read_bytes() for p in (folder / "ledger").glob("*/*.json")]
     every = [checker.format_reader.sealed(line) for line in lines]

@@ -18,16 +18,16 @@ def silent():
 
 @pytest.mark.parametrize("seed", [1])
 def test_kills(seed):
-    figures, problems = _kills.run(kills=6, seed=seed, progress=silent())
-    assert problems == [] and figures["kills"] == 6
-    assert figures["lost"] == figures["wrong"] == figures["duplicated"] == figures["failed"] == 0
+    counts, problems = _kills.run(kills=6, seed=seed, progress=silent())
+    assert problems == [] and counts["kills"] == 6
+    assert counts["lost"] == counts["wrong"] == counts["duplicated"] == counts["failed"] == 0
 
 
 @pytest.mark.parametrize("seed", [1])
 def test_flips(seed):
-    figures, problems = _flips.run(flips=600, seed=seed, progress=silent())
-    assert problems == [] and figures["flips"] == sum(figures[kind] for kind in _flips.KINDS) == 600
-    assert figures["unnoticed"] == figures["not named"] == figures["crashed"] == 0
+    counts, problems = _flips.run(flips=600, seed=seed, progress=silent())
+    assert problems == [] and counts["flips"] == sum(counts[kind] for kind in _flips.KINDS) == 600
+    assert counts["unnoticed"] == counts["not named"] == counts["crashed"] == 0
 
 
 def test_what_is_lost_is_counted(monkeypatch):
@@ -39,8 +39,8 @@ def test_what_is_lost_is_counted(monkeypatch):
             real(self, row)
 
     monkeypatch.setattr(ledger.LedgerWriter, "append", forgetful)
-    figures, problems = _kills.run(kills=1, seed=1, progress=silent())
-    assert figures["lost"] > 0 and any("published before a checkpoint, not there" in problem for problem in problems)
+    counts, problems = _kills.run(kills=1, seed=1, progress=silent())
+    assert counts["lost"] > 0 and any("published before a checkpoint, not there" in problem for problem in problems)
 
 
 def test_what_is_done_twice_is_counted(monkeypatch, tmp_path):
@@ -78,5 +78,5 @@ def test_no_verdict_depends_on_who_is_quicker(monkeypatch, first):
 def test_what_goes_unnoticed_is_counted(monkeypatch):
     """A reader that does not verify records."""
     monkeypatch.setattr(shard.Shard, "verified", lambda self, index, data: data)
-    figures, problems = _flips.run(flips=96, seed=1, progress=silent())
-    assert figures["unnoticed"] > 0 and problems
+    counts, problems = _flips.run(flips=96, seed=1, progress=silent())
+    assert counts["unnoticed"] > 0 and problems

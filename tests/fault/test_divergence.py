@@ -223,7 +223,7 @@ def spoiled_run(source, target, value, role="teacher"):
     tensors[key].view(-1)[7] = value
     save_file(tensors, path / file)
     manifest = json.loads(json.loads((found.folder / "manifest.json").read_text())["manifest"])
-    manifest["files"][file] = {"bytes": (path / file).stat().st_size, "xxh3": checkpoint._digest(path / file)}
+    manifest["files"][file] = {"bytes": (path / file).stat().st_size, "xxh3": checkpoint.file_digest(path / file)}
     text = json.dumps(manifest)
     outer = {"xxh3": checkpoint._text_digest(text), "manifest": text}
     (path / "manifest.json").write_text(json.dumps(outer))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from distill.model import hf
+from distill.model.decode import generate
 from tests.parity.test_hf_text import CASES, saved
 
 
@@ -18,6 +19,6 @@ def test_greedy_ids_are_those_of_transformers(tmp_path, name, length):
         theirs.generate(row[None], max_new_tokens=30, do_sample=False, eos_token_id=2, pad_token_id=0)[0, length:]
         for row in prompts_BS
     ]
-    found = ours.generate(list(prompts_BS), 30)
+    found = generate(ours, list(prompts_BS), 30)
     assert [row.tolist() for row in found] == [row.tolist() for row in expected]
     assert len(set(torch.cat(found).tolist())) > 10  # it is no loop over one id

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from distill.model import hf
-from distill.model.images import Images
 from tests.closeness import worst
+from tests.image_corpus import in_order
 
 transformers = pytest.importorskip("transformers")
 transformers.utils.logging.disable_progress_bar()
@@ -120,7 +120,7 @@ def test_with_vision(tmp_path, seed):
     tiles = torch.randint(0, 256, (2, 3, vision.image_size, vision.image_size), dtype=torch.uint8)
     ids_BS = torch.cat([ids_BS[:1]] * -(-3 * tokens // ids_BS.shape[1]), 1)  # room for the tiles
     ids_BS[0, torch.randperm(ids_BS.shape[1])[: 2 * tokens]] = theirs.config.image_token_index
-    images = Images.in_order(tiles, ids_BS, theirs.config.image_token_index, tokens)
+    images = in_order(tiles, ids_BS, theirs.config.image_token_index, tokens)
     pixels = (tiles.float() / 255 - 0.5) / 0.5
     expected = theirs(ids_BS, pixel_values=pixels, use_cache=False).logits
     assert worst(ours.logits(ids_BS, images=images), expected) < CLOSE

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 from distill.config.schema import VisionConfig
 from distill.model import Transformer, hf, vision
-from distill.model.images import Images
 from distill.model.rope import cos_sin
 from tests.closeness import apart, worst
+from tests.image_corpus import in_order
 from tests.parity.test_hf_text import CASES, MIXED_TOP1
 
 transformers = pytest.importorskip("transformers")
@@ -86,7 +86,7 @@ def inputs(config, tiles_per_row, length=LENGTH):
         ids_BS[row, places[:count]] = TOKEN
     shape = (sum(tiles_per_row), 3, config.tile_size, config.tile_size)
     tiles_NCHW = torch.randint(0, 256, shape, dtype=torch.uint8, generator=g)
-    images = Images.in_order(tiles_NCHW, ids_BS, TOKEN, config.tile_tokens)
+    images = in_order(tiles_NCHW, ids_BS, TOKEN, config.tile_tokens)
     return ids_BS, images, (tiles_NCHW.float() / 255 - 0.5) / 0.5
 
 

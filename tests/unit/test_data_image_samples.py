@@ -27,7 +27,7 @@ from distill.data.join import Joiner
 from distill.data.prepare import prepare
 from distill.data.tokenizer import train_tokenizer
 from distill.model.images import Images
-from tests.image_corpus import MARKER, SIDE, P, parquet, pgm, prepared, rows
+from tests.image_corpus import MARKER, SIDE, P, in_order, parquet, pgm, prepared, rows
 
 
 def expected_tiles(image: bytes) -> list[int]:
@@ -268,13 +268,13 @@ def test_batches_of_any_order_and_mixture_and_their_micro_batches(data):
 
 
 def test_images_are_those_that_whole_images_in_order_give(data):
-    """The batch's own positions against the model's rule for whole images: all image tokens in order."""
+    """The batch's own positions against the rule for whole images: all image tokens in order."""
     corpora, patch = list(data.train.values()), data.tokenizer.image_ids().patch
     joiner, whole = Joiner(corpora, None, OnMissing.hard), 0
     for i in range(len(corpora[1])):
         batch = joiner.batch(np.array([1]), np.array([i]))
         if batch.images is not None and int((batch.ids_BS == patch).sum()) == len(batch.images.tiles_NCHW) * P:
-            want = Images.in_order(batch.images.tiles_NCHW, batch.ids_BS, patch, P)
+            want = in_order(batch.images.tiles_NCHW, batch.ids_BS, patch, P)
             assert torch.equal(batch.images.patch_BS, want.patch_BS)
             whole += 1
     assert whole > 3

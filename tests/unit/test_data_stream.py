@@ -78,7 +78,7 @@ def test_seeds_and_corpora_are_permuted_independently():
     orders.append(Stream({"a": n}, {"a": 1.0}, 0).at(positions + n)[1])
     correlation = np.corrcoef(np.array(orders)) - np.eye(len(orders))
     assert np.abs(correlation).max() < 0.1
-    # Neighbours in a permutation are unrelated, too.
+    # Neighbors in a permutation are unrelated, too.
     assert abs(np.corrcoef(orders[0][:-1], orders[0][1:])[0, 1]) < 0.1
 
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from distill.config.schema import Freeze
 from distill.engine.optim import decay_group
-from distill.model.images import Images
 from tests.cli import PATIENCE
 from tests.closeness import worst
+from tests.image_corpus import in_order
 from tests.workers import freezing as worker
 
 
@@ -45,7 +45,7 @@ def reference(what):
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=worker.OPTIM.eps)
     for step in range(worker.STEPS):
         ids, labels, tiles = worker.data(step)
-        images = Images.in_order(tiles, ids, 63, 4) if len(tiles) else None
+        images = in_order(tiles, ids, 63, 4) if len(tiles) else None
         optimizer.zero_grad()
         for p in trained.values():
             p.grad = torch.zeros_like(p)

@@ -8,9 +8,10 @@ import torch
 
 from distill.config.errors import ConfigError, DataError
 from distill.model import Transformer
-from distill.model.decode import Decoder, sample
+from distill.model.decode import Decoder, generate, sample
 from distill.model.images import Images
 from tests.closeness import worst
+from tests.image_corpus import in_order
 from tests.unit.test_model_attention import config_of, random_documents
 from tests.unit.test_model_vision import vision_config, vision_model
 
@@ -86,21 +87,21 @@ def test_only_the_tail_chunk_of_a_prompt_is_kept():
 def test_greedy_generation_takes_the_full_forwards_choice_and_stops_at_eos():
     model = model_of()
     prompts = [torch.randint(0, 64, (n,)) for n in (3, 8, 21)]
-    found = model.generate(prompts, 12, eos_ids=[])
+    found = generate(model, prompts, 12, eos_ids=[])
     for prompt, new in zip(prompts, found):
         ids = prompt
         for _ in range(12):
             ids = torch.cat([ids, model.logits(ids[None])[0, -1].argmax()[None]])
         assert new.tolist() == ids[len(prompt) :].tolist() and not new.requires_grad
     eos = [found[0][4].item(), found[2][2].item()]
-    cut = model.generate(prompts, 12, eos_ids=eos)
+    cut = generate(model, prompts, 12, eos_ids=eos)
     for whole, short in zip(found, cut):
         ends = [i for i, token in enumerate(whole.tolist()) if token in eos]
         assert short.tolist() == whole[: ends[0] + 1 if ends else 12].tolist()
     assert len({len(short) for short in cut}) > 1
     # By default it is the configuration that says what ends a row.
     model.config = dataclasses.replace(model.config, eos_ids=eos)
-    assert [row.tolist() for row in model.generate(prompts, 12)] == [row.tolist() for row in cut]
+    assert [row.tolist() for row in generate(model, prompts, 12)] == [row.tolist() for row in cut]
 
 
 def test_prompts_may_hold_images():
@@ -112,15 +113,15 @@ def test_prompts_may_hold_images():
         prompts.append(ids_S)
         for _ in range(6):
             # The ids that follow are text, whatever they are; only the prompt has image tokens in order.
-            images = Images.in_order(mine, ids_S[None, :length], 63, tokens)
+            images = in_order(mine, ids_S[None, :length], 63, tokens)
             patch_BS = torch.nn.functional.pad(images.patch_BS, (0, len(ids_S) - length), value=-1)
             logits = model.logits(ids_S[None], images=Images(mine, patch_BS))[0, -1]
             ids_S = torch.cat([ids_S, logits.argmax()[None]])
         alone.append(ids_S[length:].tolist())
-    images = Images.in_order(tiles, torch.cat(prompts)[None], 63, tokens)
-    found = model.generate(prompts, 6, eos_ids=[], images=images)
+    images = in_order(tiles, torch.cat(prompts)[None], 63, tokens)
+    found = generate(model, prompts, 6, eos_ids=[], images=images)
     assert [row.tolist() for row in found] == alone
-    assert alone != [row.tolist() for row in model.generate(prompts, 6, eos_ids=[])]
+    assert alone != [row.tolist() for row in generate(model, prompts, 6, eos_ids=[])]
 
 
 def test_sampling_follows_its_generator():
@@ -128,8 +129,8 @@ def test_sampling_follows_its_generator():
     prompts = [torch.randint(0, 64, (n,)) for n in (3, 9)]
 
     def draw(seed):
-        rows = model.generate(
-            prompts, 16, temperature=1.0, top_p=0.9, generator=torch.Generator().manual_seed(seed), eos_ids=[]
+        rows = generate(
+            model, prompts, 16, temperature=1.0, top_p=0.9, generator=torch.Generator().manual_seed(seed), eos_ids=[]
         )
         return [row.tolist() for row in rows]
 
@@ -166,23 +167,23 @@ def test_too_long_is_one_clear_error():
         model(torch.zeros(2, 21, dtype=torch.int64))
     model(torch.zeros(1, 21, dtype=torch.int64), torch.tensor([[0] + [1] * 20]))  # it is documents that count
     with pytest.raises(DataError, match=r"prompt 1 has 15 tokens and 6 are to follow; the model's max_positions is 20"):
-        model.generate([torch.zeros(3, dtype=torch.int64), torch.zeros(15, dtype=torch.int64)], 6)
-    assert len(model.generate([torch.zeros(15, dtype=torch.int64)], 5, eos_ids=[])[0]) == 5
+        generate(model, [torch.zeros(3, dtype=torch.int64), torch.zeros(15, dtype=torch.int64)], 6)
+    assert len(generate(model, [torch.zeros(15, dtype=torch.int64)], 5, eos_ids=[])[0]) == 5
 
 
 def test_bad_arguments_are_named_together():
     prompt = [torch.zeros(3, dtype=torch.int64)]
     with pytest.raises(ConfigError) as caught:
-        model_of().generate(prompt, 0, temperature=-1.0, top_p=0.0)
+        generate(model_of(), prompt, 0, temperature=-1.0, top_p=0.0)
     assert [problem.split(" ")[0] for problem in caught.value.problems] == ["max_new_tokens", "temperature", "top_p"]
     for prompts in ([], [torch.zeros(0, dtype=torch.int64)], [torch.zeros(1, 3, dtype=torch.int64)]):
         with pytest.raises(DataError):
-            model_of().generate(prompts, 1)
+            generate(model_of(), prompts, 1)
 
 
 def test_training_goes_on_after_generation():
     model = model_of()
-    model.generate([torch.randint(0, 64, (9,))], 3)
+    generate(model, [torch.randint(0, 64, (9,))], 3)
     logits = model.logits(torch.randint(0, 64, (2, 21)), random_documents(2, 21, seed=0))
     logits.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())

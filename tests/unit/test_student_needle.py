@@ -34,6 +34,11 @@ class StubReader:
         return torch.tensor(self.tokenizer.encode_batch([f" {said} {name}."])[0][0])
 
 
+@pytest.fixture(autouse=True)
+def read(monkeypatch):
+    monkeypatch.setattr(needle, "generate", StubReader.generate)
+
+
 def test_who_reads_everything_finds_everything(prepared):  # noqa: F811
     config = NeedleTestConfig([40, 150], [0.0, 0.5, 1.0], trials=7, facts=2)
     model = StubReader(prepared.tokenizer, chunk_size=64)

@@ -23,8 +23,8 @@ from distill.engine import dist as engine_dist
 from distill.engine.zero import Engine
 from distill.model import Transformer
 from distill.model.freeze import freeze
-from distill.model.images import Images
 from losses import mixed_loss
+from tests.image_corpus import in_order
 
 VISION = VisionConfig(
     hidden_size=16, layers=2, heads=2, mlp_hidden=64, tile_size=8, patch_size=2, adapter_hidden=16, adapter_out=16,
@@ -59,7 +59,7 @@ def data(step):
 
 
 def micro_loss(ids, labels, tiles):
-    images = Images.in_order(tiles, ids, 63, VISION.tile_tokens)
+    images = in_order(tiles, ids, 63, VISION.tile_tokens)
 
     def loss(net):
         def head(hidden, weight):

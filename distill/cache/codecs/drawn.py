@@ -39,7 +39,7 @@ class _Drawn(Codec):
 
 class Multinomial(_Drawn):
     def _points(self, keys_T: Tensor) -> Tensor:
-        # Sorted, so that equal ids are neighbours.
+        # Sorted, so that equal ids are neighbors.
         return uniforms(keys_T[:, None], torch.arange(self.draws, device=keys_T.device)).sort(-1).values
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class LogCode:
-    """level(c) = low ** (1 - c / 255); neighbours differ by the factor low ** (-1 / 255)."""
+    """level(c) = low ** (1 - c / 255); neighbors differ by the factor low ** (-1 / 255)."""
 
     def __init__(self, low: float):
         self.low = low
@@ -22,7 +22,7 @@ class LogCode:
     def unbiased(self, probs: Tensor, uniforms: Tensor) -> Tensor:
         """uint8 codes whose level is `probs` in expectation over `uniforms`, for probs in [low, 1].
 
-        Of the two neighbouring levels the upper is taken with probability (p - lower) / (upper - lower).
+        Of the two neighboring levels the upper is taken with probability (p - lower) / (upper - lower).
         """
         levels = self.levels.to(probs.device)
         lower = (torch.bucketize(probs, levels, right=True) - 1).clamp(0, 254)

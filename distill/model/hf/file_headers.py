@@ -57,8 +57,8 @@ def contents(folder: Path) -> Contents:
     """
     tensors: list[Stored] = []
     lost: set[str] | None = set()
-    promised, problems = _files(folder)
-    for file, keys in promised.items():
+    listed, problems = _files(folder)
+    for file, keys in listed.items():
         try:
             if Path(file).name != file or not (folder / file).is_file():  # an index may not point out of the folder
                 raise CheckpointError(f"{folder / file} is named by {INDEX} but is no file of the folder")
@@ -95,7 +95,7 @@ def _refuse_pointer(path: Path) -> None:
 
 
 def _files(folder: Path) -> tuple[dict[str, set[str] | None], list[str]]:
-    """The files that make up the checkpoint with the keys that an index promises in each, and what is wrong there."""
+    """The files of the checkpoint with the keys that an index lists for each, and a sentence for each fault."""
     single = (folder / SINGLE).exists()
     if not (folder / INDEX).exists():
         if not single:
@@ -127,7 +127,8 @@ def _tensors(path: Path, problems: list[str]) -> list[Stored]:
     for key, entry in header.items():
         try:
             dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            valid = isinstance(dtype, str) and all(_is_count(n) for n in (*shape, start, stop)) and start <= stop
+            numbers = (*shape, start, stop)
+            valid = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in numbers) and start <= stop
         except (TypeError, KeyError, ValueError):
             valid = False
         if not valid:
@@ -178,10 +179,6 @@ def _gaps(file: str, tensors: list[Stored], size: int) -> list[str]:
     if end != size and not faults:
         faults.append(f"{file} is damaged: {size - end} bytes after its last tensor belong to none")
     return faults
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

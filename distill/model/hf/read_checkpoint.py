@@ -40,7 +40,6 @@ class Reader:
     A rank that keeps a part of a parameter reads that part alone:
 
         with Reader(folder) as reader:
-            mine = reader.rows("layers.1.feed_forward.experts.down_proj", first_expert, last_expert + 1)
             share = reader.read("head.weight", torch.empty(share_size), start=rank * share_size)
 
     Args:
@@ -99,17 +98,6 @@ class Reader:
             out_N[begin - start : end - start].copy_(piece.view(-1)[begin - first : end - first])
         return out_N
 
-    def rows(self, name: str, first: int, last: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Rows [first, last) of a parameter's leading dimension (experts of an expert parameter), in a new tensor.
-
-        Args:
-            dtype: of the result; None: torch's default.
-        """
-        shape = self.shapes[name]
-        out = torch.empty((last - first, *shape[1:]), dtype=dtype, device="cpu")
-        self.read(name, out.view(-1), first * math.prod(shape[1:]))
-        return out
-
     def not_finite(self, name: str) -> str:
         """File and key of the first stored tensor of a parameter that is not finite."""
         stored = [part for matrix in self._sources[name] for part in matrix if part is not None]
@@ -161,7 +149,7 @@ class _Finder:
     """Finds the stored tensors of each parameter.
 
     Attributes:
-        unread: tensors that no parameter has asked for, by key.
+        unread: tensors that belong to no parameter that was looked for so far, by key.
         problems: a sentence for each tensor that is missing or does not fit.
     """
 

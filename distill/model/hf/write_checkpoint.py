@@ -11,8 +11,8 @@ from torch import nn
 
 from distill.config import stop
 from distill.config.errors import CheckpointError, DivergenceError
-from distill.config.files import sync, write_text
-from distill.config.model import ModelConfig, moe_layers
+from distill.config.files import publish_folder, write_text
+from distill.config.model import moe_layers
 from distill.config.paths import home
 from distill.model.finite import is_finite
 from distill.model.hf.file_headers import INDEX, SINGLE
@@ -69,10 +69,7 @@ def save(
         _write(model, partial, dtype or next(model.parameters()).dtype, max_shard_bytes)
         if also is not None:
             also(partial)
-        for path in (*partial.iterdir(), partial):
-            sync(path)
-        partial.rename(folder)
-        sync(folder.parent)
+        publish_folder(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -122,7 +119,8 @@ def _write(model: Transformer, folder: Path, dtype: torch.dtype, max_shard_bytes
         if shards[-1] and size > room:
             shards.append({})
             room = max_shard_bytes
-        shards[-1][_key(name, model.config)] = parameter
+        key = hf_name(name)
+        shards[-1][key if model.config.vision is None or key.startswith(VISION) else TEXT + key] = parameter
         room -= size
         total += size
     weight_map: dict[str, str] = {}
@@ -140,11 +138,6 @@ def _write(model: Transformer, folder: Path, dtype: torch.dtype, max_shard_bytes
     _dump(config_to_json(model.config) | {"dtype": str(dtype).removeprefix("torch.")}, folder / "config.json")
     ids = {key: value for key, value in token_ids(model.config).items() if value is not None}
     _dump(ids, folder / "generation_config.json")
-
-
-def _key(name: str, config: ModelConfig) -> str:
-    key = hf_name(name)
-    return key if config.vision is None or key.startswith(VISION) else TEXT + key
 
 
 def _dump(data: dict[str, Any], path: Path) -> None:

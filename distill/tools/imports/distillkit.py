@@ -90,7 +90,7 @@ class CompressionConfig:
             raise CacheError(f"{path}: holds a {type(record).__name__}, not options of compression")
         if legacy := sorted(_LEGACY & record.keys()):
             raise CacheError(
-                f"{path}: {legacy[0]} is an option of the legacy format, which keeps centred logits without their sum "
+                f"{path}: {legacy[0]} is an option of the legacy format, which keeps centered logits without their sum "
                 "over the vocabulary; only the format with compressed_logprobs can be read"
             )
         record.pop("error_diffusion", None)  # of the writer alone

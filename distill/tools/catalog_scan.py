@@ -1,0 +1,178 @@
+"""The catalog read without trust: every byte of snapshots and listings, and whether they agree with the shards. No
+torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from distill.cache.catalog import PIECE
+from distill.cache.entries import ENTRY, ORIGIN, Array, Names, entries_of, newest, origin_rows, ranks
+from distill.cache.format import CATALOG, TEMPORARY, snapshot_name, snapshot_of
+from distill.cache.header import CacheHeader
+from distill.cache.listing import Listing, ListingRef, block_cache
+from distill.cache.shard import Shard
+from distill.cache.snapshot import Snapshot, load_snapshot, snapshot_numbers
+from distill.cache.store import Store, is_missing
+from distill.config.errors import CacheError
+from distill.tools.shard_scan import Place, Rows, rows_key
+
+
+@dataclass
+class CatalogScan:
+    """All of a catalog, whatever its state."""
+
+    snapshots: list[Snapshot] = field(default_factory=list)
+    """Those that verify, newest first."""
+    listings: dict[ListingRef, Listing] = field(default_factory=dict)
+    """Those that verify."""
+    damaged: dict[str, str] = field(default_factory=dict)
+    """What is wrong with a file, by its name."""
+    gone: set[ListingRef] = field(default_factory=set)
+    """Listings that are not there."""
+    temporary: list[str] = field(default_factory=list)
+    unnamed: list[str] = field(default_factory=list)
+    """Listings that no snapshot names."""
+    others: list[str] = field(default_factory=list)
+    """Files and folders that are not part of a catalog."""
+
+    @property
+    def newest(self) -> Snapshot | None:
+        """The snapshot that serves; None: the shards do."""
+        usable = (each for each in self.snapshots if all(ref in self.listings for ref in each.listings))
+        return next(usable, None)
+
+    def count(self, writer: str) -> int:
+        """How far any snapshot says that a stream goes."""
+        states = (each.streams.get(writer) for each in self.snapshots)
+        return max((state.count for state in states if state is not None), default=0)
+
+
+def scan_catalog(store: Store, header: CacheHeader) -> CatalogScan:
+    """Reads every byte of the catalog. CacheError only where a file may be good and cannot be read."""
+    found = CatalogScan()
+    for number in snapshot_numbers(store):
+        try:
+            snapshot = load_snapshot(store, header.identity, number)
+        except CacheError as error:
+            found.damaged[snapshot_name(number)] = str(error)
+        else:
+            found.snapshots += [snapshot] if snapshot is not None else []
+    block = block_cache(store)
+    for ref in dict.fromkeys(ref for snapshot in found.snapshots for ref in snapshot.listings):
+        try:
+            if (size := store.size(ref.name)) != ref.bytes:
+                raise CacheError(f"{store.path(ref.name)} is damaged: {size} bytes, {ref.bytes} in its snapshot")
+            listing = Listing(store, ref, header.identity, block)
+            if (entries := sum(map(len, listing.chunks(PIECE)))) != ref.entries:
+                raise CacheError(f"{store.path(ref.name)}: {entries} entries, {ref.entries} in its snapshot")
+            for _ in listing.origin_chunks():
+                pass
+            found.listings[ref] = listing
+        except CacheError as error:
+            if is_missing(error):
+                found.gone.add(ref)
+            else:
+                found.damaged[ref.name] = str(error)
+    named = {ref.name for snapshot in found.snapshots for ref in snapshot.listings}
+    for name in (f"{CATALOG}/{each}" for each in store.names(CATALOG)):
+        if name.endswith(TEMPORARY):
+            found.temporary.append(name)
+        elif name.endswith(".listing") and name not in named:
+            found.unnamed.append(name)
+        elif name not in named and snapshot_of(name.removeprefix(f"{CATALOG}/")) is None:
+            found.others.append(name)
+    return found
+
+
+def stale(listing: Listing, keys: Mapping[Place, int]) -> list[Place]:
+    """Shards, of those in `keys`, of which a listing has other origins than they have; keys: of `ShardScan.key`."""
+    return [place for place, rows in by_shard(listing) if keys.get(place, key := rows_key(rows, listing.names)) != key]
+
+
+def by_shard(listing: Listing) -> Iterator[tuple[Place, Array]]:
+    """The origin rows of each shard in a listing."""
+    rows = np.concatenate([np.empty(0, ORIGIN), *listing.origin_chunks()])
+    firsts = np.flatnonzero(rows["number"] == 0).tolist()
+    for first, end in zip(firsts, [*firsts[1:], len(rows)], strict=True):
+        row = rows[first]
+        yield (listing.names.writers[row["writer"]], int(row["seq"])), rows[first:end]
+
+
+def listed_rows(found: CatalogScan, places: set[Place]) -> dict[Place, Rows]:
+    """What listings have of these shards' records: of those that count, or counted once."""
+    rows: dict[Place, Rows] = {}
+    for listing in found.listings.values() if places else ():
+        numbers, origins, seen = dict[Place, int](), {}, 0
+        of_row = np.full(listing.origins, -1, np.int64)
+        for place, part in by_shard(listing):
+            if place in places:
+                of_row[seen : seen + len(part)] = numbers.setdefault(place, len(numbers))
+                origins[place] = part
+            seen += len(part)
+        chunks = [chunk[of_row[chunk["origin"]] >= 0] for chunk in listing.chunks(PIECE)] if numbers else []
+        entries = np.concatenate([np.empty(0, ENTRY), *chunks])
+        of_entry = of_row[entries["origin"]]
+        for place, number in numbers.items():
+            part = entries[of_entry == number].copy()
+            first = int(np.flatnonzero(of_row == number)[0])
+            part["origin"] -= first
+            before = rows[place].entries if place in rows else np.empty(0, ENTRY)
+            merged = np.concatenate([before, part])
+            merged = merged[np.unique(merged["start"], return_index=True)[1]]
+            theirs = origins[place]
+            rows[place] = Rows(merged, int(theirs[0]["records_at"]), tuple(map(listing.names.origin, theirs)))
+    return rows
+
+
+def disagreements(
+    store: Store, header: CacheHeader, listings: Sequence[Listing], shards: Sequence[Place]
+) -> Iterator[str]:
+    """Samples of which these listings have another record than these shards, which are whole.
+
+    In parts, of about 2 million samples each, so that memory is bounded.
+    """
+    total = max(sum(each.entries for each in listings), 1)
+    count = -(-total // PIECE)
+    for part in range(count):
+        names = Names([], [])
+        mine = _Side(names, part, count)
+        for place in shards:
+            shard = Shard(store, header, *place)
+            mine.add(origin_rows(shard, names), [entries_of(shard, 0)])
+        theirs = _Side(names, part, count)
+        for listing in listings:
+            rows = [listing.names.into(names, each) for each in listing.origin_chunks()]
+            theirs.add(np.concatenate([np.empty(0, ORIGIN), *rows]), listing.chunks(PIECE))
+        here, there = mine.rows(), theirs.rows()
+        if here.tobytes() != there.tobytes():
+            differ = np.setxor1d(here, there)["sample"]
+            yield f"{len(np.unique(differ))} samples, {int(differ.min())} the first of them"
+
+
+class _Side:
+    """Records that count, from one side, of every `count`-th sample."""
+
+    def __init__(self, names: Names, part: int, count: int):
+        self._names, self._part, self._count = names, part, count
+        self._entries: list[Array] = []
+        self._origins: list[Array] = []
+        self._seen = 0
+
+    def add(self, origins: Array, chunks: Iterator[Array] | list[Array]) -> None:
+        for chunk in chunks:
+            entries = chunk[chunk["sample"] % self._count == self._part].copy()
+            entries["origin"] += self._seen
+            self._entries.append(entries)
+        self._origins.append(origins)
+        self._seen += len(origins)
+
+    def rows(self) -> Array:
+        """Entries, sorted by id, with the place of their origin in the order of shards in place of its number."""
+        origins = np.concatenate([np.empty(0, ORIGIN), *self._origins])
+        order = ranks(origins, self._names) if len(origins) else np.zeros(0, np.int64)
+        entries = newest(np.concatenate([np.empty(0, ENTRY), *self._entries]), order)
+        entries["origin"] = order[entries["origin"]]
+        return entries
