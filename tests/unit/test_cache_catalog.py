@@ -168,8 +168,8 @@ def test_what_is_found_is_what_a_dictionary_finds(tmp_path, blocks, seed):
             check(forge, following, truth)
             pins.append((fresh.pin, truth))
             pins.append((following.pin, truth))
-    for pin, truth in pins:
-        check(forge, open_view(forge.store, forge.header, json.loads(json.dumps(pin))), truth)
+    for pin, old in pins:
+        check(forge, open_view(forge.store, forge.header, json.loads(json.dumps(pin))), old)
     catalog.update(forge.store, forge.header, is_merging=True)
     check(forge, forge.view(), truth)
     assert (
@@ -251,6 +251,8 @@ def test_a_snapshots_number_is_taken_once(tmp_path, monkeypatch):
     """Two processes make the same number at one moment: the second takes in what the first has made."""
     forge = Forge(tmp_path)
     forge.shard("a")
+    first = catalog.update(forge.store, forge.header)
+    forge.shard("a")
     forge.shard("b")
     publish, others = catalog.publish_snapshot, []
 
@@ -262,10 +264,11 @@ def test_a_snapshots_number_is_taken_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(catalog, "publish_snapshot", late)
     made = catalog.update(forge.store, forge.header, ["a"])
-    assert (others[1].number, made.number) == (0, 1)
-    assert {name: state.count for name, state in made.streams.items()} == {"a": 1, "b": 1}
+    assert (others[1].number, made.number) == (1, 2)
+    assert {name: state.count for name, state in others[1].streams.items()} == {"a": 1, "b": 1}
+    assert {name: state.count for name, state in made.streams.items()} == {"a": 2, "b": 1}
     check(forge, forge.view(), forge.truth())
-    named = {ref.name for number in range(2) for ref in (others[1], made)[number].listings}
+    named = {ref.name for each in (first, others[1], made) for ref in each.listings}
     assert {f"catalog/{path.name}" for path in (tmp_path / "catalog").glob("*.listing")} == named
 
 
