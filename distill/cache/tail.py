@@ -168,8 +168,9 @@ def _shards(
         # A folder's names are not read at one moment, so that a new shard may be seen before the one in front of it.
         if shard is None and (writer, seq) not in gone and (shard := open_shard(store, header, writer, seq)) is None:
             raise CacheError(
-                f"{store.path(shard_name(writer, seq))}: the shard is missing; if `compact --purge` has removed it, a "
-                "view from before the compaction cannot be read any more, else codistill-cache repair helps"
+                f"{store.path(shard_name(writer, seq))}: the shard is missing; if `compact --purge` has removed it, "
+                "refresh the reader: a view from before the compaction cannot be read any more; else codistill-cache "
+                "repair helps"
             )
         return shard
 

@@ -23,7 +23,7 @@ from distill.cache.loss_curve import LossSums
 from distill.cache.origins import Origin, summed
 from distill.cache.shard import Shard, check
 from distill.cache.shard_header import ShardHeader
-from distill.cache.snapshot import Snapshot, StreamState, load_snapshot, newest_snapshot
+from distill.cache.snapshot import Snapshot, StreamState, load_snapshot, newest_snapshot, snapshot_numbers
 from distill.cache.store import Store, is_missing
 from distill.cache.tail import Tail, read_tail, writers_of
 from distill.config.errors import CacheError
@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 
 _TABLES = 8
 """Tables of new shards that are kept side by side before they become one."""
+
+_LONG = 256
+"""Shards after the snapshot with which a newer one is looked for."""
 
 
 class Place(NamedTuple):
@@ -296,22 +299,23 @@ def find_in_view(view: View, sample_ids: Array) -> tuple[View, Records]:
 def refreshed(view: View) -> View:
     """The view with what has been published since; the same one when that is nothing. CacheError as `open_view`."""
     store, header = view.store, view.header
-    if _has_newer(store, view.past):
-        newer = newest_snapshot(store, header.identity)
-        counts = {name: state.count for name, state in newer.streams.items()}
-        if newer.number > view.past and all(
-            counts.get(name, 0) >= state.count for name, state in view.snapshot.streams.items()
-        ):
-            fresh = open_view(store, header)
-            if fresh.snapshot.number > view.past:
-                return fresh
-    tail = read_tail(store, header, view.streams, _followed(store, view.snapshot), is_refresh=True)
+    if _has_newer(view) and (fresh := open_view(store, header)).snapshot.number > view.past:
+        return fresh
+    try:
+        tail = read_tail(store, header, view.streams, _followed(store, view.snapshot), is_refresh=True)
+    except CacheError:
+        # A purge may have removed shards that a much newer snapshot does not need.
+        if (fresh := open_view(store, header)).snapshot.number > view.past:
+            return fresh
+        raise
     return view if tail.states == view.streams else _with_tail(view, tail)
 
 
-def _has_newer(store: Store, number: int) -> bool:
-    """Whether there is a later snapshot. A purge removes old ones, so the next number may be gone again."""
-    return store.exists(snapshot_name(number + 1)) or (number >= 0 and not store.exists(snapshot_name(number)))
+def _has_newer(view: View) -> bool:
+    """Whether there may be a snapshot after the view's: mostly by asking for one name, since purges leave gaps."""
+    if view.store.exists(snapshot_name(view.past + 1)):
+        return True
+    return len(view.tail) >= _LONG and max(snapshot_numbers(view.store), default=-1) > view.past
 
 
 def _candidates(

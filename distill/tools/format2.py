@@ -57,11 +57,12 @@ def convert(store: Store, target: Store, shard_bytes: int) -> tuple[int, int, in
         CacheError: damage, another cache in the target's place, or too little room on its disk.
     """
     with _refused(store):
-        data = store.read(HEADER)
-        record = unseal(data)
+        record = unseal(data := store.read(HEADER))
         del record["format"]
         header = checked(CacheHeader, record | {"codec": checked(CodecConfig, record["codec"])})
         names = {name.removesuffix(".jsonl") for name in store.names(LEDGER)}
+        if lost := {name.rsplit("-", 2)[0] for name in store.names(SHARDS)} - names:
+            raise ValueError(f"no ledger lists the shards of {', '.join(sorted(lost))}")
         ledgers = [_ledger(store, name, digest(data)) for name in sorted(names) if "." not in name]
         gone = Ranges(each for ledger in ledgers for each in ledger.retired)
         rows = [row for each in ledgers for row in each.shards if (each.writer, row["seq"]) not in gone]

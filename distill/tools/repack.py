@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from distill.cache.entries import ENTRY, ORIGIN, Names
+from distill.cache.entries import ENTRY, Names
 from distill.cache.format import group_name
 from distill.cache.header import CacheHeader
 from distill.cache.listing import Listing
@@ -22,7 +22,7 @@ from distill.cache.store import Store
 from distill.cache.tail import Ranges, next_seq
 from distill.cache.view import View
 from distill.config.errors import CacheError
-from distill.tools.common import remove_leftovers
+from distill.tools.common import origin_table, remove_leftovers
 from distill.tools.token_counter import TokenCounter
 
 
@@ -188,7 +188,8 @@ class Shards(NamedTuple):
     @property
     def room(self) -> int:
         """About the bytes of new shards with all wanted records, and of a listing of them."""
-        return int(self.sizes.sum() + (WIDTH + ENTRY.itemsize) * self.kept.sum()) + 512 * len(self.rows)
+        samples, shards = int(self.kept.sum()), np.count_nonzero(self.kept)
+        return int(self.sizes.sum()) + (WIDTH + ENTRY.itemsize) * samples + 512 * int(shards)
 
 
 def shards_of(view: View, is_wanted: Callable[[Array, Array], Array]) -> Shards:
@@ -196,9 +197,7 @@ def shards_of(view: View, is_wanted: Callable[[Array, Array], Array]) -> Shards:
 
     is_wanted: for sample ids and the steps of their records that count, whether each is wanted.
     """
-    names, parts = Names([], []), [np.empty(0, ORIGIN)]
-    parts += [theirs.into(names, rows) for theirs, rows in view.origin_rows()]
-    rows = np.concatenate(parts)
+    names, rows = origin_table(view)
     # Where the origin rows of each table begin among all.
     sizes = [part.origins if isinstance(part, Listing) else len(part.origins) for part in view.parts]
     firsts = np.cumsum([0, *sizes])

@@ -1,7 +1,7 @@
 """One process of the bench `catalog`: `python -m tests.bench._catalog_probe WHAT DIR [N]` prints JSON.
 
-open: seconds and MiB that a reader takes beyond what the imports do. reads: seconds of N reads of one random sample each.
-Runs with format 2, too, on the work tree of its last commit: it imports what both have.
+open: seconds and MiB that a reader takes beyond what the imports do. reads: seconds of N reads of one random sample
+each. Runs with format 2, too, on the work tree of its last commit: it imports what both have.
 """
 
 import json

@@ -172,9 +172,9 @@ def test_what_is_found_is_what_a_dictionary_finds(tmp_path, blocks, seed):
         check(forge, open_view(forge.store, forge.header, json.loads(json.dumps(pin))), old)
     catalog.update(forge.store, forge.header, is_merging=True)
     check(forge, forge.view(), truth)
-    assert (
-        format_reader.catalog(tmp_path) == format_reader.newest(tmp_path) == {i: key for i, (key, _) in truth.items()}
-    )
+    assert format_reader.newest(tmp_path) == {i: key for i, (key, _) in truth.items()}
+    if listing.ENTRIES == 256:
+        assert format_reader.catalog(tmp_path) == format_reader.newest(tmp_path)
     shutil.rmtree(tmp_path / "catalog")
     check(forge, forge.view(), truth)
     for pin, old in pins:  # the snapshot is gone, the shards serve
@@ -233,7 +233,7 @@ def test_what_another_shard_replaces_does_not_count(tmp_path):
     assert format_reader.catalog(tmp_path) == {i: key for i, (key, _) in new.items()}
 
 
-def test_a_reader_goes_on_where_snapshots_between_are_gone(tmp_path):
+def test_a_reader_goes_on_where_snapshots_between_are_gone(tmp_path, monkeypatch):
     forge = Forge(tmp_path)
     forge.shard("a")
     catalog.update(forge.store, forge.header)
@@ -243,8 +243,10 @@ def test_a_reader_goes_on_where_snapshots_between_are_gone(tmp_path):
         catalog.update(forge.store, forge.header)
     for number in range(3):
         os.remove(tmp_path / f"catalog/{number:09d}.json")
-    assert refreshed(old).snapshot.number == 3
     check(forge, refreshed(old), forge.truth())
+    monkeypatch.setattr(view, "_LONG", 2)
+    assert refreshed(refreshed(old)).snapshot.number == 3
+    check(forge, refreshed(refreshed(old)), forge.truth())
 
 
 def test_a_snapshots_number_is_taken_once(tmp_path, monkeypatch):
