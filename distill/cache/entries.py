@@ -179,8 +179,9 @@ def ranks(origins: Array, names: Names) -> Array:
     """For each origin row its place in the order (writer, seq): of equal steps the later shard's record counts."""
     writers = np.argsort(np.argsort(np.array(names.writers, object))) if names.writers else np.zeros(1, np.int64)
     order = np.lexsort((origins["seq"], writers[origins["writer"]]))
-    places = np.empty(len(origins), np.int64)
-    places[order] = np.arange(len(origins))
+    sorted_rows = origins[["writer", "seq"]][order]
+    places = np.zeros(len(origins), np.int64)
+    places[order[1:]] = np.cumsum(sorted_rows[1:] != sorted_rows[:-1])  # rows of one shard are alike
     return places
 
 

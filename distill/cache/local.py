@@ -33,8 +33,9 @@ class LocalStore(Store):
     slow = False
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()  # the process may move to another working folder
         self.root = str(folder)
+        self._prefix = f"{self.folder}/"
 
     def names(self, folder: str) -> list[str]:
         with reported(self.folder / folder):
@@ -50,7 +51,7 @@ class LocalStore(Store):
 
     def read_at(self, name: str, start: int, size: int) -> bytes:
         """Not by mapping: a mapped file that another process cuts short kills its reader with SIGBUS."""
-        path = f"{self.root}/{name}"
+        path = self._prefix + name
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO in a file's place would be waited for
             try:

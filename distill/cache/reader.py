@@ -16,6 +16,7 @@ from distill.cache import record
 from distill.cache.codecs import make_codec
 from distill.cache.entries import ORIGIN
 from distill.cache.header import CacheHeader
+from distill.cache.local import LocalStore
 from distill.cache.loss_curve import LossSums
 from distill.cache.open_store import open_store
 from distill.cache.origins import Origin
@@ -26,7 +27,6 @@ from distill.cache.snapshot import StreamState
 from distill.cache.targets import SoftTargets
 from distill.cache.view import Records, View, find_in_view, open_view, refreshed
 from distill.config.errors import CacheError
-from distill.config.paths import is_url
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class CacheReader:
 
     def __reduce__(self) -> tuple[type[CacheReader], tuple[str | Path, dict[str, Any]]]:
         """A pickled reader is opened anew, with the same view, in a process that may have another working folder."""
-        folder = self.folder if is_url(self.folder) else Path(self._store.root).absolute()
+        folder = self._store.folder if isinstance(self._store, LocalStore) else self.folder
         return CacheReader, (folder, self.view)
 
     def refresh(self) -> int:

@@ -115,14 +115,20 @@ def front_of(store: Store, cache: CacheHeader, name: str) -> Front:
     data = store.read_at(name, 0, _FIRST_READ)
     try:
         size = front_size(data)
-        if size > len(data):
-            data += store.read_at(name, len(data), size - len(data))
+        data = _at_least(store, name, data, size)
         header = parse_front(data[:size])
         if header.cache != cache.identity:
             raise ValueError(f"it belongs to another cache, {header.cache}; this one is {cache.identity}")
     except ValueError as error:
         raise CacheError(f"{store.path(name)} is damaged: {error!s:.300}") from error
     return Front(header, size, data)
+
+
+def _at_least(store: Store, name: str, data: bytes, size: int) -> bytes:
+    """The first `size` bytes of a file or more, fewer where it ends; data: what was read at first."""
+    if len(data) >= size or len(data) < _FIRST_READ:
+        return data
+    return data + store.read_at(name, len(data), size - len(data))
 
 
 class Shard:
@@ -144,8 +150,7 @@ class Shard:
         # One request more in a slow store, where the digests of the records find what is missing.
         if not store.slow and (actual := store.size(self._name)) != self.size:
             raise CacheError(f"{self.name} is damaged: {actual} bytes, {self.size} by its header")
-        if len(data) < self.records_at:
-            data += store.read_at(self._name, len(data), self.records_at - len(data))
+        data = _at_least(store, self._name, data, self.records_at)
         index = data[front_bytes : self.records_at]
         if digest(index) != header.index:
             raise CacheError(f"{self.name} is damaged: index digest {digest(index)}, {header.index} in its header")

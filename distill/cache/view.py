@@ -85,6 +85,8 @@ class View:
     """Headers of these shards."""
     streams: dict[str, StreamState]
     block: Callable[[str, int, int, int], bytes]
+    past: int = -1
+    """Number of the newest snapshot that has been tried: its own, or one whose listing is damaged."""
 
     @property
     def pin(self) -> dict[str, Any]:
@@ -270,14 +272,15 @@ def open_view(store: Store, header: CacheHeader, pin: Mapping[str, Any] | None =
         CacheError: damage, or shards of the pinned view that are not there any more.
     """
     limits = None if pin is None else dict(pin["streams"])
-    block = block_cache(store)
+    block, past = block_cache(store), -1
     for snapshot in _candidates(store, header, pin, bad):
+        past = max(past, snapshot.number)
         try:
             listings = tuple(Listing(store, ref, header.identity, block) for ref in snapshot.listings)
         except CacheError as error:
             log.warning("%s; the snapshot before it serves, or the shards", error)
             continue
-        view = View(store, header, snapshot, listings, (), (), dict(snapshot.streams), block)
+        view = View(store, header, snapshot, listings, (), (), dict(snapshot.streams), block, past)
         writers = _followed(store, snapshot) if limits is None else limits
         return _with_tail(view, read_tail(store, header, snapshot.streams, writers, limits=limits))
     raise AssertionError("the empty snapshot is always a candidate")
@@ -289,20 +292,20 @@ def find_in_view(view: View, sample_ids: Array) -> tuple[View, Records]:
         return view, view.find(sample_ids)
     except ListingDamaged as error:
         log.warning("%s; the shards serve: codistill-cache index makes a new listing", error)
-        view = open_view(view.store, view.header, view.pin, bad=view.snapshot.number)
-        return view, view.find(sample_ids)
+        fresh = replace(open_view(view.store, view.header, view.pin, bad=view.snapshot.number), past=view.past)
+        return fresh, fresh.find(sample_ids)
 
 
 def refreshed(view: View) -> View:
     """The view with what has been published since; the same one when that is nothing. CacheError as `open_view`."""
     store, header = view.store, view.header
-    if _has_newer(view) and (fresh := open_view(store, header)).snapshot.number > view.snapshot.number:
+    if _has_newer(view) and (fresh := open_view(store, header)).snapshot.number > view.past:
         return fresh
     try:
         tail = read_tail(store, header, view.streams, _followed(store, view.snapshot), is_refresh=True)
     except CacheError:
         # A purge may have removed shards that a much newer snapshot does not need.
-        if (fresh := open_view(store, header)).snapshot.number > view.snapshot.number:
+        if (fresh := open_view(store, header)).snapshot.number > view.past:
             return fresh
         raise
     return view if tail.states == view.streams else _with_tail(view, tail)
@@ -310,10 +313,9 @@ def refreshed(view: View) -> View:
 
 def _has_newer(view: View) -> bool:
     """Whether there may be a snapshot after the view's: mostly by asking for one name, since purges leave gaps."""
-    number = view.snapshot.number
-    if view.store.exists(snapshot_name(number + 1)):
+    if view.store.exists(snapshot_name(view.past + 1)):
         return True
-    return len(view.tail) >= _LONG and max(snapshot_numbers(view.store), default=-1) > number
+    return len(view.tail) >= _LONG and max(snapshot_numbers(view.store), default=-1) > view.past
 
 
 def _candidates(
