@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 
 from distill.cache.entries import EntryTable, replaced_rows
-from distill.cache.format import shard_name
+from distill.cache.format import shard_name, snapshot_name
 from distill.cache.header import CacheHeader
 from distill.cache.listing import (
     Listing,
@@ -57,19 +57,24 @@ def update(
         base = Snapshot(header.identity) if is_rebuilding else _newest_usable(store, header)
         streams = writers_of(store) if writers is None or base.number < number - 1 or not number else list(writers)
         made: list[ListingRef] = []
-        used: tuple[ListingRef, ...] = ()
         try:
             snapshot = _next(store, header, base, streams, is_merging, made)
             if snapshot is None:
                 return base
             snapshot = dataclasses.replace(snapshot, number=number)
-            if publish_snapshot(store, snapshot):
-                used = snapshot.listings
-                return snapshot
-        finally:
-            for each in made:
-                if each not in used:
-                    store.remove(each.name)
+            is_published = publish_snapshot(store, snapshot)
+        except CacheError:
+            if not store.exists(snapshot_name(number)):  # else it may be this one, in spite of the error
+                _remove(store, made)
+            raise
+        _remove(store, [each for each in made if not (is_published and each in snapshot.listings)])
+        if is_published:
+            return snapshot
+
+
+def _remove(store: Store, listings: Iterable[ListingRef]) -> None:
+    for each in listings:
+        store.remove(each.name)
 
 
 def _next(

@@ -80,7 +80,7 @@ def scan_catalog(store: Store, header: CacheHeader) -> CatalogScan:
     for name in (f"{CATALOG}/{each}" for each in store.names(CATALOG)):
         if name.endswith(TEMPORARY):
             found.temporary.append(name)
-        elif name.endswith(".listing") and name not in named:
+        elif name.endswith(".listing") and name not in named and not store.is_folder(name):
             found.unnamed.append(name)
         elif name not in named and snapshot_of(name.removeprefix(f"{CATALOG}/")) is None:
             found.others.append(name)

@@ -66,10 +66,11 @@ def purge(store: Store, header: CacheHeader, seconds: float) -> Purge:
         _remove_unnamed(store, used)
         return Purge(0, 0)
     old = [snapshot for number in numbers if (snapshot := _sound(store, header, number))]
-    for number in numbers:
-        store.remove(snapshot_name(number))
+    # In this order, so that a purge that was stopped finds again what is left.
     for name in {ref.name for snapshot in old for ref in snapshot.listings} - used:
         store.remove(name)
+    for number in numbers:
+        store.remove(snapshot_name(number))
     _remove_unnamed(store, used)
     files = replaced_shards(store, header, kept[-1])
     sizes = store.map(store.size, files)

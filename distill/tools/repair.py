@@ -38,15 +38,14 @@ from distill.config.terminal import advancing
 from distill.tools.catalog_scan import listed_rows, scan_catalog, stale
 from distill.tools.common import add_folder, alone, caches, is_live
 from distill.tools.salvage import Salvage, salvage, write
-from distill.tools.shard_scan import Place, ShardScan, examine, shard_files
+from distill.tools.shard_scan import Place, Rows, ShardScan, examine, read_part, shard_files
 from distill.tools.token_counter import TokenCounter
-from distill.tools.verify import missing, replaced_ranges
+from distill.tools.verify import missing
 
 _MOST_GAPS = 100_000
 """Missing shards, one after the other, whose numbers marks take; shards behind more of them are set aside."""
 _UNFINISHED = ".unfinished"
 _NEW = ".salvaged"
-_MARK = re.compile(rb'\\"kind\\": \\"(begin|end|gap)\\"')
 
 
 @dataclass
@@ -125,7 +124,7 @@ class _Look:
         self._lock({each.own[0] for each in scans if each.own})
         for scan in scans:
             self._sort(scan)
-        self.gone = replaced_ranges(self.good.values())
+        self.gone = Ranges()
 
     def _lock(self, writers: Iterable[str]) -> None:
         """Holds the names of writers that are not alive."""
@@ -156,7 +155,7 @@ class _Look:
         for scan in self.strangers:
             path, own = self._store.path(scan.name), scan.own
             if own is None or not scan.is_whole:
-                self._set_aside(scan.name, f"{path}: not a shard of this cache; moved to quarantine")
+                self._set_aside(scan.name, f"{scan.problems[0]}; not part of the cache, moved to quarantine")
                 continue
             expected = "" if scan.place is None else f", expected shard {scan.place[1]} of writer {scan.place[0]}"
             what, home = f"{path}: it is shard {own[1]} of writer {own[0]}{expected}", self.good.get(own)
@@ -181,6 +180,10 @@ class _Look:
 
     def fill_places(self) -> None:
         """Each number of a stream has a shard again, or a mark."""
+        listed = listed_rows(self.found, set(self.damaged))
+        made = {place: self._salvage(place, scan.name, listed) for place, scan in self.damaged.items()}
+        replaces = [scan.header.replaces for scan in self.good.values() if scan.header is not None]
+        self.gone = Ranges(each for part in [*replaces, *(one.replaces for one in made.values())] for each in part)
         streams: dict[str, list[int]] = {name: [] for each in self.found.snapshots for name in each.streams}
         for writer, seq in [*self.good, *self.damaged]:
             streams.setdefault(writer, []).append(seq)
@@ -196,12 +199,14 @@ class _Look:
                     break
                 empty |= {(writer, seq) for seq in range(first, last + 1)}
         empty -= {place for place in empty if self._taken_up(place, kept.get(place, []))}
-        listed = listed_rows(self.found, {*self.damaged, *empty})
-        for place in sorted({*self.damaged, *empty}):
-            scan = self.damaged.get(place)
-            file = scan.name if scan is not None else (kept.get(place) or [""])[0]
-            made = salvage(self._store, self.header, place, file, listed.get(place), self.counter)
-            self._settle(place, made, scan)
+        listed = listed_rows(self.found, empty)
+        made |= {place: self._salvage(place, (kept.get(place) or [""])[0], listed) for place in empty}
+        for place, salvaged in sorted(made.items(), key=lambda item: item[0]):
+            if place in self.damaged or place in empty:
+                self._settle(place, salvaged, self.damaged.get(place))
+
+    def _salvage(self, place: Place, file: str, listed: dict[Place, Rows]) -> Salvage:
+        return salvage(self._store, self.header, place, file, listed.get(place), self.counter)
 
     def _cut(self, writer: str, first: int, last: int) -> None:
         for place in [each for each in [*self.good, *self.damaged] if each[0] == writer and each[1] > last]:
@@ -264,21 +269,23 @@ class _Look:
         newest, (writer, seq) = self.found.newest, place
         if newest is not None and made.unnamed is None and place not in self.gone:
             return seq < newest.streams.get(writer, StreamState()).count
-        return _MARK.search(self._start(made.file)) is not None
+        return bool(self._mark(place, made.file))
 
-    def _start(self, file: str) -> bytes:
-        with contextlib.suppress(CacheError):
-            return self._store.read_at(file, 0, 4096) if file else b""
-        return b""
+    def _mark(self, place: Place, file: str) -> str:
+        """Of which kind a damaged file seems to be a mark for a place; "": it is none."""
+        writer, seq = place
+        what = rf'\\"writer\\": \\"{writer}\\", \\"seq\\": {seq}, \\"kind\\": \\"(begin|end|gap)\\"'
+        start = read_part(self._store, file, 0, 4096) if file else b""
+        match = re.search(what.encode(), start)
+        return match[1].decode() if match else ""
 
     def _state(self, place: Place) -> StreamState:
         """Of the stream in front of a place; finished, where there was an end mark at the place."""
         writer, seq = place
         states = [each.streams[writer] for each in self.found.snapshots if writer in each.streams]
         scan = self.damaged.get(place)
-        match = _MARK.search(self._start(scan.name)) if scan is not None else None
         is_end = any(each.finished and each.count == seq + 1 for each in states)
-        is_end |= match is not None and match[1] == b"end"
+        is_end |= scan is not None and self._mark(place, scan.name) == "end"
         state = StreamState(source=writer if writer in TOOLS else "")
         if is_end or scan is not None:
             for number in sorted(number for name, number in self.good if name == writer and number < seq):
@@ -349,8 +356,10 @@ class _Look:
             if name.split("/")[1] not in self.live:
                 self.done.lines.append(f"{self._store.path(name)}: a file that was being written; removed")
                 self.plan.removed.append(name)
-        for name, problem in self.found.damaged.items():
-            self._set_aside(name, f"{problem}; moved to quarantine, the catalog is made anew")
+        for name in self.found.unnamed if not self.live else ():
+            self.done.lines.append(f"{self._store.path(name)}: no snapshot names it; removed")
+            self.plan.removed.append(name)
+        self.done.lines += [f"{each}; moved to quarantine, made anew" for each in self.found.damaged.values()]
         keys = {place: scan.key for place, scan in self.good.items()}
         keys |= dict.fromkeys((made.place for made in self.made), 0)
         self.old = [ref.name for ref, listing in self.found.listings.items() if stale(listing, keys)]

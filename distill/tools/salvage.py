@@ -66,7 +66,7 @@ def salvage(
     here = None
     with contextlib.suppress(CacheError):  # the listings are left
         here = front_of(store, cache, file) if file else None
-    if here is None and file and listed is None:
+    if here is None and file:
         here = _mended(read_part(store, file, 0, _MENDED), cache)
     if here is None or (here.header.writer, here.header.seq) != place:
         rows = listed or NOTHING

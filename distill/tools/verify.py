@@ -114,7 +114,8 @@ def _problems(
         return  # a purge has just removed it
     elif scan.own is not None and scan.own != scan.place:
         yield f"{path}: {_belongs(scan)}"
-    yield from scan.problems if scan.place is not None or scan.own not in good else ()
+    if scan.place is not None or not (scan.own is None or scan.own in good):
+        yield from scan.problems
 
 
 def _belongs(scan: ShardScan) -> str:

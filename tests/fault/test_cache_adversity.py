@@ -10,9 +10,9 @@ from threading import Thread
 import fsspec
 import numpy as np
 import pytest
+from distill.cache.ledger import LedgerReader, Retired
 
 from distill.cache import CacheReader, CacheWriter
-from distill.cache.ledger import LedgerReader, Retired
 from distill.cache.local import LocalStore
 from distill.cache.view import Newest
 from distill.config.errors import CacheError
