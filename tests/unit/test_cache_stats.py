@@ -33,7 +33,7 @@ def test_stats_are_what_was_put(cache):
     assert found["bytes_per_token"] == pytest.approx(on_disk / found["tokens"])
     assert found["bytes"]["others"]["catalog"] == sum(p.stat().st_size for p in (cache / "catalog").iterdir())
     everything = sum(p.stat().st_size for p in (cache / "shards").rglob("*") if p.is_file())
-    assert found["bytes"]["others"]["marks"] == everything - on_disk
+    assert found["bytes"]["others"]["marks and leftovers"] == everything - on_disk
     losses = [
         -b.label_logprob[b.valid].double().mean().item() for b in (batch(ids, step=step) for ids, step, _ in PARTS)
     ]
