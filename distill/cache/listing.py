@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import xxhash
@@ -32,11 +32,15 @@ from distill.cache.seal import digest, unseal
 from distill.cache.store import Store
 from distill.config.errors import CacheError
 
+T = TypeVar("T")
+
 FENCE = np.dtype([("first", "<i8"), ("digest", "<u8")])
 ENTRIES, FENCES, ORIGINS = 256, 1024, 256
 """Rows of a block."""
 KEPT = 1024
 """Blocks that a reader keeps in memory, of 11 to 22 kB each."""
+_AT_ONCE = 64
+"""Blocks that are read at one time."""
 _TOGETHER = 1 << 20
 """Entries that a merge has in memory at one time."""
 
@@ -139,24 +143,30 @@ class Listing:
         """Entries of samples; ListingDamaged when a block does not verify."""
         found = Found(np.zeros(len(sample_ids), ENTRY), np.zeros(len(sample_ids), np.bool_))
         tops = np.searchsorted(self._roots, sample_ids, side="right") - 1
-        for top in sorted({*tops.tolist()} - {-1}):
-            fences = self._fence_block(top)
+        wanted: list[tuple[int, Any, Array]] = []
+        for top, fences in self._each(self._fence_block, sorted({*tops.tolist()} - {-1})):
             here = np.flatnonzero(tops == top)
             blocks = np.searchsorted(fences["first"], sample_ids[here], side="right") - 1
             for number in sorted({*blocks.tolist()}):
-                some = here[blocks == number]
-                entries = self._entry_block(top * FENCES + number, fences[number])
-                found.entries[some], found.there[some] = find_in(entries, entries["sample"], sample_ids[some])
+                wanted.append((top * FENCES + number, fences[number], here[blocks == number]))
+        for (_, _, some), entries in self._each(lambda each: self._entry_block(each[0], each[1]), wanted):
+            found.entries[some], found.there[some] = find_in(entries, entries["sample"], sample_ids[some])
         return found
 
     def origin_rows(self, numbers: Array) -> Array:
         """Origin rows by number."""
         rows = np.empty(len(numbers), ORIGIN)
         blocks = numbers // ORIGINS
-        for block in sorted({*blocks.tolist()}):
+        for block, part in self._each(self._origin_block, sorted({*blocks.tolist()})):
             here = blocks == block
-            rows[here] = self._origin_block(block)[numbers[here] - block * ORIGINS]
+            rows[here] = part[numbers[here] - block * ORIGINS]
         return rows
+
+    def _each(self, read: Callable[[T], Array], items: Sequence[T]) -> Iterator[tuple[T, Array]]:
+        """Items with their blocks, some at a time, which a slow store reads at once."""
+        for start in range(0, len(items), _AT_ONCE):
+            part = items[start : start + _AT_ONCE]
+            yield from zip(part, self._store.map(read, part), strict=True)
 
     def _origin_block(self, number: int) -> Array:
         return self._rows(ORIGIN, self._origins_at, number, ORIGINS, self.origins, self._origin_digests[number])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -266,7 +267,8 @@ def open_view(store: Store, header: CacheHeader, pin: Mapping[str, Any] | None =
     for snapshot in _candidates(store, header, pin, bad):
         past = max(past, snapshot.number)
         try:
-            listings = tuple(Listing(store, ref, header.identity, block) for ref in snapshot.listings)
+            opened = partial(Listing, store, cache=header.identity, block=block)
+            listings = tuple(store.map(opened, snapshot.listings))
         except CacheError as error:
             log.warning("%s; the snapshot before it serves, or the shards", error)
             continue

@@ -147,8 +147,10 @@ def run(args: argparse.Namespace) -> int:
         if done.purged.shards:
             print(f"  removed {grouped(done.purged.shards)} replaced shards of {file_size(done.purged.bytes)}")
         if done.waiting:
-            of = f"views that are older than that: compact --purge {DEFAULT_AGE}, or --purge 0s for all"
-            print(f"  {grouped(done.waiting)} replaced shards stay until compact --purge removes them, for {of}")
+            print(
+                f"  {grouped(done.waiting)} replaced shards stay for views from before the compaction; compact --purge "
+                f"removes them when they are {DEFAULT_AGE} old, and --purge 0s now"
+            )
     return 0
 
 

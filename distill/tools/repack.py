@@ -118,7 +118,8 @@ class Packer:
 
     def __init__(self, store: Store, header: CacheHeader, kind: str, limit: int):
         """Raises CacheError: damage in the tool's stream."""
-        self._store, self._identity, self._kind, self._limit = store, header.identity, kind, limit
+        self._store, self._identity, self._kind = store, header.identity, kind
+        self._most, self._sums = np.array([limit, MAX_SAMPLES, MAX_ORIGINS]), np.zeros(3, np.int64)
         self._state = next_seq(store, header, kind, newest_snapshot(store, header.identity).streams)
         remove_leftovers(store, group_name(kind, self._state.count))
         self._waiting: list[Portion] = []
@@ -127,18 +128,16 @@ class Packer:
 
     def add(self, part: Portion) -> None:
         """Publishes first what waits, if the portion would not fit; CacheError if that fails."""
-        both = [*self._waiting, part]
-        if self._waiting and (
-            sum(each.size for each in both) > self._limit
-            or sum(len(each.records) for each in both) > MAX_SAMPLES
-            or sum(len(each.origins) for each in both) > MAX_ORIGINS
-        ):
+        more = np.array([part.size, len(part.records), len(part.origins)])
+        if self._waiting and (self._sums + more > self._most).any():
             self.flush()
         self._waiting.append(part)
+        self._sums += more
 
     def flush(self) -> None:
         """Publishes what waits."""
         parts, self._waiting = self._waiting, []
+        self._sums[:] = 0
         if not any(each.records or each.replaces or each.losses.json() for each in parts):
             return
         first = np.cumsum([0] + [len(each.origins) for each in parts])

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from distill.cache.format import CATALOG, HEADER, QUARANTINE, SHARDS, TEMPORARY, ranks_name
+from distill.cache.format import CATALOG, HEADER, QUARANTINE, SHARDS, ranks_name
 from distill.cache.header import CacheHeader
 from distill.cache.listing import Listing, Totals, block_cache
 from distill.cache.loss_curve import LossSums
@@ -14,7 +14,7 @@ from distill.cache.origins import Origin, summed
 from distill.cache.shard_header import COLUMNS, WIDTH, Replaced
 from distill.cache.snapshot import newest_snapshot
 from distill.cache.store import Store
-from distill.cache.tail import Ranges, replaced_by_tools, writers_of
+from distill.cache.tail import Ranges, replaced_by_tools
 from distill.cache.view import View, open_view
 from distill.config import json_text
 from distill.config.paths import home
@@ -105,30 +105,16 @@ def _sizes(store: Store, header: CacheHeader, totals: Totals, in_front: int) -> 
     del shards["headers and records"]
     shards |= {"headers": in_front - WIDTH * totals.samples, "records": totals.bytes - in_front}
     replaced = sum(store.map(store.size, replaced_shards(store, header)))
-    temporary = sum(store.size(name) for name in _temporary(store) if store.exists(name))
-    rest = store.bytes_in(SHARDS) - totals.bytes - replaced - temporary
     return {
         "shards": shards,
         "others": {
             HEADER: store.size(HEADER),
             "ranks": store.size(ranks_name(header.ranks)) if header.ranks else 0,
             "catalog": store.bytes_in(CATALOG),
-            "marks": max(rest, 0),
+            "marks and leftovers": max(store.bytes_in(SHARDS) - totals.bytes - replaced, 0),
         },
-        "of no use": {
-            "replaced by compaction": replaced,
-            "temporary": temporary,
-            "quarantine": store.bytes_in(QUARANTINE),
-        },
+        "of no use": {"replaced by compaction": replaced, "quarantine": store.bytes_in(QUARANTINE)},
     }
-
-
-def _temporary(store: Store) -> list[str]:
-    """Files in folders of shards that are not published."""
-    folders = [
-        f"{SHARDS}/{writer}/{group}" for writer in writers_of(store) for group in store.names(f"{SHARDS}/{writer}")
-    ]
-    return [f"{folder}/{name}" for folder in folders for name in store.names(folder) if name.endswith(TEMPORARY)]
 
 
 def _writers(

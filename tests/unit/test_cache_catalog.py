@@ -1,25 +1,18 @@
-"""Listings, snapshots and views, against a dictionary; readers in other processes; losses however shards are cut."""
+"""Listings, snapshots and views, against a dictionary."""
 
 import dataclasses
 import json
-import multiprocessing
 import os
-import pickle
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import threading
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from distill.cache import CacheReader, CacheWriter, catalog, listing, listing_writer, view
-from distill.cache.format import writer_lock
+from distill.cache import CacheReader, catalog, listing, listing_writer, view
 from distill.cache.header import CacheHeader
-from distill.cache.loss_curve import LossSums, bin_of, first_step
+from distill.cache.loss_curve import LossSums
 from distill.cache.open_store import open_store
 from distill.cache.origins import Origin
 from distill.cache.publish import create, publish_mark, publish_shard
@@ -29,9 +22,6 @@ from distill.cache.view import open_view, refreshed
 from distill.config.errors import CacheError
 from distill.config.schema import CodecConfig
 from tests import format_reader
-from tests.cli import PATIENCE
-from tests.workers.cache_readers import answer, right
-from tests.workers.cache_writers import SAMPLES, batch, digests, header, put
 
 N = 700
 """Samples of forged caches."""
@@ -407,236 +397,3 @@ def test_stray_files_in_the_catalog_do_not_matter(tmp_path):
     (tmp_path / "catalog" / ".ipynb_checkpoints").mkdir()
     assert catalog.update(forge.store, forge.header).number == 0
     check(forge, forge.view(), forge.truth())
-
-
-# ---------------------------------------------------------------- losses
-
-
-def written(folder, shard_samples, index_every, order):
-    with CacheWriter(folder, header(), writer="w", shard_samples=shard_samples, index_every=index_every) as writer:
-        for step, ids in order:
-            put(writer, ids, step=step)
-        writer.finish()
-    return CacheReader(folder)
-
-
-ORDER = [
-    (step, [(7 * step + i) % SAMPLES for i in range(1 + step % 5)]) for step in (*range(40), 63, 64, 65, 100, 130, 1000)
-]
-
-
-def test_sums_of_losses_do_not_depend_on_how_shards_are_cut(tmp_path):
-    """Exactly; they are those that the second reader adds up, and merging listings changes nothing."""
-    tokens = []
-    for step, ids in ORDER:
-        made = batch(ids, step=step)
-        tokens += [("t", "capture", step, -float(loss)) for loss in made.label_logprob[made.valid].double()]
-    want = format_reader.loss_sums(tokens)
-    for n, (shard_samples, index_every) in enumerate(((1, 1), (3, 2), (7, 100), (256, 64))):
-        reader = written(tmp_path / str(n), shard_samples, index_every, ORDER)
-        assert reader.losses.json() == want
-        catalog.update(reader._store, reader.header, is_merging=True)
-        assert CacheReader(tmp_path / str(n)).losses.json() == want
-        shutil.rmtree(tmp_path / str(n) / "catalog")
-        assert CacheReader(tmp_path / str(n)).losses.json() == want
-
-
-def test_the_curve_of_a_teacher_is_the_mean_of_its_bins(tmp_path):
-    reader = written(tmp_path, 4, 3, ORDER)
-    curve, bins = reader.losses.curve("t"), {}
-    for step, ids in ORDER:
-        made = batch(ids, step=step)
-        bins.setdefault(bin_of(step), []).extend((-made.label_logprob[made.valid]).tolist())
-    assert curve.first_steps.tolist() == [first_step(number) for number in sorted(bins)]
-    np.testing.assert_allclose(curve.losses, [np.mean(bins[number]) for number in sorted(bins)], rtol=1e-6)
-    assert curve.tokens.tolist() == [len(bins[number]) for number in sorted(bins)]
-    assert len(reader.losses.curve("nobody").losses) == len(reader.losses.curve(source="import").losses) == 0
-
-
-def test_no_label_poisons_a_mean():
-    sums = LossSums()
-    sums.add_tokens("t", "capture", np.array([0, 0, 0]), np.array([1.0, 1e30, -5.0]))
-    assert sums.json() == [["t", "capture", 0, 3, 33 * 2**20]]
-
-
-def test_bins_of_steps():
-    """Each step below 64 by itself, then 32 for each doubling; every bin begins where it says."""
-    numbers = [bin_of(step) for step in range(5000)]
-    assert numbers[:65] == list(range(65)) and numbers == sorted(numbers)
-    assert [bin_of(2**k) - bin_of(2 ** (k - 1)) for k in range(7, 30)] == [32] * 23
-    assert all(bin_of(first_step(n)) == n and (n == 0 or bin_of(first_step(n) - 1) == n - 1) for n in range(900))
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        ["t", "capture", -1, 1, 1],
-        ["t", "capture", 0, 0, 0],
-        ["t", "capture", 0, 1, -1],
-        ["t", "capture", 0, 1, 33 * 2**20],
-        ["t", "capture", 0, 1.0, 1],
-        [1, "capture", 0, 1, 1],
-    ],
-)
-def test_sums_that_cannot_be_are_refused(row):
-    with pytest.raises(ValueError, match="is no bin of loss sums"):
-        LossSums.of([row])
-
-
-# ---------------------------------------------------------------- processes
-
-
-def steps_of(*pairs):
-    return {i: step for step, ids in pairs for i in ids}
-
-
-BEFORE = steps_of((0, range(0, 9)), (3, range(4, 12)))
-AFTER = BEFORE | steps_of((5, range(10, 20)))
-
-
-def begin(folder):
-    """A cache with listings and shards behind them."""
-    for writer, step, ids in (("a", 0, range(0, 9)), ("b", 3, range(4, 12))):
-        with CacheWriter(folder, header(), writer=writer, shard_samples=2, index_every=2) as cache:
-            for i in ids:
-                put(cache, [i], step=step)
-    shutil.rmtree(folder / "catalog")
-    store = open_store(folder)
-    catalog.update(store, CacheReader(folder).header, ["a"])
-
-
-def go_on(folder):
-    with CacheWriter(folder, header(), writer="c", shard_samples=3, index_every=1) as cache:
-        for i in range(10, 20):
-            put(cache, [i], step=5)
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_a_reader_is_right_in_children_whatever_any_of_them_refreshes(tmp_path, method):
-    begin(tmp_path)
-    reader = CacheReader(tmp_path)
-    assert right(reader, BEFORE)
-    context = multiprocessing.get_context(method)
-    queue = context.Queue()
-    go_on(tmp_path)
-    children = [
-        context.Process(target=answer, args=(reader, BEFORE, AFTER, n % 2 == 0, queue), daemon=True) for n in range(4)
-    ]
-    for number, child in enumerate(children):
-        child.start()
-        if number == 1:
-            assert right(reader, BEFORE)
-            reader.refresh()
-            assert right(reader, AFTER)
-            children[2]._args = children[3]._args = (reader, AFTER, AFTER, True, queue)
-    answers = [queue.get(timeout=PATIENCE) for _ in children]
-    assert sorted(map(str, answers)) == sorted(map(str, [[True, True], [True], [True, True], [True, True]]))
-    assert right(reader, AFTER)
-
-
-def test_a_pickled_reader_works_in_another_working_folder(tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
-    (tmp_path / "there").mkdir()
-    begin(tmp_path / "here/cache")
-    monkeypatch.chdir(tmp_path / "here")
-    reader = CacheReader("cache")
-    go_on(tmp_path / "here/cache")
-    data = pickle.dumps(reader)
-    monkeypatch.chdir(tmp_path / "there")
-    copy = pickle.loads(data)
-    assert copy.view == reader.view and right(copy, BEFORE)
-    copy.refresh()
-    assert right(copy, AFTER)
-    again = pickle.loads(pickle.dumps(copy))
-    assert right(again, AFTER) and again.view == copy.view
-
-
-def test_a_reader_of_a_relative_path_works_after_its_process_has_moved(tmp_path, monkeypatch):
-    (tmp_path / "there").mkdir()
-    begin(tmp_path / "cache")
-    monkeypatch.chdir(tmp_path)
-    reader = CacheReader("cache")
-    monkeypatch.chdir(tmp_path / "there")
-    go_on(tmp_path / "cache")
-    assert right(reader, BEFORE)
-    copy = pickle.loads(pickle.dumps(reader))
-    reader.refresh()
-    copy.refresh()
-    assert right(reader, AFTER) and right(copy, AFTER)
-
-
-def test_threads_share_a_reader_while_any_of_them_refreshes(tmp_path):
-    begin(tmp_path)
-    reader, wrong, stop = CacheReader(tmp_path), [], threading.Event()
-
-    def ask(seed):
-        draw = np.random.default_rng(seed)
-        while not stop.is_set():
-            ids = draw.permutation(SAMPLES)[:8]
-            result = reader.read(ids, digests(ids))
-            for i, step in zip(ids.tolist(), result.step_B.tolist()):
-                if step not in (BEFORE.get(i, -1), AFTER.get(i, -1)):
-                    wrong.append((i, step))
-            if draw.random() < 0.3:
-                reader.refresh()
-
-    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    go_on(tmp_path)
-    stop.set()
-    for thread in threads:
-        thread.join()
-    reader.refresh()
-    assert not wrong and right(reader, AFTER)
-
-
-def sleep_for_long():
-    signal.pause()
-
-
-def test_a_writers_lock_ends_with_close_though_a_child_of_a_fork_lives(tmp_path):
-    """And the child that ends does not release its parent's lock."""
-    writer = CacheWriter(tmp_path, header(), writer="w")
-    store = open_store(tmp_path)
-    context = multiprocessing.get_context("fork")
-    child = context.Process(target=sleep_for_long, daemon=True)
-    child.start()
-    short = context.Process(target=int, daemon=True)
-    short.start()
-    short.join()
-    with pytest.raises(CacheError, match=f"another live process .pid {os.getpid()}. holds the writer's name 'w'"):
-        CacheWriter(tmp_path, header(), writer="w")
-    assert store.is_locked(writer_lock("w"))
-    put(writer, [1])
-    writer.close()
-    assert not store.is_locked(writer_lock("w")) and child.is_alive()
-    with CacheWriter(tmp_path, header(), writer="w") as again:
-        put(again, [2])
-    child.kill()
-    child.join()
-    assert CacheReader(tmp_path).covers(np.array([1, 2])).all()
-
-
-HELD = """
-import os, sys
-from distill.cache import CacheReader
-from tests.unit.test_cache_catalog import BEFORE
-from tests.workers.cache_readers import right
-
-reader = CacheReader(sys.argv[1])
-assert right(reader, BEFORE)
-reader.refresh()
-links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
-opened = [os.readlink(link) for link in links if os.path.exists(link)]
-assert not [name for name in opened if name.startswith(sys.argv[1])], opened
-assert sys.argv[1] not in open("/proc/self/maps").read()
-"""
-
-
-def test_a_reader_keeps_no_file_open_and_writes_nothing(tmp_path):
-    begin(tmp_path)
-    before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
-    done = subprocess.run([sys.executable, "-c", HELD, tmp_path], capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr
-    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before

@@ -361,5 +361,5 @@ def test_without_counts_there_is_no_table_and_ids_are_ranks(tmp_path):
     assert not list((tmp_path / "a").glob("ranks*")) and '"ranks": ""' in (tmp_path / "a/cache.json").read_text()
     assert list((tmp_path / "b").glob("ranks*"))
     assert stored(tmp_path / "a") == stored(tmp_path / "b")
-    with pytest.raises(CacheError, match="ranks is '' in the cache"):
+    with pytest.raises(CacheError, match="ranks is empty in the cache"):
         CacheWriter(tmp_path / "a", header(), writer="w", counts_V=np.arange(V))
