@@ -73,9 +73,9 @@ class Rate(NamedTuple):
 def backfill(run: Run) -> None:
     b, dist = run.config.backfill, run.dist
     teacher = load_teacher(run)
-    run.start()
     # The main rank's plan holds for all: another rank might read a cache that has grown since.
     places, plan = dist.from_main(_planned(run, teacher) if dist.is_main else None)
+    run.start()
     for place in places:
         if math.isinf(place.teacher_loss):
             raise DivergenceError(f"teacher {teacher.name}: its loss on corpus {place.name} is not finite")

@@ -51,7 +51,7 @@ class Leg(NamedTuple):
 
 
 def train(run: Run, trainers: dict[str, Trainer], legs: Callable[[str | None], Iterable[Leg]]) -> None:
-    """Restores trainers, by role, and takes them through legs, with a checkpoint after each.
+    """Opens the run's records, restores trainers, by role, and takes them through legs, with a checkpoint after each.
 
     Args:
         legs: makes the legs that are left, given the role of the trainer that a signal stopped within its leg, if one
@@ -61,6 +61,7 @@ def train(run: Run, trainers: dict[str, Trainer], legs: Callable[[str | None], I
         DivergenceError: on every rank, if anything was not finite.
         Stopped: after SIGTERM with a checkpoint of the step that was being made, after Ctrl-C without one.
     """
+    run.start()
     _restore(run, trainers)
     for leg in legs(run.restored.state["stopped"] if run.restored else None):
         trainer = leg.trainer
