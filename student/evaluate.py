@@ -49,7 +49,6 @@ def evaluate(
     dist: Dist,
     *,
     bins: int = 15,
-    chunk: int = 4096,
     teacher: nn.Module | None = None,
 ) -> Evaluation:
     """Every rank gives its own batches, each of one corpus; the result is that of all of them. Collective.
@@ -57,7 +56,6 @@ def evaluate(
     Args:
         names: of the corpora, in the batches' order.
         bins: equal-width confidence bins of the expected calibration error.
-        chunk: tokens whose logits live at one time.
         teacher: agreement is the share of tokens on which both put the same id first.
 
     Raises:
@@ -74,11 +72,11 @@ def evaluate(
         assert (batch.corpus_B == corpus).all(), "one corpus per batch"
         batch = batch.to(dist.device)
         labels_T, valid_T = batch.labels_BS.flatten(), batch.valid_BS.flatten()
-        ours = _predict(model, batch, chunk)
+        ours = _predict(model, batch)
         hit_T = ours.best_T == labels_T
         agreed, taught = torch.zeros_like(valid_T), torch.zeros_like(ours.loss_sum)
         if teacher is not None:
-            theirs = _predict(teacher, batch, chunk)
+            theirs = _predict(teacher, batch)
             agreed, taught = (theirs.best_T == ours.best_T) & valid_T, theirs.loss_sum
         sums = (ours.loss_sum, valid_T, hit_T & valid_T, agreed, taught)
         sums_C5[corpus] += torch.stack([x.sum().double() for x in sums])
@@ -118,14 +116,14 @@ class _Prediction(NamedTuple):
     """Its probability."""
 
 
-def _predict(model: nn.Module, batch: Batch, chunk: int) -> _Prediction:
+def _predict(model: nn.Module, batch: Batch) -> _Prediction:
     labels_T, valid_T = batch.labels_BS.flatten(), batch.valid_BS.flatten()
 
     def best(rows: slice, probs_tV: Tensor, logprobs_tV: Tensor) -> tuple[Tensor, Tensor]:
         logprob_t, ids_t = logprobs_tV.max(-1)
         return ids_t, logprob_t.exp()
 
-    head_fn = partial(head_loss, row_function=Mixed(labels_T, valid_T.float(), select=best), chunk=chunk)
+    head_fn = partial(head_loss, row_function=Mixed(labels_T, valid_T.float(), select=best))
     head, _ = model(batch.ids_BS, batch.documents_BS, head_fn, batch.images)
     ids, confidence = zip(*head.selected)
     return _Prediction(head.loss_sum, head.parts["hard"], torch.cat(ids), torch.cat(confidence))

@@ -75,7 +75,7 @@ def record(data, tokens, codec, id_of_rank):
 
 
 def probability(code, codec):
-    """As the page says, in the floating point of Python; of topk before scaling."""
+    """As docs/cache.md defines them, in the floating point of Python; of topk before scaling."""
     if "draws" in codec:
         return float(Fraction(code, codec["draws"]))
     if codec["name"] == "threshold":

@@ -16,8 +16,10 @@ TYPOGRAPHIC = {each: '"' for each in "\u201c\u201d\u201e\u00ab\u00bb"} | {each: 
 TYPOGRAPHIC |= dict.fromkeys(_DASHES, "-") | dict.fromkeys("\u00a0\u2007\u202f", " ")
 """Quotes, dashes and spaces of word processors and web pages, and the plain ones that they replace."""
 
-SHOWN = ("--help", "--hydra-help", "--version", "--shell-completion")
-"""Hydra answers these alone, whatever else is given."""
+HELPS = {"--help", "--hydra-help", "--version", "--shell-completion"}
+"""Flags that print a text, which takes no configuration, whatever else is given."""
+PRINTS = {"--cfg", "--info"}
+"""Flags that print the configuration, which need not be complete for that."""
 _REFUSED = {
     "--config-path": "it would replace the project's own folder of values: --config-dir adds another one",
     "--experimental-rerun": "a rerun loads a pickle, which may hold any program: give the overrides of that run again",
@@ -43,16 +45,6 @@ class CommandLine:
     flags: dict[str, str] = field(default_factory=dict)
     """By long name; the value of a flag that takes none is empty."""
     problems: list[str] = field(default_factory=list)
-
-    @property
-    def only_helps(self) -> bool:
-        """Hydra prints a help text, which takes no configuration."""
-        return any(flag in self.flags for flag in SHOWN)
-
-    @property
-    def only_prints(self) -> bool:
-        """Hydra prints the configuration, which need not be complete for that."""
-        return "--cfg" in self.flags or "--info" in self.flags
 
     @property
     def sweeps(self) -> bool:

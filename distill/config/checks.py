@@ -48,53 +48,24 @@ def _rules(run: RunConfig) -> Iterator[str]:
     yield from _role("teacher", run.teacher)
     yield from _role("student", run.student)
     yield from _weighting("student.weighting", run.student.weighting)
-    yield from _folder_names("codistill.arms", run.codistill.arms)
-    yield from _folder_names("data.corpora", run.data.corpora)
     for name, arm in run.codistill.arms.items():
         yield from _weighting(f"codistill.arms.{name}.weighting", arm.weighting)
+    yield from _folder_names("codistill.arms", run.codistill.arms)
+    yield from _folder_names("data.corpora", run.data.corpora)
     yield from _data(run)
     yield from _cache(run)
-
-    on = run.evaluate.accuracy_on
-    held_out = [name for name, corpus in run.data.corpora.items() if corpus.held_out > 0 or corpus.held_out_files]
-    if on is not None and on not in held_out:
-        yield f"evaluate.accuracy_on is {on}; allowed: {', '.join(held_out)}, the corpora that hold something out"
-    needle = run.evaluate.needle
-    tested = run.teacher.model if run.job == "teacher" else run.student.model
-    for most in needle.lengths:
-        if run.job != "evaluate" and most > tested.max_positions:
-            yield f"evaluate.needle.lengths has {most}; the model's max_positions is {tested.max_positions}"
-    if not needle.depths:
-        yield "evaluate.needle.depths is empty; at least one share, or lengths=[] for no test"
-    folders = {
-        "init_from": run.init_from,
-        "teacher.init_from": run.teacher.init_from,
-        "teacher.from": run.teacher.from_ and run.teacher.from_.removeprefix("hf:"),
-        "student.init_from": run.student.init_from,
-        "evaluate.teacher_from": run.evaluate.teacher_from,
-    }
-    for key, folder in folders.items():
-        if folder is not None and not Path(folder).is_dir():
-            yield f"{key} is {folder}; no such folder"
+    yield from _evaluation(run)
+    yield from _sources(run)
     if run.precision == "bf16" and run.engine.zero == 0 and run.job != "backfill":
         yield "precision is bf16 with engine.zero 0; fp32 master weights need engine.zero 1"
-    if run.cache.follow and run.job != "student":
-        yield f"cache.follow is true with job={run.job}; only job=student follows another run's cache"
-    if run.student.replay.order is ReplayOrder.own and (run.job == "codistill" or run.cache.follow):
-        where = "with cache.follow" if run.cache.follow else f"with job={run.job}"
-        yield f"student.replay.order is own {where}; a student that keeps pace with a teacher takes its stream"
-    if run.teacher.from_ is not None and run.job != "backfill":
-        yield f"teacher.from is {run.teacher.from_} with job={run.job}; only job=backfill labels with a frozen teacher"
-    for name in run.backfill.corpora:
-        if name not in run.data.corpora:
-            yield f"backfill.corpora has {name}; allowed: {', '.join(run.data.corpora)}"
-    if len(set(run.backfill.corpora)) < len(run.backfill.corpora):
-        yield f"backfill.corpora is {list(run.backfill.corpora)}; each once"
     if run.job in JOBS.names:
         yield from JOBS[run.job].problems(run)
 
 
 # ---------------------------------------------------------------- of one job each
+
+
+_TAKES_ITS_STREAM = "a student that keeps pace with a teacher takes its stream"
 
 
 def student_rules(run: RunConfig) -> Iterator[str]:
@@ -106,6 +77,10 @@ def student_rules(run: RunConfig) -> Iterator[str]:
                 f"cache.dir is null{which}; job=student reads the cache of a teacher's run (or set "
                 "student.cached=false)"
             )
+    if run.cache.follow and run.student.replay.order is ReplayOrder.own:
+        yield f"student.replay.order is own with cache.follow; {_TAKES_ITS_STREAM}"
+    if run.cache.follow and run.student.replay.order is ReplayOrder.newest:
+        yield "student.replay.order is newest with cache.follow; the newest target is known only when the teacher ends"
 
 
 def codistill_rules(run: RunConfig) -> Iterator[str]:
@@ -119,6 +94,8 @@ def codistill_rules(run: RunConfig) -> Iterator[str]:
         )
     if not run.teacher.capture:
         yield "teacher.capture is false; job=codistill trains the student on what the teacher captures"
+    if run.student.replay.order is ReplayOrder.own:
+        yield f"student.replay.order is own with job=codistill; {_TAKES_ITS_STREAM}"
 
 
 def backfill_rules(run: RunConfig) -> Iterator[str]:
@@ -132,6 +109,12 @@ def backfill_rules(run: RunConfig) -> Iterator[str]:
         )
     if source is not None and source.startswith("hf:") and run.data.has_images:
         yield f"teacher.from is {source}; data.corpora have images, which only the project's own models take"
+    corpora = run.backfill.corpora
+    for name in corpora:
+        if name not in run.data.corpora:
+            yield f"backfill.corpora has {name}; allowed: {', '.join(run.data.corpora)}"
+    if len(set(corpora)) < len(corpora):
+        yield f"backfill.corpora is {list(corpora)}; each once"
 
 
 def evaluate_rules(run: RunConfig) -> Iterator[str]:
@@ -221,7 +204,7 @@ def _data(run: RunConfig) -> Iterator[str]:
     d = run.data
     if not d.corpora:
         yield "data.corpora is empty; name at least one corpus"
-    if d.corpora and not any(c.held_out > 0 or c.held_out_files for c in d.corpora.values()):
+    if d.corpora and not any(corpus.has_held_out for corpus in d.corpora.values()):
         yield "data.corpora.*.held_out is 0 for all; one of them must hold out text for evaluation"
     for name, corpus in d.corpora.items():
         key = f"data.corpora.{name}"
@@ -279,8 +262,38 @@ def _cache(run: RunConfig) -> Iterator[str]:
             yield f"cache.dirs has {name}; allowed: {', '.join(run.data.corpora)}, the names of data.corpora"
     if len(set(c.dirs.values())) < len(c.dirs):
         yield f"cache.dirs are {', '.join(c.dirs.values())}; each corpus has a cache of its own"
-    if c.follow and run.student.replay.order is ReplayOrder.newest:
-        yield "student.replay.order is newest with cache.follow; the newest target is known only when the teacher ends"
+    if c.follow and run.job != "student":
+        yield f"cache.follow is true with job={run.job}; only job=student follows another run's cache"
+
+
+def _evaluation(run: RunConfig) -> Iterator[str]:
+    e = run.evaluate
+    held_out = [name for name, corpus in run.data.corpora.items() if corpus.has_held_out]
+    if e.accuracy_on is not None and e.accuracy_on not in held_out:
+        allowed = ", ".join(held_out)
+        yield f"evaluate.accuracy_on is {e.accuracy_on}; allowed: {allowed}, the corpora that hold something out"
+    tested = run.teacher.model if run.job == "teacher" else run.student.model
+    for length in e.needle.lengths:
+        if run.job != "evaluate" and length > tested.max_positions:
+            yield f"evaluate.needle.lengths has {length}; the model's max_positions is {tested.max_positions}"
+    if not e.needle.depths:
+        yield "evaluate.needle.depths is empty; at least one share, or lengths=[] for no test"
+
+
+def _sources(run: RunConfig) -> Iterator[str]:
+    """Of the folders that models come from."""
+    folders = {
+        "init_from": run.init_from,
+        "teacher.init_from": run.teacher.init_from,
+        "teacher.from": run.teacher.from_ and run.teacher.from_.removeprefix("hf:"),
+        "student.init_from": run.student.init_from,
+        "evaluate.teacher_from": run.evaluate.teacher_from,
+    }
+    for key, folder in folders.items():
+        if folder is not None and not Path(folder).is_dir():
+            yield f"{key} is {folder}; no such folder"
+    if run.teacher.from_ is not None and run.job != "backfill":
+        yield f"teacher.from is {run.teacher.from_} with job={run.job}; only job=backfill labels with a frozen teacher"
 
 
 def _folder_names(key: str, names: Iterable[str]) -> Iterator[str]:

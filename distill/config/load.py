@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from distill.config import owner as owner  # registers ${token:}
 from distill.config import paths, userfiles
-from distill.config.arguments import CommandLine, split
+from distill.config.arguments import HELPS, PRINTS, CommandLine, split
 from distill.config.checks import check
 from distill.config.errors import ConfigError
 from distill.config.keys import schema
@@ -67,10 +67,9 @@ def precheck(arguments: list[str]) -> list[str]:
         The same as Hydra takes them: flags first, one spelling.
     """
     line = split(spelt(arguments))
-    if line.only_helps and not line.problems:
+    if line.flags.keys() & HELPS and not line.problems:
         return line.arguments
-    own = line.flags.get("--config-dir", "")
-    with _hydra([Path(own).absolute()] if Path(own).is_dir() and own else []) as hydra:
+    with _hydra(line.flags.get("--config-dir")) as hydra:
         problems = _problems(line, hydra)
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
@@ -80,13 +79,13 @@ def precheck(arguments: list[str]) -> list[str]:
 def resolve(overrides: list[str], config_dir: str | None = None) -> RunConfig:
     """The configuration of a command line of overrides, without starting Hydra; ConfigError as precheck."""
     precheck([*([f"--config-dir={config_dir}"] if config_dir else []), *overrides])
-    with _hydra([Path(config_dir).absolute()] if config_dir else []) as hydra:
+    with _hydra(config_dir) as hydra:
         return load(_compose(hydra, "config", spelt(overrides)))
 
 
-def to_dict(run: RunConfig) -> dict[str, Any]:
-    """The resolved configuration as plain JSON-able values."""
-    box = OmegaConf.to_container(OmegaConf.structured(run), resolve=True, enum_to_str=True)
+def to_dict(part: Any) -> dict[str, Any]:
+    """A resolved configuration, or a part of one, as plain JSON-able values."""
+    box = OmegaConf.to_container(OmegaConf.structured(part), resolve=True, enum_to_str=True)
     assert isinstance(box, dict)
     return {str(k): v for k, v in box.items()}
 
@@ -114,7 +113,8 @@ def _problems(line: CommandLine, hydra: Hydra) -> list[str]:
     for overrides in itertools.islice(_combinations(line.overrides, refused, loader), MOST_COMBINATIONS):
         for problem in _composed_problems(hydra, name, overrides, where, line):
             key = key_of(problem)
-            if key not in named and not (line.only_prints and problem.startswith(f"{key} has no value;")):
+            incomplete = problem.startswith(f"{key} has no value;")
+            if key not in named and not (incomplete and line.flags.keys() & PRINTS):
                 problems.append(problem)
     return problems
 
@@ -271,14 +271,15 @@ def _folder(cfg: DictConfig, swept: bool) -> Iterator[str]:
 
 
 @contextmanager
-def _hydra(folders: list[Path]) -> Iterator[Hydra]:
-    """Hydra as `python -m distill --config-dir FOLDER` starts it."""
+def _hydra(config_dir: str | None) -> Iterator[Hydra]:
+    """Hydra as `python -m distill --config-dir DIR` starts it; a folder that is not there is a problem of its flag."""
     version.setbase("1.3")
     GlobalHydra.instance().clear()
     userfiles.read.clear()
     path = create_config_search_path(str(CONF))
-    for folder in folders:
-        path.prepend(provider="command-line", path=f"file://{folder}", anchor=SearchPathQuery(provider="schema"))
+    if config_dir is not None and os.path.isdir(config_dir):
+        own = f"file://{os.path.abspath(config_dir)}"
+        path.prepend(provider="command-line", path=own, anchor=SearchPathQuery(provider="schema"))
     before = HydraConfig.instance().cfg
     try:
         yield Hydra.create_main_hydra2("distill", path)
@@ -287,5 +288,5 @@ def _hydra(folders: list[Path]) -> Iterator[Hydra]:
         GlobalHydra.instance().clear()
 
 
-def _compose(hydra: Hydra, name: str, overrides: list[str], mode: RunMode = RunMode.RUN) -> DictConfig:
-    return hydra.compose_config(name, overrides, run_mode=mode, with_log_configuration=False)
+def _compose(hydra: Hydra, name: str, overrides: list[str]) -> DictConfig:
+    return hydra.compose_config(name, overrides, run_mode=RunMode.RUN, with_log_configuration=False)

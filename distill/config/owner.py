@@ -89,7 +89,7 @@ def own(folder: Path, key: str, job: str, *, will_appear: bool = False) -> None:
         _made[:0] = [p for p in (lock.parent, *lock.parent.parents) if not p.exists()]
         lock.parent.mkdir(parents=True, exist_ok=True)
         _held[lock] = _take(lock, key, folder, job)
-        look_around()  # of two that start at once, above and below, neither may have seen the other before
+        look_around()  # again: of two that start at once, above and below, each may have missed the other
     except (ConfigError, OSError) as error:
         release_all()
         if isinstance(error, OSError):
@@ -103,7 +103,7 @@ def release_all() -> None:
         lock, fd = _held.popitem()
         with contextlib.suppress(OSError):
             if _is_still(fd, lock):
-                lock.unlink()  # before the close: who opened it meanwhile sees that it is gone
+                lock.unlink()  # before the close: another process that has opened it meanwhile finds the name gone
         os.close(fd)
     while _made:
         with contextlib.suppress(OSError):

@@ -80,7 +80,7 @@ Seconds = Annotated[float, Range(0, 366 * 86400, above=True)]
 
 
 class _Text:
-    """Any text that can be seen."""
+    """Any text of printable characters that is not blank."""
 
     def problem(self, key: str, value: str) -> str | None:
         if not value.strip():

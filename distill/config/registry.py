@@ -43,16 +43,18 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         """The part of a name that `problem` accepts."""
-        entry = self._entries[name]
-        return _load(entry) if isinstance(entry, str) else entry
+        return _loaded(self._entries[name])
 
     def problem(self, key: str, value: str) -> str | None:
         """A sentence about a value that is no name of a part."""
         return None if value in self._entries else f"{key} is {value}; allowed: {', '.join(self._entries)}"
 
 
-def _load(place: str) -> Any:
-    module, _, name = place.partition(":")
+def _loaded(entry: Any) -> Any:
+    """An entry, or what is at the place that it names."""
+    if not isinstance(entry, str):
+        return entry
+    module, _, name = entry.partition(":")
     return getattr(importlib.import_module(module), name)
 
 
@@ -78,7 +80,7 @@ class Job:
     function: str | Callable[..., None]
     """Runs the job, given (RunConfig, run folder, Dist); an entry is a place, `module:name`."""
     trains: tuple[str, ...] = ()
-    """Roles that it trains; their models are built as the configuration says."""
+    """Roles that it trains; their models are built from the configuration."""
     rules: str | Callable[..., Iterator[str]] | None = None
     """Yields a sentence for each rule that a RunConfig of this job breaks, before anything heavy starts."""
 
@@ -86,12 +88,10 @@ class Job:
     """Of a run that was stopped before its first checkpoint; `again` is the command that resumes it."""
 
     def run(self, *arguments: Any) -> None:
-        function = _load(self.function) if isinstance(self.function, str) else self.function
-        function(*arguments)
+        _loaded(self.function)(*arguments)
 
     def problems(self, config: Any) -> Iterator[str]:
-        rules = _load(self.rules) if isinstance(self.rules, str) else self.rules
-        yield from rules(config) if rules else ()
+        yield from _loaded(self.rules)(config) if self.rules else ()
 
 
 _RULES = "distill.config.checks"
@@ -148,13 +148,11 @@ class CodecEntry:
     """Yields a sentence for each rule that a CodecConfig breaks, given the size of the vocabulary."""
 
     def make(self, config: Any, vocab_size: int) -> Any:
-        codec = _load(self.codec) if isinstance(self.codec, str) else self.codec
         options = Options("cache.codec.options", config.options)
-        return codec(dataclasses.replace(config, options=options), vocab_size)
+        return _loaded(self.codec)(dataclasses.replace(config, options=options), vocab_size)
 
     def problems(self, config: Any, vocab_size: int) -> Iterator[str]:
-        rules = _load(self.rules) if isinstance(self.rules, str) else self.rules
-        yield from rules(config, vocab_size) if rules else ()
+        yield from _loaded(self.rules)(config, vocab_size) if self.rules else ()
 
 
 CODECS: Registry[CodecEntry] = Registry(

@@ -486,7 +486,7 @@ class BackfillConfig:
     head_chunk: Count = 4096
     """Tokens whose logits live at one time."""
     dry_run: bool = False
-    """Tell the plan and what it would cost, label nothing."""
+    """Print the plan and what it would cost; label nothing."""
 
 
 @frozen

@@ -15,7 +15,7 @@ from distill.config.ranges import bare
 
 HYDRA_KEYS = ("hydra.run.dir", "hydra.sweep.dir")
 FREE_NAMES = ("cache.dirs.", "cache.codec.options.", "student.weighting.plugins.")
-"""Mappings that no file of `conf/` has, so that Hydra wants a `+` before them."""
+"""Mappings that no file of `conf/` has: Hydra adds a key to them only with a `+` before it."""
 _MARKS = set("[]{}()'\",")
 """A text with one of these has to be quoted by the user: it may be a list, a choice or a call of a function."""
 

@@ -16,9 +16,11 @@ class Layout(ABC):
     """One model's placement.
 
     Args:
-        trainable: parameters that have optimizer state, by name.
         moments: names of the optimizer's state tensors that have their parameter's shape.
         clip: largest global gradient norm; 0: any.
+
+    Attributes:
+        trainable: parameters that have optimizer state, by name.
     """
 
     stage: int

@@ -140,17 +140,11 @@ class Engine:
 def load_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Parameters and buffers of a checkpoint into a model; raises CheckpointError naming what does not fit."""
     stored = {k.split("/", 1)[1]: v for k, v in tensors.items() if k.startswith(("param/", "buffer/"))}
-    own = model.state_dict()
-    problems = [f"{k} is missing" for k in own.keys() - stored.keys()]
-    problems += [f"{k} is unknown to the model" for k in stored.keys() - own.keys()]
-    problems += [
-        f"{k} has shape {list(stored[k].shape)}, the model's is {list(own[k].shape)}"
-        for k in own.keys() & stored.keys()
-        if stored[k].shape != own[k].shape
-    ]
-    if problems:
-        raise CheckpointError("the checkpoint does not fit the model: " + "; ".join(sorted(problems)[:8]))
-    model.load_state_dict(stored)
+    try:
+        model.load_state_dict(stored)
+    except RuntimeError as error:
+        problems = " ".join(str(error).split("\n", 1)[-1].split())
+        raise CheckpointError(f"the checkpoint does not fit the model: {problems:.1000}") from error
 
 
 def _deepspeed() -> Any:

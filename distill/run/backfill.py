@@ -125,7 +125,7 @@ def _places(run: Run, teacher: Teacher) -> Iterator[tuple[Place, Held]]:
         if name not in wanted:
             continue
         corpus, newest = run.data.train[name], -1
-        seen = teacher.trained_on(corpus.digest)
+        seen = corpus.digest in teacher.corpora
         if is_created(folder):
             reader = CacheReader(folder)
             check_cache(reader, run.data.tokenizer, corpus, vocab_size)

@@ -1,7 +1,6 @@
 """Wiring: from a run to a trainer with its model, stream, caches and recipe."""
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,14 +10,13 @@ from distill.config.errors import ConfigError
 from distill.config.schema import OnMissing, Parametrization, ReplayOrder, TrainConfig
 from distill.data.join import Joiner
 from distill.data.stream import Stream, replay
-from distill.engine.recipe import Recipe
 from distill.engine.watch import Watch
 from distill.model import Transformer
-from distill.run import evaluation, identity
+from distill.run import identity
 from distill.run.caches import cache_folders, open_capture
 from distill.run.feed import Feed, FollowingFeed, Positions
 from distill.run.identity import Lineage
-from distill.run.models import architecture, check_vision, engine_of, first_model
+from distill.run.models import architecture, check_vision, first_model
 from distill.run.run import Run
 from distill.run.trainer import Trainer
 from student.distilling import StudentRecipe
@@ -85,7 +83,7 @@ def teacher(run: Run) -> tuple[Trainer, Capture | None]:
     part, steps = run.config.teacher, steps_of(run, "teacher")
     stream, batch = own_stream(run), part.train.batch
     model, source = first_model(run, "teacher")
-    # A resumed run keeps the lineage of its checkpoint.
+    # A resumed run keeps the one that it started with.
     lineage = run.lineages.get("teacher") or lineage_of(run, model, source is not None, steps, stream)
     run.lineages["teacher"] = lineage
     watch, capture = Watch(run.dist), None
@@ -94,7 +92,7 @@ def teacher(run: Run) -> tuple[Trainer, Capture | None]:
         capture = open_capture(run, planned, cache_folders(run), lineage.base, watch)
     recipe = TeacherRecipe(part.train.head_chunk, capture)
     feed = _feed(run, stream, replay(ReplayOrder.same, steps * batch), None, batch)
-    return _trainer(run, "teacher", model, recipe, feed, watch, steps), capture
+    return Trainer(run, "teacher", model, recipe, feed, watch, steps), capture
 
 
 def lineage_of(run: Run, model: Transformer, is_loaded: bool, steps: int, stream: Stream) -> Lineage:
@@ -103,17 +101,28 @@ def lineage_of(run: Run, model: Transformer, is_loaded: bool, steps: int, stream
     is_loaded: its first weights come from elsewhere, so they are named by their digest; else by what they are drawn
     with.
     """
-    part = run.config.teacher
+    part, corpora = run.config.teacher, run.data.train
     like = architecture(part.model) | {"parametrization": part.model.parametrization}
     if part.model.parametrization is Parametrization.transfer:
         like["base"] = dataclasses.asdict(part.model.base)
     first: dict[str, Any] = {"seed": run.config.seed, "init_std": part.model.init_std}
     if is_loaded:
         first = {"digest": run.dist.from_main(identity.of_weights(model) if run.dist.is_main else None)}
-    return identity.lineage(first, like, part.optim, part.train, steps, run.config.precision, stream, run.data.train)
+    deciding = ("batch", "freeze", "balance_rate", "balance_loss", "z_loss")
+    parts = {
+        "first_weights": first,
+        "architecture": like,
+        "optim": dataclasses.asdict(part.optim),
+        "train": {name: getattr(part.train, name) for name in deciding},
+        "steps": steps,
+        "precision": run.config.precision,
+        "stream": [stream.seed, [[name, corpora[name].digest, share] for name, share in stream.shares.items()]],
+    }
+    digests = [corpus.digest for corpus in corpora.values()]
+    return Lineage(identity.base_of(parts), digests, part.train.batch * run.config.data.sample_tokens)
 
 
-def student(run: Run, readers: list[CacheReader] | None) -> Trainer:
+def student(run: Run, readers: list[CacheReader] | None) -> tuple[Trainer, StudentRecipe]:
     """A student on the teacher's stream as the cache records it, or (no cache, or order=own) on its own."""
     part, steps = run.config.student, steps_of(run, "student")
     if readers and part.replay.order is not ReplayOrder.own:
@@ -130,7 +139,7 @@ def student(run: Run, readers: list[CacheReader] | None) -> Trainer:
     )
     feed = _feed(run, stream, replay(part.replay.order, planned), readers, part.train.batch)
     model, _ = first_model(run, "student")
-    return _trainer(run, "student", model, recipe, feed, Watch(run.dist), steps)
+    return Trainer(run, "student", model, recipe, feed, Watch(run.dist), steps), recipe
 
 
 def _best_losses(run: Run, readers: list[CacheReader] | None) -> list[float] | None:
@@ -148,9 +157,3 @@ def _feed(run: Run, stream: Stream, positions: Positions, readers: list[CacheRea
         # The tracker does not exist yet: it is opened when everything has been checked.
         return FollowingFeed(readers, run.config.cache, lambda text: run.tracker.message(text), *arguments)
     return Feed(*arguments)
-
-
-def _trainer(run: Run, role: str, model: Transformer, recipe: Recipe, feed: Feed, watch: Watch, steps: int) -> Trainer:
-    train = getattr(run.config, role).train
-    evaluate = partial(evaluation.glance, run, train=train)
-    return Trainer(run, role, engine_of(run, role, model), recipe, feed, watch, steps, evaluate)

@@ -19,7 +19,6 @@ from distill.run.run import Run, as_job
 from distill.run.student import train_student
 from distill.run.trainer import Leg, Trainer, train
 from distill.tracking import table
-from student.distilling import StudentRecipe
 
 
 @as_job
@@ -29,7 +28,7 @@ def codistill(run: Run) -> None:
     teacher, capture = build.teacher(run)
     assert capture is not None
     readers = open_readers(run)
-    student = build.student(run, readers)
+    student, recipe = build.student(run, readers)
     trainers = {"teacher": teacher, "student": student}
     train(run, trainers, lambda stopped: _rounds(run, teacher, student, readers, stopped))
     capture.close()
@@ -44,11 +43,10 @@ def codistill(run: Run) -> None:
         summary = _arm(run, name, arm)
         parts = ("loss", "accuracy", "corpora")
         entries |= {f"{name}_{part}": summary[key] for part in parts if (key := f"student_{part}") in summary}
-    assert isinstance(student.recipe, StudentRecipe)
     entries |= {
         **cache_entries(readers),
         "capture_overhead": overhead,
-        "coverage": student.recipe.coverage,
+        "coverage": recipe.coverage,
         "stall": student.clock.stall,
         "agreement": result.agreement,
         "ece": result.ece,

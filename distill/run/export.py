@@ -8,8 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +17,7 @@ from distill.config import owner
 from distill.config.errors import ConfigError
 from distill.config.files import write_text
 from distill.config.registry import PRECISIONS
-from distill.config.schema import DataConfig, ModelConfig, RunConfig, VisionConfig
+from distill.config.schema import DataConfig, ImageConfig, ModelConfig, RunConfig, VisionConfig
 from distill.data.prepare import Prepared, prepare, reopen
 from distill.data.tokenizer import TOKENIZER, Tokenizer, load_tokenizer
 from distill.engine import checkpoint
@@ -28,7 +26,6 @@ from distill.model import hf
 from distill.run import folder as run_folder
 from distill.run import identity
 from distill.run.evaluation import evaluate_whole
-from distill.run.identity import Lineage
 from distill.run.models import load_model, role_in
 from distill.run.run import Run
 
@@ -51,9 +48,8 @@ def export(config: RunConfig, folder: Path, dist: Dist) -> None:
     assert config.init_from is not None and e.dir is not None
     if dist.world > 1:
         raise ConfigError(f"job=export is started on {dist.world} ranks; one process writes the whole model")
-    owner.own(
-        Path(e.dir), "export.dir", f"job={config.job}", will_appear=True
-    )  # before the model, whose loading takes minutes
+    # Before the model, whose loading takes minutes.
+    owner.own(Path(e.dir), "export.dir", f"job={config.job}", will_appear=True)
     source = Path(config.init_from)
     home = _Home.of(source, config.data)
     opened = None if (source / "config.json").exists() else checkpoint.find(source)
@@ -68,17 +64,21 @@ def export(config: RunConfig, folder: Path, dist: Dist) -> None:
     run = Run(dataclasses.replace(config, data=home.data, tracking=tracking), folder, dist)
     run.use(data)
     run.start()
-    also = partial(_copy, source)
     if not home.is_hf:
         model.config = _with_ids_of(tokenizer, model.config)
-        also = partial(_write_tokenizer, tokenizer, model.config, home.images)
-    if origin is not None and not biased:  # without its bias the model routes otherwise: it is another teacher
-        also = partial(_written_by, also, *origin)
-    dtype = PRECISIONS[e.dtype.value].dtype
+
+    def also(target: Path) -> None:
+        if home.is_hf:
+            _copy(source, target)
+        else:
+            _write_tokenizer(tokenizer, model.config, home.data.images, target)
+        if origin is not None and not biased:  # without its bias the model routes otherwise: it is another teacher
+            identity.write_exported(target, *origin)
+
     report = hf.save(
         model,
         e.dir,
-        dtype=dtype,
+        dtype=PRECISIONS[e.dtype.value].dtype,
         drop_router_bias=biased,
         heldout_loss=(lambda m: evaluate_whole(run, m).loss) if biased else None,
         max_shard_bytes=int(e.max_shard_gb * 1e9),
@@ -95,13 +95,10 @@ def export(config: RunConfig, folder: Path, dist: Dist) -> None:
 class _Home:
     """Where a model comes from, and what it was made with."""
 
-    source: Path
     is_hf: bool
     """Its folder is a Hugging Face folder, with a tokenizer of its own."""
     data: DataConfig
     """The run's; without a run the command's own."""
-    images: dict[str, Any]
-    """The run's data.images, as far as it has any."""
     packed: Path | None
     """Folder of the run's packed corpora; None: it is gone, or there is no run."""
     file: Path
@@ -115,25 +112,23 @@ class _Home:
             ConfigError: there is no tokenizer.
         """
         if (source / "config.json").exists() and (source / TOKENIZER).exists():
-            return _Home(source, True, own, {}, None, source / TOKENIZER)
-        place = source.absolute()
-        run = next((f for f in (place, *list(place.parents)[:2]) if (f / "config.yaml").exists()), None)
+            return _Home(True, own, None, source / TOKENIZER)
+        run = run_folder.run_of(source)
         if run is None or (source / "config.json").exists():
             if own.tokenizer.file is None:
                 raise ConfigError(
                     f"init_from is {source}; neither a run nor a {TOKENIZER} is there: name the model's tokenizer with "
                     "data.tokenizer.file"
                 )
-            return _Home(source, False, own, {}, None, Path(own.tokenizer.file))
+            return _Home(False, own, None, Path(own.tokenizer.file))
         recorded = run_folder.recorded(run).data
         data = cast(DataConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), recorded)))
-        images = cast(dict[str, Any], OmegaConf.to_container(recorded)).get("images") or {}
         homes = [run, run.parent.parent] if run.parent.name == "arms" else [run]  # an arm has its run's data
         packed = Path(data.dir) if data.dir else next((h / "data" for h in homes if (h / "data").is_dir()), None)
         file = next((h / TOKENIZER for h in homes if (h / TOKENIZER).exists()), None)
         if file is None:
             raise ConfigError(f"init_from is {source}; {run / TOKENIZER} is missing")
-        return _Home(source, False, data, images, packed, file)
+        return _Home(False, data, packed, file)
 
     def tokenizer(self) -> Tokenizer:
         """It, with the bos and eos that the data were packed with (of a Hugging Face folder: none)."""
@@ -146,11 +141,6 @@ class _Home:
         return found or prepare(self.data, self.packed or folder, vocab_size)
 
 
-def _written_by(also: Callable[[Path], None], teacher: Lineage, step: int, target: Path) -> None:
-    also(target)
-    identity.write_exported(target, teacher, step)
-
-
 def _copy(source: Path, target: Path) -> None:
     for name in _COPIED:
         if (source / name).exists():
@@ -160,8 +150,8 @@ def _copy(source: Path, target: Path) -> None:
 def _with_ids_of(tokenizer: Tokenizer, config: ModelConfig) -> ModelConfig:
     """The configuration with the tokenizer's special tokens.
 
-    Further ends of a turn are kept where the tokenizer's own eos is among them. A padding id that the tokenizer does
-    not know becomes its eos, as is usual for text that is generated.
+    Further ends of a turn are kept where the tokenizer's own eos is among them. A padding id that the tokenizer
+    lacks becomes its eos, as is usual for text that is generated.
     """
     eos = tokenizer.eos_id
     eos_ids = config.eos_ids if eos in config.eos_ids else [] if eos is None else [eos]
@@ -171,7 +161,7 @@ def _with_ids_of(tokenizer: Tokenizer, config: ModelConfig) -> ModelConfig:
     )
 
 
-def _write_tokenizer(tokenizer: Tokenizer, config: ModelConfig, images: dict[str, Any], folder: Path) -> None:
+def _write_tokenizer(tokenizer: Tokenizer, config: ModelConfig, images: ImageConfig, folder: Path) -> None:
     tokenizer.save(folder / TOKENIZER)
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": config.pad_id}
     special = {name: tokenizer.token(i) for name, i in ids.items() if i is not None}
@@ -188,8 +178,8 @@ def _write_tokenizer(tokenizer: Tokenizer, config: ModelConfig, images: dict[str
         _write_processor(config.vision, images, folder)
 
 
-def _write_processor(vision: VisionConfig, images: dict[str, Any], folder: Path) -> None:
-    """How transformers makes tiles of images and tokens of tiles; released values where the run has none."""
+def _write_processor(vision: VisionConfig, images: ImageConfig, folder: Path) -> None:
+    """How transformers makes tiles of images and tokens of tiles."""
     mean = [0.5] * 3
     pixels = {
         "image_processor_type": "Llama4ImageProcessor",
@@ -203,8 +193,8 @@ def _write_processor(vision: VisionConfig, images: dict[str, Any], folder: Path)
         "image_mean": mean,
         "image_std": mean,
         "size": {"height": vision.tile_size, "width": vision.tile_size},
-        "max_patches": images.get("max_tiles", 16),
-        "resize_to_max_canvas": images.get("resize_to_max_canvas", False),
+        "max_patches": images.max_tiles,
+        "resize_to_max_canvas": images.resize_to_max_canvas,
     }
     _dump(pixels, folder / "preprocessor_config.json")
     tokens = {"patch_size": vision.patch_size, "pixel_shuffle_ratio": 1 / vision.shuffle}

@@ -50,6 +50,12 @@ def recorded(folder: Path) -> DictConfig:
     return found
 
 
+def run_of(path: Path) -> Path | None:
+    """The run that a path lies in, at most two levels below its folder, or is."""
+    place = path.absolute()
+    return next((f for f in (place, *list(place.parents)[:2]) if (f / CONFIG).exists()), None)
+
+
 def problems(folder: Path, config: RunConfig) -> Iterator[str]:
     """What keeps a run from starting in the folder, or from going on there."""
     left = [name for name in (CONFIG, METRICS, SUMMARY) if (folder / name).exists()]

@@ -13,7 +13,7 @@ from distill.data.tokenizer import TOKENIZER, load_tokenizer
 from distill.engine import checkpoint
 from distill.engine.checkpoint import Checkpoint
 from distill.run import identity
-from distill.run.folder import recorded
+from distill.run.folder import recorded, run_of
 from distill.run.identity import Lineage
 from distill.run.models import check_vision, load_model, parts_of, role_in
 from distill.run.run import Run
@@ -33,9 +33,6 @@ class Teacher(NamedTuple):
     """In these steps; 0: unknown."""
     corpora: frozenset[str]
     """Digests of corpora that it was trained on, as far as its checkpoint or run records them."""
-
-    def trained_on(self, corpus: str) -> bool:
-        return corpus in self.corpora
 
 
 def load_teacher(run: Run) -> Teacher:
@@ -70,7 +67,7 @@ def load_teacher(run: Run) -> Teacher:
     model.model.to(run.dist.device)
     run.prepare(model.vocab_size)
     check_vision(f"vision of the model in {folder}", vision, config.data, run.data.tokenizer)
-    home = _home(folder)
+    home = run_of(folder) or folder.absolute()  # a Hugging Face folder has its own tokenizer
     _check_tokenizer(run, home)
     if origin is not None:
         lineage, steps = origin
@@ -86,12 +83,6 @@ def _identity(model: Frozen, folder: Path, trained: Checkpoint | None) -> tuple[
     own. Before they are rounded to the precision in which they label."""
     origin = identity.exported(folder) if trained is None else identity.stored(trained, role_in(trained, "teacher"))
     return identity.of_weights(model.model) if origin is None else origin[0].at(origin[1]), origin
-
-
-def _home(folder: Path) -> Path:
-    """The run that a checkpoint lies in; a Hugging Face folder or a run is its own."""
-    place = folder.absolute()
-    return next((f for f in (place, *list(place.parents)[:2]) if (f / "config.yaml").exists()), place)
 
 
 def _check_tokenizer(run: Run, home: Path) -> None:

@@ -1,4 +1,4 @@
-"""Who a teacher is: one notion for capture, checkpoints, exports and backfill.
+"""The identity of a teacher: one notion for capture, checkpoints, exports and backfill.
 
 A teacher in training is named by sixteen hex digits, its base, over all that decides its weights at every step:
 
@@ -25,9 +25,6 @@ import xxhash
 from torch import nn
 
 from distill.config.errors import CheckpointError
-from distill.config.schema import OptimConfig, TrainConfig
-from distill.data.packed import PackedCorpus
-from distill.data.stream import Stream
 from distill.engine.checkpoint import Checkpoint, file_digest
 
 EXPORTED = "codistill.json"
@@ -53,38 +50,10 @@ class Lineage:
         return f"{self.base}@{step}"
 
 
-def lineage(
-    first_weights: dict[str, Any],
-    architecture: dict[str, Any],
-    optim: OptimConfig,
-    train: TrainConfig,
-    steps: int,
-    precision: str,
-    stream: Stream,
-    corpora: dict[str, PackedCorpus],
-) -> Lineage:
-    """The lineage of a teacher that starts.
-
-    Args:
-        first_weights: what they are drawn with, or the digest of what was loaded.
-        architecture: what decides its computation, however it is spelt, and its parametrization.
-        steps: optimizer steps in all.
-        corpora: by name, in the stream's order.
-    """
-    parts = {
-        "format": _FORMAT,
-        "first_weights": first_weights,
-        "architecture": architecture,
-        "optim": dataclasses.asdict(optim),
-        "train": {name: getattr(train, name) for name in ("batch", "freeze", "balance_rate", "balance_loss", "z_loss")},
-        "steps": steps,
-        "precision": precision,
-        "stream": [stream.seed, [[name, corpora[name].digest, share] for name, share in stream.shares.items()]],
-    }
-    text = json.dumps(parts, sort_keys=True, default=lambda enum: enum.value)
-    length = next(iter(corpora.values())).sample_tokens
-    digests = [corpus.digest for corpus in corpora.values()]
-    return Lineage(xxhash.xxh3_64_hexdigest(text.encode()), digests, train.batch * length)
+def base_of(parts: dict[str, Any]) -> str:
+    """Sixteen hex digits over all that decides a teacher's weights: JSON-able values and enums, in any order."""
+    text = json.dumps({"format": _FORMAT, **parts}, sort_keys=True, default=lambda enum: enum.value)
+    return xxhash.xxh3_64_hexdigest(text.encode())
 
 
 def of_weights(model: nn.Module) -> str:
@@ -105,7 +74,7 @@ def stored(found: Checkpoint, role: str) -> tuple[Lineage, int] | None:
 
 
 def write_exported(folder: Path, teacher: Lineage, step: int) -> None:
-    """Says in a folder whose the weights in it are, and by which bytes they are to be recognised."""
+    """Records in a folder the teacher whose weights it holds, and the digests of its files."""
     record = {"teacher": dataclasses.asdict(teacher), "step": step, "files": _files(folder)}
     (folder / EXPORTED).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

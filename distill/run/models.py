@@ -1,4 +1,4 @@
-"""Models of a run: built as its configuration says, or loaded from a run, a checkpoint or a Hugging Face folder."""
+"""Models of a run: built from its configuration, or loaded from a run, a checkpoint or a Hugging Face folder."""
 
 import dataclasses
 from pathlib import Path
@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from distill.config.checks import vision_problems
 from distill.config.errors import ConfigError
+from distill.config.load import to_dict
 from distill.config.model import moe_layers, rope_layers
 from distill.config.schema import DataConfig, ModelConfig, RunConfig, VisionConfig
 from distill.config.values import differences, shown
@@ -115,15 +116,10 @@ def check_vision(key: str, vision: VisionConfig | None, data: DataConfig, tokeni
 
 def architecture(config: ModelConfig) -> dict[str, Any]:
     """What a model must share with another to take its weights and compute the same, however either spells it."""
-    plain = to_plain(config)
+    plain = to_dict(config)
     free = ("bos_id", "eos_ids", "pad_id", "init_std", "max_positions", "parametrization", "base")
     for key in (*free, "moe_step", "nope_step"):
         del plain[key]
     if config.chunk_size is not None and config.chunk_size >= config.max_positions:
         plain["chunk_size"] = None  # the Hugging Face format has no null here
     return plain | {"moe_layers": moe_layers(config), "rope_layers": rope_layers(config)}
-
-
-def to_plain(config: ModelConfig) -> dict[str, Any]:
-    """The configuration as JSON-able values."""
-    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))

@@ -11,7 +11,6 @@ from distill.run.evaluation import evaluate_whole, length_entries, model_entries
 from distill.run.feed import poll_seconds
 from distill.run.run import Run, as_job
 from distill.run.trainer import to_checkpoints, train
-from student.distilling import StudentRecipe
 
 
 @as_job
@@ -30,10 +29,9 @@ def train_student(run: Run) -> None:
         if run.config.cache.follow:
             _await_cache(run)
         readers = open_readers(run)
-    trainer = build.student(run, readers)
+    trainer, recipe = build.student(run, readers)
     train(run, {"student": trainer}, lambda _: to_checkpoints(trainer))
-    model, recipe = trainer.engine.model, trainer.recipe
-    assert isinstance(recipe, StudentRecipe)
+    model = trainer.engine.model
     result = evaluate_whole(run, model, role="student")
     by_length = length_entries(run, model, result)
     trainer.engine.close()

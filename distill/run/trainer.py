@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from distill.config.load import to_dict
 from distill.config.schema import Freeze, StudentConfig, TeacherConfig
 from distill.config.stop import Stopped
 from distill.data.join import Batch
@@ -27,14 +28,15 @@ from distill.data.prefetch import Prefetch
 from distill.engine import checkpoint
 from distill.engine.halt import Halt
 from distill.engine.optim import learning_rate
-from distill.engine.recipe import Forward, Recipe
+from distill.engine.recipe import Recipe
 from distill.engine.watch import Watch
-from distill.engine.zero import Engine
+from distill.model import Transformer
 from distill.model.balance import load_stats, update_bias
 from distill.model.transformer import Routing
+from distill.run.evaluation import glance
 from distill.run.feed import Feed
 from distill.run.identity import LINEAGES
-from distill.run.models import to_plain
+from distill.run.models import engine_of
 from distill.run.run import Run
 from distill.tracking.meters import Meters
 from losses import routing_loss
@@ -98,26 +100,25 @@ class Trainer:
 
     Args:
         role: `job` of its rows in metrics.jsonl.
-        part: its configuration.
-        evaluate: the model's loss on held-out samples and its kin, as metrics.
+        model: with its first weights, on the CPU; the run's checkpoint replaces them, if there is one.
+        steps: optimizer steps in all.
     """
 
     def __init__(
         self,
         run: Run,
         role: str,
-        engine: Engine,
+        model: Transformer,
         recipe: Recipe,
         feed: Feed,
         watch: Watch,
         steps: int,
-        evaluate: Callable[[Any], dict[str, float]],
     ):
         part: TeacherConfig | StudentConfig = getattr(run.config, role)
-        self.run, self.role, self.engine, self.recipe, self.feed, self.watch = run, role, engine, recipe, feed, watch
-        self.config, self.optim, self.steps, self.evaluate = part.train, part.optim, steps, evaluate
+        self.run, self.role, self.recipe, self.feed, self.watch = run, role, recipe, feed, watch
+        self.config, self.optim, self.steps, self.step = part.train, part.optim, steps, 0
+        self.engine = engine_of(run, role, model)
         self.dist = run.dist
-        self.step = 0
         self.meters = Meters(self.dist.device)
         self.halt = Halt(self.dist)
         self.stopped = False
@@ -164,7 +165,7 @@ class Trainer:
         """Forward and backward passes of all micro-batches, and the optimizer's update."""
         valid = self.halt.sum(batch.valid_BS.sum())
         plan = recipe.begin(batch, self.step)
-        counts: list[Tensor] = []
+        routed: list[Tensor] = []
         results: list[Any] = []
         broken = torch.zeros((), dtype=torch.int64, device=self.dist.device)
         micro_size = len(batch.ids_BS) // self.config.accumulation
@@ -173,12 +174,15 @@ class Trainer:
             out = recipe.forward(self.engine.training_model, micro, plan)
             loss_sum = out.loss_sum + self._routing_loss(out.routing, micro.valid_BS, meters)
             self.engine.backward(loss_sum, valid)
-            _add(meters, out)
+            for name, mean in out.means.items():
+                meters.add(name, mean.sum, mean.weight)
+            for name, counts in out.histograms.items():
+                meters.histogram(name, counts)
             broken += loss_sum.detach().isfinite().logical_not()
-            counts.append(out.routing.counts_LE)
+            routed.append(out.routing.counts_LE)
             results.append(out.result)
         norm = self.engine.update(lr)
-        counts_LE = torch.stack(counts).sum(0)
+        counts_LE = torch.stack(routed).sum(0)
         # One sum over ranks for both: a rank must not publish what another's loss has spoiled.
         sums = self.dist.sum(torch.cat([counts_LE.flatten(), broken[None]]))
         recipe.end(plan, results)
@@ -201,11 +205,6 @@ class Trainer:
         """A step with another recipe in all but effect, for timing; inside `engine.rehearsal` nothing changes."""
         self._update(recipe, Meters(self.dist.device), batch, lr=0.0)
 
-    def check(self) -> None:
-        """Raises DivergenceError, on every rank, if anything was not finite so far; waits for the device."""
-        if (problem := self.watch.problem()) is not None:
-            raise self.run.diverged(self.role, problem)
-
     def _report(self, goal: int) -> None:
         """Logs a row and evaluates, at the steps where `log_every` and `eval_every` fall."""
         step, last = self.step, self.step == self.steps
@@ -221,7 +220,7 @@ class Trainer:
         if log_now:
             row, histograms = self._logged()
         if evaluate_now:
-            held_out = self.evaluate(self.engine.model)
+            held_out = glance(self.run, self.engine.model, self.config)
             row |= held_out
             if not all(map(math.isfinite, held_out.values())):
                 problem = f"held-out loss is not finite at step {step}"
@@ -232,7 +231,7 @@ class Trainer:
 
     def _logged(self) -> tuple[dict[str, float], dict[str, list[float]]]:
         """Metrics and histograms of the interval that ends."""
-        row, histograms = self.meters.flush(self.dist.sum if self.dist.world > 1 else None)
+        row, histograms = self.meters.flush(self.dist.sum)
         window = self.clock.flush()
         row["tokens"] = self.step * self.clock.tokens_per_step
         if window.seconds > 0:
@@ -257,13 +256,6 @@ class Trainer:
     def take_back(self, tensors: dict[str, Tensor]) -> None:
         self.meters.load_state(_below("sums/", tensors))
         self.recipe.take_back(_below("recipe/", tensors))
-
-
-def _add(meters: Meters, out: Forward) -> None:
-    for name, mean in out.means.items():
-        meters.add(name, mean.sum, mean.weight)
-    for name, counts in out.histograms.items():
-        meters.histogram(name, counts)
 
 
 class Window(NamedTuple):
@@ -308,7 +300,8 @@ class StepClock:
 def _save(run: Run, trainers: dict[str, Trainer], stopped: str | None) -> None:
     """One checkpoint of all trainers, if they have moved; collective. stopped: the role that a signal stopped."""
     for trainer in trainers.values():
-        trainer.check()
+        if (problem := trainer.watch.problem()) is not None:
+            raise run.diverged(trainer.role, problem)
     step = sum(trainer.step for trainer in trainers.values())
     if step == run.saved:
         return
@@ -316,7 +309,7 @@ def _save(run: Run, trainers: dict[str, Trainer], stopped: str | None) -> None:
         "seconds": run.seconds,
         "stopped": stopped,
         "roles": {role: trainer.state() for role, trainer in trainers.items()},
-        "models": {role: to_plain(getattr(run.config, role).model) for role in trainers},
+        "models": {role: to_dict(getattr(run.config, role).model) for role in trainers},
         LINEAGES: {role: dataclasses.asdict(lineage) for role, lineage in run.lineages.items()},
         "data": run.data.digests,
     }

@@ -18,6 +18,8 @@ DASHES = ("solid", "solid", "solid", "dash", "dot", "solid", "dash", "dot")
 HEAT = [[0.0, "rgba(31,127,196,0)"], [1.0, "rgba(31,127,196,1)"]]
 SPIKE = {"spikethickness": 1, "spikecolor": "#808086", "spikedash": "solid"}
 """The line at the pointer."""
+SOLID, DOTTED = {"color": "#808086", "width": 2}, {"color": "#808086", "width": 1, "dash": "dot"}
+"""Vertical lines."""
 COLUMNS = 100
 """Most columns of a heat map."""
 POINTS = 1200
@@ -77,9 +79,9 @@ def line_chart(
     for curve in reversed(drawn):  # the first arms matter most and are drawn last
         figure.add_traces(list(_traces(curve, smoothed, most)))
     for x in dotted:
-        _line(figure, x, strong=False)
+        figure.add_vline(x, line=DOTTED)
     for x in solid:
-        _line(figure, x, strong=True)
+        figure.add_vline(x, line=SOLID)
     header = {"text": f"%{{x:{VALUE}}} {escape(frame.x_unit)}"}
     figure.update_xaxes(
         **_axis(*thinning.x_range(points, log=log_x), log=log_x), hoverformat=VALUE, unifiedhovertitle=header
@@ -145,7 +147,7 @@ def grid(
         text=[[percent(share) for share in row] for row in shares], texttemplate="%{text}",
     )  # fmt: skip
     if 0 < border < len(columns):
-        _line(figure, border - 0.5, strong=True)
+        figure.add_vline(border - 0.5, line=SOLID)
     figure.update_xaxes(type="category")
     figure.update_yaxes(type="category", autorange="reversed", showgrid=False)
     return html(frame, figure, height=90 + 40 * len(rows))
@@ -214,17 +216,7 @@ def _axis(low: float, high: float, *, log: bool) -> dict[str, Any]:
     return {"range": [low, high], "exponentformat": "B" if large else "e", "nticks": 7}
 
 
-def _line(figure: go.Figure, x: float, *, strong: bool) -> None:
-    """A vertical line."""
-    line = {"color": "#808086", "width": 2 if strong else 1, "dash": "solid" if strong else "dot"}
-    figure.add_shape(type="line", x0=x, x1=x, yref="paper", y0=0, y1=1, line=line)
-
-
 def _positive(curve: Curve, log_x: bool, log_y: bool) -> Curve:
     """The points that have a place on the axes."""
-    kept = np.ones(len(curve.x), dtype=bool)
-    if log_x:
-        kept &= curve.x > 0
-    if log_y:
-        kept &= curve.y > 0
+    kept = ((curve.x > 0) | (not log_x)) & ((curve.y > 0) | (not log_y))
     return replace(curve, x=curve.x[kept], y=curve.y[kept])

@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from distill.config.files import write_text
 from distill.tracking import charts, length, table
@@ -119,7 +120,7 @@ def _table(rows: Sequence[table.Outcome], styles: dict[str, int]) -> str:
 
 def _curves(data: RunData) -> str:
     # One unit for every chart: tokens where all arms have logged theirs, else steps.
-    unit = "tokens" if data.arms and all(arm.has_tokens for arm in data.arms) else "steps"
+    unit = "tokens" if data.arms and all("tokens" in arm.metrics for arm in data.arms) else "steps"
     html = ""
     for title, panels in _sections(data).items():
         drawn = ""
@@ -152,12 +153,13 @@ def _sections(data: RunData) -> dict[str, list[Panel]]:
 
 def _heldout_note(data: RunData) -> str:
     """On how many samples the points of a held-out curve are."""
-    config, finals = data.config, any(arm.finals for arm in data.arms)
     try:
+        config = yaml.safe_load(data.configs[""])
         along = sorted({config[role]["train"]["eval_samples"] for role in ("teacher", "student")})
         last = config["evaluate"]["samples"] or "all"
-    except (LookupError, TypeError):
+    except (LookupError, TypeError, yaml.YAMLError):
         return ""
+    finals = any(arm.finals for arm in data.arms)
     diamond = f" The diamond at the end, as the table: {last} samples." if finals else ""
     return f"Dots: {' or '.join(map(str, along))} held-out samples.{diamond}"
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 
 from distill.tracking import jsonl
 from distill.tracking.tracker import HISTOGRAMS, METRICS
@@ -37,10 +36,6 @@ class Arm:
     """Metrics that were measured once more at the end, in another way than along the run; by name."""
 
     @property
-    def has_tokens(self) -> bool:
-        return "tokens" in self.metrics
-
-    @property
     def last_step(self) -> float:
         return max(float(series.steps[-1]) for series in self.metrics.values())
 
@@ -60,15 +55,7 @@ class RunData:
     arms: list[Arm]
     summary: dict[str, Any]
     configs: dict[str, str]
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The run's own configuration; empty where it is missing or torn."""
-        try:
-            content = yaml.safe_load(self.configs.get("", ""))
-        except yaml.YAMLError:
-            return {}
-        return content if isinstance(content, dict) else {}
+    """The run's own has the name ""."""
 
 
 def load(folder: Path) -> RunData:

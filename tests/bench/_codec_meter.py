@@ -63,7 +63,7 @@ class CodecMeter:
         selection = self.codec.select(logits_TV, torch.zeros(len(p_TV)), seed=self.seed, **where)
         ids_TK, probs_TK = self.codec.decode(selection.atoms)
         probs_TK = probs_TK.double()
-        # |q - p|^2 over the vocabulary; of topk the loss sees the k alone, since its residual mass has no id.
+        # |q - p|^2 over the vocabulary; of topk the loss takes the k alone, since its residual mass has no id.
         true_TK = p_TV.gather(1, ids_TK)
         self._errors.append(p_TV.square().sum(1) + (probs_TK * (probs_TK - 2 * true_TK)).sum(1))
         self._atoms.append(selection.atoms)

@@ -99,9 +99,15 @@ def tokens(data: bytes, header: dict[str, Any], id_of_rank: list[int]) -> list[T
 _DECODED: dict[tuple[bytes, int, str, str], list[Token]] = {}
 
 
-def says(found: list[Token], atoms: list[dict[int, int]], label: np.ndarray, entropy: np.ndarray, valid: np.ndarray,
-         vocab: int) -> str | None:  # fmt: skip
-    """What a record says against what its teacher said: None, or the first difference."""
+def first_difference(
+    found: list[Token],
+    atoms: list[dict[int, int]],
+    label: np.ndarray,
+    entropy: np.ndarray,
+    valid: np.ndarray,
+    vocab: int,
+) -> str | None:
+    """Where a record differs first from its teacher's targets; None: nowhere."""
     for t, token in enumerate(found):
         if (token is not None) != bool(valid[t]):
             return f"token {t}: a target where none is, or none where one is"

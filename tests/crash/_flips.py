@@ -107,7 +107,7 @@ def places(folder: Path) -> list[FlipPlace]:
 
 
 def rows(folder: Path) -> dict[Path, dict[str, Any]]:
-    """Rows of the shards that count, as the page says, by file."""
+    """Rows of the shards that count, as docs/cache.md defines them, by file."""
     lines = [line for p in (folder / "ledger").glob("*.jsonl") for line in p.read_bytes().splitlines(keepends=True)]
     lines += [p.read_bytes() for p in (folder / "ledger").glob("*/*.json")]
     every = [checker.format_reader.sealed(line) for line in lines]

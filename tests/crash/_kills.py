@@ -183,11 +183,11 @@ class _Run:
                 continue
             if header is None:
                 header = checker.format_reader.sealed((self.folder / "cache.json").read_bytes())
-            want = teacher.said(*key)
+            want = teacher.targets(*key)
             pairs = iter(zip(want.atoms.ids_N.tolist(), want.atoms.codes_N.tolist(), strict=True))
             atoms = [dict(next(pairs) for _ in range(n)) for n in want.atoms.counts_T.tolist()]
             tokens = checker.tokens(records[0].data, header, list(range(V)))
-            difference = checker.says(
+            difference = checker.first_difference(
                 tokens, atoms, want.label_logprob.numpy(), want.entropy.numpy(), want.valid.numpy(), V
             )
             if records[0].digest != int(want.digests[0]):
@@ -198,7 +198,7 @@ class _Run:
                 self.bad("wrong", f"{key}: {difference}")
 
     def _readers(self) -> None:
-        """One that has followed from the beginning, and one that opens now, both say what the checker says."""
+        """A reader that has followed from the beginning, and one that opens now, both agree with the checker."""
         winners = self.now.winners()
         steps = np.array([winners.get(i, -1) for i in range(teacher.SAMPLES)])
         torn = [p for p in (self.folder / "ledger").glob("*.jsonl") if p.read_bytes()[-1:] not in (b"", b"\n")]
@@ -211,9 +211,9 @@ class _Run:
             self._follower.refresh()
             for reader in (self._follower, CacheReader(self.folder)):
                 if (reader.steps(np.arange(teacher.SAMPLES)) != steps).any():
-                    self.bad("lost", "a reader sees other steps than the checker")
+                    self.bad("lost", "a reader has other steps than the checker")
                 if sorted(reader.torn) != sorted(p.stem for p in torn):
-                    self.bad("lost", f"torn rows of {torn}, told of {reader.torn}")
+                    self.bad("lost", f"torn rows of {torn}, the reader has {reader.torn}")
                 self._read(reader, winners)
         except CacheError as error:
             self.bad("lost", f"a reader fails: {error}")
@@ -222,7 +222,7 @@ class _Run:
         ids = np.array(sorted(winners), np.int64)
         if not len(ids):
             return
-        want = [teacher.said(i, winners[i]) for i in ids.tolist()]
+        want = [teacher.targets(i, winners[i]) for i in ids.tolist()]
         got = reader.read(ids, np.concatenate([b.digests for b in want])).targets
         counts = torch.cat([b.atoms.counts_T for b in want]).long()
         valid = torch.cat([b.valid for b in want])

@@ -1,6 +1,6 @@
-"""A teacher with a plan, that checkpoints after each flush and resumes from there; and how it dies.
+"""A teacher with a plan, which writes a checkpoint after each flush and resumes from there; and how it dies.
 
-What it says at a step about a sample is a function of the two. Everything is made before the children are forked, so
+The targets of a sample at a step are a function of the two. Everything is made before the children are forked, so
 that their time is the cache's.
 """
 
@@ -42,14 +42,14 @@ def filled() -> list[int]:
 
 
 @cache
-def said(sample: int, step: int) -> CapturedBatch:
+def targets(sample: int, step: int) -> CapturedBatch:
     return batch([sample], step=step)
 
 
 @cache
 def encoded(sample: int, step: int) -> bytes:
-    """The record of what the teacher says: whoever writes it, in whatever shard, these are its bytes."""
-    batch, head = said(sample, step), make_header()
+    """The record of a sample's targets: whichever process writes it, in whichever shard, it has these bytes."""
+    batch, head = targets(sample, step), make_header()
     codec = make_codec(head.codec, head.vocab_size)
     statistics = (batch.label_logprob.numpy(), batch.entropy.numpy(), batch.valid.numpy())
     found = record.encode(batch.atoms, *statistics, head.sample_tokens, np.arange(head.vocab_size), codec)
@@ -64,7 +64,7 @@ def prepare() -> None:
     # Compiled here once, not by every child at the same time.
     with tempfile.TemporaryDirectory() as folder:
         with CacheWriter(folder, make_header(), writer="w") as writer:
-            writer.put(*said(*sorted(expected())[0]), step=0, tokens_seen=0, teacher="t")
+            writer.put(*targets(*sorted(expected())[0]), step=0, tokens_seen=0, teacher="t")
         reader = CacheReader(folder)
         ids = np.flatnonzero(reader.covers(np.arange(SAMPLES)))
         reader.read(ids, digests(ids))
@@ -110,13 +110,13 @@ def parts(start: int, world: int) -> list[Part]:
 
 
 def work(folder: Path, part: Part, checkpoint: Path) -> None:
-    """All steps of a part; `checkpoint` says before which everything is published."""
+    """All steps of a part; `checkpoint` names the step before which everything is published."""
     with CacheWriter(folder, make_header(), writer=part.name, shard_samples=5, source=part.source) as writer:
         for number in part.steps:
             ids = part.samples_of(number)
             step = BACKFILL if part.source == "backfill" else number
             if ids:
-                each = [said(i, step) for i in ids]
+                each = [targets(i, step) for i in ids]
                 writer.put(
                     np.array(ids), np.concatenate([b.digests for b in each]), Atoms.cat([b.atoms for b in each]),
                     *(torch.cat([b[i] for b in each]) for i in (3, 4, 5)), step=step, tokens_seen=step,

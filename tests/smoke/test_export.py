@@ -14,7 +14,7 @@ from tokenizers import AddedToken
 from distill.config import owner
 from distill.config.errors import CheckpointError, ConfigError
 from distill.config.load import CONF, load
-from distill.config.schema import ModelConfig, Role, TokenizerConfig, VisionConfig, WeightDtype
+from distill.config.schema import ImageConfig, ModelConfig, Role, TokenizerConfig, VisionConfig, WeightDtype
 from distill.data.tokenizer import load_tokenizer, train_tokenizer
 from distill.engine.dist import Dist
 from distill.model import Transformer, hf
@@ -173,7 +173,7 @@ def test_a_model_with_vision_comes_with_its_processor(tmp_path):
     assert (config.bos_id, config.eos_ids, config.pad_id) == (0, [9, 1], 1)  # further ends of a turn are kept
     config = export._with_ids_of(tokenizer, dataclasses.replace(model.config, eos_ids=[200001], pad_id=5))
     assert (config.bos_id, config.eos_ids, config.pad_id) == (0, [1], 5)
-    export._write_tokenizer(tokenizer, config, {"max_tiles": 4}, tmp_path)
+    export._write_tokenizer(tokenizer, config, ImageConfig(max_tiles=4), tmp_path)
     pixels = json.loads((tmp_path / "preprocessor_config.json").read_text())
     assert pixels["size"] == {"height": 8, "width": 8} and pixels["max_patches"] == 4
     assert pixels["image_mean"] == pixels["image_std"] == [0.5] * 3

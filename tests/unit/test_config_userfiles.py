@@ -31,7 +31,7 @@ def problems(folder, *arguments):
 def loaded(folder, *arguments):
     found = precheck(["--config-dir", str(folder), *arguments])
     overrides = [each for each in found if not each.startswith("--")]
-    with _hydra([folder]) as hydra:
+    with _hydra(str(folder)) as hydra:
         return load(_compose(hydra, "config", overrides))
 
 
@@ -139,7 +139,7 @@ def test_a_file_that_is_broken_after_the_command_line_was_checked_is_no_empty_on
     """As in a sweep, each of whose jobs reads its files anew."""
     path = write(folder, LINE + "job: teacher\nseed: 3\n")
     precheck(["--config-dir", str(folder), "experiment=mine"])
-    with _hydra([folder]) as hydra:
+    with _hydra(str(folder)) as hydra:
         assert load(_compose(hydra, "config", ["experiment=mine"])).seed == 3
         path.write_text(LINE + "job: teacher\nseed: 4\nseed: 5\n")
         with pytest.raises(ConfigError, match=r"line 4, column 1: .*duplicate key seed"):

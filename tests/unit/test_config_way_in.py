@@ -23,7 +23,7 @@ def problems(*given):
 
 def loaded(*given):
     found = precheck(list(given))
-    with _hydra([]) as hydra:
+    with _hydra(None) as hydra:
         cfg = _compose(hydra, "config", [each for each in found if not each.startswith("--")])
         return load(cfg), cfg.hydra
 

@@ -1,4 +1,4 @@
-"""How threads wait follows what other programs do at the start, and what the user says goes before."""
+"""How threads wait follows what other programs do at the start, and what the user sets goes before."""
 
 import os
 import subprocess
@@ -33,9 +33,9 @@ def test_spins(monkeypatch, percent, environment, threads, spins):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(distill, "OWN_SPINS", "GOMP_SPINCOUNT" not in environment)
-    told = cores.settle(threads)
+    message = cores.settle(threads)
     assert os.environ["GOMP_SPINCOUNT"] == spins
-    assert (told is not None and "of 2 cores" in told) == (spins == "1000")
+    assert (message is not None and "of 2 cores" in message) == (spins == "1000")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a launcher, or what is left of one in a shell, says of a process's place among the others."""
+"""The place of a process among the others, as a launcher, or its leftovers in a shell, sets it."""
 
 import os
 
@@ -22,7 +22,7 @@ def bare(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "said, lines",
+    "variables, lines",
     [
         ({"RANK": "abc"}, ["RANK is 'abc' in the environment; a whole number, or unset it for one process"]),
         ({"RANK": "-1"}, ["RANK is '-1' in the environment; a whole number, or unset it for one process"]),
@@ -32,8 +32,8 @@ def bare(monkeypatch):
         ({"LOCAL_WORLD_SIZE": "two", "MASTER_PORT": ""}, ["LOCAL_WORLD_SIZE is 'two'", "MASTER_PORT is ''"]),
     ],
 )
-def test_a_senseless_place_is_told_all_at_once(monkeypatch, said, lines):
-    for name, value in said.items():
+def test_all_wrong_variables_are_named_at_once(monkeypatch, variables, lines):
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError) as caught:
         dist.start(EngineConfig(threads=1))

@@ -1,4 +1,4 @@
-"""What a frozen teacher of ours leaves in a cache is what it says of each document alone; and who a teacher is."""
+"""Targets of a frozen teacher of ours are those of each document alone; and the identity of a teacher."""
 
 import numpy as np
 import pytest

@@ -17,7 +17,7 @@ class HostReads(TorchDispatchMode):
 def test_weighted_means_equal_numpy():
     rng = np.random.default_rng(0)
     values, weights = rng.normal(size=(20, 7)), rng.integers(1, 9, size=(20, 7)).astype(float)
-    meters = Meters()
+    meters = Meters("cpu")
     for value, weight in zip(values, weights, strict=True):
         meters.add("loss", torch.tensor((value * weight).sum()), torch.tensor(weight.sum()))
     means, histograms = meters.flush()
@@ -26,14 +26,14 @@ def test_weighted_means_equal_numpy():
 
 
 def test_many_small_float32_sums_keep_their_precision():
-    meters = Meters()
+    meters = Meters("cpu")
     for _ in range(10_000):
         meters.add("x", torch.tensor(0.1), torch.tensor(1.0))
     assert meters.flush()[0]["x"] == pytest.approx(float(np.float32(0.1)), rel=1e-12)
 
 
 def test_counts_and_bools_are_summed():
-    meters = Meters()
+    meters = Meters("cpu")
     for _ in range(3):
         meters.add("agreement", torch.tensor([True, False, True]).sum(), torch.tensor(3))
         meters.histogram("alpha", torch.tensor([1, 0, 2]))
@@ -41,14 +41,14 @@ def test_counts_and_bools_are_summed():
 
 
 def test_weight_zero_is_left_out():
-    meters = Meters()
+    meters = Meters("cpu")
     meters.add("soft_loss", torch.tensor(0.0), torch.tensor(0))
     meters.add("loss", 6.0, 2)
     assert meters.flush()[0] == {"loss": 3.0}
 
 
 def test_flush_starts_again():
-    meters = Meters()
+    meters = Meters("cpu")
     meters.add("loss", torch.tensor(4.0), torch.tensor(2.0))
     meters.flush()
     assert meters.flush() == ({}, {})
@@ -60,7 +60,7 @@ def test_nothing_is_read_before_flush_and_flush_reads_once(monkeypatch):
     reads = []
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(self.shape) or tolist(self))
-    meters = Meters()
+    meters = Meters("cpu")
     with HostReads():
         for name in ("a", "b"):
             meters.add(name, torch.tensor(1.0, requires_grad=True), torch.tensor(2))
@@ -70,7 +70,7 @@ def test_nothing_is_read_before_flush_and_flush_reads_once(monkeypatch):
 
 
 def test_two_ranks_reduce_once_as_one_tensor():
-    ranks = [Meters(), Meters()]
+    ranks = [Meters("cpu"), Meters("cpu")]
     # The order in which a rank meets names must not matter.
     ranks[0].add("loss", 10.0, 4)
     ranks[0].add("soft", 0.0, 0)
@@ -83,7 +83,7 @@ def test_two_ranks_reduce_once_as_one_tensor():
         meters.flush(lambda flat: flats.append(flat.clone()))
     assert len(flats) == 2 and flats[0].dtype == torch.float64
 
-    again = Meters()
+    again = Meters("cpu")
     again.add("soft", 0.0, 0)
     again.add("loss", 10.0, 4)
     again.histogram("alpha", torch.tensor([1.0, 0.0]))
@@ -93,7 +93,7 @@ def test_two_ranks_reduce_once_as_one_tensor():
 
 
 def test_a_histogram_cannot_change_its_bins():
-    meters = Meters()
+    meters = Meters("cpu")
     meters.histogram("alpha", torch.ones(20))
     with pytest.raises(AssertionError, match="alpha"):
         meters.histogram("alpha", torch.ones(10))
@@ -102,7 +102,7 @@ def test_a_histogram_cannot_change_its_bins():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_adding_on_a_gpu_never_waits():
-    meters = Meters()
+    meters = Meters("cuda")
     value, counts = torch.tensor(3.0, device="cuda"), torch.ones(20, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -1,4 +1,4 @@
-"""A small teacher for the cache's tests: everything it says about a sample is a function of the sample's id."""
+"""A small teacher for the cache's tests: every target of a sample is a function of the sample's id."""
 
 from typing import NamedTuple
 
@@ -54,7 +54,7 @@ def put(writer: CacheWriter, ids, codec=None, vocab=V, step=0, teacher="t") -> b
 
 
 def write_until_killed(folder, ready, repeat: int) -> None:
-    """Writes sample after sample, for ever; tells that it has begun."""
+    """Writes sample after sample, for ever; sets `ready` when it begins."""
     torch.set_num_threads(1)
     with CacheWriter(folder, header(), writer="w", shard_samples=2) as writer:
         ready.set()
@@ -66,6 +66,6 @@ def write_until_killed(folder, ready, repeat: int) -> None:
 
 
 def same_row(targets, t, ids_V, probs_V) -> bool:
-    """Token t of SoftTargets says probs at ids and nothing else."""
+    """Token t of SoftTargets has these probabilities at these ids and nothing else."""
     got = {int(i): float(p) for i, p in zip(targets.ids_TK[t], targets.probs_TK[t]) if p > 0}
     return got == {int(i): float(p) for i, p in zip(ids_V, probs_V) if p > 0}
