@@ -9,6 +9,7 @@ are published.
 """
 
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,6 @@ class _StepTargets(NamedTuple):
     entropy_T: Tensor
     valid_T: Tensor
     step: int
-    tokens_seen: int
 
 
 class Capture:
@@ -50,7 +50,7 @@ class Capture:
         writers: one per corpus, in the stream's order of corpora.
         seed: of the codec's counter-based randomness.
         teacher: identity that goes into every shard.
-        tokens_per_step: of the whole optimizer step, for the shards' tokens_seen.
+        tokens_seen: by the teacher, as a function of its step.
         watch: of the teacher in training; None: the teacher is frozen, and its targets do not wait.
 
     Attributes:
@@ -64,11 +64,11 @@ class Capture:
         writers: list[CacheWriter],
         seed: int,
         teacher: str,
-        tokens_per_step: int,
+        tokens_seen: Callable[[int], int],
         watch: Watch | None = None,
     ):
         self.codec, self.writers, self.seed = codec, writers, seed
-        self.teacher, self.tokens_per_step = teacher, tokens_per_step
+        self.teacher, self.tokens_seen = teacher, tokens_seen
         self.seconds = 0.0
         self.puts = 0
         self.watch = watch
@@ -97,17 +97,13 @@ class Capture:
 
         return select
 
-    def put(self, targets: MicroTargets, step: int, tokens_seen: int | None = None) -> None:
-        """Hands a micro-batch's targets to the writers; waits or skips when their queue is full.
-
-        tokens_seen: by the teacher; None: those of its steps so far.
-        """
+    def put(self, targets: MicroTargets, step: int) -> None:
+        """Hands a micro-batch's targets to the writers; waits or skips when their queue is full."""
         began = time.perf_counter()
         batch, hard_T, selections = targets
         atoms = Atoms.cat([part.atoms for part in selections]).cpu()
         entropy_T = torch.cat([part.entropy_T for part in selections]).cpu()
-        seen = step * self.tokens_per_step if tokens_seen is None else tokens_seen
-        held = _StepTargets(batch, atoms, hard_T.cpu(), entropy_T, batch.valid_BS.flatten().cpu(), step, seen)
+        held = _StepTargets(batch, atoms, hard_T.cpu(), entropy_T, batch.valid_BS.flatten().cpu(), step)
         finite_T = held.hard_T.isfinite() & held.entropy_T.isfinite()
         if self._held and self._held[0].step != step:
             self._release()
@@ -140,7 +136,7 @@ class Capture:
                     targets.entropy_T[rows_T],
                     targets.valid_T[rows_T],
                     step=targets.step,
-                    tokens_seen=targets.tokens_seen,
+                    tokens_seen=self.tokens_seen(targets.step),
                     teacher=self.teacher,
                 )
 

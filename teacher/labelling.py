@@ -62,26 +62,17 @@ def label_rows(hidden_TD: Tensor, weight_VD: Tensor, batch: Batch, select: Selec
 
 
 @torch.inference_mode()
-def label(
-    teacher: Frozen, batch: Batch, capture: Capture, step: int, tokens_seen: int, head_chunk: int
-) -> tuple[Tensor, Tensor]:
-    """Labels a batch on the teacher's device and hands its targets to the writers.
+def label(teacher: Frozen, batch: Batch, head_chunk: int, capture: Capture | None = None, step: int = 0) -> Tensor:
+    """Labels a batch on the teacher's device and hands its targets to the writers of the capture, if there is one.
 
     Args:
-        step, tokens_seen: of the teacher, for the records.
+        step: of the teacher, for the records.
 
     Returns:
-        Sum of the label losses over valid tokens (nats) and their number, on the device; nothing waits for them.
+        Sum of the label losses over valid tokens (nats) and their number, fp64 [2] on the device; nothing waits for it.
     """
-    targets = teacher.label(batch, capture.selector(batch), head_chunk)
-    capture.put(targets, step, tokens_seen)
+    targets = teacher.label(batch, None if capture is None else capture.selector(batch), head_chunk)
+    if capture is not None:
+        capture.put(targets, step)
     valid_T = batch.valid_BS.flatten()
-    return (targets.hard_T.double() * valid_T).sum(), valid_T.sum()
-
-
-@torch.inference_mode()
-def label_loss(teacher: Frozen, batch: Batch, head_chunk: int) -> tuple[float, int]:
-    """Sum of the label losses over the valid tokens of a batch (nats), and their number; nothing is kept."""
-    valid_T = batch.valid_BS.flatten()
-    hard_T = teacher.label(batch, None, head_chunk).hard_T
-    return float((hard_T.double() * valid_T).sum()), int(valid_T.sum())
+    return torch.stack([(targets.hard_T.double() * valid_T).sum(), valid_T.sum().double()])

@@ -29,7 +29,7 @@ from distill.run.caches import cache_entries, cache_folders, new_header
 from distill.run.frozen import Teacher, load_teacher
 from distill.run.run import Run, as_job
 from teacher.capture import Capture
-from teacher.labelling import label, label_loss
+from teacher.labelling import label
 
 PROBED = 256
 """Samples, at most, on which a teacher shows whether it is better than those before it."""
@@ -154,7 +154,7 @@ def _own_loss(run: Run, teacher: Teacher, corpus: PackedCorpus, held: Held) -> f
     for start in stop.checked(range(0, len(ids), b.batch)):
         some = ids[start : start + b.batch]
         batch = joiner.batch(np.zeros(len(some), np.int64), some).to(run.dist.device)
-        loss, valid = label_loss(teacher.model, batch, b.head_chunk)
+        loss, valid = label(teacher.model, batch, b.head_chunk).tolist()
         total, tokens = total + loss, tokens + valid
     if not math.isfinite(total):
         return math.inf  # nan means not measured
@@ -201,7 +201,7 @@ def _tflops(places: list[Place], units: list[Unit]) -> float:
 
 def measure(run: Run, teacher: Teacher, places: list[Place], units: list[Unit]) -> Rate:
     """Speed and size, from the first batch labelled into a cache that is thrown away; collective."""
-    seconds, size, tokens, loss = 0.0, 0.0, 0, 0.0
+    speed, size, tokens, loss = 0.0, 0.0, 0, 0.0
     captures: list[Capture] = []
     if units:
         first = units[0]
@@ -215,15 +215,15 @@ def measure(run: Run, teacher: Teacher, places: list[Place], units: list[Unit]) 
                     began = time.perf_counter()
                     corpus = run.data.train[place.name]
                     batch = Joiner([corpus], None, OnMissing.hard).batch(np.zeros(len(ids), np.int64), ids)
-                    loss += float(_label(run, teacher, batch, capture, place.step + timed)[0])
+                    rows, chunk = batch.to(run.dist.device), run.config.backfill.head_chunk
+                    loss += float(label(teacher.model, rows, chunk, capture, place.step + timed)[0])
                     capture.flush()
-                    seconds = time.perf_counter() - began
+                    speed = batch.ids_BS.numel() / (time.perf_counter() - began)
                 stats = capture.writers[0].stats
                 size, tokens = stats.bytes / 2, stats.tokens // 2
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    positions = len(units[0].sample_ids[: run.config.backfill.batch]) * run.config.data.sample_tokens if units else 0
-    sums = torch.tensor([positions / seconds if seconds else 0.0, size, float(tokens), loss], dtype=torch.float64)
+    sums = torch.tensor([speed, size, float(tokens), loss], dtype=torch.float64)
     speed, size, counted, loss = run.dist.sum(sums.to(run.dist.device)).tolist()
     _check(run, teacher, loss, captures)
     return Rate(speed, size / max(counted, 1.0))
@@ -256,14 +256,7 @@ def _capture(run: Run, teacher: Teacher, place: Place, folder: str | Path) -> It
         flops_per_token=place.flops_per_token,
     ) as writer:
         codec = make_codec(place.header.codec, teacher.model.vocab_size)
-        yield Capture(codec, [writer], place.header.seed, teacher.identity, 0)
-
-
-def _label(run: Run, teacher: Teacher, batch: Batch, capture: Capture, step: int) -> torch.Tensor:
-    """Loss and number of the valid tokens, [2] fp64 on the device."""
-    rows = batch.to(run.dist.device)
-    parts = label(teacher.model, rows, capture, step, teacher.tokens_seen, run.config.backfill.head_chunk)
-    return torch.stack([part.double() for part in parts])
+        yield Capture(codec, [writer], place.header.seed, teacher.identity, lambda step: teacher.tokens_seen)
 
 
 def _label_all(run: Run, teacher: Teacher, places: list[Place], plan: Plan, mine: list[Unit]) -> dict[str, Any]:
@@ -297,7 +290,8 @@ def _label_all(run: Run, teacher: Teacher, places: list[Place], plan: Plan, mine
             sums = torch.zeros(4, dtype=torch.float64, device=dist.device)
             while turn_number < len(mine):
                 corpus, ids, last = pieces[at]
-                sums[:2] += _label(run, teacher, next(batches), captures[corpus], places[corpus].step)
+                rows = next(batches).to(dist.device)
+                sums[:2] += label(teacher.model, rows, b.head_chunk, captures[corpus], places[corpus].step)
                 sums[2] += len(ids)
                 at += 1
                 if last or stop.asked() is not None:

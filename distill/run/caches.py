@@ -60,9 +60,9 @@ def open_capture(
                 writers.append(_open_writer(run, run.data.train[name], folder, planned))
                 run.resources.push(writers[-1])
         run.dist.barrier()
-    tokens = config.teacher.train.batch * config.data.sample_tokens
+    tokens = config.teacher.train.batch * config.data.sample_tokens  # a step
     codec = make_codec(config.cache.codec, config.teacher.model.vocab_size)
-    return Capture(codec, writers, config.seed, teacher, tokens, watch)
+    return Capture(codec, writers, config.seed, teacher, lambda step: step * tokens, watch)
 
 
 def _open_writer(run: Run, corpus: PackedCorpus, folder: str | Path, planned: dict[str, object]) -> CacheWriter:

@@ -68,7 +68,7 @@ def of_weights(model: nn.Module) -> str:
 
 
 def stored(found: Checkpoint, role: str) -> tuple[Lineage, int] | None:
-    """The lineage and the step of a checkpoint's teacher; None where it holds none, as those of before do."""
+    """The lineage and the step of a checkpoint's teacher; None where it records none, as those of older versions."""
     record = found.state.get(LINEAGES, {}).get(role)
     return None if record is None else (Lineage(**record), int(found.state["roles"][role]["step"]))
 

@@ -9,7 +9,7 @@ from distill.config.schema import CodecConfig
 from distill.data.join import Batch
 from distill.model import Transformer
 from teacher.capture import Capture
-from teacher.labelling import Own, label, label_loss
+from teacher.labelling import Own, label
 from tests.unit.test_model_attention import config_of
 
 S, V, SAMPLES = 12, 64, 5
@@ -54,12 +54,12 @@ def test_the_cache_holds_what_the_teacher_says_of_each_document(model, batch, tm
     made = dict(source="backfill", seen_before=True, flops_per_token=7.0)
     teacher = Own(model)
     with CacheWriter(tmp_path, header, writer="backfill-00000", **made) as writer:
-        capture = Capture(make_codec(codec, V), [writer], 3, "frozen", 0)
-        loss, valid = label(teacher, batch, capture, step=41, tokens_seen=1234, head_chunk=5)
+        capture = Capture(make_codec(codec, V), [writer], 3, "frozen", lambda step: 1234)
+        loss, valid = label(teacher, batch, 5, capture, step=41)
     want_TV, valid_T = alone(model, batch), batch.valid_BS.flatten()
     label_T = want_TV.gather(-1, batch.labels_BS.flatten()[:, None]).squeeze(-1)
     assert valid == valid_T.sum() and float(loss) == pytest.approx(-float(label_T[valid_T].sum()), rel=1e-5)
-    assert label_loss(teacher, batch, 5) == (pytest.approx(float(loss)), int(valid))
+    assert label(teacher, batch, 5).tolist() == [pytest.approx(float(loss)), int(valid)]
 
     reader = CacheReader(tmp_path)
     found = reader.read(IDS, IDS.astype(np.uint64))
