@@ -189,7 +189,7 @@ class Trainer:
         return Update(norm, sums[:-1].view_as(counts_LE), sums[-1] == 0)
 
     def _routing_loss(self, routing: Routing, valid_BS: Tensor, meters: Meters) -> Tensor:
-        """What a micro-batch adds to the loss for its routers' sake, as a sum over valid tokens."""
+        """The penalties of a micro-batch's routers, as a sum over valid tokens."""
         penalty, sums = routing_loss(
             routing.logits_LTE,
             routing.experts_LTA,
