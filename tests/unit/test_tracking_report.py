@@ -183,7 +183,7 @@ def test_what_is_switched_off_has_no_curve_and_no_chart(tmp_path):
                 tracker.log("student", step, off | {"loss": 3.0, "lag_factor": factor})
     assert {text: list(chart.curves) for text, chart in written(tmp_path).charts.items()} == {
         "Training loss nats per token": ["lagging", "plain"],
-        "Lag factor 1: as good as the best targets": ["lagging"],
+        "Lag factor 1 for the best targets": ["lagging"],
     }
 
 
@@ -255,13 +255,51 @@ def test_heat_map_cells(tmp_path):
     chart = written(tmp_path).chart("Alpha over time: student")
     cells = chart.trace("heatmap")
     shares = values(cells["customdata"]) / 100
-    # Rows 1, 11, 21, 31, 41 of 50 have a histogram, with two bins that are not empty.
-    assert shares.shape == (20, 5) and np.count_nonzero(shares) == 5 * 2
-    np.testing.assert_allclose(shares[5:7], [[0.75] * 5, [0.25] * 5])
+    # Each of 50 rows has a histogram, with two bins that are not empty.
+    assert shares.shape == (20, 50) and np.count_nonzero(shares) == 50 * 2
+    np.testing.assert_allclose(shares[5:7], [[0.75] * 50, [0.25] * 50])
     np.testing.assert_allclose(values(cells["z"]) ** 2, shares, atol=1e-6)
-    np.testing.assert_allclose(values(cells["x"]), 512 * np.array([1, 11, 21, 31, 41, 50]))
+    np.testing.assert_allclose(values(cells["x"]), 512 * np.arange(51))
     np.testing.assert_allclose(values(cells["y"])[5:8], [0.25, 0.3, 0.35])
     assert "± 0.025<br>" in cells["hovertemplate"] and list(chart.curves) == ["mean"]
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_a_map_and_its_mean_are_of_the_same_rows(tmp_path, every):
+    """Of ten rows; alpha falls to 0 and comes back between two histograms of every fifth row."""
+    config = TrackingConfig(console=ConsoleMode.off, histogram_every=every)
+    with Tracker(tmp_path, config, {}) as tracker:
+        for step in range(1, 11):
+            alpha = 0.0 if 2 <= step <= 5 else 0.8
+            tracker.log("student", step, {"alpha": alpha}, {"alpha": [9.0, 0, 0, 0, 1] if not alpha else [1.0, 0, 0, 0, 9]})
+    chart = written(tmp_path).chart("Alpha over time: student")
+    steps, means = chart.curves["mean"]
+    assert list(steps) == list(range(1, 11, every))
+    cells = chart.trace("heatmap")
+    np.testing.assert_allclose(values(cells["x"]), [0, *steps])
+    np.testing.assert_allclose(values(cells["customdata"])[4], [90 if mean > 0 else 10 for mean in means])
+
+
+@pytest.mark.parametrize("rows", [49, 200])
+def test_first_points_are_on_the_chart_or_named_beside_it(tmp_path, rows):
+    with Tracker(tmp_path, CONFIG, {}) as tracker:
+        for step in range(1, rows + 1):
+            tracker.log("teacher", step, {"loss": 2.0 + 3.5 / step})
+    page = written(tmp_path)
+    chart = page.chart("Training loss")
+    (note,) = [p["text"] for p in page.all("p") if "What is minimized" in p["text"]]
+    assert (chart.layout["yaxis"]["range"][1] < 5.5) == (rows == 200)
+    assert note.endswith("The axis leaves out first steps and spikes, up to 5.5.") == (rows == 200)
+
+
+def test_a_small_share_has_no_exponent_in_the_legend(tmp_path):
+    with Tracker(tmp_path, CONFIG, {}) as tracker:
+        for step in (1, 2):
+            tracker.log("student", step, {"stall": 6.95e-5, "lr": 6.95e-5})
+    page = written(tmp_path)
+    names = {title: next(t["name"] for t in chart.traces if t.get("showlegend")) for title, chart in page.charts.items()}
+    assert names["Waiting for data share of the time"] == "student <b>0.0001</b>"
+    assert names["Learning rate "] == "student <b>6.95e-05</b>"
 
 
 def test_a_heat_map_of_one_value_is_not_drawn(tmp_path):
