@@ -172,7 +172,8 @@ def html(frame: Frame, figure: go.Figure, height: int | None = None) -> str:
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "reversed"},
     )  # fmt: skip
     figure.update_xaxes(showgrid=False, zeroline=False, ticks="outside", ticklen=4, tickangle=0, **SPIKE)
-    figure.update_yaxes(zeroline=False, automargin=True, ticks="")
+    # Nearer to the axis, a 0 and the tick of the axis of x beside it would read as "0,".
+    figure.update_yaxes(zeroline=False, automargin=True, ticks="", ticklabelstandoff=6)
     note = f"<p>{escape(frame.note)}</p>" if frame.note else ""
     return (
         f'<figure class="{"chart wide" if frame.wide else "chart"}"><figcaption><h3>{escape(frame.title)} '

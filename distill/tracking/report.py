@@ -43,7 +43,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
     "Weighting and targets": (
         Panel("alpha", "Mean alpha", "share of the soft term", zero=True),
         Panel("lag", "Lag", "nats", "How much worse than at its best the teacher was on these targets.", zero=True),
-        Panel("lag_factor", "Lag factor", "1 for the best targets", "By how much the lag of the targets reduces alpha.", off=1),
+        Panel("lag_factor", "Lag factor", "1 for the best targets", "Reduces alpha by the targets' lag.", off=1),
         Panel("coverage", "Coverage", "share of tokens with targets", smoothed=False, zero=True, off=1),
         Panel("stall", "Waiting for data", "share of the time", smoothed=False, zero=True),
         Panel("agreement", "Agreement", "share of tokens", "Student's and teacher's first choice are the same."),

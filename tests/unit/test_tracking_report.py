@@ -270,8 +270,8 @@ def test_a_map_and_its_mean_are_of_the_same_rows(tmp_path, every):
     config = TrackingConfig(console=ConsoleMode.off, histogram_every=every)
     with Tracker(tmp_path, config, {}) as tracker:
         for step in range(1, 11):
-            alpha = 0.0 if 2 <= step <= 5 else 0.8
-            tracker.log("student", step, {"alpha": alpha}, {"alpha": [9.0, 0, 0, 0, 1] if not alpha else [1.0, 0, 0, 0, 9]})
+            alpha, counts = (0.0, [9.0, 0, 0, 0, 1]) if 2 <= step <= 5 else (0.8, [1.0, 0, 0, 0, 9])
+            tracker.log("student", step, {"alpha": alpha}, {"alpha": counts})
     chart = written(tmp_path).chart("Alpha over time: student")
     steps, means = chart.curves["mean"]
     assert list(steps) == list(range(1, 11, every))
@@ -297,9 +297,11 @@ def test_a_small_share_has_no_exponent_in_the_legend(tmp_path):
         for step in (1, 2):
             tracker.log("student", step, {"stall": 6.95e-5, "lr": 6.95e-5})
     page = written(tmp_path)
-    names = {title: next(t["name"] for t in chart.traces if t.get("showlegend")) for title, chart in page.charts.items()}
-    assert names["Waiting for data share of the time"] == "student <b>0.0001</b>"
-    assert names["Learning rate "] == "student <b>6.95e-05</b>"
+    names = {
+        title: next(t["name"] for t in chart.traces if t.get("showlegend")) for title, chart in page.charts.items()
+    }
+    assert legends["Waiting for data share of the time"] == ["student <b>0.0001</b>"]
+    assert legends["Learning rate "] == ["student <b>6.95e-05</b>"]
 
 
 def test_a_heat_map_of_one_value_is_not_drawn(tmp_path):
