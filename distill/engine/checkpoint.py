@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, whatever dies when, and that do not depend on the world size.
+"""Checkpoints that are whole or not there, also after a crash, and that do not depend on the world size.
 
     checkpoints/step-00000120/
         teacher-00000.safetensors     whole parameters, moments and buffers by name; rank r holds every W-th of them
