@@ -25,8 +25,8 @@ from torch import Tensor
 
 from distill.config.errors import CheckpointError, DivergenceError
 from distill.config.files import publish_folder, reason, write_text
+from distill.engine.deepspeed_engine import Engine
 from distill.engine.dist import Dist
-from distill.engine.zero import Engine
 from distill.model.finite import is_finite
 from distill.model.tensors import save_tensors
 
