@@ -101,11 +101,13 @@ class LossSums:
         return sums
 
     @classmethod
-    def total(cls, parts: Iterable[LossSums]) -> LossSums:
-        """The sum of several."""
+    def total(cls, parts: Iterable[LossSums], less: Iterable[LossSums] = ()) -> LossSums:
+        """The sum of several, without others."""
         sums = cls()
         for part in parts:
             sums.update(part)
+        for part in less:
+            sums.update(part, -1)
         return sums
 
     def teachers(self) -> list[tuple[str, str]]:

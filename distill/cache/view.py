@@ -200,16 +200,12 @@ class View:
 
     def origin_rows(self) -> Iterator[tuple[Names, Array]]:
         """Origin rows of all shards, part by part."""
-        for listing in self.listings:
-            for rows in listing.origin_chunks():
-                yield listing.names, rows
-        for table in self.tables:
-            yield table.names, table.origins
+        return ((part.names, rows) for part in self.parts for rows in part.origin_chunks())
 
     def chunks(self, size: int = 1 << 16) -> Iterator[Array]:
         """Ids of the samples that have a record, ascending, about `size` at a time."""
         if len(self.parts) == 1:
-            for entries in _chunks_of(self.parts[0], size):
+            for entries in self.parts[0].chunks(size):
                 yield entries["sample"]
             return
         for first in range(0, self.header.samples, size):
@@ -252,12 +248,6 @@ def _spans(order: Sequence[int], files: Sequence[str], starts: Array, sizes: Arr
 def _span(items: list[int], files: Sequence[str], starts: Array, end: int) -> _Span:
     first = int(starts[items[0]])
     return _Span(Place(files[items[0]], first, end - first), items)
-
-
-def _chunks_of(part: Listing | EntryTable, size: int) -> Iterator[Array]:
-    if isinstance(part, Listing):
-        return part.chunks(size)
-    return (part.entries[i : i + size] for i in range(0, len(part.entries), size))
 
 
 # ---------------------------------------------------------------- opening and refreshing
