@@ -38,7 +38,7 @@ _LONG = 256
 """Shards after the snapshot with which a newer one is looked for."""
 
 
-class Place(NamedTuple):
+class Extent(NamedTuple):
     """Where a record lies."""
 
     file: str
@@ -227,7 +227,7 @@ class View:
 class _Span(NamedTuple):
     """Records of one file that are read at once."""
 
-    place: Place
+    place: Extent
     items: list[int]
 
 
@@ -247,7 +247,7 @@ def _spans(order: Sequence[int], files: Sequence[str], starts: Array, sizes: Arr
 
 def _span(items: list[int], files: Sequence[str], starts: Array, end: int) -> _Span:
     first = int(starts[items[0]])
-    return _Span(Place(files[items[0]], first, end - first), items)
+    return _Span(Extent(files[items[0]], first, end - first), items)
 
 
 # ---------------------------------------------------------------- opening and refreshing
