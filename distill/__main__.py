@@ -75,7 +75,7 @@ def run_job(config: RunConfig) -> None:
     except Exception:
         if alone or (number := stop.asked()) is None:
             raise
-        # Another rank has stopped first, and this one waited for it in vain.
+        # Another rank was stopped first: the exception is that of a collective which it left.
         sys.exit(stop.EXIT_CODES[number])
 
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from distill.config.registry import FACTORS, LOSSES
+from distill.config.errors import ConfigError
+from distill.config.registry import FACTORS, LOSSES, Options
 from distill.config.schema import StudentConfig, WeightingConfig
 from distill.data.join import Batch
 from distill.engine.dist import Dist
@@ -15,6 +17,7 @@ from distill.engine.recipe import Forward, Recipe
 from losses import head_loss, weighting
 from losses.schedule import schedule
 from losses.weighting import Factor, Mean, Setting, Signals, State, Weighting, Weights
+from student.checked_factor import RUN_METRICS, CheckedFactor
 
 ALPHA_BINS = 20
 COVERED = ("soft", "mass", "agreement")
@@ -57,7 +60,9 @@ class StudentRecipe(Recipe):
             best_C = torch.fmin(best_C, best_C.new_tensor(best_teacher_loss))
         vocab_size = config.model.vocab_size
         setting = Setting(vocab_size, teacher_vocab_size or vocab_size, best_C)
-        self.weighting = Weighting(partial(_peak, config.weighting, steps), _factors(config.weighting, setting))
+        self._plugins = _plugins(config.weighting, setting)
+        factors = _factors(config.weighting, setting) | self._plugins
+        self.weighting = Weighting(partial(_peak, config.weighting, steps), factors)
         self.weighting_state = self.weighting.init()
         self.covered = torch.zeros(2, dtype=torch.float64, device=dist.device)
         """Valid tokens so far: those with targets, and all."""
@@ -108,6 +113,14 @@ class StudentRecipe(Recipe):
         self.covered += sums_C3[:, 1:].sum(0)
         self.weighting_state = self.weighting.update(plan.state, sums_C3[:, 0] / sums_C3[:, 2])
 
+    def metrics(self) -> dict[str, float]:
+        """None; ConfigError, on every rank: a factor's value was not in [0, 1] on one of them."""
+        if self._plugins:
+            mine = [problem for factor in self._plugins.values() if (problem := factor.problem()) is not None]
+            if problems := dict.fromkeys(chain.from_iterable(self.dist.gather(mine))):
+                raise ConfigError(*problems)
+        return {}
+
     @property
     def coverage(self) -> float:
         """Share of the valid tokens so far that had targets."""
@@ -140,9 +153,19 @@ def _peak(config: WeightingConfig, steps: int, step: int) -> float:
 
 
 def _factors(config: WeightingConfig, setting: Setting) -> dict[str, Factor]:
-    """The factors that are switched on, by name, in the order of their product."""
-    options: dict[str, Any] = {name: part for name in ("lag", "entropy") if (part := getattr(config, name)).enabled}
-    return {name: FACTORS[name](setting, part) for name, part in (options | config.plugins).items()}
+    """Those of the project's own factors that are switched on, by name, in the order of their product."""
+    options = {name: part for name in ("lag", "entropy") if (part := getattr(config, name)).enabled}
+    return {name: FACTORS[name](setting, part) for name, part in options.items()}
+
+
+def _plugins(config: WeightingConfig, setting: Setting) -> dict[str, CheckedFactor]:
+    """The factors of the user's modules, by name, in the order of their product."""
+    owners = dict.fromkeys(RUN_METRICS, "the run itself")
+    factors = {}
+    for name, options in config.plugins.items():
+        key = f"student.weighting.plugins.{name}"
+        factors[name] = CheckedFactor(key, FACTORS[name](setting, Options(key, options)), owners)
+    return factors
 
 
 def _signals(batch: Batch, device: torch.device) -> Signals:

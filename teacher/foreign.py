@@ -1,7 +1,8 @@
 """Any causal language model of `transformers` as a frozen teacher; the only file that imports that library.
 
-Packed documents must not attend to each other, and each counts its positions from 0. Since that has no common interface
-in hundreds of architectures, every document is a row of its own, padded on the right, which causal attention ignores.
+Packed documents must not attend to each other, and the positions of each begin at 0. The architectures have no common
+interface for packed documents, so every document is a row of its own, padded on the right, where causal attention does
+not reach.
 
 Where logits are nothing but a product of the last hidden states with the unembedding, which is tested on planted states
 (teacher/probe.py) and on the first batch, the head runs in chunks like that of our own models. Elsewhere (biases,

@@ -103,7 +103,7 @@ FENCE = struct.Struct("<qQ")
 ROW = struct.Struct("<IIIHBBIIIIQQddQQI")
 
 
-class Shard:
+class ShardFile:
     """One verified shard: its header, columns, and where `records` lie in the file."""
 
     def __init__(self, path, identity):
@@ -137,7 +137,7 @@ def header_of(folder):
 
 def shards(folder):
     """The shards that count, by writer and number."""
-    found = [Shard(path, header_of(folder)[1]) for path in sorted(folder.glob("shards/*/*/*.safetensors"))]
+    found = [ShardFile(path, header_of(folder)[1]) for path in sorted(folder.glob("shards/*/*/*.safetensors"))]
     gone = {
         (each["writer"], seq)
         for shard in found
@@ -205,7 +205,7 @@ def catalog(folder):
     _, identity = header_of(folder)
     there = {
         (s.header["writer"], s.header["seq"]): s
-        for s in map(lambda p: Shard(p, identity), folder.glob("shards/*/*/*.s*"))
+        for s in map(lambda p: ShardFile(p, identity), folder.glob("shards/*/*/*.s*"))
     }
     path = max(folder.glob("catalog/*.json"), key=lambda path: int(path.stem))
     snapshot = sealed(path.read_bytes())

@@ -12,11 +12,9 @@ from distill.cache.header import CacheHeader
 from distill.cache.listing import (
     Listing,
     ListingRef,
-    TableSource,
     block_cache,
-    merged_losses,
-    write_listing,
 )
+from distill.cache.listing_writer import write_listing
 from distill.cache.loss_curve import LossSums
 from distill.cache.shard import read_front
 from distill.cache.shard_header import Replaced
@@ -104,14 +102,14 @@ def _next(
 
 def _listing_of(store: Store, header: CacheHeader, tail: Tail) -> ListingRef:
     losses = LossSums.total(shard.header.losses for shard in tail.shards)
-    return write_listing(store, header.identity, [TableSource(EntryTable.of_shards(tail.shards))], losses)
+    return write_listing(store, header.identity, [EntryTable.of_shards(tail.shards)], losses)
 
 
 def _merged(store: Store, header: CacheHeader, refs: Sequence[ListingRef], drop: Sequence[Replaced] = ()) -> ListingRef:
     """One listing of several, without the shards that others replace."""
     block = block_cache(store)
     listings = [Listing(store, ref, header.identity, block) for ref in refs]
-    losses = merged_losses((each.losses for each in listings), _losses_of(store, header, listings, drop))
+    losses = LossSums.total((each.losses for each in listings), _losses_of(store, header, listings, drop))
     return write_listing(store, header.identity, listings, losses, drop)
 
 

@@ -6,7 +6,7 @@ rows name writers and teachers by number in two lists.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -133,6 +133,14 @@ class EntryTable:
 
     def origin_rows(self, numbers: Array) -> Array:
         return self.origins[numbers]
+
+    def chunks(self, size: int) -> Iterator[Array]:
+        """Entries in order, `size` at a time."""
+        return (self.entries[start : start + size] for start in range(0, len(self.entries), size))
+
+    def origin_chunks(self) -> Iterator[Array]:
+        """All origin rows."""
+        return iter([self.origins])
 
 
 def find_in(entries: Array, ids: Array, sample_ids: Array) -> Found:

@@ -19,7 +19,7 @@ UNITS = 2**20
 _EXACT, _PER_DOUBLING = 64, 32
 
 
-class Curve(NamedTuple):
+class LossCurve(NamedTuple):
     """A teacher's mean label loss at n bins of its steps, in the order of steps."""
 
     first_steps: NDArray[np.int64]
@@ -101,18 +101,20 @@ class LossSums:
         return sums
 
     @classmethod
-    def total(cls, parts: Iterable[LossSums]) -> LossSums:
-        """The sum of several."""
+    def total(cls, parts: Iterable[LossSums], less: Iterable[LossSums] = ()) -> LossSums:
+        """The sum of several, without others."""
         sums = cls()
         for part in parts:
             sums.update(part)
+        for part in less:
+            sums.update(part, -1)
         return sums
 
     def teachers(self) -> list[tuple[str, str]]:
         """Teacher and source, each once."""
         return list(dict.fromkeys((teacher, source) for teacher, source, _, _ in self.rows()))
 
-    def curve(self, teacher: str | None = None, source: str | None = None) -> Curve:
+    def curve(self, teacher: str | None = None, source: str | None = None) -> LossCurve:
         """The loss by step; None: of all teachers, or sources, together."""
         bins: dict[int, Sums] = {}
         for each_teacher, each_source, number, sums in self.rows():
@@ -120,7 +122,7 @@ class LossSums:
                 old = bins.get(number, Sums(0, 0))
                 bins[number] = Sums(old.tokens + sums.tokens, old.loss + sums.loss)
         numbers = sorted(bins)
-        return Curve(
+        return LossCurve(
             np.array([first_step(number) for number in numbers], np.int64),
             np.array([bins[number].loss / UNITS / bins[number].tokens for number in numbers], np.float64),
             np.array([bins[number].tokens for number in numbers], np.int64),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,7 +38,7 @@ _LONG = 256
 """Shards after the snapshot with which a newer one is looked for."""
 
 
-class Place(NamedTuple):
+class Extent(NamedTuple):
     """Where a record lies."""
 
     file: str
@@ -199,16 +200,12 @@ class View:
 
     def origin_rows(self) -> Iterator[tuple[Names, Array]]:
         """Origin rows of all shards, part by part."""
-        for listing in self.listings:
-            for rows in listing.origin_chunks():
-                yield listing.names, rows
-        for table in self.tables:
-            yield table.names, table.origins
+        return ((part.names, rows) for part in self.parts for rows in part.origin_chunks())
 
     def chunks(self, size: int = 1 << 16) -> Iterator[Array]:
         """Ids of the samples that have a record, ascending, about `size` at a time."""
         if len(self.parts) == 1:
-            for entries in _chunks_of(self.parts[0], size):
+            for entries in self.parts[0].chunks(size):
                 yield entries["sample"]
             return
         for first in range(0, self.header.samples, size):
@@ -230,7 +227,7 @@ class View:
 class _Span(NamedTuple):
     """Records of one file that are read at once."""
 
-    place: Place
+    place: Extent
     items: list[int]
 
 
@@ -250,13 +247,7 @@ def _spans(order: Sequence[int], files: Sequence[str], starts: Array, sizes: Arr
 
 def _span(items: list[int], files: Sequence[str], starts: Array, end: int) -> _Span:
     first = int(starts[items[0]])
-    return _Span(Place(files[items[0]], first, end - first), items)
-
-
-def _chunks_of(part: Listing | EntryTable, size: int) -> Iterator[Array]:
-    if isinstance(part, Listing):
-        return part.chunks(size)
-    return (part.entries[i : i + size] for i in range(0, len(part.entries), size))
+    return _Span(Extent(files[items[0]], first, end - first), items)
 
 
 # ---------------------------------------------------------------- opening and refreshing
@@ -276,7 +267,8 @@ def open_view(store: Store, header: CacheHeader, pin: Mapping[str, Any] | None =
     for snapshot in _candidates(store, header, pin, bad):
         past = max(past, snapshot.number)
         try:
-            listings = tuple(Listing(store, ref, header.identity, block) for ref in snapshot.listings)
+            opened = partial(Listing, store, cache=header.identity, block=block)
+            listings = tuple(store.map(opened, snapshot.listings))
         except CacheError as error:
             log.warning("%s; the snapshot before it serves, or the shards", error)
             continue

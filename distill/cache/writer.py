@@ -302,10 +302,16 @@ class CacheWriter:
         if self._error:
             self._error_raised = True
             raise self._error
+        if not self._thread.is_alive():
+            raise CacheError(
+                f"cache {self.folder}: the writer {self.writer!r} belongs to the process that has opened it, and not "
+                "to a child of its fork"
+            )
 
     def _stop(self) -> None:
-        self._queue.put(_Request("stop", threading.Event()))
-        self._thread.join()
+        if self._thread.is_alive():  # not so in the child of a fork
+            self._queue.put(_Request("stop", threading.Event()))
+            self._thread.join()
         self._closed = True
         self._resources.close()
 

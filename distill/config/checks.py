@@ -3,6 +3,7 @@
 A function of rules yields a sentence for each one that is broken: key, value, what is allowed.
 """
 
+import dataclasses
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -188,9 +189,13 @@ def _weighting(key: str, w: WeightingConfig) -> Iterator[str]:
     yield from _schedule(key, w)
     if w.entropy.enabled and not w.entropy.scale and w.entropy.skip == 0:
         yield f"{key}.entropy is enabled but does nothing; set scale=true or skip above 0"
+    own = [name for name in FACTORS.names if dataclasses.is_dataclass(getattr(w, name, None))]
     for name, options in w.plugins.items():
-        if problem := FACTORS.problem(f"{key}.plugins", name):
-            yield problem
+        if name in own:
+            yield f"{key}.plugins.{name}: this factor is the project's own; its options are keys of {key}.{name}"
+        elif name not in FACTORS.names:
+            allowed = ", ".join(each for each in FACTORS.names if each not in own)
+            yield f"{key}.plugins.{name} is no factor; allowed: {allowed or 'none: no module of plugins adds one'}"
         elif not isinstance(options, dict):
             yield f"{key}.plugins.{name} is {options}; it must be a mapping of the factor's options, {{}} for none"
 

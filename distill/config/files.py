@@ -39,7 +39,7 @@ def sync(path: Path) -> None:
 
 
 def write_all(fd: int, data: bytes) -> None:
-    """write(2) until everything is written; a file system may take less at a time."""
+    """Writes all bytes; one call of write(2) may write only some of them."""
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]

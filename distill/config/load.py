@@ -108,6 +108,8 @@ def _problems(line: CommandLine, hydra: Hydra) -> list[str]:
         return [*problems, f"--config-name is {name}; no such file in {known}{userfiles.hint('', name, where)}"]
     # A key that a problem names as `KEY=` is not missing besides.
     named = {*map(_key, refused), *(key for each in problems for key in re.findall(r"(?<![\w.])([\w.]+)=", each))}
+    if "plugins" in map(_key, refused):  # names of parts that a module would have added are not wrong besides
+        return problems
     for overrides in itertools.islice(_combinations(line.overrides, refused, loader), MOST_COMBINATIONS):
         for problem in _composed_problems(hydra, name, overrides, where, line):
             key = key_of(problem)

@@ -9,10 +9,11 @@ modules of a user, which are imported first and add entries of their own:
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -113,6 +114,28 @@ JOBS: Registry[Job] = Registry(
 )
 
 
+class Options(dict[str, Any]):
+    """Options of a part below a key of the configuration; ConfigError where one is read that was not given."""
+
+    def __init__(self, key: str, given: Mapping[str, Any]):
+        super().__init__(given)
+        self._key = key
+        self._read: dict[str, None] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        self._read[name] = None
+        if name not in self:
+            raise ConfigError(
+                f"{self._key}.{name} has no value; allowed below {self._key}: {', '.join(self._read)}; given: "
+                f"{', '.join(self) or 'none'}"
+            )
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self._read[name] = None
+        return super().get(name, default)
+
+
 @dataclass(frozen=True)
 class CodecEntry:
     """A row of the table of codecs: what a reader of cache.json needs, without torch."""
@@ -125,7 +148,8 @@ class CodecEntry:
     """Yields a sentence for each rule that a CodecConfig breaks, given the size of the vocabulary."""
 
     def make(self, config: Any, vocab_size: int) -> Any:
-        return _loaded(self.codec)(config, vocab_size)
+        options = Options("cache.codec.options", config.options)
+        return _loaded(self.codec)(dataclasses.replace(config, options=options), vocab_size)
 
     def problems(self, config: Any, vocab_size: int) -> Iterator[str]:
         yield from _loaded(self.rules)(config, vocab_size) if self.rules else ()

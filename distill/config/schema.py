@@ -454,7 +454,7 @@ class TrackingConfig:
     """Name of the wandb run; null: the run folder's."""
     console: ConsoleMode = ConsoleMode.auto
     """One live line on a terminal, plain lines elsewhere; bar and lines force either."""
-    histogram_every: Count = 10
+    histogram_every: Count = 1
     """Logged rows between histograms of alpha."""
     report: bool = True
     """Write report.html at the end of the job."""

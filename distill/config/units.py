@@ -44,6 +44,11 @@ def duration(seconds: float) -> str:
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 unit`, `1,200 units`."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def tokens(count: float) -> str:
     """`950 tokens`, `38.2k tokens`."""
     return f"{short(count)} tokens"

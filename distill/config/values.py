@@ -34,7 +34,7 @@ def differences(here: dict[str, Any], there: dict[str, Any], prefix: str = "") -
             if a.get("name") == b.get("name"):
                 yield from differences(a, b, f"{prefix}{key}.")
             else:
-                yield Difference(f"{prefix}{key}.name", a["name"], b["name"])
+                yield Difference(f"{prefix}{key}.name", a.get("name"), b.get("name"))
         elif a != b:
             yield Difference(f"{prefix}{key}", a, b)
 

@@ -162,12 +162,13 @@ class _LeftOut:
         if self._characters:
             shown = (text if len(text) <= 20 else text[:17] + "..." for text in list(self._examples)[:EXAMPLES])
             print(
-                f"packing {name}: {self._characters} characters in {self._touched} of {self._documents} documents "
-                f"are left out: {self._tokenizer} has no token for {', '.join(map(repr, shown))} and no unknown token",
+                f"packing {name}: left out {units.counted(self._characters, 'character')} in {self._touched:,} of "
+                f"{units.counted(self._documents, 'document')}: {self._tokenizer} has no token for "
+                f"{', '.join(map(repr, shown))} and no unknown token",
                 file=sys.stderr,
             )
         if empty and self._corpus.config.source is Source.files:
-            print(f"packing {name}: {empty} documents have no text", file=sys.stderr)
+            print(f"packing {name}: {units.counted(empty, 'document')} without text", file=sys.stderr)
         counts = {
             "empty_documents": empty,
             "unencodable_characters": self._characters,

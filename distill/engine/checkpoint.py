@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, whatever dies when, and that do not depend on the world size.
+"""Checkpoints that are whole or not there, also after a crash, and that do not depend on the world size.
 
     checkpoints/step-00000120/
         teacher-00000.safetensors     whole parameters, moments and buffers by name; rank r holds every W-th of them
@@ -25,8 +25,8 @@ from torch import Tensor
 
 from distill.config.errors import CheckpointError, DivergenceError
 from distill.config.files import publish_folder, reason, write_text
+from distill.engine.deepspeed_engine import Engine
 from distill.engine.dist import Dist
-from distill.engine.zero import Engine
 from distill.model.finite import is_finite
 from distill.model.tensors import save_tensors
 

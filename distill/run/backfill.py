@@ -20,7 +20,7 @@ from distill.cache import CacheHeader, CacheReader, CacheWriter, is_created, mak
 from distill.config import stop
 from distill.config.errors import DivergenceError
 from distill.config.schema import OnFull, OnMissing
-from distill.config.units import duration, file_size, short
+from distill.config.units import counted, duration, file_size, short
 from distill.data.join import Batch, Joiner, check_cache
 from distill.data.packed import PackedCorpus
 from distill.data.prefetch import Prefetch
@@ -73,9 +73,9 @@ class Rate(NamedTuple):
 def backfill(run: Run) -> None:
     b, dist = run.config.backfill, run.dist
     teacher = load_teacher(run)
-    run.start()
     # The main rank's plan holds for all: another rank might read a cache that has grown since.
     places, plan = dist.from_main(_planned(run, teacher) if dist.is_main else None)
+    run.start()
     for place in places:
         if math.isinf(place.teacher_loss):
             raise DivergenceError(f"teacher {teacher.name}: its loss on corpus {place.name} is not finite")
@@ -176,18 +176,18 @@ def describe(run: Run, places: list[Place], plan: Plan, teacher: Teacher, rate: 
         samples = sum(len(unit.sample_ids) for unit in plan.units if unit.corpus == number)
         stale = samples - plan.gaps_C[number]
         yield (
-            f"corpus {place.name}: {place.header.samples:,} samples, {place.covered:,} have targets ({place.done:,} by "
-            f"this teacher); to label: {plan.gaps_C[number]:,} gaps, {stale:,} stale, at "
+            f"corpus {place.name}: {counted(place.header.samples, 'sample')}, {place.covered:,} have targets "
+            f"({place.done:,} by this teacher); to label: {counted(plan.gaps_C[number], 'gap')}, {stale:,} stale, at "
             f"{short(place.flops_per_token)}FLOP a token; into {place.folder} as step {place.step}"
         )
         if not np.isnan(place.teacher_loss):
             yield f"corpus {place.name}: best record {place.best:.3f} nats, this teacher {place.teacher_loss:.3f}"
     tokens = plan.samples * run.config.data.sample_tokens
     if plan.left_out:
-        yield f"the budget leaves out {plan.left_out:,} samples"
+        yield f"the budget leaves out {counted(plan.left_out, 'sample')}"
     if plan.samples:
         yield (
-            f"{plan.samples:,} samples in {len(plan.units):,} units, {short(tokens)} tokens, "
+            f"{counted(plan.samples, 'sample')} in {counted(len(plan.units), 'unit')}, {short(tokens)} tokens, "
             f"{_tflops(places, plan.units):.4g} TFLOP, about {file_size(tokens * rate.bytes_per_token)}, "
             f"{duration(tokens / rate.tokens_per_second)} at {short(rate.tokens_per_second)} tokens/s"
         )

@@ -2,9 +2,9 @@
 
 A record is stale when the loss of the teacher that made it exceeds the best loss of its cache by some lag. A sample is
 worth the nats per token by which its targets can improve. A stale record: its loss less that of the frozen teacher,
-where that is known, else less the best of its cache; if the frozen teacher is no better, nothing. A gap: as if a
-teacher that knows nothing had filled it (log V nats, or the worst record's loss where that is worse), so a gap is
-worth at least as much as the stalest record. Worth per floating-point operation orders the work; where a budget cuts
+where that is known, else less the best of its cache; if the frozen teacher is no better, nothing. A gap: as if it
+were filled by uniform distributions (log V nats, or the worst record's loss where that is worse), so a gap is worth at
+least as much as the stalest record. Worth per floating-point operation orders the work; where a budget cuts
 it, samples of equal worth are taken from all over the corpus. What is done already is not in the plan, so a run that is
 started again does what is left.
 """
@@ -76,9 +76,9 @@ def worth(held: Held, vocab_size: int, min_lag: float | None) -> NDArray[np.floa
     reference = best if math.isnan(held.teacher_loss) else held.teacher_loss
     lag_N, gain_N = (np.nan_to_num(held.loss_N - loss, nan=0.0) for loss in (best, reference))
     stale_N = held.covered_N & ~held.mine_N & (lag_N >= (math.inf if min_lag is None else min_lag))
-    ignorance = math.log(vocab_size) - (0.0 if math.isnan(reference) else reference)
+    uniform = math.log(vocab_size) - (0.0 if math.isnan(reference) else reference)
     # A gap is filled by any teacher.
-    gap = max(ignorance, float(gain_N[held.covered_N].max(initial=0.0)), 1e-6)
+    gap = max(uniform, float(gain_N[held.covered_N].max(initial=0.0)), 1e-6)
     return np.where(held.covered_N, np.where(stale_N, gain_N.clip(min=0.0), 0.0), gap)
 
 

@@ -25,12 +25,11 @@ from teacher.pretraining import TeacherRecipe
 
 
 def prepare(run: Run) -> None:
-    """The data of a run that trains, for all its models, and its records."""
+    """The data of a run that trains, for all its models."""
     models = [(role, getattr(run.config, role).model) for role in run.roles]
     run.prepare(min(model.vocab_size for _, model in models))
     for role, model in models:
         check_vision(f"{role}.model.vision", model.vision, run.config.data, run.data.tokenizer)
-    run.start()
 
 
 def steps_of(run: Run, role: str) -> int:
@@ -155,5 +154,6 @@ def _feed(run: Run, stream: Stream, positions: Positions, readers: list[CacheRea
     joiner = Joiner(list(run.data.train.values()), readers, on_missing)
     arguments = stream, positions, joiner, batch, run.dist
     if readers and run.config.cache.follow:
-        return FollowingFeed(readers, run.config.cache, run.tracker, *arguments)
+        # The tracker does not exist yet: it is opened when everything has been checked.
+        return FollowingFeed(readers, run.config.cache, lambda text: run.tracker.message(text), *arguments)
     return Feed(*arguments)

@@ -25,7 +25,7 @@ def cache_root(run: Run) -> str:
 
 def cache_folders(run: Run) -> dict[str, str]:
     """The cache of each corpus: the folder in `cache.dirs`, else the root, or a folder in it for each of a mixture."""
-    root, names = cache_root(run).rstrip("/"), list(run.data.train)
+    root, names = cache_root(run).rstrip("/"), list(run.config.data.corpora)
     usual = {names[0]: root} if len(names) == 1 else {name: f"{root}/{name}" for name in names}
     return {name: run.config.cache.dirs.get(name, folder) for name, folder in usual.items()}
 

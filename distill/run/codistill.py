@@ -1,7 +1,7 @@
 """job=codistill: teacher and student train in turns; the cache is the only channel between them.
 
 A round: the teacher trains and publishes, the student trains on what is published and its order allows. With late_first
-it starts when the teacher is half-way, keeps pace, and comes back to the first half when the teacher is done.
+it starts when the teacher is half-way, keeps pace, and reads the first half when the teacher is done.
 Control arms follow, each a student run of its own in a folder below: same init, same samples, same number of steps.
 """
 
@@ -52,10 +52,15 @@ def codistill(run: Run) -> None:
         "ece": result.ece,
     }
     if "hard" in config.codistill.arms:
-        gap = entries["hard_loss"] - taught.loss
-        entries["gap_closed"] = (entries["hard_loss"] - result.loss) / gap if gap else None
+        entries |= gap_closed(taught.loss, entries["hard_loss"], result.loss)
     run.tracker.message(table.render(entries | {"seconds": run.seconds}))
     run.finish(entries)
+
+
+def gap_closed(teacher: float, hard: float, distilled: float) -> dict[str, float]:
+    """Summary entry of held-out losses, nats: the share of the way from hard labels to the teacher; none where the
+    teacher is no better than hard labels."""
+    return {"gap_closed": (hard - distilled) / (hard - teacher)} if hard > teacher else {}
 
 
 def _rounds(
@@ -94,7 +99,6 @@ def _arm(run: Run, name: str, arm: ArmConfig) -> dict[str, Any]:
     if not below.finished:
         with below:
             below.use(run.data)
-            below.start()
             train_student(below)
     return below.summary()
 

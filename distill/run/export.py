@@ -18,6 +18,7 @@ from distill.config.errors import ConfigError
 from distill.config.files import write_text
 from distill.config.registry import PRECISIONS
 from distill.config.schema import DataConfig, ImageConfig, ModelConfig, RunConfig, VisionConfig
+from distill.config.units import counted
 from distill.data.prepare import Prepared, prepare, reopen
 from distill.data.tokenizer import TOKENIZER, Tokenizer, load_tokenizer
 from distill.engine import checkpoint
@@ -86,7 +87,8 @@ def export(config: RunConfig, folder: Path, dist: Dist) -> None:
     )
     files = sorted(path.name for path in Path(e.dir).glob("*.safetensors"))
     parameters = sum(p.numel() for p in model.parameters())
-    run.tracker.message(f"exported {parameters:,} parameters in {e.dtype.value} to {e.dir} ({len(files)} files)")
+    written = counted(len(files), "file")
+    run.tracker.message(f"exported {parameters:,} parameters in {e.dtype.value} to {e.dir} ({written})")
     entries = {"dir": str(e.dir), "parameters": parameters, "dtype": e.dtype.value, "files": files}
     run.finish({**entries, **report._asdict()})
 

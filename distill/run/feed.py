@@ -15,7 +15,6 @@ from distill.config.schema import CacheConfig
 from distill.data.join import Batch, Joiner
 from distill.data.stream import Stream
 from distill.engine.dist import Dist
-from distill.tracking.tracker import Tracker
 
 POLL_SECONDS, POLL_FAR_SECONDS = 0.2, 2.0
 """Between two checks for new shards; each check of an object store is a few paid requests."""
@@ -70,9 +69,11 @@ class Feed:
 class FollowingFeed(Feed):
     """The feed of a student that waits for a teacher which is still publishing."""
 
-    def __init__(self, readers: Sequence[CacheReader], cache: CacheConfig, tracker: Tracker, *arguments: Any):
+    def __init__(
+        self, readers: Sequence[CacheReader], cache: CacheConfig, message: Callable[[str], None], *arguments: Any
+    ):
         super().__init__(*arguments)
-        self.readers, self.cache, self.tracker = readers, cache, tracker
+        self.readers, self.cache, self.message = readers, cache, message
 
     def reach(self, step: int, goal: int) -> int | None:
         deadline = time.monotonic() + self.cache.follow_timeout
@@ -101,7 +102,7 @@ class FollowingFeed(Feed):
                     "(cache.follow_timeout) and the teacher has not finished"
                 )
             if not announced:
-                self.tracker.message(f"student waits at step {step} for the teacher")
+                self.message(f"student waits at step {step} for the teacher")
                 announced = True
             time.sleep(poll_seconds(self.readers[0].folder))
 

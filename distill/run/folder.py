@@ -13,7 +13,7 @@ from distill.config import paths
 from distill.config.errors import ConfigError
 from distill.config.load import to_dict
 from distill.config.schema import RunConfig
-from distill.config.values import flat, shown
+from distill.config.values import differences, shown
 from distill.tracking.tracker import METRICS
 
 CONFIG, SUMMARY, CHECKPOINTS = "config.yaml", "summary.json", "checkpoints"
@@ -60,7 +60,9 @@ def problems(folder: Path, config: RunConfig) -> Iterator[str]:
     """What keeps a run from starting in the folder, or from going on there."""
     left = [name for name in (CONFIG, METRICS, SUMMARY) if (folder / name).exists()]
     left += [CHECKPOINTS] if any((folder / CHECKPOINTS).glob("step-*")) else []
-    if not left:
+    # Begun, and nothing was measured: the first step was refused, for example because of a plugin.
+    was_refused = left == [CONFIG, METRICS] and not (folder / METRICS).stat().st_size
+    if not left or (was_refused and not config.resume):
         return
     if not config.resume:
         what = "it holds a run" if CONFIG in left else f"it holds {', '.join(left)} of a run"
@@ -75,11 +77,10 @@ def problems(folder: Path, config: RunConfig) -> Iterator[str]:
             "another folder"
         )
         return
-    # Paths whole, as in `now`.
-    was, now = flat(paths.expanded(before, RunConfig)), flat(to_dict(config))
-    for key in sorted(was.keys() | now.keys()):
-        if not key.startswith(_FREE) and was.get(key) != now.get(key):
-            yield f"{key} is {shown(now.get(key))}; the run in {folder} was started with {shown(was.get(key))}"
+    was, now = paths.expanded(before, RunConfig), to_dict(config)  # the paths of both whole
+    for key, here, there in sorted(differences(now, was), key=lambda difference: difference.key):
+        if not key.startswith(_FREE):
+            yield f"{key} is {shown(here)}; the run in {folder} was started with {shown(there)}"
     if (folder / SUMMARY).exists():
         try:
             summary(folder)

@@ -28,7 +28,7 @@ from distill.config.errors import CheckpointError
 from distill.engine.checkpoint import Checkpoint, file_digest
 
 EXPORTED = "codistill.json"
-"""Beside the weights of an exported teacher: whose they are."""
+"""A file beside the weights of an exported teacher, with its lineage and step."""
 LINEAGES = "lineages"
 """Of a checkpoint's state: the lineage of each teacher that it holds, by role."""
 _FORMAT = 1

@@ -16,7 +16,7 @@ from distill.config.values import differences, shown
 from distill.data.tokenizer import Tokenizer
 from distill.engine import checkpoint
 from distill.engine.checkpoint import Checkpoint
-from distill.engine.zero import Engine, load_weights
+from distill.engine.deepspeed_engine import Engine, load_weights
 from distill.model import Transformer, hf
 from distill.model.balance import degenerate_routers
 from distill.model.freeze import freeze

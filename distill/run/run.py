@@ -34,8 +34,9 @@ from distill.tracking.tracker import Tracker
 class Run:
     """One run folder on all ranks; as a context, closes all that it has opened, whatever ends it.
 
-    It is made in three steps, all collective, so that a run that is refused has changed nothing: the constructor claims
-    the folder, `prepare` makes or finds the data, `start` writes the configuration and opens the records.
+    It is made in three steps, all collective: the constructor claims the folder, `prepare` makes or finds the data, and
+    when everything has been checked `start` writes the configuration and opens the records. So a run that is refused
+    leaves no records, and the corrected command starts in the same folder.
 
     Args:
         folder: created here; a folder that holds a run already needs resume=true.
@@ -90,8 +91,6 @@ class Run:
             self.dist.barrier()
         assert prepared is not None
         self.use(prepared)
-        if self.dist.is_main:  # job=export then needs no data
-            prepared.tokenizer.save(self.folder / TOKENIZER)
 
     def use(self, prepared: Prepared) -> None:
         """Takes data that are there already: those of the run that this one is an arm of.
@@ -112,12 +111,14 @@ class Run:
         self.data = prepared
 
     def start(self) -> None:
-        """Writes the configuration and opens the run's records."""
+        """Writes the run's configuration and tokenizer, and opens its records."""
         config = self.config
         begun = self.dist.from_main((self.folder / run_folder.CONFIG).exists())
         if self.dist.is_main:
             checkpoint.clear_half_written(self.checkpoints)
             write_text(self.folder / run_folder.CONFIG, OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
+            if self.data.train:  # job=export has no text
+                self.data.tokenizer.save(self.folder / TOKENIZER)
         steps = {role: s["step"] for role, s in self.restored.state["roles"].items()} if self.restored else {}
         self.tracker = Tracker(
             self.folder,

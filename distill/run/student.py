@@ -2,7 +2,7 @@
 
 import time
 
-from distill.cache import is_created
+from distill.cache import CacheHeader, is_created
 from distill.config import stop
 from distill.config.errors import CacheError
 from distill.run import build
@@ -15,6 +15,9 @@ from distill.run.trainer import to_checkpoints, train
 
 @as_job
 def student(run: Run) -> None:
+    if run.config.student.cached and not run.config.cache.follow:
+        for folder in cache_folders(run).values():
+            CacheHeader.load(folder)  # before the data are packed
     build.prepare(run)
     train_student(run)
 

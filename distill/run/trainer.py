@@ -53,7 +53,7 @@ class Leg(NamedTuple):
 
 
 def train(run: Run, trainers: dict[str, Trainer], legs: Callable[[str | None], Iterable[Leg]]) -> None:
-    """Restores trainers, by role, and takes them through legs, with a checkpoint after each.
+    """Opens the run's records, restores trainers, by role, and takes them through legs, with a checkpoint after each.
 
     Args:
         legs: makes the legs that are left, given the role of the trainer that a signal stopped within its leg, if one
@@ -63,6 +63,7 @@ def train(run: Run, trainers: dict[str, Trainer], legs: Callable[[str | None], I
         DivergenceError: on every rank, if anything was not finite.
         Stopped: after SIGTERM with a checkpoint of the step that was being made, after Ctrl-C without one.
     """
+    run.start()
     _restore(run, trainers)
     for leg in legs(run.restored.state["stopped"] if run.restored else None):
         trainer = leg.trainer
@@ -188,7 +189,7 @@ class Trainer:
         return Update(norm, sums[:-1].view_as(counts_LE), sums[-1] == 0)
 
     def _routing_loss(self, routing: Routing, valid_BS: Tensor, meters: Meters) -> Tensor:
-        """What a micro-batch adds to the loss for its routers' sake, as a sum over valid tokens."""
+        """The penalties of a micro-batch's routers, as a sum over valid tokens."""
         penalty, sums = routing_loss(
             routing.logits_LTE,
             routing.experts_LTA,

@@ -65,7 +65,7 @@ def compact(store: Store, *, shard_bytes: int, purge_age: float | None = None) -
         view = _view(store, header, snapshot)
         shards = shards_of(view, _is_there)
         chosen = shards.take(_choose(shards, shard_bytes))
-        common.check_room(store, chosen.room, "the compaction")
+        common.check_room(store, chosen.room(view), "the compaction")
         packer = Packer(store, header, "compact", shard_bytes)
         with advancing("compact", int(chosen.sizes.sum())) as advance:
             for copy in copies(view, chosen, _is_there):

@@ -59,7 +59,7 @@ def merge(sources: Sequence[Store], target: Store, *, shard_bytes: int) -> Merge
         there = open_view(target, header)
         rules = [_Wins(there, views, number) for number in range(len(views))]
         plans = [shards_of(view, wins) for view, wins in zip(views, rules, strict=True)]
-        common.check_room(target, sum(plan.room for plan in plans), "the merge")
+        common.check_room(target, sum(plan.room(there) for plan in plans), "the merge")
         packer = Packer(target, header, "merge", shard_bytes)
         known = bins(there.losses)
         with advancing("merge", sum(int(plan.sizes.sum()) for plan in plans)) as advance:

@@ -25,6 +25,9 @@ from distill.config.errors import CacheError
 from distill.tools.common import origin_table, remove_leftovers
 from distill.tools.token_counter import TokenCounter
 
+_SLACK = 1 << 15
+"""Bytes for headers, footers and a snapshot, and for whole blocks of a disk."""
+
 
 class Portion(NamedTuple):
     """What comes from one shard, and goes into one shard: records, and what they do there."""
@@ -184,11 +187,14 @@ class Shards(NamedTuple):
         """The shards at these places."""
         return Shards(self.names, self.rows[places], self.kept[places], self.sizes[places])
 
-    @property
-    def room(self) -> int:
-        """About the bytes of new shards with all wanted records, and of a listing of them."""
-        samples, shards = int(self.kept.sum()), np.count_nonzero(self.kept)
-        return int(self.sizes.sum()) + (WIDTH + ENTRY.itemsize) * samples + 512 * int(shards)
+    def room(self, view: View) -> int:
+        """About the bytes of new shards with all wanted records, and of the listings with them; view: of the cache
+        where they go."""
+        if not self.kept.any():
+            return 0
+        shards, samples = int(np.count_nonzero(self.kept)), int(self.kept.sum())
+        listings = sum(ref.bytes for ref in view.snapshot.listings) + 2 * ENTRY.itemsize * samples
+        return _SLACK + int(self.sizes.sum()) + WIDTH * samples + 512 * shards + listings
 
 
 def shards_of(view: View, is_wanted: Callable[[Array, Array], Array]) -> Shards:

@@ -23,7 +23,6 @@ from distill.cache import catalog
 from distill.cache.entries import Array
 from distill.cache.format import CATALOG, QUARANTINE, SHARDS, TOOLS, shard_name, shard_of, snapshot_name, writer_lock
 from distill.cache.header import CacheHeader
-from distill.cache.listing import merged_losses
 from distill.cache.loss_curve import LossSums
 from distill.cache.publish import publish_mark
 from distill.cache.ranks import load_ranks
@@ -317,7 +316,7 @@ class _Look:
             each.replaces = tuple(without(each.replaces, back))
             for place in back if each.losses is not None else ():
                 header = read_front(self._store, self.header, *place).header
-                each.losses = merged_losses([each.losses or LossSums()], [header.losses])
+                each.losses = LossSums.total([each.losses or LossSums()], [header.losses])
         wanted: dict[int, int] = {}
         for each in self.made:
             lost = each.lost if each.place not in self.gone else each.lost[:0]

@@ -38,6 +38,8 @@ class Curve:
     y: np.ndarray
     apart: bool = False
     """The last point was measured in another way: it is drawn as a diamond at the end of a dotted line."""
+    has_value: bool = True
+    """The legend has its last value."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def line_chart(
     points = [(curve.x, curve.y) for curve in drawn]
     figure = go.Figure()
     for curve in reversed(drawn):  # the first arms matter most and are drawn last
-        figure.add_traces(list(_traces(curve, smoothed, most)))
+        figure.add_traces(list(_traces(curve, smoothed, most, share=frame.unit.startswith("share"))))
     for x in dotted:
         figure.add_vline(x, line=DOTTED)
     for x in solid:
@@ -86,9 +88,17 @@ def line_chart(
     figure.update_xaxes(
         **_axis(*thinning.x_range(points, log=log_x), log=log_x), hoverformat=VALUE, unifiedhovertitle=header
     )
-    figure.update_yaxes(**_axis(*thinning.y_range(points, zero=zero, log=log_y, whole=not smoothed), log=log_y))
+    low, high = thinning.y_range(points, zero=zero, log=log_y, whole=not smoothed)
+    figure.update_yaxes(**_axis(low, high, log=log_y))
     figure.update_layout(hovermode="x unified")
-    return html(frame, figure)
+    return html(replace(frame, note=f"{frame.note} {_beyond(points, low, high)}".strip()), figure)
+
+
+def _beyond(points: list[thinning.Points], low: float, high: float) -> str:
+    """A sentence about the points that an axis from `low` to `high` leaves out; "" where there are none."""
+    least, most = min(float(y.min()) for _, y in points), max(float(y.max()) for _, y in points)
+    reach = [f"up to {_number(most)}"] * (most > high) + [f"down to {_number(least)}"] * (least < low)
+    return f"The axis leaves out first steps and spikes, {' and '.join(reach)}." if reach else ""
 
 
 def heat_map(frame: Frame, label: str, x: np.ndarray, end: float, counts: np.ndarray, mean: Curve | None) -> str:
@@ -162,7 +172,8 @@ def html(frame: Frame, figure: go.Figure, height: int | None = None) -> str:
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "reversed"},
     )  # fmt: skip
     figure.update_xaxes(showgrid=False, zeroline=False, ticks="outside", ticklen=4, tickangle=0, **SPIKE)
-    figure.update_yaxes(zeroline=False, automargin=True, ticks="")
+    # Nearer to the axis, a 0 and the tick of the axis of x beside it would read as "0,".
+    figure.update_yaxes(zeroline=False, automargin=True, ticks="", ticklabelstandoff=6)
     note = f"<p>{escape(frame.note)}</p>" if frame.note else ""
     return (
         f'<figure class="{"chart wide" if frame.wide else "chart"}"><figcaption><h3>{escape(frame.title)} '
@@ -173,8 +184,8 @@ def html(frame: Frame, figure: go.Figure, height: int | None = None) -> str:
     )
 
 
-def _traces(curve: Curve, smoothed: bool, most: int) -> Iterator[go.Scatter]:
-    """The raw values, the point that is apart, and the curve itself."""
+def _traces(curve: Curve, smoothed: bool, most: int, *, share: bool = False) -> Iterator[go.Scatter]:
+    """The raw values, the point that is apart, and the curve itself; share: of values in [0, 1]."""
     label, line = escape(curve.label), {"color": COLORS[curve.style % len(COLORS)], "width": 2}
     end = len(curve.x) - curve.apart
     x, y = (thinning.means if smoothed else thinning.extremes)(curve.x[:end], curve.y[:end], most)
@@ -190,12 +201,16 @@ def _traces(curve: Curve, smoothed: bool, most: int) -> Iterator[go.Scatter]:
             hoverinfo=["skip", "all"], hovertemplate=["", hover],
         )  # fmt: skip
     last = float(curve.y[-1] if curve.apart else y[-1])
-    number = short(last) if abs(last) >= 10_000 else f"{last:.{4 if abs(last) >= 0.1 else 3}g}"
-    name = f"{label} <b>{number}</b>"
+    number = f"{last:.4f}" if share else _number(last)
+    name = f"{label} <b>{number}</b>" if curve.has_value else label
     yield _scatter(
         label, x, y, name=name, showlegend=True, mode="lines+markers" if len(x) <= 40 else "lines", marker={"size": 7},
         line=line | {"dash": DASHES[curve.style % len(DASHES)]}, hovertemplate=hover,
     )  # fmt: skip
+
+
+def _number(value: float) -> str:
+    return short(value) if abs(value) >= 10_000 else f"{value:.{4 if abs(value) >= 0.1 else 3}g}"
 
 
 def _scatter(group: str, x: np.ndarray, y: np.ndarray, **style: Any) -> go.Scatter:

@@ -36,7 +36,7 @@ def _loss(entry: dict[str, Any]) -> str:
         note += f" Solid line: length of the training samples, {trained:,} tokens."
     solid = [trained + 1.0] if trained < end else []
     frame = Frame("Loss by position", "nats per token", "position in the document", note, wide=True)
-    curve = Curve("held-out loss", 2, np.sqrt((first + 1) * (last + 1)), loss)
+    curve = Curve("held-out loss", 2, np.sqrt((first + 1) * (last + 1)), loss, has_value=False)
     return line_chart(frame, [curve], smoothed=False, zero=False, log_x=True, dotted=borders, solid=solid)
 
 

@@ -43,7 +43,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
     "Weighting and targets": (
         Panel("alpha", "Mean alpha", "share of the soft term", zero=True),
         Panel("lag", "Lag", "nats", "How much worse than at its best the teacher was on these targets.", zero=True),
-        Panel("lag_factor", "Lag factor", "1: as good as the best targets", "What the lag leaves of alpha.", off=1),
+        Panel("lag_factor", "Lag factor", "1 for the best targets", "Reduces alpha by the targets' lag.", off=1),
         Panel("coverage", "Coverage", "share of tokens with targets", smoothed=False, zero=True, off=1),
         Panel("stall", "Waiting for data", "share of the time", smoothed=False, zero=True),
         Panel("agreement", "Agreement", "share of tokens", "Student's and teacher's first choice are the same."),
@@ -178,15 +178,22 @@ def _panel(panel: Panel, arms: list[Arm], unit: str) -> str:
 
 
 def _heat_map(arm: Arm, name: str, unit: str) -> str:
-    """Of a metric whose values are not the same all along; "" for others, which a curve shows."""
+    """Of a metric whose values are not the same all along; "" for others, which a curve shows.
+
+    A histogram is of the steps that end with its own; the mean is drawn from the rows that have one.
+    """
     by_step = {step: counts for step, counts in sorted(arm.histograms[name].items()) if step > 0}
     if len(by_step) < 2 or len({len(counts) for counts in by_step.values()}) > 1:
         return ""
     counts = np.stack(list(by_step.values()))
     if (counts > 0).any(0).sum() < 2:
         return ""
-    x = arm.places(np.array([*by_step, arm.last_step], dtype=float), unit)
-    mean = _curve(arm, name, unit) if name in arm.metrics else None
+    x = arm.places(np.array([0, *by_step], dtype=float), unit)
+    mean = None
+    if name in arm.metrics:
+        curve = _curve(arm, name, unit)
+        rows = np.isin(arm.metrics[name].steps, list(by_step))
+        mean = replace(curve, x=curve.x[rows], y=curve.y[rows])
     frame = charts.Frame(f"{name.capitalize()} over time", f"{name}, all tokens", unit)
     return charts.heat_map(frame, arm.label, x[:-1], x[-1], counts, mean)
 

@@ -101,6 +101,11 @@ def _plain(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
+def _overhead(value: float) -> str:
+    noise = "; below 0 is noise of the timing" if value < 0 else ""
+    return f"{percent(value)} of the teacher's step{noise}"
+
+
 def _tflop(value: float) -> str:
     return f"{value:.3g} TFLOP"
 
@@ -110,7 +115,7 @@ _CHARTS = {"needle", "loss_by_position"}
 _ENTRIES = {
     "heldout_loss": ("held-out loss", lambda value: f"{value:.3f} {NATS}"),
     "bytes_per_token": ("cache", lambda value: f"{value:.1f} bytes per token"),
-    "capture_overhead": ("capture overhead", lambda value: f"{percent(value)} of the teacher's step"),
+    "capture_overhead": ("capture overhead", _overhead),
     "coverage": ("coverage", lambda value: f"{percent(value)} of the student's tokens"),
     "stall": ("waiting for data", lambda value: f"{100 * value:.1f} % of the student's time"),
     "agreement": ("agreement", lambda value: f"{percent(value)} of the tokens"),

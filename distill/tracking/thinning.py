@@ -51,9 +51,11 @@ def x_range(curves: list[Points], *, log: bool) -> tuple[float, float]:
 def y_range(curves: list[Points], *, zero: bool, log: bool, whole: bool) -> tuple[float, float]:
     """The lowest and the highest y of the curves, with some room.
 
-    Unless `whole`, the first twentieth of x does not count, nor do the outermost hundredths of y: how far a loss falls
-    in its first steps, or a single spike, would flatten everything else. zero: a linear range starts at 0.
+    Unless `whole`, or where all curves are short, the first twentieth of x does not count, nor do the outermost
+    hundredths of y: how far a loss falls in its first steps, or a single spike, would flatten everything else. zero: a
+    linear range starts at 0.
     """
+    whole = whole or max(len(x) for x, _ in curves) < SMOOTHED
     start = -math.inf if whole else max(x[-1] for x, _ in curves) / 20
     late = [y[x >= start] if (x >= start).any() else y for x, y in curves]
     if log:

@@ -57,7 +57,7 @@ def scan(folder: Path) -> CheckedCache:
             found.temporary.append(path)
             continue
         try:
-            shard = format_reader.Shard(path, identity)
+            shard = format_reader.ShardFile(path, identity)
         except (AssertionError, OSError, ValueError, KeyError, SafetensorError) as error:
             found.problems.append(f"{path.relative_to(folder)}: {type(error).__name__} {error}")
             continue

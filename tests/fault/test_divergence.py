@@ -19,7 +19,7 @@ from distill.config.registry import JOBS
 from distill.config.schema import EngineConfig
 from distill.engine import checkpoint
 from distill.engine import dist as engine_dist
-from distill.engine.zero import Engine
+from distill.engine.deepspeed_engine import Engine
 from distill.model import hf
 from distill.run import codistill
 from distill.run.models import load_model

@@ -1,13 +1,16 @@
 """The examples of docs/python.md run, learn, and have the gradient of the loss that their text gives."""
 
 import copy
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import xxhash
 
-from distill.cache import CacheReader, token_digests
+from distill.cache import CacheHeader, CacheReader, CacheWriter, CodecConfig, token_digests
+from distill.config import registry
 from examples import hf_trainer, plain_loop
 from examples.plain_loop import S, V
 from tests.closeness import apart
@@ -147,3 +150,26 @@ def test_token_digests_are_those_of_the_bytes():
     ]
     assert token_digests(ids_BS, more_BS).tolist() == want
     assert token_digests(torch.from_numpy(ids_BS).numpy()).dtype == np.uint64
+
+
+def test_the_codec_of_the_page(tmp_path, monkeypatch):
+    """Its atoms are the most probable ids, after a way through a cache."""
+    monkeypatch.setattr(registry.CODECS, "_entries", dict(registry.CODECS._entries))
+    page = (Path(__file__).parents[2] / "docs" / "python.md").read_text()
+    [code] = re.findall(r"\*\*A codec of your own\*\*.*?:\n\n((?: {4}.*\n|\n)+)", page)
+    exec(re.sub(r"^ {4}", "", code, flags=re.MULTILINE), {})
+    codec = CodecConfig(name="coarse", options={"keep": 3})
+    header = CacheHeader(vocab_size=50, tokenizer="t", corpus="c", sample_tokens=4, samples=2, codec=codec, seed=0)
+    ids_BS, logits_TV = np.arange(8).reshape(2, 4), torch.randn(8, 50)
+    labels_T, valid_T = torch.arange(8), torch.tensor([1, 1, 1, 0] * 2).bool()
+    with CacheWriter(tmp_path / "cache", header, writer="w") as writer:
+        writer.put_logits(np.arange(2), token_digests(ids_BS), logits_TV, labels_T, valid_T, step=0, tokens_seen=0,
+                          teacher="t")  # fmt: skip
+        writer.finish()
+    targets = CacheReader(tmp_path / "cache").read(np.arange(2), token_digests(ids_BS)).targets
+    assert targets.covered_T.tolist() == valid_T.tolist()
+    for t in valid_T.nonzero().flatten().tolist():
+        p_K, ids_K = logits_TV[t].softmax(-1).topk(3)
+        assert dict(zip(targets.ids_TK[t].tolist(), targets.probs_TK[t].tolist())) == pytest.approx(
+            dict(zip(ids_K.tolist(), p_K.tolist())), abs=1e-4
+        )

@@ -30,9 +30,10 @@ def codistilled(tmp_path_factory, corpus):
 def test_codistillation_leaves_a_whole_run_folder(codistilled):
     folder, done = codistilled
     summary = json.loads((folder / "summary.json").read_text())
-    for key in ("teacher_loss", "hard_loss", "constant_loss", "distilled_loss", "gap_closed", "bytes_per_token",
-                "capture_overhead", "coverage", "seconds"):  # fmt: skip
+    for key in ("teacher_loss", "hard_loss", "constant_loss", "distilled_loss", "bytes_per_token", "capture_overhead",
+                "coverage", "seconds"):  # fmt: skip
         assert isinstance(summary[key], float), key
+    assert ("gap_closed" in summary) == (summary["teacher_loss"] < summary["hard_loss"])
     assert summary["coverage"] == 1.0 and 0 < summary["bytes_per_token"] < 100
     for name in ("config.yaml", "report.html", "checkpoints", "cache/cache.json", "data", "wandb",
                  "arms/hard/metrics.jsonl", "arms/constant/summary.json"):  # fmt: skip

@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from distill.cache import CacheReader, catalog, listing, view
+from distill.cache import CacheReader, catalog, listing, listing_writer, view
 from distill.cache.header import CacheHeader
 from distill.cache.loss_curve import LossSums
 from distill.cache.open_store import open_store
@@ -31,8 +31,11 @@ N = 700
 def blocks(request, monkeypatch):
     """Blocks so small that a listing of hundreds has many of each kind, and lists are made in pieces."""
     if request.param == "small":
-        for name, size in dict(ENTRIES=8, FENCES=4, ORIGINS=3, KEPT=5, _TOGETHER=64).items():
+        for name, size in dict(ENTRIES=8, FENCES=4, ORIGINS=3).items():
             monkeypatch.setattr(listing, name, size)
+            monkeypatch.setattr(listing_writer, name, size)
+        monkeypatch.setattr(listing, "KEPT", 5)
+        monkeypatch.setattr(listing_writer, "_TOGETHER", 64)
         monkeypatch.setattr(catalog, "PIECE", 150)
         monkeypatch.setattr(catalog, "_LARGEST", 300)
         monkeypatch.setattr(view, "_TABLES", 3)

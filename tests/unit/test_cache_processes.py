@@ -153,6 +153,32 @@ def test_a_writers_lock_ends_with_close_though_a_child_of_a_fork_lives(tmp_path)
     assert CacheReader(tmp_path).covers(np.array([1, 2])).all()
 
 
+def use(writer, queue):
+    """What a child of a fork gets from the writer of its parent."""
+    for call in (lambda: put(writer, [5]), writer.flush, writer.close):
+        try:
+            call()
+        except CacheError as error:
+            queue.put(str(error))
+        else:
+            queue.put("taken")
+
+
+def test_a_child_of_a_fork_cannot_use_its_parents_writer(tmp_path):
+    """It would wait for ever for a thread that it does not have, or lose what it puts."""
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    with CacheWriter(tmp_path, header(), writer="w") as writer:
+        put(writer, [1])
+        child = context.Process(target=use, args=(writer, queue), daemon=True)
+        child.start()
+        found = [queue.get(timeout=PATIENCE) for _ in range(3)]
+        child.join()
+        assert all("'w' belongs to the process that has opened it" in each for each in found), found
+        put(writer, [2])
+    assert CacheReader(tmp_path).covers(np.array([1, 2, 5])).tolist() == [True, True, False]
+
+
 HELD = """
 import os, sys
 from distill.cache import CacheReader

@@ -257,6 +257,19 @@ def test_the_original_may_change_after_a_put(tmp_path):
     assert stored(tmp_path / "a") == stored(tmp_path / "b")
 
 
+def test_what_a_checkpoint_kept_is_checked_too(tmp_path):
+    with CacheWriter(tmp_path / "a", header(), writer="w") as writer:
+        put(writer, [3, 8])
+        (kept,) = writer.hand_over()
+    with CacheWriter(tmp_path / "b", header(), writer="w") as writer:
+        wrong = kept.atoms.ids_N.clone()
+        wrong[0] = V
+        with pytest.raises(CacheError, match="sample 3, position 0: id is not from 0 to 63: 64"):
+            writer.take_back([kept._replace(atoms=kept.atoms._replace(ids_N=wrong))])
+        writer.take_back([kept])
+    assert CacheReader(tmp_path / "b").covers([3, 8]).all()
+
+
 # ---------------------------------------------------------------- logits
 
 

@@ -201,3 +201,7 @@ def test_durations(seconds, text):
 )
 def test_short_numbers(value, text):
     assert units.short(value) == text
+
+
+def test_counted_things():
+    assert [units.counted(count, "unit") for count in (0, 1, 1200)] == ["0 units", "1 unit", "1,200 units"]

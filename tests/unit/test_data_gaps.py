@@ -107,9 +107,9 @@ def test_packing_says_once_what_it_leaves_out(tmp_path, capfd, kind):
         packed(tmp_path, data, TEXT, "cat", "", TEXT, "cat cat cat cat")
     characters = 2 * sum(map(len, missing))
     assert capfd.readouterr().err.splitlines() == [
-        f"packing main: {characters} characters in 2 of 4 documents are left out: {tmp_path}/t.json has no token for "
+        f"packing main: left out {characters} characters in 2 of 4 documents: {tmp_path}/t.json has no token for "
         f"{', '.join(map(repr, dict.fromkeys(missing)))} and no unknown token",
-        "packing main: 1 documents have no text",
+        "packing main: 1 document without text",
     ]
     [report] = (tmp_path / "data").glob("main-*/left_out.json")
     assert json.loads(report.read_text()) == {

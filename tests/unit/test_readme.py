@@ -18,7 +18,7 @@ MOST_WORDS = 900
 PAGES = ("README.md", "docs/guide.md", "docs/results.md", "docs/cache.md", "docs/python.md")
 STARTS = {"codistill": ["codistill"], "torchrun": ["-m", "distill"], "deepspeed": ["--module", "distill"]}
 """Programs that take overrides, and the words in front of these."""
-FOLDERS = ("RUN", "RUN/cache", "FOLDER", "DIR", "corpus")
+FOLDERS = ("PACKED", "RUN", "RUN/cache", "FOLDER", "DIR", "corpus")
 """Names in commands that stand for a user's folders."""
 EXPERIMENT = """\
 # @package _global_

@@ -49,6 +49,16 @@ def test_a_missing_configuration(folder, config):
     assert line == f"hydra.run.dir is {folder}; it holds metrics.jsonl of a run: choose another folder"
 
 
+def test_a_run_that_was_refused_in_its_first_step_leaves_the_folder_free(folder, config):
+    anew = dataclasses.replace(config, resume=False)
+    assert problems(folder, anew) == []
+    (folder / "metrics.jsonl").write_text('{"job": "teacher", "step": 1}\n')
+    (line,) = problems(folder, anew)
+    assert line == f"hydra.run.dir is {folder}; it holds a run: set resume=true, or choose another folder"
+    (folder / "metrics.jsonl").unlink()
+    assert len(problems(folder, anew)) == 1  # a configuration alone may be the user's own
+
+
 @pytest.mark.parametrize("damage", [b"", b'{"job": "tea', b"3", b"\xff"])
 def test_a_summary_that_is_cut(folder, config, damage):
     (folder / "summary.json").write_bytes(damage)
@@ -67,8 +77,7 @@ def test_values_are_told_as_they_are_written(folder, config):
     path = folder / "config.yaml"
     path.write_text(path.read_text().replace("capture: true", "capture: false").replace("arms: {}", "arms: {a: 1}"))
     assert problems(folder, config) == [
-        f"codistill.arms is empty; the run in {folder} was started with null",
-        f"codistill.arms.a is null; the run in {folder} was started with 1",
+        f"codistill.arms is empty; the run in {folder} was started with a 1",
         f"teacher.capture is true; the run in {folder} was started with false",
     ]
 

@@ -24,6 +24,11 @@ DRAWN = """return [...document.querySelectorAll('figure')].map(figure => ({
     const boxes = [...figure.querySelectorAll('.xtick text')].map(text => text.getBoundingClientRect());
     return boxes.some((box, i) => i && box.left < boxes[i - 1].right);
   })(),
+  commas: [...figure.querySelectorAll('.ytick text')].some(text => {
+    const box = text.getBoundingClientRect();
+    return [...figure.querySelectorAll('path.xtick')].map(tick => tick.getBoundingClientRect())
+      .some(tick => tick.top < box.bottom && tick.bottom > box.top && tick.left - box.right < 4);
+  }),
   covered: (() => {
     const legend = figure.querySelector('.infolayer .legend');
     const layer = figure.querySelector('.cartesianlayer .gridlayer, .cartesianlayer .plot');
@@ -61,6 +66,7 @@ def test_a_page_in_a_browser(make, charts, width, tmp_path):
     for chart in drawn:
         assert chart["svgs"] and chart["marks"], f"{chart['title']} is empty"
         assert not chart["overlaps"], f"{chart['title']}: ticks overlap"
+        assert not chart["commas"], f"{chart['title']}: a tick of the axis of x touches a number"
         assert not chart["covered"], f"{chart['title']}: the legend covers the curves"
 
 

@@ -85,3 +85,9 @@ def test_no_border_is_drawn_at_an_edge(tmp_path, trained, borders):
 def test_what_is_not_sound_is_left_out(tmp_path, broken):
     page = report_of(tmp_path, loss_by_position=broken, needle=broken)
     assert not page.all("figure") and page.all("p", "verdict")
+
+
+def test_the_legend_has_no_number_beside_the_headline(tmp_path):
+    """The last bucket's loss is another one than that of the held-out text."""
+    chart = report_of(tmp_path, loss_by_position=LOSS).chart("Loss by position")
+    assert [trace["name"] for trace in chart.traces if trace.get("showlegend")] == ["held-out loss"]

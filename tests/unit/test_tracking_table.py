@@ -99,3 +99,10 @@ def test_values_that_are_missing_or_not_finite_do_no_harm():
     )
     assert table.render(summary).splitlines()[0] == "The teacher ended at 3.000 nats per token on held-out text."
     assert table.render({}) == ""
+
+
+def test_an_overhead_below_0_is_called_noise():
+    assert table.entries({"capture_overhead": -0.055})["capture overhead"] == (
+        "−5.5 % of the teacher's step; below 0 is noise of the timing"
+    )
+    assert table.entries({"capture_overhead": 0.055})["capture overhead"] == "5.5 % of the teacher's step"

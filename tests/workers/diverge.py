@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from distill.engine.zero import Engine
+from distill.engine.deepspeed_engine import Engine
 from distill.run.trainer import Trainer
 from student.distilling import StudentRecipe
 from teacher import pretraining

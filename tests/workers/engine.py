@@ -22,7 +22,7 @@ from distill.config.schema import (
 )
 from distill.engine import checkpoint
 from distill.engine import dist as engine_dist
-from distill.engine.zero import Engine
+from distill.engine.deepspeed_engine import Engine
 from distill.model import Transformer
 from losses import mixed_loss, routing_loss
 
