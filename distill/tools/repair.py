@@ -34,12 +34,12 @@ from distill.cache.store import Store
 from distill.cache.tail import Ranges, writers_of
 from distill.config.errors import CacheError
 from distill.config.terminal import advancing
-from distill.tools.catalog_scan import listed_rows, scan_catalog, stale
+from distill.tools.catalog_scan import listed_rows, scan_catalog
 from distill.tools.common import add_folder, alone, caches, is_live
 from distill.tools.salvage import Salvage, salvage, write
 from distill.tools.shard_scan import Place, Rows, ShardScan, examine, read_part, shard_files
 from distill.tools.token_counter import TokenCounter
-from distill.tools.verify import missing
+from distill.tools.verify import catalog_problems, missing
 
 _MOST_GAPS = 100_000
 """Missing shards, one after the other, whose numbers marks take; shards behind more of them are set aside."""
@@ -116,8 +116,8 @@ class _Look:
         self.strangers: list[ShardScan] = []
         """Files that are not what their names say."""
         self.made: list[Salvage] = []
-        self.old: list[str] = []
-        """Listings that have other records than the shards."""
+        self.problems: dict[str, str] = {}
+        """Of the catalog, by file."""
         with advancing("repair", store.bytes_in(SHARDS)) as advance:
             scans = [examine(store, header, name, advance=advance) for name in self.files.files]
         self._lock({each.own[0] for each in scans if each.own})
@@ -358,11 +358,14 @@ class _Look:
         for name in self.found.unnamed if not self.live else ():
             self.done.lines.append(f"{self._store.path(name)}: no snapshot names it; removed")
             self.plan.removed.append(name)
-        self.done.lines += [f"{each}; moved to quarantine, made anew" for each in self.found.damaged.values()]
-        keys = {place: scan.key for place, scan in self.good.items()}
-        keys |= dict.fromkeys((made.place for made in self.made), 0)
-        self.old = [ref.name for ref, listing in self.found.listings.items() if stale(listing, keys)]
-        self.done.lines += [f"{self._store.path(name)}: not what the shards are; made anew" for name in self.old]
+        is_sound = not (self.made or self.plan.moves or self.done.left)
+        changing = [made.place for made in self.made]
+        self.problems = catalog_problems(
+            self._store, self.header, self.found, self.good, self.gone, changing, is_sound=is_sound
+        )
+        for name, problem in self.problems.items():
+            how = "moved to quarantine, and the catalog made anew" if name in self.found.damaged else "made anew"
+            self.done.lines.append(f"{problem}; {how}")
 
 
 def without(replaces: Iterable[Replaced], places: Iterable[Place]) -> Iterator[Replaced]:
@@ -423,10 +426,11 @@ def _renew_catalog(store: Store, look: _Look) -> None:
         if not look.done.left:
             raise
         look.done.lines.append(f"the catalog is not made anew: {error}")
-    useless = {*look.old, *found.damaged, *(ref.name for ref in found.gone)}
+    useless = {*look.problems, *(ref.name for ref in found.gone)}
     for snapshot in found.snapshots:
-        if any(ref.name in useless for ref in snapshot.listings):
-            store.remove(snapshot_name(snapshot.number))
+        name = snapshot_name(snapshot.number)
+        if name in useless or any(ref.name in useless for ref in snapshot.listings):
+            store.remove(name)
     for name in found.damaged:
         if store.exists(name):
             store.move(name, _free(store, f"{QUARANTINE}/{name}"))
@@ -483,7 +487,7 @@ def repair(store: Store, *, dry_run: bool = False) -> Repair:
         look.count_losses()
         look.tidy()
         before = _stopped(store)
-        is_renewing = bool(look.plan.moves or look.plan.marks or look.plan.salvages or look.old or look.found.damaged)
+        is_renewing = bool(look.plan.moves or look.plan.marks or look.plan.salvages or look.problems)
         is_renewing |= bool(before.lines) or (look.found.newest is None and bool(look.found.snapshots))
         look.done.add(before)
         if not dry_run and (look.plan.removed or is_renewing):
