@@ -325,7 +325,8 @@ def _candidates(
         except CacheError as error:
             log.warning("%s; the shards serve", error)
             pinned = None
-        if pinned is not None:
+        # Where a catalog was lost and made again, its numbers are those of other snapshots.
+        if pinned and all(state.count <= pin["streams"].get(name, 0) for name, state in pinned.streams.items()):
             yield pinned
     yield Snapshot(cache)
 

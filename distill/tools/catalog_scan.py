@@ -13,6 +13,7 @@ from distill.cache.entries import ENTRY, ORIGIN, Array, Names, entries_of, newes
 from distill.cache.format import CATALOG, TEMPORARY, snapshot_name, snapshot_of
 from distill.cache.header import CacheHeader
 from distill.cache.listing import Listing, ListingRef, block_cache
+from distill.cache.origins import SOURCES
 from distill.cache.shard import Shard
 from distill.cache.snapshot import Snapshot, load_snapshot, snapshot_numbers
 from distill.cache.store import Store, is_missing
@@ -66,10 +67,8 @@ def scan_catalog(store: Store, header: CacheHeader) -> CatalogScan:
             if (size := store.size(ref.name)) != ref.bytes:
                 raise CacheError(f"{store.path(ref.name)} is damaged: {size} bytes, {ref.bytes} in its snapshot")
             listing = Listing(store, ref, header.identity, block)
-            if (entries := sum(map(len, listing.chunks(PIECE)))) != ref.entries:
-                raise CacheError(f"{store.path(ref.name)}: {entries} entries, {ref.entries} in its snapshot")
-            for _ in listing.origin_chunks():
-                pass
+            if not _fits(listing):
+                raise CacheError(f"{store.path(ref.name)} is damaged: its parts do not fit each other or its snapshot")
             found.listings[ref] = listing
         except CacheError as error:
             if is_missing(error):
@@ -85,6 +84,19 @@ def scan_catalog(store: Store, header: CacheHeader) -> CatalogScan:
         elif name not in named and snapshot_of(name.removeprefix(f"{CATALOG}/")) is None:
             found.others.append(name)
     return found
+
+
+def _fits(listing: Listing) -> bool:
+    """Reads all of a listing: whether its numbers are as many as they should be, and name what there is."""
+    count, names = 0, listing.names
+    fits = True
+    for chunk in listing.chunks(PIECE):
+        count += len(chunk)
+        fits &= int(chunk["origin"].max(initial=0)) < listing.origins
+    for rows in listing.origin_chunks():
+        fits &= bool((rows["writer"] < len(names.writers)).all() and (rows["teacher"] < len(names.teachers)).all())
+        fits &= bool((rows["source"] < len(SOURCES)).all())
+    return fits and count == listing.ref.entries
 
 
 def stale(listing: Listing, keys: Mapping[Place, int]) -> list[Place]:

@@ -111,6 +111,7 @@ def _indexed(index: bytes, here: Front, samples: int, *, is_proven: bool) -> Row
     starts = np.concatenate([[0], ends])[:-1]
     can_be = (ends >= starts) & (ends <= header.records) & (columns["sample_ids"] >= 0)
     can_be &= (columns["sample_ids"] < samples) & (is_proven or len(header.origins) == 1)
+    can_be &= (columns["origins"] < len(header.origins)) | (not is_proven)
     entries = np.empty(header.samples, ENTRY)
     for name, column in (("sample", "sample_ids"), ("digest", "digests"), ("check", "checks"), ("atoms", "atoms")):
         entries[name] = columns[column]

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from distill.cache.format import SHARDS, shard_name
+from distill.cache.format import SHARDS, shard_name, snapshot_name
 from distill.cache.header import CacheHeader
 from distill.cache.ranks import load_ranks
 from distill.cache.shard_header import Replaced
@@ -75,7 +75,7 @@ def verify(store: Store, *, decode: bool = False, jobs: int = 1) -> Verdict:
     problems += [problem for each in scans for problem in _problems(store, each, good, gone, notes)]
     problems += _missing(store, scans, found, gone)
     counted = {place: each for place, each in good.items() if place not in gone}
-    problems += _catalog_problems(store, header, found, good, gone, is_sound=not problems)
+    problems += catalog_problems(store, header, found, good, gone, is_sound=not problems).values()
     notes += _notes(store, files, found, good, gone)
     whole = [each.header for each in counted.values() if each.header is not None]
     shards = [each for each in whole if not each.is_mark]
@@ -152,34 +152,39 @@ def snapshot_shards(snapshot: Snapshot, good: dict[Place, ShardScan], gone: Rang
     return [place for place, header in counted.items() if header.samples and place not in gone]
 
 
-def _catalog_problems(
-    store: Store, header: CacheHeader, found: CatalogScan, good: dict[Place, ShardScan], gone: Ranges, *, is_sound: bool
-) -> Iterator[str]:
-    """Damage of the catalog, and where it differs from the shards."""
-    yield from found.damaged.values()
-    newest = found.newest
+def catalog_problems(
+    store: Store, header: CacheHeader, found: CatalogScan, good: dict[Place, ShardScan], gone: Ranges,
+    changing: Iterable[Place] = (), *, is_sound: bool,
+) -> dict[str, str]:  # fmt: skip
+    """Damage of the catalog, and where it differs from the shards, by file.
+
+    good: whole shards. gone: those that do not count. changing: shards that are about to be others. is_sound: these are
+    all, so that each record may be compared.
+    """
+    problems, newest = dict(found.damaged), found.newest
     for snapshot in found.snapshots:
         if newest is None or snapshot.number > newest.number:
             for ref in snapshot.listings:
                 if ref in found.gone:
-                    yield f"{store.path(ref.name)}: a listing of snapshot {snapshot.number} is missing"
-    keys = {place: each.key for place, each in good.items()}
+                    what = f"a listing of snapshot {snapshot.number} is missing"
+                    problems[ref.name] = f"{store.path(ref.name)}: {what}"
+    keys = {place: each.key for place, each in good.items()} | dict.fromkeys(changing, 0)
     for ref, listing in found.listings.items():
         for writer, seq in stale(listing, keys)[:1]:
-            yield f"{store.path(ref.name)}: it has other records of {shard_name(writer, seq)} than are there"
+            what = f"it has other records of {shard_name(writer, seq)} than are there"
+            problems[ref.name] = f"{store.path(ref.name)}: {what}"
     if newest is None:
-        return
+        return problems
     listings = [found.listings[ref] for ref in newest.listings]
     wanted = set(snapshot_shards(newest, good))
     have = {place for listing in listings for place, _ in by_shard(listing)}
-    for place in sorted(wanted - have)[:1]:
-        yield f"snapshot {newest.number}: its listings lack {shard_name(*place)}"
-    for place in sorted(have - wanted)[:1]:
-        if place not in gone:
-            yield f"snapshot {newest.number}: it lists {shard_name(*place)}, which is not there"
+    wrong = [f"its listings lack {shard_name(*place)}" for place in sorted(wanted - have)[:1]]
+    wrong += [f"it lists {shard_name(*each)}, which is not there" for each in sorted(have - wanted) if each not in gone]
     if is_sound and wanted == have:
-        for what in disagreements(store, header, listings, sorted(wanted)):
-            yield f"snapshot {newest.number}: its listings have other records than the shards of {what}"
+        differ = disagreements(store, header, listings, sorted(wanted))
+        wrong += [f"its listings have other records than the shards of {each}" for each in differ]
+    name = snapshot_name(newest.number)
+    return problems | ({name: f"{store.path(name)}: {wrong[0]}"} if wrong else {})
 
 
 def _notes(

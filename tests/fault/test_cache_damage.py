@@ -165,3 +165,15 @@ def test_a_writer_refuses_a_damaged_stream(tmp_path):
     shard(tmp_path, 2).unlink()
     with pytest.raises(CacheError, match=r"000000002\.safetensors: the shard is missing, and later ones are there"):
         CacheWriter(tmp_path, header(), writer="w")
+
+
+def test_a_view_is_what_it_was_where_the_catalog_was_lost_and_made_again(tmp_path):
+    """With the same number, and more shards."""
+    with CacheWriter(tmp_path, header(), writer="w") as writer:
+        put(writer, [1])
+    view = CacheReader(tmp_path).view
+    shutil.rmtree(tmp_path / "catalog")
+    with CacheWriter(tmp_path, header(), writer="w") as writer:
+        put(writer, [2])
+    assert CacheReader(tmp_path).view["snapshot"] == view["snapshot"] == 0
+    assert CacheReader(tmp_path, view).covers(np.array([1, 2])).tolist() == [True, False]

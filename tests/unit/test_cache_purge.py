@@ -128,9 +128,9 @@ def test_ages(text, found, cache, capsys):
         assert age(text) == found and main(["compact", str(cache), "--purge", text]) == 0
 
 
-def test_after_a_purge_the_whole_catalog_may_be_lost(tmp_path):
+def test_after_a_purge_the_whole_catalog_may_be_lost(tmp_path, monkeypatch):
     """Streams that begin and end with shards that are gone go on, and nothing is read of what was replaced."""
-    write(tmp_path, "b", [([1, 2], 0, "x")])
+    write(tmp_path, "z", [([1, 2], 0, "x")])
     with CacheWriter(tmp_path, header(), writer="a", counts_V=np.arange(V) % 7) as writer:
         for step, ids in enumerate(([3], [1, 4], [5])):
             put(writer, ids, step=step)
@@ -154,6 +154,11 @@ def test_after_a_purge_the_whole_catalog_may_be_lost(tmp_path):
     for each in (reader, CacheReader(tmp_path)):  # the snapshot that the writer made has all, what tools wrote too
         assert np.flatnonzero(each.covers(np.arange(SAMPLES))).tolist() == sorted([*before, 39])
     assert format_reader.cache(tmp_path).items() >= before.items()
+    monkeypatch.setattr(catalog, "PIECE", 1)  # a shard at a time, those before what replaces them and those after it
+    before, losses = format_reader.cache(tmp_path), reader.losses
+    made = catalog.update(open_store(tmp_path), CacheHeader.load(tmp_path), is_rebuilding=True)
+    assert sum(ref.entries for ref in made.listings) == len(before) and format_reader.cache(tmp_path) == before
+    assert CacheReader(tmp_path).losses == losses
 
 
 # ---------------------------------------------------------------- catalog
