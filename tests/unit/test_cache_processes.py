@@ -153,6 +153,32 @@ def test_a_writers_lock_ends_with_close_though_a_child_of_a_fork_lives(tmp_path)
     assert CacheReader(tmp_path).covers(np.array([1, 2])).all()
 
 
+def die_with_a_child(folder, queue):
+    """Opens a writer, forks a child that lives on, and is killed."""
+    writer = CacheWriter(folder, header(), writer="w")
+    put(writer, [1])
+    writer.flush()
+    queue.put(os.fork() or signal.pause())
+    queue.close()
+    queue.join_thread()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_writers_lock_ends_with_its_process_though_a_child_of_a_fork_lives(tmp_path):
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    process = context.Process(target=die_with_a_child, args=(tmp_path, queue), daemon=True)
+    process.start()
+    child = queue.get(timeout=PATIENCE)
+    process.join()
+    try:
+        with CacheWriter(tmp_path, header(), writer="w") as writer:
+            put(writer, [2])
+    finally:
+        os.kill(child, signal.SIGKILL)
+    assert CacheReader(tmp_path).covers(np.array([1, 2])).all()
+
+
 def use(writer, queue):
     """What a child of a fork gets from the writer of its parent."""
     for call in (lambda: put(writer, [5]), writer.flush, writer.close):

@@ -43,13 +43,13 @@ def twice(made):
     return change(made, "ids_N", at + 1, int(made.atoms.ids_N[at]))
 
 
-def too_many(made):
-    """Two more atoms in a token than top-4 has."""
-    at = first_atom(made, S + ROW)
+def too_many(made, row=S + ROW, more=2):
+    """More atoms in a token, two more than top-4 has."""
+    at = first_atom(made, row)
     counts_T, ids_N, codes_N, rest_T = made.atoms
     counts_T = counts_T.clone()
-    counts_T[S + ROW] += 2
-    ids_N, codes_N = (torch.cat([x[:at], torch.tensor([0, 1], dtype=x.dtype), x[at:]]) for x in (ids_N, codes_N))
+    counts_T[row] += more
+    ids_N, codes_N = (torch.cat([x[:at], torch.arange(more, dtype=x.dtype), x[at:]]) for x in (ids_N, codes_N))
     return made._replace(atoms=Atoms(counts_T, ids_N, codes_N, rest_T))
 
 
@@ -166,6 +166,7 @@ def stored(folder):
         return {name: file.get_tensor(name).tobytes() for name in ("records", "atoms", "checks")}
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("codec", [None, TOPK], ids=str)
 def test_what_comes_for_tokens_without_a_target_is_not_stored(tmp_path, codec):
     """Whatever it is: the bytes are those of a put without it."""
@@ -176,6 +177,7 @@ def test_what_comes_for_tokens_without_a_target_is_not_stored(tmp_path, codec):
     for spoil in (
         code(10**6, row), token_id(2**40, row), number("label_logprob", torch.nan, row),
         number("entropy", torch.inf, row), lambda m: change(m, "ids_N", -1, -7),
+        lambda m: too_many(m, row, 40),
     ):  # fmt: skip
         spoiled = spoil(spoiled)
     clean = made._replace(atoms=made.atoms.select(made.valid)._replace(counts_T=made.atoms.counts_T * made.valid))
