@@ -3,7 +3,7 @@ torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -146,45 +146,37 @@ def disagreements(
 
     In parts, of about 2 million samples each, so that memory is bounded.
     """
-    total = max(sum(each.entries for each in listings), 1)
-    count = -(-total // PIECE)
+    count = -(-max(sum(each.entries for each in listings), 1) // PIECE)
     for part in range(count):
         names = Names([], [])
-        mine = _Side(names, part, count)
-        for place in shards:
-            shard = Shard(store, header, *place)
-            mine.add(origin_rows(shard, names), [entries_of(shard, 0)])
-        theirs = _Side(names, part, count)
-        for listing in listings:
-            rows = [listing.names.into(names, each) for each in listing.origin_chunks()]
-            theirs.add(np.concatenate([np.empty(0, ORIGIN), *rows]), listing.chunks(PIECE))
-        here, there = mine.rows(), theirs.rows()
+        opened = (Shard(store, header, *place) for place in shards)
+        mine = ((origin_rows(shard, names), [entries_of(shard, 0)]) for shard in opened)
+        theirs = ((_origins(listing, names), listing.chunks(PIECE)) for listing in listings)
+        here, there = _counting(mine, names, part, count), _counting(theirs, names, part, count)
         if here.tobytes() != there.tobytes():
             differ = np.setxor1d(here, there)["sample"]
             yield f"{len(np.unique(differ))} samples, {int(differ.min())} the first of them"
 
 
-class _Side:
-    """Records that count, from one side, of every `count`-th sample."""
+def _origins(listing: Listing, names: Names) -> Array:
+    return np.concatenate([np.empty(0, ORIGIN), *(listing.names.into(names, each) for each in listing.origin_chunks())])
 
-    def __init__(self, names: Names, part: int, count: int):
-        self._names, self._part, self._count = names, part, count
-        self._entries: list[Array] = []
-        self._origins: list[Array] = []
-        self._seen = 0
 
-    def add(self, origins: Array, chunks: Iterator[Array] | list[Array]) -> None:
+def _counting(tables: Iterable[tuple[Array, Iterable[Array]]], names: Names, part: int, count: int) -> Array:
+    """Of every `count`-th sample the entry that counts, with the place of its origin among all in order.
+
+    tables: origin rows and entries.
+    """
+    parts, all_rows, seen = [np.empty(0, ENTRY)], [np.empty(0, ORIGIN)], 0
+    for rows, chunks in tables:
         for chunk in chunks:
-            entries = chunk[chunk["sample"] % self._count == self._part].copy()
-            entries["origin"] += self._seen
-            self._entries.append(entries)
-        self._origins.append(origins)
-        self._seen += len(origins)
-
-    def rows(self) -> Array:
-        """Entries, sorted by id, with the place of their origin in the order of shards in place of its number."""
-        origins = np.concatenate([np.empty(0, ORIGIN), *self._origins])
-        order = ranks(origins, self._names) if len(origins) else np.zeros(0, np.int64)
-        entries = newest(np.concatenate([np.empty(0, ENTRY), *self._entries]), order)
-        entries["origin"] = order[entries["origin"]]
-        return entries
+            entries = chunk[chunk["sample"] % count == part]
+            entries["origin"] += seen
+            parts.append(entries)
+        all_rows.append(rows)
+        seen += len(rows)
+    origins = np.concatenate(all_rows)
+    order = ranks(origins, names)
+    entries = newest(np.concatenate(parts), order)
+    entries["origin"] = order[entries["origin"]]
+    return entries

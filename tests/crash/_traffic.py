@@ -60,7 +60,7 @@ def run(seconds: float, seed: int, progress: Progress) -> tuple[dict[str, Any], 
         compact(open_store(folder / "cache"), shard_bytes=4000, purge_age=0)
         problems += _check(folder, counts)
     keys = ("writers killed", "readers killed", "compactions killed", "compactions", "shards", "steps", "records")
-    return {"seconds of traffic": seconds} | {key: counts[key] for key in keys}, problems
+    return {"traffic: seconds": seconds} | {f"traffic: {key}": counts[key] for key in keys}, problems
 
 
 def _trace(folder: Path, role: str) -> Path:

@@ -33,7 +33,7 @@ def test_flips(seed):
 @pytest.mark.parametrize("seed", [1])
 def test_traffic(seed):
     figures, problems = _traffic.run(seconds=5, seed=seed, progress=silent())
-    assert problems == [] and figures["steps"] > 0 and figures["compactions"] > 0
+    assert problems == [] and figures["traffic: steps"] > 0 and figures["traffic: compactions"] > 0
 
 
 def test_what_is_lost_is_counted(monkeypatch):
