@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.cache import catalog, record
+from distill.cache import cataloging, record
 from distill.cache.codecs import make_codec
 from distill.cache.format import TEMPORARY, check_writer, group_name, writer_lock
 from distill.cache.header import CacheHeader
@@ -137,7 +137,7 @@ class CacheWriter:
     def _index(self) -> None:
         """Makes a listing of what has been published since the last one."""
         if self._state.count > self._listed:
-            catalog.update(self._store, self.header, [self.writer])
+            cataloging.update(self._store, self.header, [self.writer])
             self._listed = self._state.count
 
     @property

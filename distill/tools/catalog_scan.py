@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from distill.cache.catalog import PIECE
+from distill.cache.cataloging import PIECE
 from distill.cache.entries import ENTRY, ORIGIN, Array, Names, entries_of, newest, origin_rows, ranks
 from distill.cache.format import CATALOG, TEMPORARY, snapshot_name, snapshot_of
 from distill.cache.header import CacheHeader

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from distill.cache import catalog
+from distill.cache import cataloging
 from distill.cache.header import CacheHeader
 from distill.cache.open_store import open_store
 from distill.cache.shard import Array
@@ -60,7 +60,7 @@ def compact(store: Store, *, shard_bytes: int, purge_age: float | None = None) -
     with common.alone(store):
         # What can be removed makes room for what is to be written.
         purged = _purge(store, header, purge_age)
-        snapshot = catalog.update(store, header)
+        snapshot = cataloging.update(store, header)
         purged += _purge(store, header, purge_age)
         view = _view(store, header, snapshot)
         shards = shards_of(view, _is_there)
@@ -72,7 +72,7 @@ def compact(store: Store, *, shard_bytes: int, purge_age: float | None = None) -
                 packer.add(copy.part.replacing(copy.header))
                 advance(copy.part.size)
             packer.flush()
-        catalog.update(store, header, is_merging=True)
+        cataloging.update(store, header, is_merging=True)
         purged += _purge(store, header, purge_age)
         waiting = len(replaced_shards(store, header))
     bytes_before = int(shards.rows["bytes"].sum())

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from distill.cache import catalog
+from distill.cache import cataloging
 from distill.cache.entries import ENTRY, newest
 from distill.cache.fields import checked
 from distill.cache.format import HEADER, RECORDS, SHARDS
@@ -69,7 +69,7 @@ def convert(store: Store, target: Store, shard_bytes: int) -> tuple[int, int, in
         places = _newest(store, header, rows)
     with common.alone(target):
         made = open_target(target, store, header)
-        catalog.update(target, made)
+        cataloging.update(target, made)
         there = open_view(target, made)
         common.check_room(target, 0 if there.parts else sum(row["bytes"] for row in rows), "the conversion")
         packer = Packer(target, made, "merge", shard_bytes)
@@ -79,7 +79,7 @@ def convert(store: Store, target: Store, shard_bytes: int) -> tuple[int, int, in
                 last = max(origin.last_step for row in each.shards for origin in row["origins"])
                 kind = "end" if each.is_finished else "begin"
                 publish_mark(target, made.identity, each.writer, 0, kind, "capture", last)
-        catalog.update(target, made, is_merging=True)
+        cataloging.update(target, made, is_merging=True)
     return copied, len(packer.shards), sum(shard.bytes for shard in packer.shards)
 
 

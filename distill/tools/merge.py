@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from distill.cache import catalog
+from distill.cache import cataloging
 from distill.cache.header import CacheHeader
 from distill.cache.loss_curve import LossSums
 from distill.cache.open_store import open_store
@@ -55,7 +55,7 @@ def merge(sources: Sequence[Store], target: Store, *, shard_bytes: int) -> Merge
     target.make_folders("")
     with common.alone(target):
         header = open_target(target, views[0].store, views[0].header)
-        catalog.update(target, header)
+        cataloging.update(target, header)
         there = open_view(target, header)
         rules = [_Wins(there, views, number) for number in range(len(views))]
         plans = [shards_of(view, wins) for view, wins in zip(views, rules, strict=True)]
@@ -72,7 +72,7 @@ def merge(sources: Sequence[Store], target: Store, *, shard_bytes: int) -> Merge
                 packer.add(NOTHING._replace(losses=lacking(rest, known)))
                 known |= bins(view.losses)
             packer.flush()
-        catalog.update(target, header, is_merging=True)
+        cataloging.update(target, header, is_merging=True)
     copied, covered = sum(int(plan.kept.sum()) for plan in plans), sum(view.covered for view in views)
     return Merge(len(packer.shards), copied, covered - copied, sum(shard.bytes for shard in packer.shards))
 

@@ -14,7 +14,7 @@ import dataclasses
 import re
 from itertools import count
 
-from distill.cache import catalog
+from distill.cache import cataloging
 from distill.cache.format import CATALOG, QUARANTINE, shard_name, snapshot_name
 from distill.cache.header import CacheHeader
 from distill.cache.publish import publish_mark
@@ -72,7 +72,7 @@ def _renew_catalog(store: Store, look: Look) -> None:
     """A snapshot of the shards as they are now; then what is damaged, or tells of shards as they were, goes."""
     found = look.found
     try:
-        catalog.update(store, look.header, is_rebuilding=True)
+        cataloging.update(store, look.header, is_rebuilding=True)
     except CacheError as error:
         if not look.done.left:
             raise

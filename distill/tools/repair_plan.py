@@ -70,7 +70,7 @@ class Move(NamedTuple):
 
 
 @dataclass
-class Plan:
+class RepairPlan:
     """What is to be done, in the order of the work."""
 
     salvages: list[tuple[Salvage, str]] = field(default_factory=list)
@@ -90,7 +90,7 @@ class Look:
         self._store, self.header, self._locks = store, header, locks
         self.live: set[str] = set()
         self._known: set[str] = set(TOOLS)
-        self.done, self.plan = Repair(), Plan()
+        self.done, self.plan = Repair(), RepairPlan()
         self.counter = TokenCounter(store, header)
         self.found = scan_catalog(store, header)
         self._lock({*writers_of(store), *(name for each in self.found.snapshots for name in each.streams)})

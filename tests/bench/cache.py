@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from distill.cache import Atoms, CacheHeader, CacheReader, CacheWriter, catalog, make_codec, record
+from distill.cache import Atoms, CacheHeader, CacheReader, CacheWriter, cataloging, make_codec, record
 from distill.cache.local import LocalStore
 from distill.cache.loss_curve import LossSums
 from distill.cache.origins import Origin
@@ -152,7 +152,7 @@ def large_cache(folder: Path) -> int:
         if step % 50 == 49:
             print(f"\r  {step + 1} of {SHARDS} shards", end="", flush=True)
     print("\r", end="")
-    catalog.update(store, CacheHeader.load(store))
+    cataloging.update(store, CacheHeader.load(store))
     return samples
 
 

@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from distill.cache import CacheHeader, CacheReader, catalog
+from distill.cache import CacheHeader, CacheReader, cataloging
 from distill.cache.format import CATALOG
 from distill.cache.open_store import open_store
 from distill.cache.publish import create
@@ -95,7 +95,7 @@ def opening(place: Path, samples: int, shards: int) -> dict[str, float]:
 def build(folder: Path | str) -> None:
     """Makes the catalog of all shards."""
     store = open_store(folder)
-    catalog.update(store, CacheHeader.load(store), is_merging=True)
+    cataloging.update(store, CacheHeader.load(store), is_merging=True)
 
 
 def reads(place: Path, samples: int, shards: int) -> dict[str, float]:

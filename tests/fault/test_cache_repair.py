@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from distill.cache import CacheReader, CacheWriter, catalog
+from distill.cache import CacheReader, CacheWriter, cataloging
 from distill.cache.format import shard_name
 from distill.cache.open_store import open_store
 from distill.cache.shard import read_front
@@ -225,7 +225,7 @@ def test_a_damaged_catalog_is_made_again(cache, whole, name, how):
 
 def test_listings_that_disagree_with_the_shards(cache, whole, monkeypatch):
     """Every digest verifies, one entry is another one."""
-    real = catalog.EntryTable.of_shards.__func__
+    real = cataloging.EntryTable.of_shards.__func__
 
     def wrong(cls, shards):
         table = real(cls, shards)
@@ -233,8 +233,8 @@ def test_listings_that_disagree_with_the_shards(cache, whole, monkeypatch):
         return table
 
     shutil.rmtree(cache / "catalog")
-    monkeypatch.setattr(catalog.EntryTable, "of_shards", classmethod(wrong))
-    catalog.update(open_store(cache), header_of(whole))
+    monkeypatch.setattr(cataloging.EntryTable, "of_shards", classmethod(wrong))
+    cataloging.update(open_store(cache), header_of(whole))
     monkeypatch.undo()
     (problem,) = verify(open_store(cache)).problems
     assert "other records than the shards of 1 samples, 5 the first" in problem
@@ -244,7 +244,7 @@ def test_a_kill_between_a_shard_and_the_catalog(cache, whole, monkeypatch):
     """The listing still has the damaged shard; what comes next finds that, and finishes."""
     flip(shard(cache, 1), place_of(shard(cache, 1), "records")[0])
     with monkeypatch.context() as patch:
-        patch.setattr(catalog, "update", lambda *_, **__: 1 / 0)
+        patch.setattr(cataloging, "update", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             repair(open_store(cache))
     assert "has other records of" in " ".join(verify(open_store(cache)).problems)

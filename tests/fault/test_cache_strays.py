@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distill.cache import CacheReader, CacheWriter, catalog
+from distill.cache import CacheReader, CacheWriter, cataloging
 from distill.cache.format import shard_name
 from distill.cache.loss_curve import LossSums
 from distill.cache.open_store import open_store
@@ -196,7 +196,7 @@ def test_tools_and_writers_exclude_each_other(cache, monkeypatch):
             repair(open_store(cache))
         assert main(["repair", "--dry-run", str(cache)]) == 2
     flip(shard(cache, 2), -1)
-    real, refused = catalog.update, []
+    real, refused = cataloging.update, []
 
     def during(*args, **kwargs):
         with pytest.raises(CacheError, match="holds the writer's name 'w'"):
@@ -204,7 +204,7 @@ def test_tools_and_writers_exclude_each_other(cache, monkeypatch):
         refused.append(1)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(catalog, "update", during)
+    monkeypatch.setattr(cataloging, "update", during)
     repair(open_store(cache))
     assert refused
 

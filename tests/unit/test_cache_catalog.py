@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from distill.cache import CacheReader, catalog, listing, listing_writer, view
+from distill.cache import CacheReader, cataloging, listing, listing_writer, view
 from distill.cache.header import CacheHeader
 from distill.cache.loss_curve import LossSums
 from distill.cache.open_store import open_store
@@ -36,8 +36,8 @@ def blocks(request, monkeypatch):
             monkeypatch.setattr(listing_writer, name, size)
         monkeypatch.setattr(listing, "KEPT", 5)
         monkeypatch.setattr(listing_writer, "_TOGETHER", 64)
-        monkeypatch.setattr(catalog, "PIECE", 150)
-        monkeypatch.setattr(catalog, "_LARGEST", 300)
+        monkeypatch.setattr(cataloging, "PIECE", 150)
+        monkeypatch.setattr(cataloging, "_LARGEST", 300)
         monkeypatch.setattr(view, "_TABLES", 3)
 
 
@@ -144,13 +144,13 @@ def test_what_is_found_is_what_a_dictionary_finds(tmp_path, blocks, seed):
             forge.mark("a", ["begin", "end", "gap"][turn % 3])
         match int(forge.draw.integers(0, 6)):
             case 0:
-                catalog.update(forge.store, forge.header)
+                cataloging.update(forge.store, forge.header)
             case 1:
-                catalog.update(forge.store, forge.header, is_merging=True)
+                cataloging.update(forge.store, forge.header, is_merging=True)
             case 2 if forge.streams["b"]:
-                catalog.update(forge.store, forge.header, ["b"])
+                cataloging.update(forge.store, forge.header, ["b"])
             case 3:
-                catalog.update(forge.store, forge.header, is_rebuilding=True)
+                cataloging.update(forge.store, forge.header, is_rebuilding=True)
         truth = forge.truth()
         fresh, following = forge.view(), refreshed(following)
         assert fresh.losses == following.losses and tokens(fresh) == tokens(following) == sum(
@@ -163,7 +163,7 @@ def test_what_is_found_is_what_a_dictionary_finds(tmp_path, blocks, seed):
             pins.append((following.pin, truth))
     for pin, old in pins:
         check(forge, open_view(forge.store, forge.header, json.loads(json.dumps(pin))), old)
-    catalog.update(forge.store, forge.header, is_merging=True)
+    cataloging.update(forge.store, forge.header, is_merging=True)
     check(forge, forge.view(), truth)
     assert format_reader.newest(tmp_path) == {i: key for i, (key, _) in truth.items()}
     if listing.ENTRIES == 256:
@@ -172,7 +172,7 @@ def test_what_is_found_is_what_a_dictionary_finds(tmp_path, blocks, seed):
     check(forge, forge.view(), truth)
     for pin, old in pins:  # the snapshot is gone, the shards serve
         check(forge, open_view(forge.store, forge.header, pin), old)
-    made = catalog.update(forge.store, forge.header)
+    made = cataloging.update(forge.store, forge.header)
     assert made.number == 0
     check(forge, forge.view(), truth)
 
@@ -183,9 +183,9 @@ def test_the_listing_of_the_page_is_the_listing(tmp_path):
     for n in range(280):
         forge.shard("ab"[n % 2], ids=forge.draw.permutation(N)[:5])
         if n % 90 == 50:
-            catalog.update(forge.store, forge.header, is_merging=n > 100)
+            cataloging.update(forge.store, forge.header, is_merging=n > 100)
     assert format_reader.catalog(tmp_path) == format_reader.newest(tmp_path)
-    catalog.update(forge.store, forge.header, is_merging=True)
+    cataloging.update(forge.store, forge.header, is_merging=True)
     assert format_reader.catalog(tmp_path) == {i: key for i, (key, _) in forge.truth().items()}
 
 
@@ -195,7 +195,7 @@ def test_what_another_shard_replaces_does_not_count(tmp_path):
     for _ in range(4):
         forge.shard("a")
     forge.shard("b", steps=[9] * 30, ids=range(30))
-    catalog.update(forge.store, forge.header)
+    cataloging.update(forge.store, forge.header)
     before, old = forge.view(), forge.truth()
     kept = [(i, key[0]) for i, (key, _) in sorted(old.items()) if key[1] == "a" and key[2] < 3]
     forge.shard(
@@ -207,7 +207,7 @@ def test_what_another_shard_replaces_does_not_count(tmp_path):
     )
     assert refreshed(before) is before
     check(forge, forge.view(), old)
-    catalog.update(forge.store, forge.header)
+    cataloging.update(forge.store, forge.header)
     new = forge.truth(gone={("a", n) for n in range(3)})
     check(forge, forge.view(), new)
     check(forge, refreshed(before), new)
@@ -221,7 +221,7 @@ def test_what_another_shard_replaces_does_not_count(tmp_path):
         CacheError, match=r"a/000000/000000000\.safetensors: the shard is missing; if `compact --purge`"
     ):
         open_view(forge.store, forge.header, before.pin)
-    catalog.update(forge.store, forge.header)
+    cataloging.update(forge.store, forge.header)
     check(forge, forge.view(), new)
     assert format_reader.catalog(tmp_path) == {i: key for i, (key, _) in new.items()}
 
@@ -229,11 +229,11 @@ def test_what_another_shard_replaces_does_not_count(tmp_path):
 def test_a_reader_goes_on_where_snapshots_between_are_gone(tmp_path, monkeypatch):
     forge = Forge(tmp_path)
     forge.shard("a")
-    catalog.update(forge.store, forge.header)
+    cataloging.update(forge.store, forge.header)
     old = forge.view()
     for _ in range(3):
         forge.shard("a")
-        catalog.update(forge.store, forge.header)
+        cataloging.update(forge.store, forge.header)
     for number in range(3):
         os.remove(tmp_path / f"catalog/{number:09d}.json")
     check(forge, refreshed(old), forge.truth())
@@ -246,19 +246,19 @@ def test_a_snapshots_number_is_taken_once(tmp_path, monkeypatch):
     """Two processes make the same number at one moment: the second takes in what the first has made."""
     forge = Forge(tmp_path)
     forge.shard("a")
-    first = catalog.update(forge.store, forge.header)
+    first = cataloging.update(forge.store, forge.header)
     forge.shard("a")
     forge.shard("b")
-    publish, others = catalog.publish_snapshot, []
+    publish, others = cataloging.publish_snapshot, []
 
     def late(store, snapshot):
         if not others:
             others.append(None)
-            others.append(catalog.update(forge.store, forge.header, ["b"]))
+            others.append(cataloging.update(forge.store, forge.header, ["b"]))
         return publish(store, snapshot)
 
-    monkeypatch.setattr(catalog, "publish_snapshot", late)
-    made = catalog.update(forge.store, forge.header, ["a"])
+    monkeypatch.setattr(cataloging, "publish_snapshot", late)
+    made = cataloging.update(forge.store, forge.header, ["a"])
     assert (others[1].number, made.number) == (1, 2)
     assert {name: state.count for name, state in others[1].streams.items()} == {"a": 1, "b": 1}
     assert {name: state.count for name, state in made.streams.items()} == {"a": 2, "b": 1}
@@ -301,9 +301,9 @@ def test_a_damaged_listing_is_named_and_answers_stay_right(tmp_path, kind, has_o
     for n in range(60):
         forge.shard("ab"[n % 2])
         if has_older and n == 30:
-            catalog.update(forge.store, forge.header)
+            cataloging.update(forge.store, forge.header)
             old = set((tmp_path / "catalog").glob("*.listing"))
-    catalog.update(forge.store, forge.header, is_merging=True)
+    cataloging.update(forge.store, forge.header, is_merging=True)
     (path,) = set((tmp_path / "catalog").glob("*.listing")) - (old if has_older else set())
     whole, truth = path.read_bytes(), forge.truth()
     forge.shard("b")
@@ -333,7 +333,7 @@ def test_a_damaged_listing_is_named_and_answers_stay_right(tmp_path, kind, has_o
     assert truth != later
     path.write_bytes(whole)
     flip(path, 3)
-    assert catalog.update(forge.store, forge.header, is_rebuilding=True).number == 1 + has_older
+    assert cataloging.update(forge.store, forge.header, is_rebuilding=True).number == 1 + has_older
     check(forge, forge.view(), later)
 
 
@@ -342,7 +342,7 @@ def test_a_reader_with_a_damaged_listing_waits_for_a_new_one(tmp_path):
     forge = Forge(tmp_path)
     for _ in range(9):
         forge.shard("a")
-    catalog.update(forge.store, forge.header)
+    cataloging.update(forge.store, forge.header)
     (path,) = (tmp_path / "catalog").glob("*.listing")
     flip(path, 3)
     reader = CacheReader(tmp_path)
@@ -352,7 +352,7 @@ def test_a_reader_with_a_damaged_listing_waits_for_a_new_one(tmp_path):
     assert reader.refresh() == 0 and reader._view is one
     forge.shard("a")
     assert reader.refresh() == 1 and reader.view["snapshot"] == -1
-    catalog.update(forge.store, forge.header, is_rebuilding=True)
+    cataloging.update(forge.store, forge.header, is_rebuilding=True)
     assert reader.refresh() == 0 and reader.view["snapshot"] == 1
     check(forge, reader._view, forge.truth())
 
@@ -363,7 +363,7 @@ def test_a_damaged_snapshot_is_named_and_the_one_before_serves(tmp_path, kind, c
     for n in range(12):
         forge.shard("ab"[n % 2])
         if n in (4, 8):
-            catalog.update(forge.store, forge.header)
+            cataloging.update(forge.store, forge.header)
     truth, path = forge.truth(), tmp_path / "catalog/000000001.json"
     whole = path.read_bytes()
     pin = forge.view().pin
@@ -376,7 +376,7 @@ def test_a_damaged_snapshot_is_named_and_the_one_before_serves(tmp_path, kind, c
         elif kind == "another cache":
             other = Forge(tmp_path / f"other{_}", seed=2)
             other.header = dataclasses.replace(other.header, seed=3)
-            path.write_bytes(catalog.Snapshot("0" * 16, 1).dump())
+            path.write_bytes(cataloging.Snapshot("0" * 16, 1).dump())
         else:
             path.write_bytes({"cut": whole[: draw.randrange(len(whole))], "empty": b"", "json": b"[]\n"}[kind])
         caplog.clear()
@@ -384,7 +384,7 @@ def test_a_damaged_snapshot_is_named_and_the_one_before_serves(tmp_path, kind, c
         assert one.snapshot.number == 0 and str(path) in caplog.text
         check(forge, one, truth)
         check(forge, open_view(forge.store, forge.header, pin), truth)
-    assert catalog.update(forge.store, forge.header).number == 2
+    assert cataloging.update(forge.store, forge.header).number == 2
     check(forge, forge.view(), truth)
     assert refreshed(one).snapshot.number == 2
 
@@ -395,5 +395,5 @@ def test_stray_files_in_the_catalog_do_not_matter(tmp_path):
     for name in ("1.json", "000000007.json.tmp", "x.listing", ".000000009.json", "000000008.JSON"):
         (tmp_path / "catalog" / name).write_text("{}")
     (tmp_path / "catalog" / ".ipynb_checkpoints").mkdir()
-    assert catalog.update(forge.store, forge.header).number == 0
+    assert cataloging.update(forge.store, forge.header).number == 0
     check(forge, forge.view(), forge.truth())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from distill.cache import CacheReader, CacheWriter, catalog, is_created, is_written
+from distill.cache import CacheReader, CacheWriter, cataloging, is_created, is_written
 from distill.cache.far import FarStore
 from distill.cache.local import LocalStore
 from distill.cache.open_store import open_store
@@ -160,7 +160,7 @@ def test_a_copy_without_its_catalog_reads_the_same(url, tmp_path):
             put_file(f"{url}/{file.relative_to(tmp_path)}", file.read_bytes())
     reader = CacheReader(url)
     assert same(reader, CacheReader(tmp_path)) and reader.view["snapshot"] == -1
-    catalog.update(open_store(url), reader.header)
+    cataloging.update(open_store(url), reader.header)
     assert same(CacheReader(url), reader) and CacheReader(url).view["snapshot"] == 0
     assert reader.refresh() == 0 and reader.view["snapshot"] == 0
 

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from distill.cache import CacheReader, CacheWriter, catalog
+from distill.cache import CacheReader, CacheWriter, cataloging
 from distill.cache.loss_curve import LossSums, bin_of, first_step
 from tests import format_reader
 from tests.workers.cache_writers import SAMPLES, batch, header, put
@@ -34,7 +34,7 @@ def test_sums_of_losses_do_not_depend_on_how_shards_are_cut(tmp_path):
     for n, (shard_samples, index_every) in enumerate(((1, 1), (3, 2), (7, 100), (256, 64))):
         reader = written(tmp_path / str(n), shard_samples, index_every, ORDER)
         assert reader.losses.json() == want
-        catalog.update(reader._store, reader.header, is_merging=True)
+        cataloging.update(reader._store, reader.header, is_merging=True)
         assert CacheReader(tmp_path / str(n)).losses.json() == want
         shutil.rmtree(tmp_path / str(n) / "catalog")
         assert CacheReader(tmp_path / str(n)).losses.json() == want

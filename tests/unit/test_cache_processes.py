@@ -12,7 +12,7 @@ import threading
 import numpy as np
 import pytest
 
-from distill.cache import CacheReader, CacheWriter, catalog
+from distill.cache import CacheReader, CacheWriter, cataloging
 from distill.cache.format import writer_lock
 from distill.cache.open_store import open_store
 from distill.config.errors import CacheError
@@ -37,7 +37,7 @@ def begin(folder):
                 put(cache, [i], step=step)
     shutil.rmtree(folder / "catalog")
     store = open_store(folder)
-    catalog.update(store, CacheReader(folder).header, ["a"])
+    cataloging.update(store, CacheReader(folder).header, ["a"])
 
 
 def go_on(folder):

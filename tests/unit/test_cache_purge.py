@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from distill.cache import CacheHeader, CacheReader, CacheWriter, catalog
+from distill.cache import CacheHeader, CacheReader, CacheWriter, cataloging
 from distill.cache.format import TOOLS
 from distill.cache.open_store import open_store
 from distill.cache.snapshot import load_snapshot, snapshot_numbers
@@ -98,7 +98,7 @@ def test_a_purge_spares_what_views_of_an_age_could_read(cache, monkeypatch):
     assert len(snapshot_numbers(open_store(cache))) == 1 == len(list((cache / "catalog").glob("*.listing")))
     assert [place for place in files(cache) if place[0] == "compact"] == [("compact", 2)]
     before = format_reader.cache(cache)
-    catalog.update(open_store(cache), head, is_rebuilding=True)
+    cataloging.update(open_store(cache), head, is_rebuilding=True)
     assert format_reader.cache(cache) == before and len(before) == 10
 
 
@@ -154,9 +154,9 @@ def test_after_a_purge_the_whole_catalog_may_be_lost(tmp_path, monkeypatch):
     for each in (reader, CacheReader(tmp_path)):  # the snapshot that the writer made has all, what tools wrote too
         assert np.flatnonzero(each.covers(np.arange(SAMPLES))).tolist() == sorted([*before, 39])
     assert format_reader.cache(tmp_path).items() >= before.items()
-    monkeypatch.setattr(catalog, "PIECE", 1)  # a shard at a time, those before what replaces them and those after it
+    monkeypatch.setattr(cataloging, "PIECE", 1)  # a shard at a time, those before what replaces them and those after it
     before, losses = format_reader.cache(tmp_path), reader.losses
-    made = catalog.update(open_store(tmp_path), CacheHeader.load(tmp_path), is_rebuilding=True)
+    made = cataloging.update(open_store(tmp_path), CacheHeader.load(tmp_path), is_rebuilding=True)
     assert sum(ref.entries for ref in made.listings) == len(before) and format_reader.cache(tmp_path) == before
     assert CacheReader(tmp_path).losses == losses
 
@@ -167,7 +167,7 @@ def test_after_a_purge_the_whole_catalog_may_be_lost(tmp_path, monkeypatch):
 def test_a_snapshot_is_of_the_newest_one(cache, monkeypatch):
     """Another process makes one while this one works: its number is taken, and nothing of it is lost."""
     head, store = CacheHeader.load(cache), open_store(cache)
-    real, is_first = catalog.read_tail, itertools.count()
+    real, is_first = cataloging.read_tail, itertools.count()
 
     def meanwhile(*args, **kwargs):
         if next(is_first) == 0:
@@ -175,13 +175,13 @@ def test_a_snapshot_is_of_the_newest_one(cache, monkeypatch):
         return real(*args, **kwargs)
 
     write(cache, "d", [([33], 9, "x")], index_every=10**6)
-    catalog.update(store, head)
+    cataloging.update(store, head)
     before = format_reader.cache(cache)
     with CacheWriter(cache, header(), writer="e", counts_V=np.arange(V) % 7, index_every=10**6) as writer:
         put(writer, [34], step=3)
         writer.flush()
-        monkeypatch.setattr(catalog, "read_tail", meanwhile)
-        made = catalog.update(store, head, ["e"])
+        monkeypatch.setattr(cataloging, "read_tail", meanwhile)
+        made = cataloging.update(store, head, ["e"])
         monkeypatch.undo()
     assert made.streams["compact"].count == 1 and made.number == max(snapshot_numbers(store))
     assert sorted(format_reader.cache(cache)) == sorted([*before, 34]) and len(counting(cache)) == 1

@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 
-from distill.cache import CacheHeader, CacheReader, CacheWriter, catalog
+from distill.cache import CacheHeader, CacheReader, CacheWriter, cataloging
 from distill.cache.open_store import open_store
 from distill.cache.tail import writers_of
 from distill.config.errors import CacheError
@@ -85,7 +85,7 @@ def test_what_is_superseded_as_a_whole_is_replaced(tmp_path):
     assert len(old & set(files(tmp_path))) == 1
     for _ in range(2):
         assert CacheReader(tmp_path).losses == losses and format_reader.cache(tmp_path) == before
-        catalog.update(open_store(tmp_path), CacheHeader.load(tmp_path), is_rebuilding=True)
+        cataloging.update(open_store(tmp_path), CacheHeader.load(tmp_path), is_rebuilding=True)
 
 
 def test_a_live_reader_and_a_live_writer_go_on_during_a_compaction(cache, monkeypatch):
