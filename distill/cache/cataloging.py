@@ -9,11 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from distill.cache.entries import EntryTable, replaced_rows
 from distill.cache.format import shard_name, snapshot_name
 from distill.cache.header import CacheHeader
-from distill.cache.listing import (
-    Listing,
-    ListingRef,
-    block_cache,
-)
+from distill.cache.listing import Listing, ListingRef, block_cache
 from distill.cache.listing_writer import write_listing
 from distill.cache.loss_curve import LossSums
 from distill.cache.shard import read_front

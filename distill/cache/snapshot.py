@@ -35,10 +35,14 @@ class StreamState:
     finished: bool = False
     """The last one is an end mark."""
 
+    def past(self, seq: int) -> StreamState:
+        """With shard number `seq`, which is not there any more."""
+        return replace(self, count=seq + 1, finished=False)
+
     def after(self, header: ShardHeader) -> StreamState:
         """With the next shard or mark."""
         if header.kind == "gap":
-            return replace(self, count=header.seq + 1, finished=False)
+            return self.past(header.seq)
         step = header.step if header.kind == "begin" else max(self.step, header.step)
         return StreamState(header.seq + 1, header.source, step, header.kind == "end")
 

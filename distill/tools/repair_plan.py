@@ -149,7 +149,7 @@ class Look:
                     self._set_aside(there.name, f"{there.problems[0]}; moved to quarantine, since that one is whole")
                 self.plan.moves.append(Move(scan.name, shard_name(*own), own))
                 self.good[own] = dataclasses.replace(scan, name=shard_name(*own))
-            elif home.header == scan.header and home.key == scan.key:
+            elif home.key == scan.key:
                 self.done.lines.append(f"{what}, and whole there; removed")
                 self.plan.removed.append(scan.name)
             else:
@@ -343,10 +343,7 @@ class Look:
             self.done.lines.append(f"{self._store.path(name)}: no snapshot names it; removed")
             self.plan.removed.append(name)
         is_sound = not (self.made or self.plan.moves or self.done.left)
-        changing = [made.place for made in self.made]
-        self.problems = catalog_problems(
-            self._store, self.header, self.found, self.good, self.gone, changing, is_sound=is_sound
-        )
+        self.problems = catalog_problems(self._store, self.header, self.found, self.good, is_sound=is_sound)
         for name, problem in self.problems.items():
             how = "moved to quarantine, and the catalog made anew" if name in self.found.damaged else "made anew"
             self.done.lines.append(f"{problem}; {how}")

@@ -9,14 +9,14 @@ from distill.cache.format import SHARDS, shard_name, snapshot_name
 from distill.cache.header import CacheHeader
 from distill.cache.ranks import load_ranks
 from distill.cache.shard_header import Replaced
-from distill.cache.snapshot import Snapshot, StreamState
+from distill.cache.snapshot import StreamState
 from distill.cache.store import Store
 from distill.cache.tail import Ranges, replaced_by_tools
 from distill.config import json_text
 from distill.config.errors import CacheError
 from distill.config.terminal import advancing
 from distill.config.units import file_size, grouped
-from distill.tools.catalog_scan import CatalogScan, by_shard, disagreements, scan_catalog, stale
+from distill.tools.catalog_scan import CatalogScan, disagreement, scan_catalog
 from distill.tools.common import add_folder, add_json, caches, check_at_least_one, is_live
 from distill.tools.shard_scan import Place, ShardFiles, ShardScan, examine, shard_files
 from distill.tools.token_counter import TokenCounter
@@ -75,7 +75,7 @@ def verify(store: Store, *, decode: bool = False, jobs: int = 1) -> Verdict:
     problems += [problem for each in scans for problem in _problems(store, each, good, gone, notes)]
     problems += _missing(store, scans, found, gone)
     counted = {place: each for place, each in good.items() if place not in gone}
-    problems += catalog_problems(store, header, found, good, gone, is_sound=not problems).values()
+    problems += catalog_problems(store, header, found, good, is_sound=not problems).values()
     notes += _notes(store, files, found, good, gone)
     whole = [each.header for each in counted.values() if each.header is not None]
     shards = [each for each in whole if not each.is_mark]
@@ -141,25 +141,12 @@ def _missing(store: Store, scans: Sequence[ShardScan], found: CatalogScan, gone:
                 yield f"{store.path(shard_name(writer, first))}: {which} missing"
 
 
-def snapshot_shards(snapshot: Snapshot, good: dict[Place, ShardScan], gone: Ranges | None = None) -> list[Place]:
-    """Shards with origins that a snapshot's listings must have; gone: those that do not count, None: as it has them."""
-    counted = {
-        place: each.header
-        for place, each in good.items()
-        if (state := snapshot.streams.get(place[0])) is not None and place[1] < state.count and each.header is not None
-    }
-    gone = gone or Ranges(replaced for header in counted.values() for replaced in header.replaces)
-    return [place for place, header in counted.items() if header.samples and place not in gone]
-
-
 def catalog_problems(
-    store: Store, header: CacheHeader, found: CatalogScan, good: dict[Place, ShardScan], gone: Ranges,
-    changing: Iterable[Place] = (), *, is_sound: bool,
-) -> dict[str, str]:  # fmt: skip
+    store: Store, header: CacheHeader, found: CatalogScan, good: dict[Place, ShardScan], *, is_sound: bool
+) -> dict[str, str]:
     """Damage of the catalog, and where it differs from the shards, by file.
 
-    good: whole shards. gone: those that do not count. changing: shards that are about to be others. is_sound: these are
-    all, so that each record may be compared.
+    good: whole shards. is_sound: these are all, so that each record may be compared.
     """
     problems, newest = dict(found.damaged), found.newest
     for snapshot in found.snapshots:
@@ -168,23 +155,18 @@ def catalog_problems(
                 if ref in found.gone:
                     what = f"a listing of snapshot {snapshot.number} is missing"
                     problems[ref.name] = f"{store.path(ref.name)}: {what}"
-    keys = {place: each.key for place, each in good.items()} | dict.fromkeys(changing, 0)
-    for ref, listing in found.listings.items():
-        for writer, seq in stale(listing, keys)[:1]:
-            what = f"it has other records of {shard_name(writer, seq)} than are there"
-            problems[ref.name] = f"{store.path(ref.name)}: {what}"
-    if newest is None:
+    if newest is None or not is_sound:
         return problems
-    listings = [found.listings[ref] for ref in newest.listings]
-    wanted = set(snapshot_shards(newest, good))
-    have = {place for listing in listings for place, _ in by_shard(listing)}
-    wrong = [f"its listings lack {shard_name(*place)}" for place in sorted(wanted - have)[:1]]
-    wrong += [f"it lists {shard_name(*each)}, which is not there" for each in sorted(have - wanted) if each not in gone]
-    if is_sound and wanted == have:
-        differ = disagreements(store, header, listings, sorted(wanted))
-        wrong += [f"its listings have other records than the shards of {each}" for each in differ]
-    name = snapshot_name(newest.number)
-    return problems | ({name: f"{store.path(name)}: {wrong[0]}"} if wrong else {})
+    listed = [
+        each
+        for place, each in good.items()
+        if (state := newest.streams.get(place[0])) is not None and place[1] < state.count
+    ]
+    gone, name = replaced_ranges(listed), snapshot_name(newest.number)
+    shards = sorted(each.place for each in listed if each.place and each.place not in gone)
+    if problem := disagreement(store, header, found, shards):
+        problems[name] = f"{store.path(name)}: {problem}"
+    return problems
 
 
 def _notes(
