@@ -14,7 +14,7 @@ from distill.cache.listing_writer import write_listing
 from distill.cache.loss_curve import LossSums
 from distill.cache.shard import read_front
 from distill.cache.shard_header import Replaced
-from distill.cache.snapshot import Snapshot, newest_snapshot, publish_snapshot, snapshot_numbers
+from distill.cache.snapshot import Snapshot, publish_snapshot, snapshot_numbers, valid_snapshots
 from distill.cache.store import Store
 from distill.cache.tail import Tail, read_tail, writers_of
 from distill.config.errors import CacheError
@@ -30,13 +30,9 @@ _LARGEST = 1 << 22
 
 
 def update(
-    store: Store,
-    header: CacheHeader,
-    writers: Iterable[str] | None = None,
-    *,
-    is_merging: bool = False,
+    store: Store, header: CacheHeader, writers: Iterable[str] | None = None, *, is_merging: bool = False,
     is_rebuilding: bool = False,
-) -> Snapshot:
+) -> Snapshot:  # fmt: skip
     """Makes the next snapshot, with what these writers have published; returns it, or the newest one if it has all.
 
     writers: None for all, those of tools included, as also where the newest snapshot cannot be used. is_merging: all
@@ -116,11 +112,11 @@ def _losses_of(
     for listing in listings if drop else ():
         for rows in listing.origin_chunks():
             for row in rows[replaced_rows(rows, listing.names, drop) & (rows["number"] == 0)]:
-                writer, seq = listing.names.writers[row["writer"]], int(row["seq"])
+                place = listing.names.shard(row)
                 try:
-                    yield read_front(store, header, writer, seq).header.losses
+                    yield read_front(store, header, *place).header.losses
                 except CacheError as error:
-                    log.warning("%s: its losses count twice (%s)", shard_name(writer, seq), error)
+                    log.warning("%s: its losses count twice (%s)", shard_name(*place), error)
 
 
 def _tiered(store: Store, header: CacheHeader, listings: list[ListingRef], made: list[ListingRef]) -> list[ListingRef]:
@@ -138,13 +134,11 @@ def _tiered(store: Store, header: CacheHeader, listings: list[ListingRef], made:
 
 def _newest_usable(store: Store, header: CacheHeader) -> Snapshot:
     """The newest snapshot whose listings can be opened."""
-    snapshot = newest_snapshot(store, header.identity)
-    while snapshot.number >= 0:
+    for snapshot in valid_snapshots(store, header.identity):
         try:
             for ref in snapshot.listings:
                 Listing(store, ref, header.identity, block_cache(store))
             return snapshot
         except CacheError as error:
             log.warning("%s; the snapshot before it serves, or the shards", error)
-            snapshot = newest_snapshot(store, header.identity, snapshot.number)
-    return snapshot
+    raise AssertionError("the empty snapshot is always usable")

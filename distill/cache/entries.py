@@ -47,6 +47,10 @@ class Names(NamedTuple):
     writers: list[str]
     teachers: list[str]
 
+    def shard(self, row: Any) -> tuple[str, int]:
+        """Writer and number of the shard of a row of ORIGIN."""
+        return self.writers[row["writer"]], int(row["seq"])
+
     def origin(self, row: Any) -> Origin:
         """The origin of a row of ORIGIN."""
         loss = float(row["loss"])

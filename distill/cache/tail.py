@@ -93,12 +93,9 @@ class Ranges:
 
 
 def replaced_by_tools(
-    store: Store,
-    header: CacheHeader,
-    states: Mapping[str, StreamState],
-    writers: Iterable[str] = TOOLS,
+    store: Store, header: CacheHeader, states: Mapping[str, StreamState], writers: Iterable[str] = TOOLS,
     limits: Mapping[str, int] | None = None,
-) -> list[Replaced]:
+) -> list[Replaced]:  # fmt: skip
     """Ranges of shards that those of tools among `writers` replace, from the count of `states` on; CacheError: damage.
 
     limits: as of `read_tail`.
@@ -115,16 +112,10 @@ def replaced_by_tools(
 
 
 def read_tail(
-    store: Store,
-    header: CacheHeader,
-    states: Mapping[str, StreamState],
-    writers: Iterable[str],
-    *,
-    limits: Mapping[str, int] | None = None,
-    most: int | None = None,
-    is_refresh: bool = False,
+    store: Store, header: CacheHeader, states: Mapping[str, StreamState], writers: Iterable[str], *,
+    limits: Mapping[str, int] | None = None, most: int | None = None, is_refresh: bool = False,
     replaced: Iterable[Replaced] = (),
-) -> Tail:
+) -> Tail:  # fmt: skip
     """Shards of these writers' streams from the count of `states` on.
 
     limits: numbers at which streams end for the caller; None: they end where there are no more shards. most: stop after

@@ -59,22 +59,10 @@ class CacheWriter:
     """One writer of a cache; usable as a context manager, which publishes nothing more after an exception."""
 
     def __init__(
-        self,
-        folder: str | Path,
-        header: CacheHeader,
-        *,
-        writer: str,
-        counts_V: Any = None,
-        shard_samples: int = 256,
-        queue: int = 64,
-        on_full: OnFull = OnFull.block,
-        source: str = "capture",
-        seen_before: bool = False,
-        flops_per_token: float = 0.0,
-        index_every: int = 64,
-        first_step: int = 0,
-        is_restart: bool = False,
-    ):
+        self, folder: str | Path, header: CacheHeader, *, writer: str, counts_V: Any = None, shard_samples: int = 256,
+        queue: int = 64, on_full: OnFull = OnFull.block, source: str = "capture", seen_before: bool = False,
+        flops_per_token: float = 0.0, index_every: int = 64, first_step: int = 0, is_restart: bool = False,
+    ):  # fmt: skip
         """Opens the cache, or creates it, and resumes this writer's stream.
 
         folder: a path, or a URL of a file system of fsspec.
@@ -145,18 +133,9 @@ class CacheWriter:
         return self._published._replace(skipped=self._skipped, passed=self._passed)
 
     def put(
-        self,
-        sample_ids_B: Array,
-        digests_B: Array,
-        atoms: Atoms,
-        label_logprob_T: Tensor | Array,
-        entropy_T: Tensor | Array,
-        valid_T: Tensor | Array,
-        *,
-        step: int,
-        tokens_seen: int,
-        teacher: str,
-    ) -> bool:
+        self, sample_ids_B: Array, digests_B: Array, atoms: Atoms, label_logprob_T: Tensor | Array,
+        entropy_T: Tensor | Array, valid_T: Tensor | Array, *, step: int, tokens_seen: int, teacher: str,
+    ) -> bool:  # fmt: skip
         """Accepts one micro-batch of T = B * S tokens for the thread; False: skipped, because the queue is full.
 
         sample_ids_B: ids, or one id; of a sample that comes twice the last targets count. digests_B: uint64 of each
@@ -187,17 +166,9 @@ class CacheWriter:
 
     @torch.no_grad()
     def put_logits(
-        self,
-        sample_ids_B: Array,
-        digests_B: Array,
-        logits_TV: Tensor,
-        labels_T: Tensor,
-        valid_T: Tensor,
-        *,
-        step: int,
-        tokens_seen: int,
-        teacher: str,
-    ) -> bool:
+        self, sample_ids_B: Array, digests_B: Array, logits_TV: Tensor, labels_T: Tensor, valid_T: Tensor, *, step: int,
+        tokens_seen: int, teacher: str,
+    ) -> bool:  # fmt: skip
         """`put` of atoms that the codec takes from a teacher's logits at temperature 1, on the logits' device.
 
         logits_TV: any float type, row t predicts labels_T[t]; T = B * S tokens, V = the header's vocab_size. labels_T:

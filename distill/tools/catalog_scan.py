@@ -106,8 +106,7 @@ def by_shard(listing: Listing) -> Iterator[tuple[Place, Array]]:
     rows = np.concatenate([np.empty(0, ORIGIN), *listing.origin_chunks()])
     firsts = np.flatnonzero(rows["number"] == 0).tolist()
     for first, end in zip(firsts, [*firsts[1:], len(rows)], strict=True):
-        row = rows[first]
-        yield (listing.names.writers[row["writer"]], int(row["seq"])), rows[first:end]
+        yield listing.names.shard(rows[first]), rows[first:end]
 
 
 def listed_rows(found: CatalogScan, places: set[Place]) -> dict[Place, Rows]:

@@ -22,7 +22,7 @@ from distill.cache.store import Store
 from distill.cache.tail import Ranges, next_seq
 from distill.cache.view import View
 from distill.config.errors import CacheError
-from distill.tools.common import origin_table, remove_leftovers
+from distill.tools.common import remove_leftovers
 from distill.tools.token_counter import TokenCounter
 
 _SLACK = 1 << 15
@@ -90,13 +90,9 @@ def part_of(
 
 
 def _tokens(
-    shard: Shard,
-    records: Sequence[bytes | None],
-    is_here: Array,
-    is_kept: Array,
-    origin: Origin,
+    shard: Shard, records: Sequence[bytes | None], is_here: Array, is_kept: Array, origin: Origin,
     counter: TokenCounter,
-) -> int:
+) -> int:  # fmt: skip
     """Tokens of an origin's kept samples: from the records that are fewer, the kept ones or those left out."""
 
     def tokens(places: list[int]) -> int:
@@ -180,8 +176,7 @@ class Shards(NamedTuple):
 
     def place(self, number: int) -> tuple[str, int]:
         """Writer and number in the stream."""
-        row = self.rows[number]
-        return self.names.writers[row["writer"]], int(row["seq"])
+        return self.names.shard(self.rows[number])
 
     def take(self, places: Array) -> Shards:
         """The shards at these places."""
@@ -202,7 +197,7 @@ def shards_of(view: View, is_wanted: Callable[[Array, Array], Array]) -> Shards:
 
     is_wanted: for sample ids and the steps of their records that count, whether each is wanted.
     """
-    names, rows = origin_table(view)
+    names, rows = view.origins()
     # Where the origin rows of each table begin among all.
     sizes = [part.origins if isinstance(part, Listing) else len(part.origins) for part in view.parts]
     firsts = np.cumsum([0, *sizes])

@@ -140,8 +140,7 @@ class Look:
             if own is None or not scan.is_whole:
                 self._set_aside(scan.name, f"{scan.problems[0]}; not part of the cache, moved to quarantine")
                 continue
-            expected = "" if scan.place is None else f", expected shard {scan.place[1]} of writer {scan.place[0]}"
-            what, home = f"{path}: it is shard {own[1]} of writer {own[0]}{expected}", self.good.get(own)
+            what, home = f"{path}: {scan.belongs}", self.good.get(own)
             if home is None:
                 self.done.lines.append(f"{what}; moved to {shard_name(*own)}")
                 if own in self.damaged:
@@ -296,8 +295,14 @@ class Look:
         )
         for each in losing:
             mine = Ranges(each.replaces)
-            back = [place for place in self.good if place in mine and place not in others]
-            each.replaces = tuple(without(each.replaces, back))
+            back = {place for place in self.good if place in mine and place not in others}
+            kept = (
+                Replaced(one.writer, seq, seq)
+                for one in each.replaces
+                for seq in range(one.first, one.last + 1)
+                if (one.writer, seq) not in back
+            )
+            each.replaces = tuple(Ranges(kept).joined())
             for place in back if each.losses is not None else ():
                 header = read_front(self._store, self.header, *place).header
                 each.losses = LossSums.total([each.losses or LossSums()], [header.losses])
@@ -347,19 +352,6 @@ class Look:
         for name, problem in self.problems.items():
             how = "moved to quarantine, and the catalog made anew" if name in self.found.damaged else "made anew"
             self.done.lines.append(f"{problem}; {how}")
-
-
-def without(replaces: Iterable[Replaced], places: Iterable[Place]) -> Iterator[Replaced]:
-    """Ranges without some shards."""
-    for each in replaces:
-        first = each.first
-        for writer, seq in sorted(places):
-            if writer == each.writer and first <= seq <= each.last:
-                if first < seq:
-                    yield Replaced(writer, first, seq - 1)
-                first = seq + 1
-        if first <= each.last:
-            yield Replaced(each.writer, first, each.last)
 
 
 def ranges(numbers: list[int]) -> str:

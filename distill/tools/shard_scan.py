@@ -102,18 +102,21 @@ class ShardScan:
         return None if self.header is None else (self.header.writer, self.header.seq)
 
     @property
+    def belongs(self) -> str:
+        """Whose it is by its header, and what its name says, where that is another one."""
+        assert self.own is not None
+        expected = "" if self.place is None else f", expected shard {self.place[1]} of writer {self.place[0]}"
+        return f"it is shard {self.own[1]} of writer {self.own[0]}{expected}"
+
+    @property
     def is_whole(self) -> bool:
         return not self.problems
 
 
 def examine(
-    store: Store,
-    cache: CacheHeader,
-    name: str,
-    *,
-    counter: TokenCounter | None = None,
+    store: Store, cache: CacheHeader, name: str, *, counter: TokenCounter | None = None,
     advance: Callable[[int], None] = lambda count: None,
-) -> ShardScan:
+) -> ShardScan:  # fmt: skip
     """Verifies every byte of a file as a shard.
 
     counter: decodes the records, too. advance: is given the bytes that have been read. Raises CacheError: the file may
@@ -169,13 +172,9 @@ def runs(entries: Array) -> Iterator[tuple[int, int]]:
 
 
 def sound(
-    store: Store,
-    name: str,
-    rows: Rows,
-    *,
-    counter: TokenCounter | None = None,
+    store: Store, name: str, rows: Rows, *, counter: TokenCounter | None = None,
     advance: Callable[[int], None] = lambda count: None,
-) -> NDArray[np.bool_]:
+) -> NDArray[np.bool_]:  # fmt: skip
     """Which records verify and, where there is a counter, can be decoded."""
     entries, good = rows.entries, np.zeros(len(rows.entries), np.bool_)
     for first, end in runs(entries):

@@ -108,21 +108,15 @@ def _problems(
 ) -> Iterator[str]:
     """Of one file; what does no harm is added to `notes`."""
     path = store.path(scan.name)
+    belongs = f"{path}: {scan.belongs}; its name would be {shard_name(*scan.own)}" if scan.own else ""
     if scan.place is None and (scan.own is None or scan.own in good):
-        notes.append(f"{path}: " + ("a file that is not part of the cache" if scan.own is None else _belongs(scan)))
+        notes.append(belongs or f"{path}: a file that is not part of the cache")
     elif scan.problems and scan.place is not None and scan.place in gone and not store.exists(scan.name):
         return  # a purge has just removed it
     elif scan.own is not None and scan.own != scan.place:
-        yield f"{path}: {_belongs(scan)}"
+        yield belongs
     if scan.place is not None or not (scan.own is None or scan.own in good):
         yield from scan.problems
-
-
-def _belongs(scan: ShardScan) -> str:
-    """Whose a file is that has another's name, and what was expected."""
-    assert scan.own is not None
-    expected = "" if scan.place is None else f", expected shard {scan.place[1]} of writer {scan.place[0]}"
-    return f"it is shard {scan.own[1]} of writer {scan.own[0]}{expected}; its name would be {shard_name(*scan.own)}"
 
 
 def _missing(store: Store, scans: Sequence[ShardScan], found: CatalogScan, gone: Ranges) -> Iterator[str]:
