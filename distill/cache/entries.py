@@ -41,6 +41,10 @@ ORIGIN = np.dtype(
 the shard, fields of `Origin` (loss NaN: none); bytes, atoms and samples of the whole shard in its first row, else 0."""
 
 
+_NUMBERS = ("first_step", "last_step", "samples", "tokens", "tokens_seen", "flops_per_token")
+"""Fields of `Origin` that a row has as they are."""
+
+
 class Names(NamedTuple):
     """What origin rows name by number."""
 
@@ -57,14 +61,9 @@ class Names(NamedTuple):
         return Origin(
             teacher=self.teachers[row["teacher"]],
             source=SOURCES[row["source"]],
-            first_step=int(row["first_step"]),
-            last_step=int(row["last_step"]),
-            samples=int(row["samples"]),
-            tokens=int(row["tokens"]),
-            tokens_seen=int(row["tokens_seen"]),
             loss=None if np.isnan(loss) else loss,
             seen_before=bool(row["seen_before"]),
-            flops_per_token=float(row["flops_per_token"]),
+            **{name: row[name].item() for name in _NUMBERS},
         )
 
     def into(self, other: Names, rows: Array) -> Array:

@@ -80,6 +80,16 @@ class Ranges:
         there = self._by_writer.get(writer)
         return there[-1][1] + 1 if there else 0
 
+    def missing(self, writer: str, seqs: Iterable[int], count: int) -> Iterator[tuple[int, int]]:
+        """Ranges, first and last, of a writer's numbers below `count` that are neither in `seqs` nor in these."""
+        following = 0
+        for first, last in sorted([(seq, seq) for seq in seqs] + self._by_writer.get(writer, [])):
+            if min(first, count) > following:
+                yield following, min(first, count) - 1
+            following = max(following, last + 1)
+        if following < count:
+            yield following, count - 1
+
     def joined(self) -> list[Replaced]:
         """The same ranges, those that touch as one, by writer and number."""
         joined: list[Replaced] = []

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from distill.cache import cataloging, record
 from distill.cache.codecs import make_codec
-from distill.cache.format import TEMPORARY, check_writer, group_name, writer_lock
+from distill.cache.format import check_writer, writer_lock
 from distill.cache.header import CacheHeader
 from distill.cache.loss_curve import LossSums
 from distill.cache.open_store import open_store
 from distill.cache.origins import Origin
 from distill.cache.pending import Pending
-from distill.cache.publish import create, publish_mark, publish_shard
+from distill.cache.publish import create, publish_mark, publish_shard, remove_leftovers
 from distill.cache.put_check import PutCheck
 from distill.cache.ranks import invert, load_ranks
 from distill.cache.shard import Array, Columns
@@ -96,7 +96,7 @@ class CacheWriter:
             self._state = next_seq(self._store, self.header, writer, listed)
             self._listed = listed.get(writer, StreamState()).count
             if is_alone:
-                self._remove_leftovers()
+                remove_leftovers(self._store, writer, self._state.count)
             if source == "capture" and (is_restart or self._state.finished or not self._state.count):
                 self._mark("begin", first_step)
             self._resources = stack.pop_all()
@@ -110,13 +110,6 @@ class CacheWriter:
         self._error_raised = self._aborted = self._closed = False
         self._thread = threading.Thread(target=self._run, name=f"cache-writer-{writer}", daemon=True)
         self._thread.start()
-
-    def _remove_leftovers(self) -> None:
-        """Removes temporary files that a kill left."""
-        group = group_name(self.writer, self._state.count)
-        for name in self._store.names(group):
-            if name.endswith(TEMPORARY):
-                self._store.remove(f"{group}/{name}")
 
     def _mark(self, kind: str, step: int) -> None:
         mark = publish_mark(self._store, self._identity, self.writer, self._state.count, kind, self._source, step)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from distill.cache.format import CATALOG, HEADER, LOCKS, QUARANTINE, SHARDS, TEMPORARY, TOOLS_LOCK, writer_lock
+from distill.cache.format import CATALOG, HEADER, LOCKS, QUARANTINE, SHARDS, TOOLS_LOCK, writer_lock
 from distill.cache.local import LocalStore
 from distill.cache.open_store import open_store
 from distill.cache.store import Store
@@ -116,13 +116,6 @@ def alone(store: Store, *, dry_run: bool = False) -> Iterator[bool]:
 def is_live(store: Store, writer: str) -> bool:
     """A process holds the writer's lock. Unknown, and False, in a store without locks."""
     return store.is_locked(writer_lock(writer))
-
-
-def remove_leftovers(store: Store, group: str) -> None:
-    """Removes temporary files that a stopped tool left in a folder of its shards; the caller is `alone`."""
-    for name in store.names(group):
-        if name.endswith(TEMPORARY):
-            store.remove(f"{group}/{name}")
 
 
 def check_room(store: Store, needed: int, what: str) -> None:

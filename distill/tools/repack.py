@@ -9,12 +9,11 @@ from typing import NamedTuple
 import numpy as np
 
 from distill.cache.entries import ENTRY, Names
-from distill.cache.format import group_name
 from distill.cache.header import CacheHeader
 from distill.cache.listing import Listing
 from distill.cache.loss_curve import LossSums
 from distill.cache.origins import Origin
-from distill.cache.publish import publish_shard
+from distill.cache.publish import publish_shard, remove_leftovers
 from distill.cache.shard import Array, Columns, Shard, read_front
 from distill.cache.shard_header import MAX_ORIGINS, MAX_SAMPLES, WIDTH, Replaced, ShardHeader
 from distill.cache.snapshot import newest_snapshot
@@ -22,7 +21,6 @@ from distill.cache.store import Store
 from distill.cache.tail import Ranges, next_seq
 from distill.cache.view import View
 from distill.config.errors import CacheError
-from distill.tools.common import remove_leftovers
 from distill.tools.token_counter import TokenCounter
 
 _SLACK = 1 << 15
@@ -120,7 +118,7 @@ class Packer:
         self._store, self._identity, self._kind = store, header.identity, kind
         self._most, self._sums = np.array([limit, MAX_SAMPLES, MAX_ORIGINS]), np.zeros(3, np.int64)
         self._state = next_seq(store, header, kind, newest_snapshot(store, header.identity).streams)
-        remove_leftovers(store, group_name(kind, self._state.count))
+        remove_leftovers(store, kind, self._state.count)
         self._waiting: list[Portion] = []
         self.shards: list[ShardHeader] = []
         """What it has published."""

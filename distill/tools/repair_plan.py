@@ -26,7 +26,7 @@ from distill.tools.common import is_live
 from distill.tools.salvage import Salvage, salvage
 from distill.tools.shard_scan import Place, Rows, ShardScan, examine, read_part, shard_files
 from distill.tools.token_counter import TokenCounter
-from distill.tools.verify import catalog_problems, missing
+from distill.tools.verify import catalog_problems
 
 _MOST_GAPS = 100_000
 """Missing shards, one after the other, whose numbers marks take; shards behind more of them are set aside."""
@@ -169,13 +169,11 @@ class Look:
         streams: dict[str, list[int]] = {name: [] for each in self.found.snapshots for name in each.streams}
         for writer, seq in [*self.good, *self.damaged]:
             streams.setdefault(writer, []).append(seq)
-        kept, gone = self._quarantined(), dict[str, list[Replaced]]()
-        for each in self.gone.joined():
-            gone.setdefault(each.writer, []).append(each)
+        kept = self._quarantined()
         empty = set(kept)
         for writer, seqs in streams.items():
             end = max([self.found.count(writer), *(seq + 1 for seq in seqs)])
-            for first, last in missing(seqs, end, gone.get(writer, [])) if writer not in self.live else ():
+            for first, last in self.gone.missing(writer, seqs, end) if writer not in self.live else ():
                 if last - first >= _MOST_GAPS:
                     self._cut(writer, first, last)
                     break

@@ -8,7 +8,6 @@ from typing import NamedTuple
 from distill.cache.format import SHARDS, shard_name, snapshot_name
 from distill.cache.header import CacheHeader
 from distill.cache.ranks import load_ranks
-from distill.cache.shard_header import Replaced
 from distill.cache.snapshot import StreamState
 from distill.cache.store import Store
 from distill.cache.tail import Ranges, replaced_by_tools
@@ -89,20 +88,6 @@ def replaced_ranges(scans: Iterable[ShardScan]) -> Ranges:
     return Ranges(replaced for header in whole for replaced in header.replaces)
 
 
-def missing(seqs: Iterable[int], count: int, gone: Iterable[Replaced]) -> Iterator[tuple[int, int]]:
-    """Ranges of numbers, first and last, of one writer's stream of `count` shards that are not there.
-
-    seqs: of those that are there. gone: ranges of this writer's that need not be there.
-    """
-    following = 0
-    for first, last in sorted([(seq, seq) for seq in seqs] + [(each.first, each.last) for each in gone]):
-        if min(first, count) > following:
-            yield following, min(first, count) - 1
-        following = max(following, last + 1)
-    if following < count:
-        yield following, count - 1
-
-
 def _problems(
     store: Store, scan: ShardScan, good: dict[Place, ShardScan], gone: Ranges, notes: list[str]
 ) -> Iterator[str]:
@@ -128,7 +113,7 @@ def _missing(store: Store, scans: Sequence[ShardScan], found: CatalogScan, gone:
     for writer in sorted({*there, *(name for each in found.snapshots for name in each.streams)}):
         seqs = there.get(writer, [])
         count = max([found.count(writer), *(seq + 1 for seq in seqs)])
-        for first, last in missing(seqs, count, (each for each in gone.joined() if each.writer == writer)):
+        for first, last in gone.missing(writer, seqs, count):
             # A folder's names are not read at one moment: a new shard may be seen before the one in front of it.
             if first < last or not store.exists(shard_name(writer, first)):
                 which = f"shards {first} to {last} of writer {writer} are" if last > first else "the shard is"
