@@ -28,6 +28,10 @@ def _codec_json(config: CodecConfig) -> dict[str, Any]:
     return {"name": config.name} | {name: getattr(config, name) for name in CODECS[config.name].parameters}
 
 
+class NotReadableHere(CacheError):
+    """A cache that may be whole: its format version is another one, or its codec is not registered."""
+
+
 @dataclass(frozen=True)
 class CacheHeader:
     """The identity of a cache. Two headers mean the same cache when `check` finds no difference."""
@@ -86,10 +90,11 @@ class CacheHeader:
             version = record.pop("format", None)
             if version != FORMAT:
                 way_out = f"; codistill-cache compact {store.root} --into NEW makes one" if version == 2 else ""
-                raise CacheError(f"{path}: format version is {version!r:.80}; allowed is {FORMAT}{way_out}")
+                raise NotReadableHere(f"{path}: format version is {version!r:.80}; allowed is {FORMAT}{way_out}")
             codec = record["codec"]
             if problem := CODECS.problem("codec.name", codec["name"]):
-                raise CacheError(f"{path}: {problem:.300}")
+                way_out = "another one needs the module that adds it (plugins=[MODULE], tools: --plugins MODULE)"
+                raise NotReadableHere(f"{path}: {problem:.300}; {way_out}")
             header = checked(cls, record | {"codec": checked(CodecConfig, codec)})
             if header.ranks and not _DIGEST.fullmatch(header.ranks):
                 raise ValueError(f"ranks is {header.ranks!r:.80}, not a digest")

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 from distill import __version__
 from distill.config import stop
 from distill.config.errors import ConfigError, UserError, print_error
+from distill.config.registry import import_plugins
 from distill.config.streams import silence
 
 
@@ -63,10 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, command in COMMANDS.items():
         sub = subparsers.add_parser(name, help=command.help, description=command.help)
         if arguments and arguments[0] == name:
+            what = "adds codecs of one's own; as often as needed"
+            sub.add_argument("--plugins", action="append", default=[], metavar="MODULE", help=what)
             command.load().add_arguments(sub)
     args = parser.parse_args(arguments)
     try:
         _no_empty(args)
+        if problems := import_plugins(args.plugins):
+            raise ConfigError("\n".join(problems))
         code: int = COMMANDS[args.command].load().run(args)
         sys.stdout.flush()  # Python would as it ends, and complain about a pipe that is closed
         return code

@@ -16,7 +16,7 @@ from itertools import count
 
 from distill.cache import cataloging
 from distill.cache.format import QUARANTINE, shard_name, snapshot_name
-from distill.cache.header import CacheHeader
+from distill.cache.header import CacheHeader, NotReadableHere
 from distill.cache.publish import publish_mark
 from distill.cache.ranks import load_ranks
 from distill.cache.seal import seal, unseal
@@ -154,7 +154,7 @@ def _header(store: Store) -> CacheHeader:
         header = CacheHeader.load(store)
         load_ranks(store, header)
     except CacheError as error:
-        if "no cache here" in str(error) and not writers_of(store):
+        if isinstance(error, NotReadableHere) or ("no cache here" in str(error) and not writers_of(store)):
             raise
         raise CacheError(
             f"{error}; this cannot be made again from the rest of the cache. The same job, begun in another folder, "

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from distill.cache.format import SHARDS, shard_name, snapshot_name
-from distill.cache.header import CacheHeader
+from distill.cache.header import CacheHeader, NotReadableHere
 from distill.cache.ranks import load_ranks
 from distill.cache.snapshot import StreamState
 from distill.cache.store import Store
@@ -45,6 +45,8 @@ def verify(store: Store, *, decode: bool = False, jobs: int = 1) -> Verdict:
     """
     try:
         header = CacheHeader.load(store)
+    except NotReadableHere:
+        raise
     except CacheError as error:
         return Verdict([str(error)], [], 0, 0, 0)
     problems, notes = list[str](), list[str]()

@@ -25,6 +25,7 @@ def right(reader, expected) -> bool:
 
 def answer(reader, before, after, refresh, queue, folder=None) -> None:
     """Whether a reader is right before and after a refresh, in this process."""
+    torch.set_num_threads(1)  # as workers of a DataLoader do: OpenMP's threads do not survive a fork
     try:
         if folder is not None:
             os.chdir(folder)
