@@ -16,7 +16,7 @@ from distill.cache.shard import read_front
 from distill.cache.shard_header import Replaced
 from distill.cache.snapshot import Snapshot, publish_snapshot, snapshot_numbers, valid_snapshots
 from distill.cache.store import Store
-from distill.cache.tail import Tail, read_tail, writers_of
+from distill.cache.tail import read_tail, writers_of
 from distill.config.errors import CacheError
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,8 @@ def _next(
         tail = read_tail(store, header, states, writers, most=PIECE, replaced=replaced)
         replaced = tail.replaced
         if any(shard.header.samples or shard.header.losses.json() for shard in tail.shards):
-            made.append(_listing_of(store, header, tail))
+            losses = LossSums.total(shard.header.losses for shard in tail.shards)
+            made.append(write_listing(store, header.identity, [EntryTable.of_shards(tail.shards)], losses))
             listings.append(made[-1])
         is_last = tail.states == states
         states = tail.states
@@ -90,11 +91,6 @@ def _next(
     if states == base.streams and tuple(listings) == base.listings:
         return None
     return Snapshot(header.identity, base.number, 0, states, tuple(listings))
-
-
-def _listing_of(store: Store, header: CacheHeader, tail: Tail) -> ListingRef:
-    losses = LossSums.total(shard.header.losses for shard in tail.shards)
-    return write_listing(store, header.identity, [EntryTable.of_shards(tail.shards)], losses)
 
 
 def _merged(store: Store, header: CacheHeader, refs: Sequence[ListingRef], drop: Sequence[Replaced] = ()) -> ListingRef:

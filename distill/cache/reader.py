@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,8 +25,6 @@ from distill.cache.snapshot import StreamState
 from distill.cache.targets import SoftTargets
 from distill.cache.view import Records, View, find_in_view, open_view, refreshed
 from distill.config.errors import CacheError
-
-log = logging.getLogger(__name__)
 
 Array = NDArray[Any]
 

@@ -38,15 +38,6 @@ _LONG = 256
 """Shards after the snapshot with which a newer one is looked for."""
 
 
-class Extent(NamedTuple):
-    """Where a record lies."""
-
-    file: str
-    """Name of the shard's file in the store."""
-    start: int
-    size: int
-
-
 class Records(NamedTuple):
     """The records that count of n samples, where there is one."""
 
@@ -152,11 +143,11 @@ class View:
         sizes = records.entries["size"][there].astype(np.int64)
         order = sorted(range(len(there)), key=lambda i: (files[i], int(starts[i])))
         spans = list(_spans(order, files, starts, sizes, NEAR if self.store.slow else 0))
-        blobs = self.store.map(lambda span: self._read_span(span.file, span.start, span.size), [s.place for s in spans])
+        blobs = self.store.map(lambda span: self._read_span(span.file, span.start, span.size), spans)
         data: list[bytes | None] = [None] * len(records.entries)
         for span, blob in zip(spans, blobs, strict=True):
             for i in span.items:
-                first = int(starts[i]) - span.place.start
+                first = int(starts[i]) - span.start
                 data[there[i]] = self._verified(
                     records.entries[there[i]], files[i], blob[first : first + int(sizes[i])]
                 )
@@ -232,7 +223,10 @@ class View:
 class _Span(NamedTuple):
     """Records of one file that are read at once."""
 
-    place: Extent
+    file: str
+    """Name of the shard's file in the store."""
+    start: int
+    size: int
     items: list[int]
 
 
@@ -252,7 +246,7 @@ def _spans(order: Sequence[int], files: Sequence[str], starts: Array, sizes: Arr
 
 def _span(items: list[int], files: Sequence[str], starts: Array, end: int) -> _Span:
     first = int(starts[items[0]])
-    return _Span(Extent(files[items[0]], first, end - first), items)
+    return _Span(files[items[0]], first, end - first, items)
 
 
 # ---------------------------------------------------------------- opening and refreshing
