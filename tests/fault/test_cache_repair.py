@@ -220,13 +220,31 @@ def test_a_damaged_catalog_is_made_again(cache, whole, name, how):
     assert CacheReader(cache, view).covers(np.array([0, 39])).all()
 
 
-def test_listings_that_disagree_with_the_shards(cache, whole, monkeypatch):
-    """Every digest verifies, one entry is another one."""
+@pytest.mark.parametrize(
+    "what, expected",
+    [
+        ("step", "other records than the shards of 1 samples, 5 the first"),
+        ("less", "other records than the shards of 1 samples, 5 the first"),
+        ("more", "1 records that no shard has"),
+        ("origin", "other records than the shards of 3 samples, 0 the first"),
+    ],
+)
+def test_listings_that_disagree_with_the_shards(cache, whole, monkeypatch, what, expected):
+    """Every digest verifies, one entry or origin is another one."""
     real = cataloging.EntryTable.of_shards.__func__
 
     def wrong(cls, shards):
         table = real(cls, shards)
-        table.entries["step"][2] += 1
+        match what:
+            case "step":
+                table.entries["step"][2] += 1
+            case "less":
+                table.entries = np.delete(table.entries, 2)
+            case "more":
+                table.entries = np.append(table.entries, table.entries[-1:])
+                table.entries["sample"][-1] += 1
+            case "origin":
+                table.origins["tokens"][0] += 1
         return table
 
     shutil.rmtree(cache / "catalog")
@@ -234,7 +252,8 @@ def test_listings_that_disagree_with_the_shards(cache, whole, monkeypatch):
     cataloging.update(open_store(cache), header_of(whole))
     monkeypatch.undo()
     (problem,) = verify(open_store(cache)).problems
-    assert "other records than the shards of 1 samples, 5 the first" in problem
+    assert expected in problem
+    checked(cache, format_reader.cache(whole))
 
 
 def test_a_kill_between_a_shard_and_the_catalog(cache, whole, monkeypatch):
