@@ -339,7 +339,7 @@ class Look:
             self.done.lines.append(f"{self._store.path(name)}: no snapshot names it; removed")
             self.plan.removed.append(name)
         is_sound = not (self.made or self.plan.moves or self.done.left)
-        self.problems = catalog_problems(self._store, self.header, self.found, self.good, is_sound=is_sound)
+        self.problems = catalog_problems(self._store, self.header, self.found, is_sound=is_sound)
         for name, problem in self.problems.items():
             how = "moved to quarantine, and the catalog made anew" if name in self.found.damaged else "made anew"
             self.done.lines.append(f"{problem}; {how}")
