@@ -48,12 +48,8 @@ def counting(folder):
     """Headers of the shards with samples that count, in the order of the catalog."""
     store = open_store(folder)
     head = CacheHeader.load(store)
-    view = open_view(store, head)
-    return [
-        Shard(store, head, names.writers[row["writer"]], int(row["seq"])).header
-        for names, rows in view.origin_rows()
-        for row in rows[rows["number"] == 0]
-    ]
+    names, rows = open_view(store, head).origins()
+    return [Shard(store, head, *names.shard(row)).header for row in rows[rows["number"] == 0]]
 
 
 def files(folder):

@@ -9,18 +9,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from distill.cache.entries import EntryTable, replaced_rows
 from distill.cache.format import shard_name, snapshot_name
 from distill.cache.header import CacheHeader
-from distill.cache.listing import (
-    Listing,
-    ListingRef,
-    block_cache,
-)
+from distill.cache.listing import Listing, ListingRef, block_cache
 from distill.cache.listing_writer import write_listing
 from distill.cache.loss_curve import LossSums
 from distill.cache.shard import read_front
 from distill.cache.shard_header import Replaced
-from distill.cache.snapshot import Snapshot, newest_snapshot, publish_snapshot, snapshot_numbers
+from distill.cache.snapshot import Snapshot, publish_snapshot, snapshot_numbers, valid_snapshots
 from distill.cache.store import Store
-from distill.cache.tail import Tail, read_tail, writers_of
+from distill.cache.tail import read_tail, writers_of
 from distill.config.errors import CacheError
 
 log = logging.getLogger(__name__)
@@ -34,13 +30,9 @@ _LARGEST = 1 << 22
 
 
 def update(
-    store: Store,
-    header: CacheHeader,
-    writers: Iterable[str] | None = None,
-    *,
-    is_merging: bool = False,
+    store: Store, header: CacheHeader, writers: Iterable[str] | None = None, *, is_merging: bool = False,
     is_rebuilding: bool = False,
-) -> Snapshot:
+) -> Snapshot:  # fmt: skip
     """Makes the next snapshot, with what these writers have published; returns it, or the newest one if it has all.
 
     writers: None for all, those of tools included, as also where the newest snapshot cannot be used. is_merging: all
@@ -84,7 +76,8 @@ def _next(
         tail = read_tail(store, header, states, writers, most=PIECE, replaced=replaced)
         replaced = tail.replaced
         if any(shard.header.samples or shard.header.losses.json() for shard in tail.shards):
-            made.append(_listing_of(store, header, tail))
+            losses = LossSums.total(shard.header.losses for shard in tail.shards)
+            made.append(write_listing(store, header.identity, [EntryTable.of_shards(tail.shards)], losses))
             listings.append(made[-1])
         is_last = tail.states == states
         states = tail.states
@@ -98,11 +91,6 @@ def _next(
     if states == base.streams and tuple(listings) == base.listings:
         return None
     return Snapshot(header.identity, base.number, 0, states, tuple(listings))
-
-
-def _listing_of(store: Store, header: CacheHeader, tail: Tail) -> ListingRef:
-    losses = LossSums.total(shard.header.losses for shard in tail.shards)
-    return write_listing(store, header.identity, [EntryTable.of_shards(tail.shards)], losses)
 
 
 def _merged(store: Store, header: CacheHeader, refs: Sequence[ListingRef], drop: Sequence[Replaced] = ()) -> ListingRef:
@@ -120,11 +108,11 @@ def _losses_of(
     for listing in listings if drop else ():
         for rows in listing.origin_chunks():
             for row in rows[replaced_rows(rows, listing.names, drop) & (rows["number"] == 0)]:
-                writer, seq = listing.names.writers[row["writer"]], int(row["seq"])
+                place = listing.names.shard(row)
                 try:
-                    yield read_front(store, header, writer, seq).header.losses
+                    yield read_front(store, header, *place).header.losses
                 except CacheError as error:
-                    log.warning("%s: its losses count twice (%s)", shard_name(writer, seq), error)
+                    log.warning("%s: its losses count twice (%s)", shard_name(*place), error)
 
 
 def _tiered(store: Store, header: CacheHeader, listings: list[ListingRef], made: list[ListingRef]) -> list[ListingRef]:
@@ -142,13 +130,11 @@ def _tiered(store: Store, header: CacheHeader, listings: list[ListingRef], made:
 
 def _newest_usable(store: Store, header: CacheHeader) -> Snapshot:
     """The newest snapshot whose listings can be opened."""
-    snapshot = newest_snapshot(store, header.identity)
-    while snapshot.number >= 0:
+    for snapshot in valid_snapshots(store, header.identity):
         try:
             for ref in snapshot.listings:
                 Listing(store, ref, header.identity, block_cache(store))
             return snapshot
         except CacheError as error:
             log.warning("%s; the snapshot before it serves, or the shards", error)
-            snapshot = newest_snapshot(store, header.identity, snapshot.number)
-    return snapshot
+    raise AssertionError("the empty snapshot is always usable")

@@ -41,11 +41,19 @@ ORIGIN = np.dtype(
 the shard, fields of `Origin` (loss NaN: none); bytes, atoms and samples of the whole shard in its first row, else 0."""
 
 
+_NUMBERS = ("first_step", "last_step", "samples", "tokens", "tokens_seen", "flops_per_token")
+"""Fields of `Origin` that a row has as they are."""
+
+
 class Names(NamedTuple):
     """What origin rows name by number."""
 
     writers: list[str]
     teachers: list[str]
+
+    def shard(self, row: Any) -> tuple[str, int]:
+        """Writer and number of the shard of a row of ORIGIN."""
+        return self.writers[row["writer"]], int(row["seq"])
 
     def origin(self, row: Any) -> Origin:
         """The origin of a row of ORIGIN."""
@@ -53,14 +61,9 @@ class Names(NamedTuple):
         return Origin(
             teacher=self.teachers[row["teacher"]],
             source=SOURCES[row["source"]],
-            first_step=int(row["first_step"]),
-            last_step=int(row["last_step"]),
-            samples=int(row["samples"]),
-            tokens=int(row["tokens"]),
-            tokens_seen=int(row["tokens_seen"]),
             loss=None if np.isnan(loss) else loss,
             seen_before=bool(row["seen_before"]),
-            flops_per_token=float(row["flops_per_token"]),
+            **{name: row[name].item() for name in _NUMBERS},
         )
 
     def into(self, other: Names, rows: Array) -> Array:
@@ -106,27 +109,26 @@ class EntryTable:
     @classmethod
     def of_shards(cls, shards: Iterable[Shard]) -> EntryTable:
         """The newest record of each sample in some shards."""
-        names, parts, rows, count = Names([], []), [], [], 0
-        for shard in shards:
-            parts.append(entries_of(shard, count))
-            rows.append(origin_rows(shard, names))
-            count += len(rows[-1])
-        origins = np.concatenate(rows) if rows else np.empty(0, ORIGIN)
-        entries = np.concatenate(parts) if parts else np.empty(0, ENTRY)
-        return cls(newest(entries, ranks(origins, names)), origins, names)
+        names = Names([], [])
+        return cls._of(((entries_of(shard), origin_rows(shard, names)) for shard in shards), names)
 
     @classmethod
     def joined(cls, tables: Sequence[EntryTable]) -> EntryTable:
         """The newest record of each sample in several tables."""
-        names, parts, rows, count = Names([], []), [], [], 0
-        for table in tables:
-            entries = table.entries.copy()
-            entries["origin"] += count
-            parts.append(entries)
-            rows.append(table.names.into(names, table.origins))
-            count += len(table.origins)
-        origins = np.concatenate(rows)
-        return cls(newest(np.concatenate(parts), ranks(origins, names)), origins, names)
+        names = Names([], [])
+        return cls._of(((each.entries.copy(), each.names.into(names, each.origins)) for each in tables), names)
+
+    @classmethod
+    def _of(cls, parts: Iterable[tuple[Array, Array]], names: Names) -> EntryTable:
+        """Of entries, each with its own origin rows."""
+        entries, origins, count = [np.empty(0, ENTRY)], [np.empty(0, ORIGIN)], 0
+        for more, rows in parts:
+            more["origin"] += count
+            entries.append(more)
+            origins.append(rows)
+            count += len(rows)
+        rows = np.concatenate(origins)
+        return cls(newest(np.concatenate(entries), ranks(rows, names)), rows, names)
 
     def find(self, sample_ids: Array) -> Found:
         return find_in(self.entries, self._ids, sample_ids)
@@ -151,14 +153,13 @@ def find_in(entries: Array, ids: Array, sample_ids: Array) -> Found:
     return Found(entries[places], ids[places] == sample_ids)
 
 
-def entries_of(shard: Shard, first_origin: int) -> Array:
-    """An entry for each record of a shard, whose origins are rows `first_origin` and following."""
+def entries_of(shard: Shard) -> Array:
+    """An entry for each record of a shard, whose origins are rows 0 and following."""
     columns = shard.columns
     entries = np.empty(len(columns.sample_ids), ENTRY)
     entries["sample"], entries["digest"], entries["check"] = columns.sample_ids, columns.digests, shard.checks
     entries["start"], entries["size"] = shard.bounds[:-1], np.diff(shard.bounds)
-    entries["step"], entries["atoms"] = columns.steps, columns.atoms
-    entries["origin"] = first_origin + columns.origins
+    entries["step"], entries["atoms"], entries["origin"] = columns.steps, columns.atoms, columns.origins
     return entries
 
 

@@ -21,8 +21,6 @@ U = TypeVar("U")
 
 REQUESTS = 32
 """Requests at one time."""
-SHORT = 1 << 16
-"""Bytes of a small file, which are requested without a request for its size."""
 
 
 class FarStore(Store):
@@ -60,9 +58,6 @@ class FarStore(Store):
         with self._reported(name):
             data: bytes = self._fs.cat_file(self._at(name))
         return data
-
-    def read_many(self, names: list[str]) -> list[bytes]:
-        return self.map(self._read_short, names)
 
     def read_at(self, name: str, start: int, size: int) -> bytes:
         return self._range(name, start, start + size) if size else b""
@@ -129,15 +124,6 @@ class FarStore(Store):
         with self._reported(name):
             data: bytes = self._fs.cat_file(self._at(name), start=start, end=end)
         return data
-
-    def _read_short(self, name: str) -> bytes:
-        try:
-            data = self._range(name, 0, SHORT)
-        except CacheError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
-                raise
-            return self.read(name)  # of an empty file there is no range
-        return data if len(data) < SHORT else self.read(name)
 
     def _create(self, path: str, data: bytes) -> None:
         try:

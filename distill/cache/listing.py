@@ -17,14 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 import xxhash
 
-from distill.cache.entries import (
-    ENTRY,
-    ORIGIN,
-    Array,
-    Found,
-    Names,
-    find_in,
-)
+from distill.cache.entries import ENTRY, ORIGIN, Array, Found, Names, find_in
 from distill.cache.fields import checked
 from distill.cache.loss_curve import LossSums
 from distill.cache.origins import Origin
@@ -41,8 +34,6 @@ KEPT = 1024
 """Blocks that a reader keeps in memory, of 11 to 22 kB each."""
 _AT_ONCE = 64
 """Blocks that are read at one time."""
-_TOGETHER = 1 << 20
-"""Entries that a merge has in memory at one time."""
 
 
 class ListingDamaged(CacheError):

@@ -16,6 +16,7 @@ from distill.config.files import naming, replacing, sync, write_all
 
 _WHOLE = 1 << 28
 """Bytes of the largest file that is read whole; a sparse one may say that it has any number."""
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 _held: set[int] = set()
 """Descriptors of lock files. A child of a fork closes them: its parent alone holds the locks."""
 
@@ -90,29 +91,20 @@ class LocalStore(Store):
     def publish(self, name: str, data: bytes) -> None:
         path = self.folder / name
         # One name for every process, so that what a kill left is recognized and written over.
-        temporary = path.with_name(path.name + TEMPORARY)
-        with reported(path):
-            _make(path.parent)
-        with (
-            reported(path),
-            replacing(path, temporary),
-            _opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd,
-        ):
-            write_all(fd, data)
+        self._publish(path, path.with_name(path.name + TEMPORARY), [data])
 
     def publish_parts(self, name: str, parts: Iterable[bytes]) -> int:
-        path, size = self.folder / name, 0
-        temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+        path = self.folder / name
+        return self._publish(path, path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}"), parts)
+
+    def _publish(self, path: Path, temporary: Path, parts: Iterable[bytes]) -> int:
+        size = 0
         with reported(path):
             _make(path.parent)
-        with (
-            reported(path),
-            replacing(path, temporary),
-            _opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd,
-        ):
-            for part in parts:
-                write_all(fd, part)
-                size += len(part)
+            with replacing(path, temporary), _opened(temporary, _NEW) as fd:
+                for part in parts:
+                    write_all(fd, part)
+                    size += len(part)
         return size
 
     def create(self, name: str, data: bytes) -> bool:
@@ -125,7 +117,7 @@ class LocalStore(Store):
             _make(path.parent)
             try:
                 with naming(path, temporary):
-                    with _opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:
+                    with _opened(temporary, _NEW) as fd:
                         write_all(fd, data)
                         os.fsync(fd)
                     try:

@@ -116,14 +116,13 @@ class LossSums:
 
     def curve(self, teacher: str | None = None, source: str | None = None) -> LossCurve:
         """The loss by step; None: of all teachers, or sources, together."""
-        bins: dict[int, Sums] = {}
+        together = LossSums()
         for each_teacher, each_source, number, sums in self.rows():
             if teacher in (None, each_teacher) and source in (None, each_source):
-                old = bins.get(number, Sums(0, 0))
-                bins[number] = Sums(old.tokens + sums.tokens, old.loss + sums.loss)
-        numbers = sorted(bins)
+                together._add("", "", number, sums)
+        bins = list(together.rows())
         return LossCurve(
-            np.array([first_step(number) for number in numbers], np.int64),
-            np.array([bins[number].loss / UNITS / bins[number].tokens for number in numbers], np.float64),
-            np.array([bins[number].tokens for number in numbers], np.int64),
+            np.array([first_step(number) for _, _, number, _ in bins], np.int64),
+            np.array([sums.loss / UNITS / sums.tokens for _, _, _, sums in bins], np.float64),
+            np.array([sums.tokens for _, _, _, sums in bins], np.int64),
         )

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from distill.cache.format import CATALOG, HEADER, LOCKS, SHARDS, ranks_name, shard_name
+from distill.cache.format import CATALOG, HEADER, LOCKS, SHARDS, TEMPORARY, group_name, ranks_name, shard_name
 from distill.cache.header import CacheHeader
 from distill.cache.loss_curve import LossSums
 from distill.cache.origins import Origin
@@ -103,3 +103,11 @@ def _put(store: Store, header: ShardHeader, index: bytes, records: memoryview) -
     name = shard_name(header.writer, header.seq)
     if not store.create(name, b"".join([front(header), index, records])):
         raise CacheError(f"{store.path(name)}: another live process has the writer's name {header.writer!r}")
+
+
+def remove_leftovers(store: Store, writer: str, seq: int) -> None:
+    """Removes temporary files that a kill left where shard `seq` will be; the caller alone writes this stream."""
+    group = group_name(writer, seq)
+    for name in store.names(group):
+        if name.endswith(TEMPORARY):
+            store.remove(f"{group}/{name}")

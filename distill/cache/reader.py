@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from distill.cache import record
 from distill.cache.codecs import make_codec
-from distill.cache.entries import ORIGIN
 from distill.cache.header import CacheHeader
 from distill.cache.local import LocalStore
 from distill.cache.loss_curve import LossSums
@@ -27,8 +25,6 @@ from distill.cache.snapshot import StreamState
 from distill.cache.targets import SoftTargets
 from distill.cache.view import Records, View, find_in_view, open_view, refreshed
 from distill.config.errors import CacheError
-
-log = logging.getLogger(__name__)
 
 Array = NDArray[Any]
 
@@ -200,12 +196,11 @@ class CacheReader:
     def samples(self) -> Iterator[Sample]:
         """The newest record of every sample that has one, verified, shard after shard."""
         view = self._view
-        for names, rows in view.origin_rows():
-            for row in rows[rows["number"] == 0]:
-                shard = Shard(self._store, self.header, names.writers[row["writer"]], int(row["seq"]))
-                found = view.find(shard.columns.sample_ids)
-                here = view.of_shard(found, shard)
-                yield from self._samples(view, found.take(here))  # type: ignore[misc]
+        names, rows = view.origins()
+        for row in rows[rows["number"] == 0]:
+            shard = Shard(self._store, self.header, *names.shard(row))
+            found = view.find(shard.columns.sample_ids)
+            yield from self._samples(view, found.take(view.of_shard(found, shard)))  # type: ignore[misc]
 
     def records(self, sample_ids: Array) -> list[Sample | None]:
         """The newest record of each sample, verified; None where there is none."""
@@ -228,19 +223,17 @@ class CacheReader:
         which are stored twice count twice.
         """
         view = self._view
-        tables = [rows for _, rows in view.origin_rows()]
-        rows: Array = np.concatenate([np.empty(0, ORIGIN), *tables])
+        rows = view.origins()[1]
         rows = rows[np.argsort(rows["last_step"], kind="stable")]
-        tokens, covered = int(rows["tokens"].sum()), view.covered
-        size = int(rows["bytes"].sum())
+        totals, covered = view.totals, view.covered
         return {
             "samples": covered,
             "coverage": covered / max(self.header.samples, 1),
-            "shards": int((rows["number"] == 0).sum()),
-            "tokens": tokens,
-            "bytes": size,
-            "bytes_per_token": size / max(tokens, 1),
-            "atoms_per_token": int(rows["atoms"].sum()) / max(tokens, 1),
+            "shards": totals.shards,
+            "tokens": totals.tokens,
+            "bytes": totals.bytes,
+            "bytes_per_token": totals.bytes / max(totals.tokens, 1),
+            "atoms_per_token": totals.atoms / max(totals.tokens, 1),
             "step": rows["last_step"].astype(np.int64),
             "loss": rows["loss"].astype(np.float64),
         }

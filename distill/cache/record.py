@@ -60,14 +60,9 @@ def decode_stat(codes: Array, top: float, levels: int) -> NDArray[np.float32]:
 
 
 def encode(
-    atoms: Atoms,
-    label_logprob_T: Array,
-    entropy_T: Array,
-    valid_T: Array,
-    sample_tokens: int,
-    rank_of_id: Array,
+    atoms: Atoms, label_logprob_T: Array, entropy_T: Array, valid_T: Array, sample_tokens: int, rank_of_id: Array,
     codec: Codec,
-) -> Encoded:
+) -> Encoded:  # fmt: skip
     """Records of T / S samples; tokens that are not valid keep no atoms. All inputs on the CPU."""
     tokens, count = len(valid_T), len(atoms.ids_N)
     counts_T = atoms.counts_T.numpy()

@@ -13,7 +13,7 @@ from distill.cache.header import CacheHeader
 from distill.cache.origins import Origin
 from distill.cache.seal import digest
 from distill.cache.shard_header import COLUMNS, MAX_SAMPLES, WIDTH, ShardHeader, front_size, parse_front
-from distill.cache.store import Store, is_missing
+from distill.cache.store import Store
 from distill.config.errors import CacheError
 
 Array = NDArray[Any]
@@ -216,16 +216,6 @@ class Shard:
         if check(sample, token_digest, data) != self.checks[index]:
             raise CacheError(f"{self.path} is damaged: sample {sample} does not verify")
         return data
-
-
-def open_shard(store: Store, cache: CacheHeader, writer: str, seq: int) -> Shard | None:
-    """The shard of this number; None: there is none (yet). CacheError as `Shard`."""
-    try:
-        return Shard(store, cache, writer, seq)
-    except CacheError as error:
-        if is_missing(error):
-            return None
-        raise
 
 
 def columns_of(index: bytes, samples: int) -> dict[str, Array]:

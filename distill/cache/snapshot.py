@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,10 +36,14 @@ class StreamState:
     finished: bool = False
     """The last one is an end mark."""
 
+    def past(self, seq: int) -> StreamState:
+        """With shard number `seq`, which is not there any more."""
+        return replace(self, count=seq + 1, finished=False)
+
     def after(self, header: ShardHeader) -> StreamState:
         """With the next shard or mark."""
         if header.kind == "gap":
-            return replace(self, count=header.seq + 1, finished=False)
+            return self.past(header.seq)
         step = header.step if header.kind == "begin" else max(self.step, header.step)
         return StreamState(header.seq + 1, header.source, step, header.kind == "end")
 
@@ -102,8 +107,8 @@ def load_snapshot(store: Store, cache: str, number: int) -> Snapshot | None:
         raise
 
 
-def newest_snapshot(store: Store, cache: str, below: int | None = None) -> Snapshot:
-    """The newest valid one, of number less than `below`; damaged ones are named in a warning and passed over."""
+def valid_snapshots(store: Store, cache: str, below: int | None = None) -> Iterator[Snapshot]:
+    """Those of numbers less than `below`, newest first, and then the empty one; damaged ones are named in a warning."""
     for number in snapshot_numbers(store):
         if below is not None and number >= below:
             continue
@@ -113,8 +118,13 @@ def newest_snapshot(store: Store, cache: str, below: int | None = None) -> Snaps
             log.warning("%s; an older one serves, or the shards: codistill-cache index makes a new one", error)
             continue
         if snapshot is not None:
-            return snapshot
-    return Snapshot(cache)
+            yield snapshot
+    yield Snapshot(cache)
+
+
+def newest_snapshot(store: Store, cache: str) -> Snapshot:
+    """The newest valid one; the empty one where there is none."""
+    return next(valid_snapshots(store, cache))
 
 
 def publish_snapshot(store: Store, snapshot: Snapshot) -> bool:

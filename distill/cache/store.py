@@ -49,10 +49,6 @@ class Store(ABC):
         """`read_at` of a file that never changes; a slow store fetches more at once for reads that go on in order."""
         return self.read_at(name, start, size)
 
-    def read_many(self, names: list[str]) -> list[bytes]:
-        """The bytes of several whole files."""
-        return [self.read(name) for name in names]
-
     def map(self, function: Callable[[T], U], items: Iterable[T]) -> list[U]:
         """Results of a function that reads, in the order of `items`; a slow store calls it in parallel."""
         return [function(item) for item in items]

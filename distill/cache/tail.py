@@ -5,22 +5,22 @@ A stream goes on with the next number, so that asking for one name shows whether
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import count, takewhile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from distill.cache.format import SHARDS, TOOLS, shard_name, shard_of
 from distill.cache.header import CacheHeader
 from distill.cache.open_store import open_store
-from distill.cache.shard import Shard, open_shard, read_front
+from distill.cache.shard import Shard, read_front
 from distill.cache.shard_header import Replaced
 from distill.cache.snapshot import StreamState
-from distill.cache.store import Store
+from distill.cache.store import Store, is_missing
 from distill.config.errors import CacheError
+
+T = TypeVar("T")
 
 _TOGETHER = 64
 """Shards whose indexes are read together."""
@@ -80,6 +80,16 @@ class Ranges:
         there = self._by_writer.get(writer)
         return there[-1][1] + 1 if there else 0
 
+    def missing(self, writer: str, seqs: Iterable[int], count: int) -> Iterator[tuple[int, int]]:
+        """Ranges, first and last, of a writer's numbers below `count` that are neither in `seqs` nor in these."""
+        following = 0
+        for first, last in sorted([(seq, seq) for seq in seqs] + self._by_writer.get(writer, [])):
+            if min(first, count) > following:
+                yield following, min(first, count) - 1
+            following = max(following, last + 1)
+        if following < count:
+            yield following, count - 1
+
     def joined(self) -> list[Replaced]:
         """The same ranges, those that touch as one, by writer and number."""
         joined: list[Replaced] = []
@@ -93,12 +103,9 @@ class Ranges:
 
 
 def replaced_by_tools(
-    store: Store,
-    header: CacheHeader,
-    states: Mapping[str, StreamState],
-    writers: Iterable[str] = TOOLS,
+    store: Store, header: CacheHeader, states: Mapping[str, StreamState], writers: Iterable[str] = TOOLS,
     limits: Mapping[str, int] | None = None,
-) -> list[Replaced]:
+) -> list[Replaced]:  # fmt: skip
     """Ranges of shards that those of tools among `writers` replace, from the count of `states` on; CacheError: damage.
 
     limits: as of `read_tail`.
@@ -115,16 +122,10 @@ def replaced_by_tools(
 
 
 def read_tail(
-    store: Store,
-    header: CacheHeader,
-    states: Mapping[str, StreamState],
-    writers: Iterable[str],
-    *,
-    limits: Mapping[str, int] | None = None,
-    most: int | None = None,
-    is_refresh: bool = False,
+    store: Store, header: CacheHeader, states: Mapping[str, StreamState], writers: Iterable[str], *,
+    limits: Mapping[str, int] | None = None, most: int | None = None, is_refresh: bool = False,
     replaced: Iterable[Replaced] = (),
-) -> Tail:
+) -> Tail:  # fmt: skip
     """Shards of these writers' streams from the count of `states` on.
 
     limits: numbers at which streams end for the caller; None: they end where there are no more shards. most: stop after
@@ -140,63 +141,52 @@ def read_tail(
     for writer in writers:
         state = states.get(writer, StreamState())
         first, limit = state.count, None if limits is None else limits.get(writer, 0)
-        for seq, shard in _shards(store, header, writer, first, limit, gone, is_refresh):
-            if shard is None:
-                state = dataclasses.replace(state, count=seq + 1, finished=False)
-            else:
-                state = state.after(shard.header)
-                if (writer, seq) not in gone:
-                    shards.append(shard)
-                    samples += shard.header.samples
-            states[writer] = state
+        for seq, shard in _shards(store, header, writer, first, limit, gone, is_refresh, Shard):
+            states[writer] = state = state.after(shard.header) if shard else state.past(seq)
+            if shard is not None and (writer, seq) not in gone:
+                shards.append(shard)
+                samples += shard.header.samples
             if most is not None and samples >= most:
                 return Tail(shards, states, gone.joined())
     return Tail(shards, states, gone.joined())
 
 
 def _shards(
-    store: Store, header: CacheHeader, writer: str, first: int, limit: int | None, gone: Ranges, is_refresh: bool
-) -> Iterator[tuple[int, Shard | None]]:
-    """Shards by number, in order; None: one that is replaced and not there any more."""
+    store: Store, header: CacheHeader, writer: str, first: int, limit: int | None, gone: Ranges, is_refresh: bool,
+    load: Callable[[Store, CacheHeader, str, int], T],
+) -> Iterator[tuple[int, T | None]]:  # fmt: skip
+    """Shards by number, in order, as `load` gives them; None: one that is replaced and not there any more."""
     if limit is None:
         if is_refresh and not store.exists(shard_name(writer, first)):
             return
         limit = max([first, gone.end(writer), *(seq + 1 for seq in stream_seqs(store, writer, first))])
 
-    def opened(seq: int) -> Shard | None:
-        shard = open_shard(store, header, writer, seq)
+    def loaded(seq: int) -> T | None:
         # A folder's names are not read at one moment, so that a new shard may be seen before the one in front of it.
-        if shard is None and (writer, seq) not in gone and (shard := open_shard(store, header, writer, seq)) is None:
-            raise CacheError(
-                f"{store.path(shard_name(writer, seq))}: the shard is missing; if `compact --purge` has removed it, "
-                "refresh the reader: a view from before the compaction cannot be read any more; else codistill-cache "
-                "repair helps"
-            )
-        return shard
+        for _ in range(2):
+            try:
+                return load(store, header, writer, seq)
+            except CacheError as error:
+                if not is_missing(error):
+                    raise
+            if (writer, seq) in gone:
+                return None
+        raise CacheError(
+            f"{store.path(shard_name(writer, seq))}: the shard is missing; if `compact --purge` has removed it, "
+            "refresh the reader: a view from before the compaction cannot be read any more; else codistill-cache "
+            "repair helps"
+        )
 
     for start in range(first, limit, _TOGETHER):
         part = range(start, min(start + _TOGETHER, limit))
-        yield from zip(part, store.map(opened, part), strict=True)
+        yield from zip(part, store.map(loaded, part), strict=True)
 
 
 def next_seq(store: Store, header: CacheHeader, writer: str, states: Mapping[str, StreamState]) -> StreamState:
     """The state of a writer's stream with all that is published after `states`, of a snapshot; CacheError as
     `read_tail`. Reads headers alone.
     """
-    state = states.get(writer, StreamState())
-    known = takewhile(lambda seq: store.exists(shard_name(writer, seq)), count(state.count))
-    for seq in known:
-        state = state.after(read_front(store, header, writer, seq).header)
-    gone, there = Ranges(replaced_by_tools(store, header, states)), set(stream_seqs(store, writer, state.count))
-    # Of a snapshot that is lost, the stream may begin or end with shards that others replace and that are gone.
-    for seq in range(state.count, max([gone.end(writer), *(seq + 1 for seq in there)])):
-        if seq in there:
-            state = state.after(read_front(store, header, writer, seq).header)
-        elif (writer, seq) in gone:
-            state = dataclasses.replace(state, count=seq + 1, finished=False)
-        else:
-            raise CacheError(
-                f"{store.path(shard_name(writer, seq))}: the shard is missing, and later ones are there; "
-                f"codistill-cache repair {store.root} helps"
-            )
+    state, gone = states.get(writer, StreamState()), Ranges(replaced_by_tools(store, header, states))
+    for seq, front in _shards(store, header, writer, state.count, None, gone, False, read_front):
+        state = state.after(front.header) if front else state.past(seq)
     return state

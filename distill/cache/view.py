@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,12 +19,12 @@ from distill.cache.ahead import NEAR
 from distill.cache.entries import ENTRY, ORIGIN, Array, EntryTable, Names
 from distill.cache.format import TOOLS, shard_name, snapshot_name
 from distill.cache.header import CacheHeader
-from distill.cache.listing import Listing, ListingDamaged, block_cache
+from distill.cache.listing import Listing, ListingDamaged, Totals, block_cache
 from distill.cache.loss_curve import LossSums
 from distill.cache.origins import Origin, summed
 from distill.cache.shard import Shard, check
 from distill.cache.shard_header import ShardHeader
-from distill.cache.snapshot import Snapshot, StreamState, load_snapshot, newest_snapshot, snapshot_numbers
+from distill.cache.snapshot import Snapshot, StreamState, load_snapshot, snapshot_numbers, valid_snapshots
 from distill.cache.store import Store, is_missing
 from distill.cache.tail import Tail, read_tail, writers_of
 from distill.config.errors import CacheError
@@ -36,15 +36,6 @@ _TABLES = 8
 
 _LONG = 256
 """Shards after the snapshot with which a newer one is looked for."""
-
-
-class Extent(NamedTuple):
-    """Where a record lies."""
-
-    file: str
-    """Name of the shard's file in the store."""
-    start: int
-    size: int
 
 
 class Records(NamedTuple):
@@ -116,14 +107,10 @@ class View:
                 mine = entries[new]
                 wins = (tables[new] < 0) | (theirs["step"] > mine["step"])
                 for i in np.flatnonzero(~wins & (theirs["step"] == mine["step"])).tolist():
-                    wins[i] = self._shard(number, their_rows[i]) > self._shard(int(tables[new[i]]), rows[new[i]])
+                    wins[i] = part.names.shard(their_rows[i]) > self.names(tables[new[i]]).shard(rows[new[i]])
                 new, theirs, their_rows = new[wins], theirs[wins], their_rows[wins]
             entries[new], rows[new], tables[new] = theirs, their_rows, number
         return Records(entries, tables, rows)
-
-    def _shard(self, table: int, row: Any) -> tuple[str, int]:
-        """Writer and number of the shard of an origin row."""
-        return self.names(table).writers[row["writer"]], int(row["seq"])
 
     def names(self, table: int) -> Names:
         return self.parts[table].names
@@ -140,7 +127,7 @@ class View:
 
     def file(self, table: int, row: Any) -> str:
         """Name of the shard of an origin row."""
-        return shard_name(*self._shard(table, row))
+        return shard_name(*self.names(table).shard(row))
 
     def read(self, records: Records) -> list[bytes | None]:
         """The bytes of records, verified; None where there is none. Neighbors are read at once.
@@ -156,11 +143,11 @@ class View:
         sizes = records.entries["size"][there].astype(np.int64)
         order = sorted(range(len(there)), key=lambda i: (files[i], int(starts[i])))
         spans = list(_spans(order, files, starts, sizes, NEAR if self.store.slow else 0))
-        blobs = self.store.map(lambda span: self._read_span(span.file, span.start, span.size), [s.place for s in spans])
+        blobs = self.store.map(lambda span: self._read_span(span.file, span.start, span.size), spans)
         data: list[bytes | None] = [None] * len(records.entries)
         for span, blob in zip(spans, blobs, strict=True):
             for i in span.items:
-                first = int(starts[i]) - span.place.start
+                first = int(starts[i]) - span.start
                 data[there[i]] = self._verified(
                     records.entries[there[i]], files[i], blob[first : first + int(sizes[i])]
                 )
@@ -191,6 +178,13 @@ class View:
         return LossSums.total([each.losses for each in self.listings] + [each.losses for each in self.tail])
 
     @property
+    def totals(self) -> Totals:
+        """Sums over all shards."""
+        parts = [Totals(0, 0, 0, 0, 0), *(each.totals for each in self.listings)]
+        parts += [Totals(1, each.samples, each.tokens, each.atoms, each.bytes) for each in self.tail if each.samples]
+        return Totals(*(sum(column) for column in zip(*map(astuple, parts), strict=True)))
+
+    @property
     def summary(self) -> list[Origin]:
         """Origins of all shards, summed by teacher."""
         return summed(
@@ -198,9 +192,11 @@ class View:
             + [origin for header in self.tail for origin in header.origins]
         )
 
-    def origin_rows(self) -> Iterator[tuple[Names, Array]]:
-        """Origin rows of all shards, part by part."""
-        return ((part.names, rows) for part in self.parts for rows in part.origin_chunks())
+    def origins(self) -> tuple[Names, Array]:
+        """What origin rows name by number, and ORIGIN [n] of all shards, table after table."""
+        names, parts = Names([], []), [np.empty(0, ORIGIN)]
+        parts += [part.names.into(names, rows) for part in self.parts for rows in part.origin_chunks()]
+        return names, np.concatenate(parts)
 
     def chunks(self, size: int = 1 << 16) -> Iterator[Array]:
         """Ids of the samples that have a record, ascending, about `size` at a time."""
@@ -227,7 +223,10 @@ class View:
 class _Span(NamedTuple):
     """Records of one file that are read at once."""
 
-    place: Extent
+    file: str
+    """Name of the shard's file in the store."""
+    start: int
+    size: int
     items: list[int]
 
 
@@ -247,7 +246,7 @@ def _spans(order: Sequence[int], files: Sequence[str], starts: Array, sizes: Arr
 
 def _span(items: list[int], files: Sequence[str], starts: Array, end: int) -> _Span:
     first = int(starts[items[0]])
-    return _Span(Extent(files[items[0]], first, end - first), items)
+    return _Span(files[items[0]], first, end - first, items)
 
 
 # ---------------------------------------------------------------- opening and refreshing
@@ -276,6 +275,12 @@ def open_view(store: Store, header: CacheHeader, pin: Mapping[str, Any] | None =
         writers = _followed(store, snapshot) if limits is None else limits
         return _with_tail(view, read_tail(store, header, snapshot.streams, writers, limits=limits))
     raise AssertionError("the empty snapshot is always a candidate")
+
+
+def snapshot_view(store: Store, header: CacheHeader, snapshot: Snapshot) -> View:
+    """A snapshot without what was published after it; CacheError as `open_view`."""
+    streams = {name: state.count for name, state in snapshot.streams.items()}
+    return open_view(store, header, {"snapshot": snapshot.number, "streams": streams})
 
 
 def find_in_view(view: View, sample_ids: Array) -> tuple[View, Records]:
@@ -315,11 +320,9 @@ def _candidates(
 ) -> Iterator[Snapshot]:
     cache = header.identity
     if pin is None:
-        snapshot = newest_snapshot(store, cache, bad)
-        while snapshot.number >= 0:
-            yield snapshot
-            snapshot = newest_snapshot(store, cache, snapshot.number)
-    elif 0 <= pin["snapshot"] != bad:
+        yield from valid_snapshots(store, cache, bad)
+        return
+    if 0 <= pin["snapshot"] != bad:
         try:
             pinned = load_snapshot(store, cache, pin["snapshot"])
         except CacheError as error:

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from distill.cache import cataloging, record
 from distill.cache.codecs import make_codec
-from distill.cache.format import TEMPORARY, check_writer, group_name, writer_lock
+from distill.cache.format import check_writer, writer_lock
 from distill.cache.header import CacheHeader
 from distill.cache.loss_curve import LossSums
 from distill.cache.open_store import open_store
 from distill.cache.origins import Origin
 from distill.cache.pending import Pending
-from distill.cache.publish import create, publish_mark, publish_shard
+from distill.cache.publish import create, publish_mark, publish_shard, remove_leftovers
 from distill.cache.put_check import PutCheck
 from distill.cache.ranks import invert, load_ranks
 from distill.cache.shard import Array, Columns
@@ -59,22 +59,10 @@ class CacheWriter:
     """One writer of a cache; usable as a context manager, which publishes nothing more after an exception."""
 
     def __init__(
-        self,
-        folder: str | Path,
-        header: CacheHeader,
-        *,
-        writer: str,
-        counts_V: Any = None,
-        shard_samples: int = 256,
-        queue: int = 64,
-        on_full: OnFull = OnFull.block,
-        source: str = "capture",
-        seen_before: bool = False,
-        flops_per_token: float = 0.0,
-        index_every: int = 64,
-        first_step: int = 0,
-        is_restart: bool = False,
-    ):
+        self, folder: str | Path, header: CacheHeader, *, writer: str, counts_V: Any = None, shard_samples: int = 256,
+        queue: int = 64, on_full: OnFull = OnFull.block, source: str = "capture", seen_before: bool = False,
+        flops_per_token: float = 0.0, index_every: int = 64, first_step: int = 0, is_restart: bool = False,
+    ):  # fmt: skip
         """Opens the cache, or creates it, and resumes this writer's stream.
 
         folder: a path, or a URL of a file system of fsspec.
@@ -108,7 +96,7 @@ class CacheWriter:
             self._state = next_seq(self._store, self.header, writer, listed)
             self._listed = listed.get(writer, StreamState()).count
             if is_alone:
-                self._remove_leftovers()
+                remove_leftovers(self._store, writer, self._state.count)
             if source == "capture" and (is_restart or self._state.finished or not self._state.count):
                 self._mark("begin", first_step)
             self._resources = stack.pop_all()
@@ -122,13 +110,6 @@ class CacheWriter:
         self._error_raised = self._aborted = self._closed = False
         self._thread = threading.Thread(target=self._run, name=f"cache-writer-{writer}", daemon=True)
         self._thread.start()
-
-    def _remove_leftovers(self) -> None:
-        """Removes temporary files that a kill left."""
-        group = group_name(self.writer, self._state.count)
-        for name in self._store.names(group):
-            if name.endswith(TEMPORARY):
-                self._store.remove(f"{group}/{name}")
 
     def _mark(self, kind: str, step: int) -> None:
         mark = publish_mark(self._store, self._identity, self.writer, self._state.count, kind, self._source, step)
@@ -145,18 +126,9 @@ class CacheWriter:
         return self._published._replace(skipped=self._skipped, passed=self._passed)
 
     def put(
-        self,
-        sample_ids_B: Array,
-        digests_B: Array,
-        atoms: Atoms,
-        label_logprob_T: Tensor | Array,
-        entropy_T: Tensor | Array,
-        valid_T: Tensor | Array,
-        *,
-        step: int,
-        tokens_seen: int,
-        teacher: str,
-    ) -> bool:
+        self, sample_ids_B: Array, digests_B: Array, atoms: Atoms, label_logprob_T: Tensor | Array,
+        entropy_T: Tensor | Array, valid_T: Tensor | Array, *, step: int, tokens_seen: int, teacher: str,
+    ) -> bool:  # fmt: skip
         """Accepts one micro-batch of T = B * S tokens for the thread; False: skipped, because the queue is full.
 
         sample_ids_B: ids, or one id; of a sample that comes twice the last targets count. digests_B: uint64 of each
@@ -187,17 +159,9 @@ class CacheWriter:
 
     @torch.no_grad()
     def put_logits(
-        self,
-        sample_ids_B: Array,
-        digests_B: Array,
-        logits_TV: Tensor,
-        labels_T: Tensor,
-        valid_T: Tensor,
-        *,
-        step: int,
-        tokens_seen: int,
-        teacher: str,
-    ) -> bool:
+        self, sample_ids_B: Array, digests_B: Array, logits_TV: Tensor, labels_T: Tensor, valid_T: Tensor, *, step: int,
+        tokens_seen: int, teacher: str,
+    ) -> bool:  # fmt: skip
         """`put` of atoms that the codec takes from a teacher's logits at temperature 1, on the logits' device.
 
         logits_TV: any float type, row t predicts labels_T[t]; T = B * S tokens, V = the header's vocab_size. labels_T:

@@ -3,13 +3,14 @@ torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from distill.cache.cataloging import PIECE
-from distill.cache.entries import ENTRY, ORIGIN, Array, Names, entries_of, newest, origin_rows, ranks
+from distill.cache.entries import ENTRY, ORIGIN, Array, EntryTable
 from distill.cache.format import CATALOG, TEMPORARY, snapshot_name, snapshot_of
 from distill.cache.header import CacheHeader
 from distill.cache.listing import Listing, ListingRef, block_cache
@@ -17,8 +18,9 @@ from distill.cache.origins import SOURCES
 from distill.cache.shard import Shard
 from distill.cache.snapshot import Snapshot, load_snapshot, snapshot_numbers
 from distill.cache.store import Store, is_missing
+from distill.cache.view import View
 from distill.config.errors import CacheError
-from distill.tools.shard_scan import Place, Rows, rows_key
+from distill.tools.shard_scan import Place, Rows
 
 
 @dataclass
@@ -99,18 +101,12 @@ def _fits(listing: Listing) -> bool:
     return fits and count == listing.ref.entries
 
 
-def stale(listing: Listing, keys: Mapping[Place, int]) -> list[Place]:
-    """Shards, of those in `keys`, of which a listing has other origins than they have; keys: of `ShardScan.key`."""
-    return [place for place, rows in by_shard(listing) if keys.get(place, key := rows_key(rows, listing.names)) != key]
-
-
 def by_shard(listing: Listing) -> Iterator[tuple[Place, Array]]:
     """The origin rows of each shard in a listing."""
     rows = np.concatenate([np.empty(0, ORIGIN), *listing.origin_chunks()])
     firsts = np.flatnonzero(rows["number"] == 0).tolist()
     for first, end in zip(firsts, [*firsts[1:], len(rows)], strict=True):
-        row = rows[first]
-        yield (listing.names.writers[row["writer"]], int(row["seq"])), rows[first:end]
+        yield listing.names.shard(rows[first]), rows[first:end]
 
 
 def listed_rows(found: CatalogScan, places: set[Place]) -> dict[Place, Rows]:
@@ -139,44 +135,35 @@ def listed_rows(found: CatalogScan, places: set[Place]) -> dict[Place, Rows]:
     return rows
 
 
-def disagreements(
-    store: Store, header: CacheHeader, listings: Sequence[Listing], shards: Sequence[Place]
-) -> Iterator[str]:
-    """Samples of which these listings have another record than these shards, which are whole.
+def disagreement(store: Store, header: CacheHeader, found: CatalogScan, shards: Iterable[Place]) -> str:
+    """Where the newest snapshot has another record of a sample, or origin, than these shards, which are whole; "":
+    nowhere."""
+    assert found.newest is not None
+    listings = tuple(found.listings[ref] for ref in found.newest.listings)
+    alone = View(store, header, found.newest, listings, (), (), {}, block_cache(store))
+    count, first, seen = 0, header.samples, 0
+    for place in shards:
+        table = EntryTable.of_shards([Shard(store, header, *place)])
+        # The table's records are found where a later one, or the same one, is not in the listings.
+        view = dataclasses.replace(alone, tables=(table,))
+        ids, mine = table.entries["sample"], table.origin_rows(table.entries["origin"])
+        records = view.find(ids)
+        rows, entries = records.rows, records.entries
+        for number in np.unique(records.tables).tolist():
+            here = records.tables == number
+            rows[here] = view.names(number).into(table.names, rows[here])
+        is_same_shard = (rows["writer"] == mine["writer"]) & (rows["seq"] == mine["seq"])
+        entries["origin"] = table.entries["origin"]
+        differs = _differs(entries, table.entries) | _differs(rows, mine)
+        differs = (records.tables == len(listings)) | (is_same_shard & differs)
+        count, first = count + int(differs.sum()), min(first, int(ids[differs].min(initial=first)))
+        seen += int(is_same_shard.sum())
+    if count:
+        return f"its listings have other records than the shards of {count} samples, {first} the first of them"
+    return f"its listings have {alone.covered - seen} records that no shard has" if alone.covered != seen else ""
 
-    In parts, of about 2 million samples each, so that memory is bounded.
-    """
-    count = -(-max(sum(each.entries for each in listings), 1) // PIECE)
-    for part in range(count):
-        names = Names([], [])
-        opened = (Shard(store, header, *place) for place in shards)
-        mine = ((origin_rows(shard, names), [entries_of(shard, 0)]) for shard in opened)
-        theirs = ((_origins(listing, names), listing.chunks(PIECE)) for listing in listings)
-        here, there = _counting(mine, names, part, count), _counting(theirs, names, part, count)
-        if here.tobytes() != there.tobytes():
-            differ = np.setxor1d(here, there)["sample"]
-            yield f"{len(np.unique(differ))} samples, {int(differ.min())} the first of them"
 
-
-def _origins(listing: Listing, names: Names) -> Array:
-    return np.concatenate([np.empty(0, ORIGIN), *(listing.names.into(names, each) for each in listing.origin_chunks())])
-
-
-def _counting(tables: Iterable[tuple[Array, Iterable[Array]]], names: Names, part: int, count: int) -> Array:
-    """Of every `count`-th sample the entry that counts, with the place of its origin among all in order.
-
-    tables: origin rows and entries.
-    """
-    parts, all_rows, seen = [np.empty(0, ENTRY)], [np.empty(0, ORIGIN)], 0
-    for rows, chunks in tables:
-        for chunk in chunks:
-            entries = chunk[chunk["sample"] % count == part]
-            entries["origin"] += seen
-            parts.append(entries)
-        all_rows.append(rows)
-        seen += len(rows)
-    origins = np.concatenate(all_rows)
-    order = ranks(origins, names)
-    entries = newest(np.concatenate(parts), order)
-    entries["origin"] = order[entries["origin"]]
-    return entries
+def _differs(some: Array, others: Array) -> Array:
+    """Which rows have other bytes."""
+    differs: Array = some.view(f"V{some.itemsize}") != others.view(f"V{some.itemsize}")
+    return differs

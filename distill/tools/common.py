@@ -6,14 +6,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
-from distill.cache.entries import ORIGIN, Array, Names
-from distill.cache.format import CATALOG, HEADER, LOCKS, QUARANTINE, SHARDS, TEMPORARY, TOOLS_LOCK, writer_lock
+from distill.cache.format import CATALOG, HEADER, LOCKS, QUARANTINE, SHARDS, TOOLS_LOCK, writer_lock
 from distill.cache.local import LocalStore
 from distill.cache.open_store import open_store
 from distill.cache.store import Store
-from distill.cache.view import View
 from distill.config.errors import CacheError, ConfigError
 from distill.config.paths import home, is_url
 from distill.config.units import file_size
@@ -98,13 +94,6 @@ def _is_cache(store: Store) -> bool:
         return False
 
 
-def origin_table(view: View) -> tuple[Names, Array]:
-    """Origin rows of all shards of a view, table after table, and what they name by number."""
-    names, parts = Names([], []), [np.empty(0, ORIGIN)]
-    parts += [theirs.into(names, rows) for theirs, rows in view.origin_rows()]
-    return names, np.concatenate(parts)
-
-
 # ---------------------------------------------------------------- changing a cache
 
 
@@ -127,13 +116,6 @@ def alone(store: Store, *, dry_run: bool = False) -> Iterator[bool]:
 def is_live(store: Store, writer: str) -> bool:
     """A process holds the writer's lock. Unknown, and False, in a store without locks."""
     return store.is_locked(writer_lock(writer))
-
-
-def remove_leftovers(store: Store, group: str) -> None:
-    """Removes temporary files that a stopped tool left in a folder of its shards; the caller is `alone`."""
-    for name in store.names(group):
-        if name.endswith(TEMPORARY):
-            store.remove(f"{group}/{name}")
 
 
 def check_room(store: Store, needed: int, what: str) -> None:

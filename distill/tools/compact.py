@@ -15,9 +15,8 @@ from distill.cache import cataloging
 from distill.cache.header import CacheHeader
 from distill.cache.open_store import open_store
 from distill.cache.shard import Array
-from distill.cache.snapshot import Snapshot
 from distill.cache.store import Store
-from distill.cache.view import View, open_view
+from distill.cache.view import snapshot_view
 from distill.config.errors import ConfigError
 from distill.config.paths import home
 from distill.config.terminal import advancing
@@ -62,7 +61,7 @@ def compact(store: Store, *, shard_bytes: int, purge_age: float | None = None) -
         purged = _purge(store, header, purge_age)
         snapshot = cataloging.update(store, header)
         purged += _purge(store, header, purge_age)
-        view = _view(store, header, snapshot)
+        view = snapshot_view(store, header, snapshot)
         shards = shards_of(view, _is_there)
         chosen = shards.take(_choose(shards, shard_bytes))
         common.check_room(store, chosen.room(view), "the compaction")
@@ -94,12 +93,6 @@ def _is_there(ids: Array, steps: Array) -> Array:
 
 def _purge(store: Store, header: CacheHeader, purge_age: float | None) -> list[Purge]:
     return [] if purge_age is None else [purge(store, header, purge_age)]
-
-
-def _view(store: Store, header: CacheHeader, snapshot: Snapshot) -> View:
-    """A snapshot without what was published after it."""
-    streams = {name: state.count for name, state in snapshot.streams.items()}
-    return open_view(store, header, {"snapshot": snapshot.number, "streams": streams})
 
 
 def _choose(shards: Shards, shard_bytes: int) -> Array:

@@ -27,7 +27,7 @@ from distill.config.ranges import out_of_range
 from distill.config.registry import CODECS
 from distill.config.schema import CodecConfig
 from distill.config.units import file_size, grouped
-from distill.tools.common import caches, origin_table
+from distill.tools.common import caches
 
 TABLE = Path(__file__).with_name("bytes_per_token.json")
 
@@ -95,7 +95,7 @@ def from_cache(store: Store, header: CacheHeader) -> BytesPerToken:
     Raises:
         CacheError: one without records, or damage.
     """
-    _, rows = origin_table(open_view(store, header))
+    _, rows = open_view(store, header).origins()
     if not rows["tokens"].any():
         raise CacheError(f"{store.root}: holds no records yet; nothing can be estimated from it")
     starts = np.flatnonzero(rows["number"] == 0)

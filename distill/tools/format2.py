@@ -99,7 +99,7 @@ def _ledger(store: Store, writer: str, identity: str) -> Ledger:
     """A row is a line of the ledger's file, or an object in its folder; one that ends too soon was never published."""
     objects = [f"{LEDGER}/{writer}/{name}" for name in store.names(f"{LEDGER}/{writer}")]
     files = [f"{LEDGER}/{writer}.jsonl"] if f"{writer}.jsonl" in store.names(LEDGER) else []
-    lines = [line for data in store.read_many(files + objects) for line in data.splitlines(keepends=True)]
+    lines = [line for data in store.map(store.read, files + objects) for line in data.splitlines(keepends=True)]
     lines = lines[:-1] if lines and not lines[-1].endswith((b"\n", b"}")) else lines
     ledger = Ledger(writer, [], [], False)
     for seq, line in enumerate(lines):

@@ -14,7 +14,6 @@ from distill.cache.view import View, open_view
 from distill.config.errors import CacheError
 from distill.config.terminal import advancing
 from distill.config.units import grouped
-from distill.tools.common import origin_table
 
 BINS = 20
 _BLOCK = 16
@@ -68,7 +67,7 @@ def histograms(store: Store, count: int) -> dict[str, Any]:
 
 def _choose(view: View, count: int) -> NDArray[np.int64]:
     """Ids of up to `count` samples, by records drawn evenly from all shards."""
-    names, rows = origin_table(view)
+    names, rows = view.origins()
     rows = rows[rows["number"] == 0]
     ends = np.cumsum(rows["shard_samples"], dtype=np.int64)
     if not len(ends):
@@ -80,6 +79,6 @@ def _choose(view: View, count: int) -> NDArray[np.int64]:
     ids = [np.empty(0, np.int64)]
     for number in np.unique(shards).tolist():
         row = rows[number]
-        here = Shard(view.store, view.header, names.writers[row["writer"]], int(row["seq"])).columns.sample_ids
+        here = Shard(view.store, view.header, *names.shard(row)).columns.sample_ids
         ids.append(here[drawn[shards == number] - (ends[number] - len(here))])
     return np.unique(np.concatenate(ids))

@@ -11,10 +11,9 @@ from typing import NamedTuple
 
 from distill.cache.format import CATALOG, TEMPORARY, shard_name, snapshot_name
 from distill.cache.header import CacheHeader
-from distill.cache.snapshot import Snapshot, load_snapshot, snapshot_numbers
+from distill.cache.snapshot import Snapshot, snapshot_numbers, valid_snapshots
 from distill.cache.store import Store
 from distill.cache.tail import Ranges, replaced_by_tools, stream_seqs, writers_of
-from distill.config.errors import CacheError
 
 DEFAULT_AGE = "7d"
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
@@ -56,33 +55,24 @@ def purge(store: Store, header: CacheHeader, seconds: float) -> Purge:
     Raises:
         CacheError: a shard of a tool is damaged, or a file cannot be removed.
     """
-    kept: list[Snapshot] = []
-    numbers = snapshot_numbers(store)
-    while numbers and not (kept and kept[-1].made <= time.time() - seconds):
-        if snapshot := _sound(store, header, numbers.pop(0)):
-            kept.append(snapshot)
-    used = {ref.name for snapshot in kept for ref in snapshot.listings}
-    if not kept or kept[-1].made > time.time() - seconds:
+    *snapshots, _ = valid_snapshots(store, header.identity)
+    young = sum(each.made > time.time() - seconds for each in snapshots)
+    used = {ref.name for snapshot in snapshots[: young + 1] for ref in snapshot.listings}
+    if young == len(snapshots):
         _remove_unnamed(store, used)
         return Purge(0, 0)
-    old = [snapshot for number in numbers if (snapshot := _sound(store, header, number))]
+    newest, *old = snapshots[young:]
     # In this order, so that a purge that was stopped finds again what is left.
     for name in {ref.name for snapshot in old for ref in snapshot.listings} - used:
         store.remove(name)
-    for number in numbers:
-        store.remove(snapshot_name(number))
+    for number in snapshot_numbers(store):
+        if number < newest.number:
+            store.remove(snapshot_name(number))
     _remove_unnamed(store, used)
-    files = replaced_shards(store, header, kept[-1])
+    files = replaced_shards(store, header, newest)
     sizes = store.map(store.size, files)
     store.map(store.remove, files)
     return Purge(len(files), sum(sizes))
-
-
-def _sound(store: Store, header: CacheHeader, number: int) -> Snapshot | None:
-    try:
-        return load_snapshot(store, header.identity, number)
-    except CacheError:
-        return None
 
 
 def _remove_unnamed(store: Store, used: set[str]) -> None:

@@ -9,12 +9,11 @@ from typing import NamedTuple
 import numpy as np
 
 from distill.cache.entries import ENTRY, Names
-from distill.cache.format import group_name
 from distill.cache.header import CacheHeader
 from distill.cache.listing import Listing
 from distill.cache.loss_curve import LossSums
 from distill.cache.origins import Origin
-from distill.cache.publish import publish_shard
+from distill.cache.publish import publish_shard, remove_leftovers
 from distill.cache.shard import Array, Columns, Shard, read_front
 from distill.cache.shard_header import MAX_ORIGINS, MAX_SAMPLES, WIDTH, Replaced, ShardHeader
 from distill.cache.snapshot import newest_snapshot
@@ -22,7 +21,6 @@ from distill.cache.store import Store
 from distill.cache.tail import Ranges, next_seq
 from distill.cache.view import View
 from distill.config.errors import CacheError
-from distill.tools.common import origin_table, remove_leftovers
 from distill.tools.token_counter import TokenCounter
 
 _SLACK = 1 << 15
@@ -90,13 +88,9 @@ def part_of(
 
 
 def _tokens(
-    shard: Shard,
-    records: Sequence[bytes | None],
-    is_here: Array,
-    is_kept: Array,
-    origin: Origin,
+    shard: Shard, records: Sequence[bytes | None], is_here: Array, is_kept: Array, origin: Origin,
     counter: TokenCounter,
-) -> int:
+) -> int:  # fmt: skip
     """Tokens of an origin's kept samples: from the records that are fewer, the kept ones or those left out."""
 
     def tokens(places: list[int]) -> int:
@@ -124,7 +118,7 @@ class Packer:
         self._store, self._identity, self._kind = store, header.identity, kind
         self._most, self._sums = np.array([limit, MAX_SAMPLES, MAX_ORIGINS]), np.zeros(3, np.int64)
         self._state = next_seq(store, header, kind, newest_snapshot(store, header.identity).streams)
-        remove_leftovers(store, group_name(kind, self._state.count))
+        remove_leftovers(store, kind, self._state.count)
         self._waiting: list[Portion] = []
         self.shards: list[ShardHeader] = []
         """What it has published."""
@@ -180,8 +174,7 @@ class Shards(NamedTuple):
 
     def place(self, number: int) -> tuple[str, int]:
         """Writer and number in the stream."""
-        row = self.rows[number]
-        return self.names.writers[row["writer"]], int(row["seq"])
+        return self.names.shard(self.rows[number])
 
     def take(self, places: Array) -> Shards:
         """The shards at these places."""
@@ -202,7 +195,7 @@ def shards_of(view: View, is_wanted: Callable[[Array, Array], Array]) -> Shards:
 
     is_wanted: for sample ids and the steps of their records that count, whether each is wanted.
     """
-    names, rows = origin_table(view)
+    names, rows = view.origins()
     # Where the origin rows of each table begin among all.
     sizes = [part.origins if isinstance(part, Listing) else len(part.origins) for part in view.parts]
     firsts = np.cumsum([0, *sizes])

@@ -15,12 +15,11 @@ import re
 from itertools import count
 
 from distill.cache import cataloging
-from distill.cache.format import CATALOG, QUARANTINE, shard_name, snapshot_name
+from distill.cache.format import QUARANTINE, shard_name, snapshot_name
 from distill.cache.header import CacheHeader, NotReadableHere
 from distill.cache.publish import publish_mark
 from distill.cache.ranks import load_ranks
 from distill.cache.seal import seal, unseal
-from distill.cache.snapshot import load_snapshot, snapshot_numbers
 from distill.cache.store import Store
 from distill.cache.tail import writers_of
 from distill.config.errors import CacheError
@@ -69,7 +68,10 @@ def _free(store: Store, name: str) -> str:
 
 
 def _renew_catalog(store: Store, look: Look) -> None:
-    """A snapshot of the shards as they are now; then what is damaged, or tells of shards as they were, goes."""
+    """A snapshot of the shards as they are now; then those of shards as they were go, and what is damaged.
+
+    Of live writers, which may be merging them, the listings stay until a purge.
+    """
     found = look.found
     try:
         cataloging.update(store, look.header, is_rebuilding=True)
@@ -77,19 +79,13 @@ def _renew_catalog(store: Store, look: Look) -> None:
         if not look.done.left:
             raise
         look.done.lines.append(f"the catalog is not made anew: {error}")
-    useless = {*look.problems, *(ref.name for ref in found.gone)}
     for snapshot in found.snapshots:
-        name = snapshot_name(snapshot.number)
-        if name in useless or any(ref.name in useless for ref in snapshot.listings):
-            store.remove(name)
+        store.remove(snapshot_name(snapshot.number))
+    for ref in found.listings if not look.live else ():
+        store.remove(ref.name)
     for name in found.damaged:
         if store.exists(name):
             store.move(name, _free(store, f"{QUARANTINE}/{name}"))
-    left = [load_snapshot(store, look.header.identity, number) for number in snapshot_numbers(store)]
-    named = {ref.name for snapshot in left if snapshot for ref in snapshot.listings}
-    for name in store.names(CATALOG) if not look.live else ():
-        if name.endswith(".listing") and not (f"{CATALOG}/{name}" in named or store.is_folder(f"{CATALOG}/{name}")):
-            store.remove(f"{CATALOG}/{name}")
 
 
 # ---------------------------------------------------------------- reports

@@ -26,7 +26,7 @@ from distill.tools.common import is_live
 from distill.tools.salvage import Salvage, salvage
 from distill.tools.shard_scan import Place, Rows, ShardScan, examine, read_part, shard_files
 from distill.tools.token_counter import TokenCounter
-from distill.tools.verify import catalog_problems, missing
+from distill.tools.verify import catalog_problems
 
 _MOST_GAPS = 100_000
 """Missing shards, one after the other, whose numbers marks take; shards behind more of them are set aside."""
@@ -140,8 +140,7 @@ class Look:
             if own is None or not scan.is_whole:
                 self._set_aside(scan.name, f"{scan.problems[0]}; not part of the cache, moved to quarantine")
                 continue
-            expected = "" if scan.place is None else f", expected shard {scan.place[1]} of writer {scan.place[0]}"
-            what, home = f"{path}: it is shard {own[1]} of writer {own[0]}{expected}", self.good.get(own)
+            what, home = f"{path}: {scan.belongs}", self.good.get(own)
             if home is None:
                 self.done.lines.append(f"{what}; moved to {shard_name(*own)}")
                 if own in self.damaged:
@@ -149,7 +148,7 @@ class Look:
                     self._set_aside(there.name, f"{there.problems[0]}; moved to quarantine, since that one is whole")
                 self.plan.moves.append(Move(scan.name, shard_name(*own), own))
                 self.good[own] = dataclasses.replace(scan, name=shard_name(*own))
-            elif home.header == scan.header and home.key == scan.key:
+            elif home.key == scan.key:
                 self.done.lines.append(f"{what}, and whole there; removed")
                 self.plan.removed.append(scan.name)
             else:
@@ -170,13 +169,11 @@ class Look:
         streams: dict[str, list[int]] = {name: [] for each in self.found.snapshots for name in each.streams}
         for writer, seq in [*self.good, *self.damaged]:
             streams.setdefault(writer, []).append(seq)
-        kept, gone = self._quarantined(), dict[str, list[Replaced]]()
-        for each in self.gone.joined():
-            gone.setdefault(each.writer, []).append(each)
+        kept = self._quarantined()
         empty = set(kept)
         for writer, seqs in streams.items():
             end = max([self.found.count(writer), *(seq + 1 for seq in seqs)])
-            for first, last in missing(seqs, end, gone.get(writer, [])) if writer not in self.live else ():
+            for first, last in self.gone.missing(writer, seqs, end) if writer not in self.live else ():
                 if last - first >= _MOST_GAPS:
                     self._cut(writer, first, last)
                     break
@@ -296,8 +293,14 @@ class Look:
         )
         for each in losing:
             mine = Ranges(each.replaces)
-            back = [place for place in self.good if place in mine and place not in others]
-            each.replaces = tuple(without(each.replaces, back))
+            back = {place for place in self.good if place in mine and place not in others}
+            kept = (
+                Replaced(one.writer, seq, seq)
+                for one in each.replaces
+                for seq in range(one.first, one.last + 1)
+                if (one.writer, seq) not in back
+            )
+            each.replaces = tuple(Ranges(kept).joined())
             for place in back if each.losses is not None else ():
                 header = read_front(self._store, self.header, *place).header
                 each.losses = LossSums.total([each.losses or LossSums()], [header.losses])
@@ -343,26 +346,10 @@ class Look:
             self.done.lines.append(f"{self._store.path(name)}: no snapshot names it; removed")
             self.plan.removed.append(name)
         is_sound = not (self.made or self.plan.moves or self.done.left)
-        changing = [made.place for made in self.made]
-        self.problems = catalog_problems(
-            self._store, self.header, self.found, self.good, self.gone, changing, is_sound=is_sound
-        )
+        self.problems = catalog_problems(self._store, self.header, self.found, self.good, is_sound=is_sound)
         for name, problem in self.problems.items():
             how = "moved to quarantine, and the catalog made anew" if name in self.found.damaged else "made anew"
             self.done.lines.append(f"{problem}; {how}")
-
-
-def without(replaces: Iterable[Replaced], places: Iterable[Place]) -> Iterator[Replaced]:
-    """Ranges without some shards."""
-    for each in replaces:
-        first = each.first
-        for writer, seq in sorted(places):
-            if writer == each.writer and first <= seq <= each.last:
-                if first < seq:
-                    yield Replaced(writer, first, seq - 1)
-                first = seq + 1
-        if first <= each.last:
-            yield Replaced(each.writer, first, each.last)
 
 
 def ranges(numbers: list[int]) -> str:

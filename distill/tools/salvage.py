@@ -15,7 +15,7 @@ from distill.cache.loss_curve import LossSums
 from distill.cache.publish import targets_header
 from distill.cache.seal import digest
 from distill.cache.shard import Columns, Front, columns_of, front_of, index_bytes
-from distill.cache.shard_header import WIDTH, Replaced, ShardHeader, front, front_size, parse_front
+from distill.cache.shard_header import WIDTH, Replaced, ShardHeader, front
 from distill.cache.store import Store
 from distill.config.errors import CacheError
 from distill.tools.repack import part_of
@@ -51,8 +51,6 @@ class Salvage:
         return self.rows.entries[~self.good]
 
 
-_MENDED = 4096
-"""Bytes of the largest front in which a flipped bit is looked for."""
 NOTHING = Rows(np.empty(0, ENTRY), 0, ())
 
 
@@ -66,8 +64,6 @@ def salvage(
     here = None
     with contextlib.suppress(CacheError):  # the listings are left
         here = front_of(store, cache, file) if file else None
-    if here is None and file:
-        here = _mended(read_part(store, file, 0, _MENDED), cache)
     if here is None or (here.header.writer, here.header.seq) != place:
         rows = listed or NOTHING
         good = sound(store, file, rows, counter=counter)
@@ -83,20 +79,6 @@ def salvage(
         rows, good = rows._replace(entries=rows.entries[good]), good[good]
         unnamed = header.samples - len(good)
     return Salvage(place, file, header, rows, good, unnamed, header.replaces, header.losses)
-
-
-def _mended(data: bytes, cache: CacheHeader) -> Front | None:
-    """The front of a file of which one bit has flipped; None: that is not what has happened."""
-    for place in range(8 * len(data)):
-        flipped = bytearray(data)
-        flipped[place >> 3] ^= 1 << (place & 7)
-        with contextlib.suppress(ValueError):
-            size = front_size(bytes(flipped))
-            if place >= 8 * size:
-                break
-            if size <= len(data) and (header := parse_front(bytes(flipped[:size]))).cache == cache.identity:
-                return Front(header, size, b"")
-    return None
 
 
 def _indexed(index: bytes, here: Front, samples: int, *, is_proven: bool) -> Rows:
@@ -161,11 +143,6 @@ def _records(store: Store, made: Salvage) -> Iterator[tuple[int, int, list[bytes
         start = int(entries["start"][first])
         size = int(entries["start"][end - 1]) + int(entries["size"][end - 1]) - start
         data = store.read_at(made.file, made.rows.records_at + start, size)
-        yield (
-            first,
-            end,
-            [
-                data[int(each["start"]) - start : int(each["start"]) - start + int(each["size"])]
-                for each in entries[first:end]
-            ],
-        )
+        starts = entries["start"][first:end].astype(np.int64) - start
+        sizes = entries["size"][first:end].tolist()
+        yield first, end, [data[at : at + size] for at, size in zip(starts.tolist(), sizes, strict=True)]

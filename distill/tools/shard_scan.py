@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
-from distill.cache.entries import Array, Names, entries_of, origin_rows
+from distill.cache.entries import Array, entries_of
 from distill.cache.format import SHARDS, TEMPORARY, shard_of
 from distill.cache.header import CacheHeader
 from distill.cache.loss_curve import LossSums
 from distill.cache.origins import Origin
+from distill.cache.seal import digest
 from distill.cache.shard import Shard, check, front_of
 from distill.cache.shard_header import ShardHeader
 from distill.cache.store import Store, is_missing
@@ -88,8 +88,8 @@ class ShardScan:
     """Of its bytes, whatever its name is."""
     header: ShardHeader | None = None
     """If it verifies; without origins and losses."""
-    key: int = 0
-    """Digest of what a listing has of the shard's origins."""
+    key: str = ""
+    """Digest of the header's bytes, which has one of all others."""
 
     @property
     def place(self) -> Place | None:
@@ -102,18 +102,21 @@ class ShardScan:
         return None if self.header is None else (self.header.writer, self.header.seq)
 
     @property
+    def belongs(self) -> str:
+        """Whose it is by its header, and what its name says, where that is another one."""
+        assert self.own is not None
+        expected = "" if self.place is None else f", expected shard {self.place[1]} of writer {self.place[0]}"
+        return f"it is shard {self.own[1]} of writer {self.own[0]}{expected}"
+
+    @property
     def is_whole(self) -> bool:
         return not self.problems
 
 
 def examine(
-    store: Store,
-    cache: CacheHeader,
-    name: str,
-    *,
-    counter: TokenCounter | None = None,
+    store: Store, cache: CacheHeader, name: str, *, counter: TokenCounter | None = None,
     advance: Callable[[int], None] = lambda count: None,
-) -> ShardScan:
+) -> ShardScan:  # fmt: skip
     """Verifies every byte of a file as a shard.
 
     counter: decodes the records, too. advance: is given the bytes that have been read. Raises CacheError: the file may
@@ -134,11 +137,13 @@ def examine(
         if is_no_file(cause):
             error = CacheError(f"{error}: expected a file that is a shard")
         return ShardScan(name, [str(error)], header)
-    rows = Rows(entries_of(shard, 0), shard.records_at, shard.header.origins)
+    rows = Rows(entries_of(shard), shard.records_at, shard.header.origins)
     good = sound(store, name, rows, counter=counter, advance=advance)
     bad = rows.entries["sample"][~good].tolist()
     why = "does not verify" if counter is None else "does not verify, or is not a record"
-    return ShardScan(name, [f"{path} is damaged: sample {each} {why}" for each in bad], header, key_of(shard))
+    return ShardScan(
+        name, [f"{path} is damaged: sample {each} {why}" for each in bad], header, digest(front.data[: front.size])
+    )
 
 
 def is_no_file(cause: BaseException | None) -> bool:
@@ -156,19 +161,6 @@ def read_part(store: Store, name: str, at: int, size: int) -> bytes:
         raise
 
 
-def key_of(shard: Shard) -> int:
-    """Digest of what a listing has of a shard's origins."""
-    names = Names([], [])
-    return rows_key(origin_rows(shard, names), names)
-
-
-def rows_key(rows: Array, names: Names) -> int:
-    """The same, of the origin rows of one shard in a listing."""
-    plain = rows.copy()
-    plain["writer"] = plain["teacher"] = 0
-    return xxhash.xxh3_64_intdigest(plain.tobytes() + "\0".join(names.teachers[i] for i in rows["teacher"]).encode())
-
-
 def runs(entries: Array) -> Iterator[tuple[int, int]]:
     """Runs of records that lie within about 8 MB: first and end of each."""
     first = 0
@@ -180,47 +172,24 @@ def runs(entries: Array) -> Iterator[tuple[int, int]]:
 
 
 def sound(
-    store: Store,
-    name: str,
-    rows: Rows,
-    *,
-    counter: TokenCounter | None = None,
+    store: Store, name: str, rows: Rows, *, counter: TokenCounter | None = None,
     advance: Callable[[int], None] = lambda count: None,
-) -> NDArray[np.bool_]:
+) -> NDArray[np.bool_]:  # fmt: skip
     """Which records verify and, where there is a counter, can be decoded."""
     entries, good = rows.entries, np.zeros(len(rows.entries), np.bool_)
     for first, end in runs(entries):
         at = rows.records_at + int(entries["start"][first])
         size = int(entries["start"][end - 1]) + int(entries["size"][end - 1]) - int(entries["start"][first])
-        if size > _BLOCK:  # one record
-            good[first] = _verifies(store, name, at, entries[first])
-            advance(size)
-            continue
         data = memoryview(read_part(store, name, at, size))
         advance(size)
-        parts = [data[a - at : a - at + b] for a, b in _spans(rows, first, end)]
-        for i, part in enumerate(parts, start=first):
-            entry = entries[i]
-            good[i] = (
-                len(part) == entry["size"] and check(int(entry["sample"]), int(entry["digest"]), part) == entry["check"]
-            )
+        parts = list[memoryview]()
+        for i, entry in enumerate(entries[first:end], start=first):
+            start = rows.records_at + int(entry["start"]) - at
+            parts.append(part := data[start : start + int(entry["size"])])
+            is_there = len(part) == entry["size"]
+            good[i] = is_there and check(int(entry["sample"]), int(entry["digest"]), part) == entry["check"]
         if counter is not None:
             places = [i for i in range(first, end) if good[i]]
             counts = counter([bytes(parts[i - first]) for i in places], entries["atoms"][places].tolist())
             good[places] = [count is not None for count in counts]
     return good
-
-
-def _spans(rows: Rows, first: int, end: int) -> list[tuple[int, int]]:
-    starts = rows.records_at + rows.entries["start"][first:end].astype(np.int64)
-    return list(zip(starts.tolist(), rows.entries["size"][first:end].tolist(), strict=True))
-
-
-def _verifies(store: Store, name: str, at: int, entry: Array) -> bool:
-    """Of a record that is not read whole."""
-    state, left = xxhash.xxh3_64(), int(entry["size"])
-    while left and (data := read_part(store, name, at, min(left, _BLOCK))):
-        state.update(data)
-        at, left = at + len(data), left - len(data)
-    state.update(int(entry["sample"]).to_bytes(8, "little") + int(entry["digest"]).to_bytes(8, "little"))
-    return not left and state.intdigest() == int(entry["check"])

@@ -8,17 +8,17 @@ import numpy as np
 
 from distill.cache.format import CATALOG, HEADER, QUARANTINE, SHARDS, ranks_name
 from distill.cache.header import CacheHeader
-from distill.cache.listing import Listing, Totals, block_cache
+from distill.cache.listing import Totals
 from distill.cache.loss_curve import LossSums
 from distill.cache.origins import Origin, summed
 from distill.cache.shard_header import COLUMNS, WIDTH, Replaced
 from distill.cache.snapshot import newest_snapshot
 from distill.cache.store import Store
 from distill.cache.tail import Ranges, replaced_by_tools
-from distill.cache.view import View, open_view
+from distill.cache.view import View, open_view, snapshot_view
 from distill.config import json_text
 from distill.config.paths import home
-from distill.tools.common import add_folder, add_json, caches, check_at_least_one, is_live, origin_table
+from distill.tools.common import add_folder, add_json, caches, check_at_least_one, is_live
 from distill.tools.flops import flop_ledger
 from distill.tools.purge import replaced_shards
 from distill.tools.stats_text import histogram_lines, stats_lines
@@ -37,15 +37,16 @@ def stats(store: Store, *, quick: bool = False) -> dict[str, Any]:
         CacheError: no cache, or damage.
     """
     header = CacheHeader.load(store)
-    view = _snapshot_view(store, header) if quick else open_view(store, header)
-    totals = _totals(view)
+    newest = newest_snapshot(store, header.identity)
+    view = snapshot_view(store, header, newest) if quick and newest.number >= 0 else open_view(store, header)
+    totals = view.totals
     is_exact = not quick or len(view.parts) == 1
     covered = view.covered if is_exact else min(sum(listing.entries for listing in view.listings), header.samples)
     if quick:
         shards, others = _columns(totals), {"catalog": sum(ref.bytes for ref in view.snapshot.listings)}
         sizes, writers = {"shards": shards, "others": others}, _writers(view)
     else:
-        names, rows = origin_table(view)
+        names, rows = view.origins()
         firsts = rows[rows["number"] == 0]
         replaced = replaced_by_tools(store, header, {})
         sizes = _sizes(store, header, totals, int(firsts["records_at"].astype(np.int64).sum()))
@@ -72,22 +73,6 @@ def stats(store: Store, *, quick: bool = False) -> dict[str, Any]:
         "flops": flop_ledger(view.summary, header.sample_tokens),
         "writers": writers,
     }
-
-
-def _snapshot_view(store: Store, header: CacheHeader) -> View:
-    """The newest snapshot; where there is none, all that is published."""
-    snapshot = newest_snapshot(store, header.identity)
-    if snapshot.number < 0:
-        return open_view(store, header)
-    block = block_cache(store)
-    listings = tuple(Listing(store, ref, header.identity, block) for ref in snapshot.listings)
-    return View(store, header, snapshot, listings, (), (), snapshot.streams, block)
-
-
-def _totals(view: View) -> Totals:
-    parts = [Totals(0, 0, 0, 0, 0), *(each.totals for each in view.listings)]
-    parts += [Totals(1, each.samples, each.tokens, each.atoms, each.bytes) for each in view.tail if each.samples]
-    return Totals(*(sum(column) for column in zip(*map(dataclasses.astuple, parts), strict=True)))
 
 
 def _columns(totals: Totals) -> dict[str, int]:

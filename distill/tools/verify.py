@@ -8,15 +8,14 @@ from typing import NamedTuple
 from distill.cache.format import SHARDS, shard_name, snapshot_name
 from distill.cache.header import CacheHeader, NotReadableHere
 from distill.cache.ranks import load_ranks
-from distill.cache.shard_header import Replaced
-from distill.cache.snapshot import Snapshot, StreamState
+from distill.cache.snapshot import StreamState
 from distill.cache.store import Store
 from distill.cache.tail import Ranges, replaced_by_tools
 from distill.config import json_text
 from distill.config.errors import CacheError
 from distill.config.terminal import advancing
 from distill.config.units import file_size, grouped
-from distill.tools.catalog_scan import CatalogScan, by_shard, disagreements, scan_catalog, stale
+from distill.tools.catalog_scan import CatalogScan, disagreement, scan_catalog
 from distill.tools.common import add_folder, add_json, caches, check_at_least_one, is_live
 from distill.tools.shard_scan import Place, ShardFiles, ShardScan, examine, shard_files
 from distill.tools.token_counter import TokenCounter
@@ -77,7 +76,7 @@ def verify(store: Store, *, decode: bool = False, jobs: int = 1) -> Verdict:
     problems += [problem for each in scans for problem in _problems(store, each, good, gone, notes)]
     problems += _missing(store, scans, found, gone)
     counted = {place: each for place, each in good.items() if place not in gone}
-    problems += catalog_problems(store, header, found, good, gone, is_sound=not problems).values()
+    problems += catalog_problems(store, header, found, good, is_sound=not problems).values()
     notes += _notes(store, files, found, good, gone)
     whole = [each.header for each in counted.values() if each.header is not None]
     shards = [each for each in whole if not each.is_mark]
@@ -91,40 +90,20 @@ def replaced_ranges(scans: Iterable[ShardScan]) -> Ranges:
     return Ranges(replaced for header in whole for replaced in header.replaces)
 
 
-def missing(seqs: Iterable[int], count: int, gone: Iterable[Replaced]) -> Iterator[tuple[int, int]]:
-    """Ranges of numbers, first and last, of one writer's stream of `count` shards that are not there.
-
-    seqs: of those that are there. gone: ranges of this writer's that need not be there.
-    """
-    following = 0
-    for first, last in sorted([(seq, seq) for seq in seqs] + [(each.first, each.last) for each in gone]):
-        if min(first, count) > following:
-            yield following, min(first, count) - 1
-        following = max(following, last + 1)
-    if following < count:
-        yield following, count - 1
-
-
 def _problems(
     store: Store, scan: ShardScan, good: dict[Place, ShardScan], gone: Ranges, notes: list[str]
 ) -> Iterator[str]:
     """Of one file; what does no harm is added to `notes`."""
     path = store.path(scan.name)
+    belongs = f"{path}: {scan.belongs}; its name would be {shard_name(*scan.own)}" if scan.own else ""
     if scan.place is None and (scan.own is None or scan.own in good):
-        notes.append(f"{path}: " + ("a file that is not part of the cache" if scan.own is None else _belongs(scan)))
+        notes.append(belongs or f"{path}: a file that is not part of the cache")
     elif scan.problems and scan.place is not None and scan.place in gone and not store.exists(scan.name):
         return  # a purge has just removed it
     elif scan.own is not None and scan.own != scan.place:
-        yield f"{path}: {_belongs(scan)}"
+        yield belongs
     if scan.place is not None or not (scan.own is None or scan.own in good):
         yield from scan.problems
-
-
-def _belongs(scan: ShardScan) -> str:
-    """Whose a file is that has another's name, and what was expected."""
-    assert scan.own is not None
-    expected = "" if scan.place is None else f", expected shard {scan.place[1]} of writer {scan.place[0]}"
-    return f"it is shard {scan.own[1]} of writer {scan.own[0]}{expected}; its name would be {shard_name(*scan.own)}"
 
 
 def _missing(store: Store, scans: Sequence[ShardScan], found: CatalogScan, gone: Ranges) -> Iterator[str]:
@@ -136,32 +115,19 @@ def _missing(store: Store, scans: Sequence[ShardScan], found: CatalogScan, gone:
     for writer in sorted({*there, *(name for each in found.snapshots for name in each.streams)}):
         seqs = there.get(writer, [])
         count = max([found.count(writer), *(seq + 1 for seq in seqs)])
-        for first, last in missing(seqs, count, (each for each in gone.joined() if each.writer == writer)):
+        for first, last in gone.missing(writer, seqs, count):
             # A folder's names are not read at one moment: a new shard may be seen before the one in front of it.
             if first < last or not store.exists(shard_name(writer, first)):
                 which = f"shards {first} to {last} of writer {writer} are" if last > first else "the shard is"
                 yield f"{store.path(shard_name(writer, first))}: {which} missing"
 
 
-def snapshot_shards(snapshot: Snapshot, good: dict[Place, ShardScan], gone: Ranges | None = None) -> list[Place]:
-    """Shards with origins that a snapshot's listings must have; gone: those that do not count, None: as it has them."""
-    counted = {
-        place: each.header
-        for place, each in good.items()
-        if (state := snapshot.streams.get(place[0])) is not None and place[1] < state.count and each.header is not None
-    }
-    gone = gone or Ranges(replaced for header in counted.values() for replaced in header.replaces)
-    return [place for place, header in counted.items() if header.samples and place not in gone]
-
-
 def catalog_problems(
-    store: Store, header: CacheHeader, found: CatalogScan, good: dict[Place, ShardScan], gone: Ranges,
-    changing: Iterable[Place] = (), *, is_sound: bool,
-) -> dict[str, str]:  # fmt: skip
+    store: Store, header: CacheHeader, found: CatalogScan, good: dict[Place, ShardScan], *, is_sound: bool
+) -> dict[str, str]:
     """Damage of the catalog, and where it differs from the shards, by file.
 
-    good: whole shards. gone: those that do not count. changing: shards that are about to be others. is_sound: these are
-    all, so that each record may be compared.
+    good: whole shards. is_sound: these are all, so that each record may be compared.
     """
     problems, newest = dict(found.damaged), found.newest
     for snapshot in found.snapshots:
@@ -170,23 +136,18 @@ def catalog_problems(
                 if ref in found.gone:
                     what = f"a listing of snapshot {snapshot.number} is missing"
                     problems[ref.name] = f"{store.path(ref.name)}: {what}"
-    keys = {place: each.key for place, each in good.items()} | dict.fromkeys(changing, 0)
-    for ref, listing in found.listings.items():
-        for writer, seq in stale(listing, keys)[:1]:
-            what = f"it has other records of {shard_name(writer, seq)} than are there"
-            problems[ref.name] = f"{store.path(ref.name)}: {what}"
-    if newest is None:
+    if newest is None or not is_sound:
         return problems
-    listings = [found.listings[ref] for ref in newest.listings]
-    wanted = set(snapshot_shards(newest, good))
-    have = {place for listing in listings for place, _ in by_shard(listing)}
-    wrong = [f"its listings lack {shard_name(*place)}" for place in sorted(wanted - have)[:1]]
-    wrong += [f"it lists {shard_name(*each)}, which is not there" for each in sorted(have - wanted) if each not in gone]
-    if is_sound and wanted == have:
-        differ = disagreements(store, header, listings, sorted(wanted))
-        wrong += [f"its listings have other records than the shards of {each}" for each in differ]
-    name = snapshot_name(newest.number)
-    return problems | ({name: f"{store.path(name)}: {wrong[0]}"} if wrong else {})
+    listed = [
+        each
+        for place, each in good.items()
+        if (state := newest.streams.get(place[0])) is not None and place[1] < state.count
+    ]
+    gone, name = replaced_ranges(listed), snapshot_name(newest.number)
+    shards = sorted(each.place for each in listed if each.place and each.place not in gone)
+    if problem := disagreement(store, header, found, shards):
+        problems[name] = f"{store.path(name)}: {problem}"
+    return problems
 
 
 def _notes(

@@ -163,7 +163,7 @@ def test_a_writer_refuses_a_damaged_stream(tmp_path):
     with pytest.raises(CacheError, match=r"000000002\.safetensors is damaged"):
         CacheWriter(tmp_path, header(), writer="w")
     shard(tmp_path, 2).unlink()
-    with pytest.raises(CacheError, match=r"000000002\.safetensors: the shard is missing, and later ones are there"):
+    with pytest.raises(CacheError, match=r"000000002\.safetensors: the shard is missing"):
         CacheWriter(tmp_path, header(), writer="w")
 
 

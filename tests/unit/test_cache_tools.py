@@ -110,7 +110,7 @@ def test_a_live_reader_and_a_live_writer_go_on_during_a_compaction(cache, monkey
 
         return call
 
-    for name in ("repack.publish_shard", "compact.open_view", "compact.shards_of"):
+    for name in ("repack.publish_shard", "compact.snapshot_view", "compact.shards_of"):
         name = f"distill.tools.{name}"
         module, attribute = name.rsplit(".", 1)
         monkeypatch.setattr(name, meanwhile(getattr(sys.modules[module], attribute)))
