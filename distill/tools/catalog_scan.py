@@ -4,7 +4,7 @@ torch."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,9 +15,9 @@ from distill.cache.format import CATALOG, TEMPORARY, snapshot_name, snapshot_of
 from distill.cache.header import CacheHeader
 from distill.cache.listing import Listing, ListingRef, block_cache
 from distill.cache.origins import SOURCES
-from distill.cache.shard import Shard
 from distill.cache.snapshot import Snapshot, load_snapshot, snapshot_numbers
 from distill.cache.store import Store, is_missing
+from distill.cache.tail import Tail, read_tail
 from distill.cache.view import View
 from distill.config.errors import CacheError
 from distill.tools.shard_scan import Place, Rows
@@ -135,28 +135,26 @@ def listed_rows(found: CatalogScan, places: set[Place]) -> dict[Place, Rows]:
     return rows
 
 
-def disagreement(store: Store, header: CacheHeader, found: CatalogScan, shards: Iterable[Place]) -> str:
-    """Where the newest snapshot has another record of a sample, or origin, than these shards, which are whole; "":
-    nowhere."""
-    assert found.newest is not None
-    listings = tuple(found.listings[ref] for ref in found.newest.listings)
-    alone = View(store, header, found.newest, listings, (), (), {}, block_cache(store))
-    count, first, seen = 0, header.samples, 0
-    for place in shards:
-        table = EntryTable.of_shards([Shard(store, header, *place)])
+def disagreement(store: Store, header: CacheHeader, newest: Snapshot, listings: Sequence[Listing]) -> str:
+    """Where a snapshot has another record of a sample, or origin, than its shards, which are whole; "": nowhere."""
+    alone = View(store, header, newest, tuple(listings), (), (), {}, block_cache(store))
+    limits = {name: state.count for name, state in newest.streams.items()}
+    tail, is_last, count, first, seen = Tail([], {}, []), False, 0, header.samples, 0
+    while not is_last:
+        states = tail.states
+        tail = read_tail(store, header, states, limits, limits=limits, most=PIECE, replaced=tail.replaced)
+        is_last, table = tail.states == states, EntryTable.of_shards(tail.shards)
         # The table's records are found where a later one, or the same one, is not in the listings.
-        view = dataclasses.replace(alone, tables=(table,))
-        ids, mine = table.entries["sample"], table.origin_rows(table.entries["origin"])
-        records = view.find(ids)
-        rows, entries = records.rows, records.entries
-        for number in np.unique(records.tables).tolist():
+        records = dataclasses.replace(alone, tables=(table,)).find(table.entries["sample"])
+        rows, entries, mine = records.rows, records.entries, table.origin_rows(table.entries["origin"])
+        for number, listing in enumerate(listings):
             here = records.tables == number
-            rows[here] = view.names(number).into(table.names, rows[here])
+            rows[here] = listing.names.into(table.names, rows[here])
         is_same_shard = (rows["writer"] == mine["writer"]) & (rows["seq"] == mine["seq"])
         entries["origin"] = table.entries["origin"]
-        differs = _differs(entries, table.entries) | _differs(rows, mine)
-        differs = (records.tables == len(listings)) | (is_same_shard & differs)
-        count, first = count + int(differs.sum()), min(first, int(ids[differs].min(initial=first)))
+        differs = is_same_shard & (_differs(entries, table.entries) | _differs(rows, mine))
+        differs |= records.tables == len(listings)
+        count, first = count + int(differs.sum()), int(table.entries["sample"][differs].min(initial=first))
         seen += int(is_same_shard.sum())
     if count:
         return f"its listings have other records than the shards of {count} samples, {first} the first of them"

@@ -164,8 +164,7 @@ class Look:
         """Each number of a stream has a shard again, or a mark."""
         listed = listed_rows(self.found, set(self.damaged))
         made = {place: self._salvage(place, scan.name, listed) for place, scan in self.damaged.items()}
-        replaces = [scan.header.replaces for scan in self.good.values() if scan.header is not None]
-        self.gone = Ranges(each for part in [*replaces, *(one.replaces for one in made.values())] for each in part)
+        self.gone = self._replaced(made.values())
         streams: dict[str, list[int]] = {name: [] for each in self.found.snapshots for name in each.streams}
         for writer, seq in [*self.good, *self.damaged]:
             streams.setdefault(writer, []).append(seq)
@@ -184,6 +183,11 @@ class Look:
         for place, salvaged in sorted(made.items(), key=lambda item: item[0]):
             if place in self.damaged or place in empty:
                 self._settle(place, salvaged, self.damaged.get(place))
+
+    def _replaced(self, made: Iterable[Salvage]) -> Ranges:
+        """Shards that whole ones, and some that are made, replace."""
+        parts = [scan.header.replaces for scan in self.good.values() if scan.header is not None]
+        return Ranges(replaced for part in [*parts, *(each.replaces for each in made)] for replaced in part)
 
     def _salvage(self, place: Place, file: str, listed: dict[Place, Rows]) -> Salvage:
         return salvage(self._store, self.header, place, file, listed.get(place), self.counter)
@@ -282,15 +286,7 @@ class Look:
         Of a shard that loses records, those that it has replaced and that are still there count again.
         """
         losing = [each for each in self.made if len(each.lost) or each.unnamed]
-        others = Ranges(
-            replaced
-            for header in [
-                *(each.header for each in self.good.values()),
-                *(m.header for m in self.made if m not in losing),
-            ]
-            if header is not None
-            for replaced in header.replaces
-        )
+        others = self._replaced(each for each in self.made if each not in losing)
         for each in losing:
             mine = Ranges(each.replaces)
             back = {place for place in self.good if place in mine and place not in others}
@@ -319,10 +315,7 @@ class Look:
 
     def _remaining(self) -> Iterator[tuple[Array, Array]]:
         """Ids and steps of all records that are there afterwards and count."""
-        gone = Ranges(
-            [each for scan in self.good.values() if scan.header for each in scan.header.replaces]
-            + [each for made in self.made for each in made.replaces]
-        )
+        gone = self._replaced(self.made)
         moved = {move.to: move.name for move in self.plan.moves if move.to is not None}
         for place, scan in self.good.items():
             if place not in gone and scan.header is not None and scan.header.samples:
@@ -346,7 +339,7 @@ class Look:
             self.done.lines.append(f"{self._store.path(name)}: no snapshot names it; removed")
             self.plan.removed.append(name)
         is_sound = not (self.made or self.plan.moves or self.done.left)
-        self.problems = catalog_problems(self._store, self.header, self.found, self.good, is_sound=is_sound)
+        self.problems = catalog_problems(self._store, self.header, self.found, is_sound=is_sound)
         for name, problem in self.problems.items():
             how = "moved to quarantine, and the catalog made anew" if name in self.found.damaged else "made anew"
             self.done.lines.append(f"{problem}; {how}")

@@ -76,7 +76,7 @@ def verify(store: Store, *, decode: bool = False, jobs: int = 1) -> Verdict:
     problems += [problem for each in scans for problem in _problems(store, each, good, gone, notes)]
     problems += _missing(store, scans, found, gone)
     counted = {place: each for place, each in good.items() if place not in gone}
-    problems += catalog_problems(store, header, found, good, is_sound=not problems).values()
+    problems += catalog_problems(store, header, found, is_sound=not problems).values()
     notes += _notes(store, files, found, good, gone)
     whole = [each.header for each in counted.values() if each.header is not None]
     shards = [each for each in whole if not each.is_mark]
@@ -122,12 +122,10 @@ def _missing(store: Store, scans: Sequence[ShardScan], found: CatalogScan, gone:
                 yield f"{store.path(shard_name(writer, first))}: {which} missing"
 
 
-def catalog_problems(
-    store: Store, header: CacheHeader, found: CatalogScan, good: dict[Place, ShardScan], *, is_sound: bool
-) -> dict[str, str]:
+def catalog_problems(store: Store, header: CacheHeader, found: CatalogScan, *, is_sound: bool) -> dict[str, str]:
     """Damage of the catalog, and where it differs from the shards, by file.
 
-    good: whole shards. is_sound: these are all, so that each record may be compared.
+    is_sound: all shards are whole, so that each record may be compared.
     """
     problems, newest = dict(found.damaged), found.newest
     for snapshot in found.snapshots:
@@ -136,17 +134,10 @@ def catalog_problems(
                 if ref in found.gone:
                     what = f"a listing of snapshot {snapshot.number} is missing"
                     problems[ref.name] = f"{store.path(ref.name)}: {what}"
-    if newest is None or not is_sound:
-        return problems
-    listed = [
-        each
-        for place, each in good.items()
-        if (state := newest.streams.get(place[0])) is not None and place[1] < state.count
-    ]
-    gone, name = replaced_ranges(listed), snapshot_name(newest.number)
-    shards = sorted(each.place for each in listed if each.place and each.place not in gone)
-    if problem := disagreement(store, header, found, shards):
-        problems[name] = f"{store.path(name)}: {problem}"
+    if newest is not None and is_sound:
+        name, listings = snapshot_name(newest.number), [found.listings[ref] for ref in newest.listings]
+        if problem := disagreement(store, header, newest, listings):
+            problems[name] = f"{store.path(name)}: {problem}"
     return problems
 
 
