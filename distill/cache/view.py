@@ -311,7 +311,7 @@ def refreshed(view: View) -> View:
 
 
 def _has_newer(view: View) -> bool:
-    """Whether there may be a snapshot after the view's. A purge that removes the next one removes the view's own, too."""
+    """Whether there may be a snapshot after the view's. A purge of the next one takes the view's own, too."""
     store, past = view.store, view.past
     if past >= 0 and len(view.tail) < _LONG:
         return store.exists(snapshot_name(past + 1)) or not store.exists(snapshot_name(past))

@@ -84,9 +84,9 @@ class CacheWriter:
         bad = [name for name, number in (counts | {"first_step": first_step}).items() if number < 0]
         if bad or source not in SOURCES or not 0 <= flops_per_token < math.inf:
             raise CacheError(
-                f"source is {source!r}, shard_samples {shard_samples}, queue {queue}, index_every {index_every}, first_step "
-                f"{first_step}, flops_per_token {flops_per_token}; allowed are {', '.join(SOURCES)} and numbers from 1 (steps, "
-                "queue and operations from 0) on"
+                f"source is {source!r}, shard_samples {shard_samples}, queue {queue}, index_every {index_every}, "
+                f"first_step {first_step}, flops_per_token {flops_per_token}; allowed are {', '.join(SOURCES)}, and "
+                "numbers from 1 on (queue, step and operations: from 0)"
             )
         self.folder, self.writer = folder, writer
         self._store = open_store(folder)
@@ -262,7 +262,7 @@ class CacheWriter:
         return batch.select(keep_B, self.header.sample_tokens)
 
     def _check_published(self, batch: Pending, view: View, records: Records) -> None:
-        """CacheError where published targets of a sample are of other tokens, or by another teacher at the same step."""
+        """CacheError where published targets of a sample are of other tokens, or another teacher's of the same step."""
         at = f"cache {self.folder}: sample"
         for i in np.flatnonzero(records.there & (records.entries["digest"] != batch.digests_B)).tolist():
             raise CacheError(
@@ -273,8 +273,8 @@ class CacheWriter:
             teacher = view.names(int(records.tables[i])).origin(records.rows[i]).teacher
             if teacher != batch.teacher:
                 raise CacheError(
-                    f"{at} {batch.sample_ids_B[i]} has targets of step {batch.step} by teacher {teacher}, and these are "
-                    f"of teacher {batch.teacher}"
+                    f"{at} {batch.sample_ids_B[i]} has targets of step {batch.step} by teacher {teacher}, and these "
+                    f"are of teacher {batch.teacher}"
                 )
 
     def _ask(self, kind: str) -> None:

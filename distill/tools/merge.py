@@ -48,9 +48,9 @@ class Merge(NamedTuple):
 def merge(sources: Sequence[Store], target: Store, *, shard_bytes: int) -> Merge:
     """Copies every sample's newest record into `target`, which is made, with the first source's stream, if need be.
 
-    Label losses come along: of a teacher that the target lacks all that the source has seen, of others those of the copied
-    records. Of records of a sample the one with the greatest step counts: the target's, then the first source's where steps are
-    the same. A second merge finds nothing to do, and one that was stopped goes on where it was.
+    Label losses come along: of a teacher that the target lacks all that the source has seen, of others those of the
+    copied records. Of records of a sample the one with the greatest step counts: the target's, then the first source's
+    where steps are the same. A second merge finds nothing to do, and one that was stopped goes on where it was.
 
     Raises:
         CacheError: headers that differ (names every field), damage, another tool at work on the target, or too little
