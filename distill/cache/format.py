@@ -27,7 +27,7 @@ TOOLS = ("compact", "index", "merge", "repair", "tools")
 _GROUP = 1000
 """Shards of a folder, so that no folder is large."""
 _SHARD_NAME = re.compile(rf"{SHARDS}/([A-Za-z0-9_][A-Za-z0-9_-]*)/(\d{{6,}})/(\d{{9,}})\.safetensors")
-_SNAPSHOT = re.compile(r"(\d{9,})\.json")
+_SNAPSHOT = re.compile(r"([0-9]{9,18})\.json")
 
 
 def ranks_name(digest: str) -> str:

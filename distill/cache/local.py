@@ -88,6 +88,12 @@ class LocalStore(Store):
         with reported(self.folder / name):
             return (self.folder / name).is_dir()
 
+    def is_alias(self, name: str) -> bool:
+        path = self.folder / name
+        with reported(path):
+            root = os.path.realpath(self.root)
+            return path.is_symlink() and os.path.realpath(path).startswith(f"{root}/")
+
     def publish(self, name: str, data: bytes) -> None:
         path = self.folder / name
         # One name for every process, so that what a kill left is recognized and written over.

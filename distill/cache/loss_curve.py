@@ -6,7 +6,7 @@ so that no label poisons a mean, and counted in whole units of 2**-20 nats, so t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -109,6 +109,10 @@ class LossSums:
         for part in less:
             sums.update(part, -1)
         return sums
+
+    def without(self, teachers: Collection[tuple[str, str]]) -> LossSums:
+        """The sums of all but these teachers and sources."""
+        return LossSums.of(row for row in self.json() if (row[0], row[1]) not in teachers)
 
     def teachers(self) -> list[tuple[str, str]]:
         """Teacher and source, each once."""

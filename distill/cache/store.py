@@ -79,6 +79,10 @@ class Store(ABC):
         """Whether it is a folder, not a file."""
         return bool(self.names(name))
 
+    def is_alias(self, name: str) -> bool:
+        """Whether it is a link to what is in this store under another name."""
+        return False
+
     def make_folders(self, *names: str) -> None:  # noqa: B027 (object stores have no folders)
         """Makes folders, where a file needs one to lie in."""
 

@@ -39,7 +39,7 @@ class Tail(NamedTuple):
 
 def writers_of(store: Store) -> list[str]:
     """Names that have a stream, those of tools included."""
-    return [name for name in store.names(SHARDS) if _WRITER.fullmatch(name)]
+    return [name for name in store.names(SHARDS) if _WRITER.fullmatch(name) and not store.is_alias(f"{SHARDS}/{name}")]
 
 
 def is_written(folder: str | Path) -> bool:

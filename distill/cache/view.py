@@ -305,14 +305,17 @@ def refreshed(view: View) -> View:
         if (fresh := open_view(store, header)).snapshot.number > view.past:
             return fresh
         raise
+    if tail.replaced:  # by shards of a tool, which a view without a snapshot follows
+        return open_view(store, header)
     return view if tail.states == view.streams else _with_tail(view, tail)
 
 
 def _has_newer(view: View) -> bool:
-    """Whether there may be a snapshot after the view's: mostly by asking for one name, since purges leave gaps."""
-    if view.store.exists(snapshot_name(view.past + 1)):
-        return True
-    return len(view.tail) >= _LONG and max(snapshot_numbers(view.store), default=-1) > view.past
+    """Whether there may be a snapshot after the view's. A purge of the next one takes the view's own, too."""
+    store, past = view.store, view.past
+    if past >= 0 and len(view.tail) < _LONG:
+        return store.exists(snapshot_name(past + 1)) or not store.exists(snapshot_name(past))
+    return max(snapshot_numbers(store), default=-1) > past
 
 
 def _candidates(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from pathlib import Path
 from queue import Full, Queue
@@ -18,7 +19,7 @@ from distill.cache.format import check_writer, writer_lock
 from distill.cache.header import CacheHeader
 from distill.cache.loss_curve import LossSums
 from distill.cache.open_store import open_store
-from distill.cache.origins import Origin
+from distill.cache.origins import SOURCES, Origin
 from distill.cache.pending import Pending
 from distill.cache.publish import create, publish_mark, publish_shard, remove_leftovers
 from distill.cache.put_check import PutCheck
@@ -27,7 +28,7 @@ from distill.cache.shard import Array, Columns
 from distill.cache.snapshot import StreamState, newest_snapshot
 from distill.cache.tail import next_seq
 from distill.cache.targets import Atoms
-from distill.cache.view import View, find_in_view, open_view
+from distill.cache.view import Records, View, find_in_view, open_view, refreshed
 from distill.config.errors import CacheError
 from distill.config.schema import OnFull
 
@@ -79,6 +80,14 @@ class CacheWriter:
             CacheError: another cache is there, another process has this name, a damaged stream, or no permission.
         """
         check_writer(writer)
+        counts = {"shard_samples": shard_samples - 1, "queue": queue, "index_every": index_every - 1}
+        bad = [name for name, number in (counts | {"first_step": first_step}).items() if number < 0]
+        if bad or source not in SOURCES or not 0 <= flops_per_token < math.inf:
+            raise CacheError(
+                f"source is {source!r}, shard_samples {shard_samples}, queue {queue}, index_every {index_every}, "
+                f"first_step {first_step}, flops_per_token {flops_per_token}; allowed are {', '.join(SOURCES)}, and "
+                "numbers from 1 on (queue, step and operations: from 0)"
+            )
         self.folder, self.writer = folder, writer
         self._store = open_store(folder)
         self.header = create(self._store, header, counts_V)
@@ -90,6 +99,7 @@ class CacheWriter:
         self._rank_of_id = invert(load_ranks(self._store, self.header))
         self._index_every = index_every
         self._done: View | None = None
+        self._done_to, self._last = -1, (-1, "")
         with contextlib.ExitStack() as stack:
             is_alone = stack.enter_context(self._store.lock(writer_lock(writer), f"the writer's name {writer!r}"))
             listed = newest_snapshot(self._store, self._identity).streams
@@ -238,20 +248,34 @@ class CacheWriter:
         A run that goes on from a checkpoint does some steps again.
         """
         keep_B = self._check.last_of_each(batch)
-        if self._done is None:
-            self._done = open_view(self._store, self.header)
-        if batch.step <= max((state.step for state in self._done.streams.values()), default=-1):
+        step, teacher = self._last
+        if self._done is None or batch.step < step or batch.teacher != teacher:
+            # What this writer itself has published counts, too, where its caller goes back.
+            self._done = open_view(self._store, self.header) if self._done is None else refreshed(self._done)
+            self._done_to = max((origin.last_step for origin in self._done.summary), default=-1)
+        self._last = batch.step, batch.teacher
+        if batch.step <= self._done_to:
             self._done, records = find_in_view(self._done, batch.sample_ids_B)
-            for i in np.flatnonzero(records.there & (records.steps == batch.step)).tolist():
-                teacher = self._done.names(int(records.tables[i])).origin(records.rows[i]).teacher
-                if teacher != batch.teacher:
-                    raise CacheError(
-                        f"cache {self.folder}: sample {batch.sample_ids_B[i]} has targets of step {batch.step} by "
-                        f"teacher {teacher}, and these are of teacher {batch.teacher}"
-                    )
+            self._check_published(batch, self._done, records)
             keep_B &= records.steps < batch.step
         self._passed += int((~keep_B).sum())
         return batch.select(keep_B, self.header.sample_tokens)
+
+    def _check_published(self, batch: Pending, view: View, records: Records) -> None:
+        """CacheError where published targets of a sample are of other tokens, or another teacher's of the same step."""
+        at = f"cache {self.folder}: sample"
+        for i in np.flatnonzero(records.there & (records.entries["digest"] != batch.digests_B)).tolist():
+            raise CacheError(
+                f"{at} {batch.sample_ids_B[i]} has digest {records.entries['digest'][i]:016x} in the cache, and "
+                f"{batch.digests_B[i]:016x} here: the tokens are not the same"
+            )
+        for i in np.flatnonzero(records.there & (records.steps == batch.step)).tolist():
+            teacher = view.names(int(records.tables[i])).origin(records.rows[i]).teacher
+            if teacher != batch.teacher:
+                raise CacheError(
+                    f"{at} {batch.sample_ids_B[i]} has targets of step {batch.step} by teacher {teacher}, and these "
+                    f"are of teacher {batch.teacher}"
+                )
 
     def _ask(self, kind: str) -> None:
         """Waits until the thread has handled all that was put before, and this request."""

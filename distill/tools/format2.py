@@ -28,7 +28,7 @@ from distill.config.errors import CacheError
 from distill.config.schema import CodecConfig
 from distill.config.terminal import advancing
 from distill.tools import common
-from distill.tools.merge import bins, lacking, open_target
+from distill.tools.merge import losses_of, open_target
 from distill.tools.repack import NOTHING, Packer, part_of
 from distill.tools.token_counter import TokenCounter
 
@@ -159,7 +159,8 @@ def _copy(
     store: Store, header: CacheHeader, rows: Sequence[dict[str, Any]], places: list[Array], there: View, packer: Packer
 ) -> int:
     """Publishes the records that count and that `there` lacks, by the teacher's steps; returns how many."""
-    decoder, copied, rest = TokenCounter(store, header), 0, LossSums()
+    decoder, copied, seen = TokenCounter(store, header), 0, LossSums()
+    known = set(there.losses.teachers())
     with advancing("convert", sum(row["bytes"] for row in rows)) as advance:
         for number, row in sorted(enumerate(rows), key=lambda each: min(o.first_step for o in each[1]["origins"])):
             with _refused(store):
@@ -171,12 +172,11 @@ def _copy(
             if len(keep):
                 kept, sums = columns.take(keep), np.bincount(columns.origins[keep], tokens[keep]).astype(int).tolist()
                 part = part_of(kept, [records[i] for i in keep], row["origins"], sums)
-                packer.add(part._replace(losses=losses))
-            else:
-                rest.update(losses)
+                packer.add(part._replace(losses=losses_of(part, known, decoder.decode)))
+            seen.update(losses)
             copied += len(keep)
             advance(row["bytes"])
-        packer.add(NOTHING._replace(losses=lacking(rest, bins(there.losses))))
+        packer.add(NOTHING._replace(losses=seen.without(known)))
         packer.flush()
     return copied
 

@@ -1,8 +1,10 @@
 """Several caches of one corpus, tokenizer, codec and seed into one."""
 
+from __future__ import annotations
+
 import argparse
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -20,7 +22,11 @@ from distill.config.paths import home
 from distill.config.terminal import advancing
 from distill.config.units import file_size, grouped
 from distill.tools import common
-from distill.tools.repack import NOTHING, Packer, copies, shards_of
+from distill.tools.repack import NOTHING, Packer, Portion, copies, shards_of
+from distill.tools.token_counter import TokenCounter
+
+if TYPE_CHECKING:
+    from distill.cache.record import Decoded, Raw
 
 SAME = ("vocab_size", "tokenizer", "corpus", "sample_tokens", "samples", "codec", "seed", "ranks")
 """What caches must have in common; the teachers' streams may differ."""
@@ -42,8 +48,9 @@ class Merge(NamedTuple):
 def merge(sources: Sequence[Store], target: Store, *, shard_bytes: int) -> Merge:
     """Copies every sample's newest record into `target`, which is made, with the first source's stream, if need be.
 
-    Of records of a sample the one with the greatest step counts: the target's, then the first source's where steps are
-    the same. A second merge finds nothing to do, and one that was stopped goes on where it was.
+    Label losses come along: of a teacher that the target lacks all that the source has seen, of others those of the
+    copied records. Of records of a sample the one with the greatest step counts: the target's, then the first source's
+    where steps are the same. A second merge finds nothing to do, and one that was stopped goes on where it was.
 
     Raises:
         CacheError: headers that differ (names every field), damage, another tool at work on the target, or too little
@@ -61,16 +68,16 @@ def merge(sources: Sequence[Store], target: Store, *, shard_bytes: int) -> Merge
         plans = [shards_of(view, wins) for view, wins in zip(views, rules, strict=True)]
         common.check_room(target, sum(plan.room(there) for plan in plans), "the merge")
         packer = Packer(target, header, "merge", shard_bytes)
-        known = bins(there.losses)
+        known = set(there.losses.teachers())
         with advancing("merge", sum(int(plan.sizes.sum()) for plan in plans)) as advance:
             for view, wins, plan in zip(views, rules, plans, strict=True):
-                rest = LossSums.total([view.losses])
-                for part, shard in copies(view, plan.take(np.flatnonzero(plan.kept)), wins):
-                    packer.add(part._replace(losses=shard.losses))
-                    rest.update(shard.losses, -1)
+                decode = TokenCounter(view.store, view.header).decode
+                for part, _ in copies(view, plan.take(np.flatnonzero(plan.kept)), wins):
+                    packer.add(part._replace(losses=losses_of(part, known, decode)))
                     advance(part.size)
-                packer.add(NOTHING._replace(losses=lacking(rest, known)))
-                known |= bins(view.losses)
+                # Last, so that a merge that was stopped has none of it, and the next one all.
+                packer.add(NOTHING._replace(losses=view.losses.without(known)))
+                known.update(view.losses.teachers())
             packer.flush()
         cataloging.update(target, header, is_merging=True)
     copied, covered = sum(int(plan.kept.sum()) for plan in plans), sum(view.covered for view in views)
@@ -93,18 +100,19 @@ class _Wins:
         return wins
 
 
-Bins = set[tuple[str, str, int]]
-"""Teacher, source and number of bins of loss sums."""
+def losses_of(part: Portion, teachers: Collection[tuple[str, str]], decode: Callable[[list[Raw]], Decoded]) -> LossSums:
+    """Label losses of the records whose (teacher, source) are among these, as the records have them, within a byte."""
+    from distill.cache.record import Raw
 
-
-def bins(sums: LossSums) -> Bins:
-    """Those that have tokens."""
-    return {(teacher, source, number) for teacher, source, number, _ in sums.rows()}
-
-
-def lacking(sums: LossSums, known: Bins) -> LossSums:
-    """The sums of bins that are not known."""
-    return LossSums.of([row for row in sums.json() if tuple(row[:3]) not in known and row[3] > 0 and row[4] >= 0])
+    sums = LossSums()
+    for number, origin in enumerate(part.origins):
+        if (origin.teacher, origin.source) in teachers:
+            for i in np.flatnonzero(part.columns.origins == number).tolist():
+                decoded = decode([Raw(part.records[i], int(part.columns.atoms[i]))])
+                losses_N = -decoded.label_logprob_T[decoded.valid_T].numpy()
+                steps_N = np.full(len(losses_N), part.columns.steps[i])
+                sums.add_tokens(origin.teacher, origin.source, steps_N, losses_N)
+    return sums
 
 
 def _common(header: CacheHeader) -> dict[str, object]:

@@ -12,6 +12,9 @@ import argparse
 import contextlib
 import dataclasses
 import re
+import sys
+from collections.abc import Callable
+from functools import partial
 from itertools import count
 
 from distill.cache import cataloging
@@ -117,10 +120,11 @@ def _write_report(store: Store, done: Repair) -> str:
 # ---------------------------------------------------------------- the command
 
 
-def repair(store: Store, *, dry_run: bool = False) -> Repair:
+def repair(store: Store, *, dry_run: bool = False, report: Callable[[Repair], None] = lambda done: None) -> Repair:
     """Repairs one cache; `verify` finds no damage afterwards.
 
-    Streams of writers that are alive are left alone. dry_run: nothing is written, not even a lock.
+    Streams of writers that are alive are left alone. dry_run: nothing is written, not even a lock. report: is given the
+    result; where it does not return, as in a process that is killed, the next repair has the same to report.
 
     Raises:
         CacheError: the header or the table of ranks is damaged (they cannot be made again from the rest), another tool
@@ -142,10 +146,11 @@ def repair(store: Store, *, dry_run: bool = False) -> Repair:
             _carry_out(store, look)
             if is_renewing:
                 _renew_catalog(store, look)
-            for each in _reports(store):
-                if each.endswith(_UNFINISHED):
-                    store.move(f"{QUARANTINE}/{each}", f"{QUARANTINE}/{each.removesuffix(_UNFINISHED)}")
             look.done.report = store.path(name.removesuffix(_UNFINISHED))
+        report(look.done)
+        for each in _reports(store) if not dry_run else ():
+            if each.endswith(_UNFINISHED):
+                store.move(f"{QUARANTINE}/{each}", f"{QUARANTINE}/{each.removesuffix(_UNFINISHED)}")
     return look.done
 
 
@@ -172,19 +177,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     has_lost = False
     for store in caches(args.dir):
-        done = repair(store, dry_run=args.dry_run)
-        for line in done.lines:
-            print(line)
-        outcome = ("would be " if args.dry_run else "") + "repaired" if done.lines else "whole, nothing to do"
-        print(f"{store.root}: {outcome}" + (f"; {done.saved} records saved" if done.saved else ""))
-        if done.lost:
-            older = sorted(set(done.lost) - set(done.uncovered))
-            print(f"  lost: newest records of {len(done.lost)} samples: {ranges(done.lost)}")
-            if older:
-                print(f"  of these an older record is left: {ranges(older)}")
-        if done.unnamed:
-            print(f"  lost: records of {done.unnamed} shards, of samples that are not known")
-        if done.report:
-            print(f"  the report is {done.report}")
+        done = repair(store, dry_run=args.dry_run, report=partial(_print, store.root, args.dry_run))
         has_lost |= bool(done.lost or done.unnamed or done.left)
     return int(has_lost)
+
+
+def _print(folder: str, dry_run: bool, done: Repair) -> None:
+    for line in done.lines:
+        print(line)
+    outcome = ("would be " if dry_run else "") + "repaired" if done.lines else "whole, nothing to do"
+    print(f"{folder}: {outcome}" + (f"; {done.saved} records saved" if done.saved else ""))
+    if done.lost:
+        older = sorted(set(done.lost) - set(done.uncovered))
+        print(f"  lost: newest records of {len(done.lost)} samples: {ranges(done.lost)}")
+        if older:
+            print(f"  of these an older record is left: {ranges(older)}")
+    if done.unnamed:
+        print(f"  lost: records of {done.unnamed} shards, of samples that are not known")
+    if done.report:
+        print(f"  the report is {done.report}")
+    sys.stdout.flush()

@@ -53,7 +53,9 @@ def shard_files(store: Store, root: str = SHARDS) -> ShardFiles:
     def walk(folder: str, depth: int) -> None:
         for name in store.names(folder):
             path = f"{folder}/{name}"
-            if shard_of(path) is not None:
+            if store.is_alias(path):  # what it is an alias of has a name of its own
+                found.others.append(path)
+            elif shard_of(path) is not None:
                 found.files.append(path)
             elif store.is_folder(path):
                 if (depth == 0 and _WRITER.fullmatch(name)) or (depth == 1 and name.isdecimal()):
