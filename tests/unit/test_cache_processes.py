@@ -11,6 +11,7 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 
 from distill.cache import CacheReader, CacheWriter, cataloging
 from distill.cache.format import writer_lock
@@ -155,6 +156,7 @@ def test_a_writers_lock_ends_with_close_though_a_child_of_a_fork_lives(tmp_path)
 
 def die_with_a_child(folder, queue):
     """Opens a writer, forks a child that lives on, and is killed."""
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
     writer = CacheWriter(folder, header(), writer="w")
     put(writer, [1])
     writer.flush()
@@ -181,6 +183,7 @@ def test_a_writers_lock_ends_with_its_process_though_a_child_of_a_fork_lives(tmp
 
 def use(writer, queue):
     """What a child of a fork gets from the writer of its parent."""
+    torch.set_num_threads(1)
     for call in (lambda: put(writer, [5]), writer.flush, writer.close):
         try:
             call()
