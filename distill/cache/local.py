@@ -92,7 +92,7 @@ class LocalStore(Store):
         path = self.folder / name
         with reported(path):
             root = os.path.realpath(self.root)
-            return path.is_symlink() and os.path.realpath(path).startswith(f"{root}/")
+            return path.is_symlink() and path.exists() and os.path.realpath(path).startswith(f"{root}/")
 
     def publish(self, name: str, data: bytes) -> None:
         path = self.folder / name

@@ -80,7 +80,7 @@ class Store(ABC):
         return bool(self.names(name))
 
     def is_alias(self, name: str) -> bool:
-        """Whether it is a link to what is in this store under another name."""
+        """Whether it is a link to what is there in this store under another name."""
         return False
 
     def make_folders(self, *names: str) -> None:  # noqa: B027 (object stores have no folders)
