@@ -44,8 +44,8 @@ lint: setup ## ruff, mypy, import contracts
 bench: setup ## Measurements of tests/bench into runs/bench (ONLY=name for one; codec takes SEED= and ROWS=)
 	$(BIN)/python -m tests.bench $(ONLY)
 
-crash: setup ## Kill writers, flip bits; fails unless nothing is lost or unnoticed (KILLS=200 FLIPS=10000 SEED=0)
-	$(BIN)/python -m tests.crash $(if $(KILLS),--kills $(KILLS)) $(if $(FLIPS),--flips $(FLIPS)) $(if $(SEED),--seed $(SEED))
+crash: setup ## Kill writers, flip bits; fails unless nothing is lost or unnoticed (ONLY=cache KILLS=200 FLIPS=10000 SECONDS=60 SEED=0)
+	$(BIN)/python -m tests.crash $(if $(ONLY),--only $(ONLY)) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(KILLS),--kills $(KILLS)) $(if $(FLIPS),--flips $(FLIPS)) $(if $(SEED),--seed $(SEED))
 
 coordcheck: setup ## Does a step of training change all outputs alike at every width? Slopes and a chart
 	$(BIN)/python -m tests.bench coordcheck

@@ -2,7 +2,7 @@
 
 import os
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 # PyTorch reads it at its first large allocation: huge pages for tensors on the CPU. The experts' gradients are fresh
 # memory in every step, and in small pages the system takes longer to hand them out than some layers to compute.

@@ -143,6 +143,8 @@ class Capture:
     def metrics(self) -> dict[str, float]:
         stats = [writer.stats for writer in self.writers]
         metrics = {"skipped_samples": float(sum(s.skipped for s in stats))}
+        if passed := sum(s.passed for s in stats):
+            metrics["passed_samples"] = float(passed)
         if self.puts:
             metrics["capture_seconds"] = self.seconds / self.puts
         tokens = sum(s.tokens for s in stats)

@@ -13,36 +13,72 @@ from typing import Any
 
 import xxhash
 
-from tests.format_reader import sealed
+from tests.format_reader import ENTRY, FENCE, INDEX, ROW, sealed
+
+WIDTHS = {name: int(kind[2]) for name, kind in INDEX.items()}
+
+
+@dataclass(repr=False)
+class ListingParts:
+    """A listing, in pieces; `ref` is what the snapshot says of it."""
+
+    ref: Any
+    entries: bytes
+    rows: bytes
+    footer: Any
+
+    def write(self, folder: Path, identity: str) -> None:
+        entries = [self.entries[i : i + 256 * ENTRY.size] for i in range(0, len(self.entries), 256 * ENTRY.size)]
+        fences = [FENCE.pack(ENTRY.unpack_from(e.ljust(ENTRY.size, b"\0"))[0], number(e)) for e in entries]
+        tops = [b"".join(fences[i : i + 1024]) for i in range(0, len(fences), 1024)]
+        rows = [self.rows[i : i + 256 * ROW.size] for i in range(0, len(self.rows), 256 * ROW.size)]
+        footer = {
+            "fences": [[FENCE.unpack_from(e)[0], digest(e)] for e in tops],
+            "origin_blocks": [digest(e) for e in rows],
+            "cache": identity,
+        }
+        kept = {key: value for key, value in footer.items() if key in self.footer and self.footer[key] == "made"}
+        end = seal({**self.footer, **kept}) if isinstance(self.footer, dict) else seal(self.footer)
+        data = b"".join([*entries, *fences, *rows])
+        (folder / self.ref["name"]).write_bytes(data + end)
+        self.ref |= {"footer_at": len(data), "bytes": len(data + end), "digest": digest(end)}
 
 
 @dataclass(repr=False)
 class CacheParts:
-    """A cache of one ledger, in pieces to be changed before `write` puts digests on them."""
+    """A cache of one stream, in pieces to be changed before `write` puts digests on them."""
 
     header: Any
     ranks: bytes
-    rows: list[Any]
-    shards: list[tuple[Any, bytes]]
-    """Of each row that has one: the safetensors header, and what follows it."""
+    shards: list[tuple[str, Any, bytes]]
+    """Of each: the file, the sealed header, and what follows the front."""
+    snapshot: Any
+    listing: ListingParts
+    has_catalog: bool = True
     keep_digests: bool = False
-    """Leave the digests and sizes in rows as they are."""
+    """Leave the digests of indexes as they are."""
 
     @classmethod
     def of(cls, folder: Path) -> CacheParts:
         header = sealed((folder / "cache.json").read_bytes())
         (ranks,) = folder.glob("ranks*.safetensors")
-        (ledger,) = (folder / "ledger").glob("*.jsonl")
-        rows = [sealed(line) for line in ledger.read_bytes().splitlines(keepends=True)]
         shards = []
-        for row in rows:
-            if row["kind"] == "shard":
-                data = (folder / "shards" / row["shard"]).read_bytes()
-                (front,) = struct.unpack("<Q", data[:8])
-                shards.append((json.loads(data[8 : 8 + front]), data[8 + front :]))
-        for record in (header, *rows):
+        for path in sorted(folder.glob("shards/*/*/*.safetensors")):
+            data = path.read_bytes()
+            size = 8 + int.from_bytes(data[:8], "little")
+            shard = sealed(json.loads(data[8:size])["__metadata__"]["shard"].encode())
+            shards.append((str(path.relative_to(folder)), shard, data[size:]))
+        (path,) = folder.glob("catalog/*.json")
+        snapshot = sealed(path.read_bytes())
+        (ref,) = snapshot["listings"]
+        data = (folder / ref["name"]).read_bytes()
+        footer = sealed(data[ref["footer_at"] :])
+        rows_at = ref["footer_at"] - footer["origins"] * ROW.size
+        entries, rows = data[: footer["entries"] * ENTRY.size], data[rows_at : ref["footer_at"]]
+        for record in (header, snapshot, footer, *(shard for _, shard, _ in shards)):
             del record["digest"]
-        return cls(header, ranks.read_bytes(), rows, shards)
+        footer |= dict.fromkeys(("fences", "origin_blocks", "cache"), "made")
+        return cls(header, ranks.read_bytes(), shards, snapshot, ListingParts(ref, entries, rows, footer))
 
     def copy(self) -> CacheParts:
         return copy.deepcopy(self)
@@ -50,34 +86,49 @@ class CacheParts:
     def write(self, folder: Path, checks: bool = True) -> None:
         """The cache; checks: of records are made anew too, where the columns allow it."""
         shutil.rmtree(folder, ignore_errors=True)
-        (folder / "shards").mkdir(parents=True)
-        (folder / "ledger").mkdir()
+        for name in ("shards", "catalog", "locks"):
+            (folder / name).mkdir(parents=True)
         (folder / f"ranks-{digest(self.ranks)}.safetensors").write_bytes(self.ranks)
         data = seal(self.header, indent=1)
         (folder / "cache.json").write_bytes(data)
-        identity, shards, lines = digest(data), iter(self.shards), []
-        for row in self.rows:
-            row = dict(row) if isinstance(row, dict) else row
-            if isinstance(row, dict) and "cache" in row:
-                row["cache"] = identity
-            if isinstance(row, dict) and row.get("kind") == "shard":
-                try:
-                    front, body = next(shards)
-                except StopIteration:
-                    front, body = {}, b""
-                text = json.dumps(front).encode()
-                if checks:
-                    body = _checked(front, body)
-                file = struct.pack("<Q", len(text)) + text + body
-                if not self.keep_digests:
-                    sizes = {"bytes": len(file), "file_digest": digest(file)}
-                    sizes["index_bytes"] = len(file) - _payload(front, body)
-                    sizes["index_digest"] = digest(file[: sizes["index_bytes"]])
-                    row |= {key: value for key, value in sizes.items() if key in row}
-                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a name that no file has
-                    (folder / "shards" / row["shard"]).write_bytes(file)
-            lines.append(seal(row))
-        (folder / "ledger" / "w.jsonl").write_bytes(b"".join(lines))
+        identity = digest(data)
+        for name, record, body in self.shards:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(self._shard(record, body, identity, checks))
+        if not self.has_catalog:
+            return
+        snapshot = copy.deepcopy(self.snapshot)
+        with contextlib.suppress(TypeError, KeyError, AttributeError):
+            snapshot["cache"] = identity
+            self.listing.write(folder, identity)
+            if snapshot["listings"] == self.snapshot["listings"] and len(snapshot["listings"]) == 1:
+                snapshot["listings"] = [snapshot["listings"][0] | self.listing.ref]
+        (folder / "catalog" / "000000000.json").write_bytes(seal(snapshot, indent=1))
+
+    def _shard(self, record: Any, body: bytes, identity: str, checks: bool) -> bytes:
+        """A file whose digests verify, laid out as a writer does where the numbers in its header allow that."""
+        outer: dict[str, Any] = {}
+        with contextlib.suppress(TypeError, KeyError, AttributeError, OverflowError, MemoryError):
+            record = dict(record) | {"cache": identity}
+            n, at = record["samples"], 0
+            if checks:
+                body = _checked(body, n)
+            if not self.keep_digests:
+                record["index"] = digest(body[: n * sum(WIDTHS.values())])
+            outer = {"__metadata__": {"shard": seal(record).decode()}}
+            for name, width in WIDTHS.items():
+                kind = {"i": "I", "u": "U"}[INDEX[name][1]] + str(8 * width)
+                outer[name] = {"dtype": kind, "shape": [n], "data_offsets": [at, at + n * width]}
+                at += n * width
+            size = record["records"]
+            outer["records"] = {"dtype": "U8", "shape": [size], "data_offsets": [at, at + size]}
+        text = json.dumps(outer, separators=(",", ":")).encode()
+        text = text.ljust(-(-len(text) // 8) * 8)
+        return struct.pack("<Q", len(text)) + text + body
+
+
+def number(data: bytes) -> int:
+    return xxhash.xxh3_64_intdigest(data)
 
 
 def digest(data: bytes) -> str:
@@ -90,33 +141,33 @@ def seal(record: Any, indent: int | None = None) -> bytes:
     return body + f'"digest": "{digest(body)}"}}\n'.encode()
 
 
-def _payload(front: Any, body: bytes) -> int:
-    """Bytes of what comes after the index."""
-    try:
-        return max(len(body) - int(front["records"]["data_offsets"][0]), 0)
-    except (KeyError, TypeError, IndexError, ValueError, OverflowError):
-        return 0
+def spans(n: int) -> dict[str, tuple[int, int]]:
+    """Where the columns of n samples, and after them the records, begin and end."""
+    found, at = {}, 0
+    for name, width in WIDTHS.items():
+        found[name] = (at, at + n * width)
+        at += n * width
+    return found
 
 
-def _checked(front: Any, body: bytes) -> bytes:
+def _checked(body: bytes, n: int) -> bytes:
     """`body` with the column `checks` that its records ask for."""
     try:
-        spans = {name: front[name]["data_offsets"] for name in ("checks", "ends", "sample_ids", "digests", "records")}
-        columns = {name: body[start:end] for name, (start, end) in spans.items()}
-        count = len(columns["ends"]) // 4
-        ends = [0, *struct.unpack(f"<{count}I", columns["ends"])]
+        columns = {name: body[start:end] for name, (start, end) in spans(n).items()}
+        records = body[n * sum(WIDTHS.values()) :]
+        ends = [0, *struct.unpack(f"<{n}I", columns["ends"])]
         checks = b"".join(
             struct.pack(
                 "<Q",
-                xxhash.xxh3_64_intdigest(
-                    columns["records"][ends[i] : ends[i + 1]]
+                number(
+                    records[ends[i] : ends[i + 1]]
                     + columns["sample_ids"][8 * i : 8 * i + 8]
                     + columns["digests"][8 * i : 8 * i + 8]
                 ),
             )
-            for i in range(count)
+            for i in range(n)
         )
-        start = spans["checks"][0]
+        start = spans(n)["checks"][0]
         return body[:start] + checks + body[start + len(checks) :]
-    except (KeyError, TypeError, ValueError, struct.error):
+    except (KeyError, TypeError, ValueError, OverflowError, MemoryError, struct.error):
         return body

@@ -1,6 +1,6 @@
 """The cache of soft targets: its format on disk, readers and writers. docs/python.md shows its use.
 
-Names are loaded on first use, so that `CacheHeader` and the ledger start without torch.
+Names are loaded on first use, so that `CacheHeader` and what reads headers start without torch.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distill.cache.codecs import Codec, Selection, make_codec
     from distill.cache.header import CacheHeader, is_created
-    from distill.cache.ledger import is_written
     from distill.cache.reader import CacheReader, ReadResult
+    from distill.cache.tail import is_written
     from distill.cache.targets import Atoms, SoftTargets
     from distill.cache.tokens import token_digests
     from distill.cache.writer import CacheWriter
@@ -33,7 +33,7 @@ _HOMES = {
     "Selection": "codecs",
     "SoftTargets": "targets",
     "is_created": "header",
-    "is_written": "ledger",
+    "is_written": "tail",
     "make_codec": "codecs",
     "token_digests": "tokens",
 }

@@ -18,9 +18,7 @@ _NAMES = {
 def lines(here: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
     """A sentence for each difference between a cache's header and a run."""
     for key, a, b in values.differences(here, wanted):
-        if key == "stream.writers":
-            yield f"its teacher ran on {_ranks(a)}, this run is on {_ranks(b)}: start with {_ranks(a)}"
-        elif key == "stream":
+        if key == "stream":
             which = "records the stream of a teacher in training" if a else "records no teacher's stream"
             yield f"it {which}, this run {'trains one' if b else 'trains none'}: choose another cache"
         else:
@@ -34,7 +32,3 @@ def shown(key: str, value: Any) -> str:
     if key == "stream.corpora" and value:
         return ", ".join(f"{name} ({samples} samples, weight {weight})" for name, samples, weight in value)
     return values.shown(value, quoted=True)
-
-
-def _ranks(count: Any) -> str:
-    return "1 rank" if count == 1 else f"{'an unknown number of' if count is None else count} ranks"

@@ -21,12 +21,9 @@ U = TypeVar("U")
 
 REQUESTS = 32
 """Requests at one time."""
-SHORT = 1 << 16
-"""Bytes of a small file, which are requested without a request for its size."""
 
 
 class FarStore(Store):
-    grows = False
     slow = True
 
     def __init__(self, url: str):
@@ -62,9 +59,6 @@ class FarStore(Store):
             data: bytes = self._fs.cat_file(self._at(name))
         return data
 
-    def read_many(self, names: list[str]) -> list[bytes]:
-        return self.map(self._read_short, names)
-
     def read_at(self, name: str, start: int, size: int) -> bytes:
         return self._range(name, start, start + size) if size else b""
 
@@ -83,6 +77,19 @@ class FarStore(Store):
     def publish(self, name: str, data: bytes) -> None:
         with self._reported(name):
             self._fs.pipe_file(self._at(name), data)
+
+    def publish_parts(self, name: str, parts: Iterable[bytes]) -> int:
+        size = 0
+        with self._reported(name), self._fs.open(self._at(name), "wb") as file:
+            for part in parts:
+                file.write(part)
+                size += len(part)
+        return size
+
+    def move(self, name: str, to: str) -> None:
+        with self._reported(name):
+            self._fs.copy(self._at(name), self._at(to))
+            self._fs.rm_file(self._at(name))
 
     def create(self, name: str, data: bytes) -> bool:
         """As `Store.create`, but also True where the same bytes are there: a put whose answer was lost is sent twice.
@@ -117,15 +124,6 @@ class FarStore(Store):
         with self._reported(name):
             data: bytes = self._fs.cat_file(self._at(name), start=start, end=end)
         return data
-
-    def _read_short(self, name: str) -> bytes:
-        try:
-            data = self._range(name, 0, SHORT)
-        except CacheError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
-                raise
-            return self.read(name)  # of an empty file there is no range
-        return data if len(data) < SHORT else self.read(name)
 
     def _create(self, path: str, data: bytes) -> None:
         try:

@@ -14,7 +14,7 @@ from distill.cache.fields import checked
 from distill.cache.format import FORMAT, HEADER, MAX_SAMPLE_TOKENS, MAX_VOCAB
 from distill.cache.open_store import open_store
 from distill.cache.seal import digest, seal, unseal
-from distill.cache.store import Store
+from distill.cache.store import Store, is_missing
 from distill.config.errors import CacheError
 from distill.config.registry import CODECS
 from distill.config.schema import CodecConfig
@@ -26,6 +26,10 @@ def _codec_json(config: CodecConfig) -> dict[str, Any]:
     if problem := CODECS.problem("codec.name", config.name):
         raise CacheError(problem)
     return {"name": config.name} | {name: getattr(config, name) for name in CODECS[config.name].parameters}
+
+
+class NotReadableHere(CacheError):
+    """A cache that may be whole: its format version is another one, or its codec is not registered."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,13 @@ class CacheHeader:
     stream: dict[str, Any] = field(default_factory=dict)
     """The teacher's planned stream of samples, in JSON of the caller's."""
     ranks: str = ""
-    """Digest of the rank table; `publish.create` fills it in."""
+    """Digest of the rank table, which `publish.create` fills in; empty: there is none, and an id is its rank."""
     folder: str = field(default="", compare=False)
     """Path or URL that the header was read from, for messages; not stored."""
 
     @property
     def identity(self) -> str:
-        """Digest of cache.json, which every row of the cache's ledgers has."""
+        """Digest of cache.json, which every shard of the cache has."""
         return digest(self.dump())
 
     def json(self) -> dict[str, Any]:
@@ -85,22 +89,24 @@ class CacheHeader:
             record = unseal(data)
             version = record.pop("format", None)
             if version != FORMAT:
-                raise CacheError(f"{path}: format version is {version!r:.80}; allowed is {FORMAT}")
+                way_out = f"; codistill-cache compact {store.root} --into NEW makes one" if version == 2 else ""
+                raise NotReadableHere(f"{path}: format version is {version!r:.80}; allowed is {FORMAT}{way_out}")
             codec = record["codec"]
             if problem := CODECS.problem("codec.name", codec["name"]):
-                raise CacheError(f"{path}: {problem:.300}")
+                way_out = "another one needs the module that adds it (plugins=[MODULE], tools: --plugins MODULE)"
+                raise NotReadableHere(f"{path}: {problem:.300}; {way_out}")
             header = checked(cls, record | {"codec": checked(CodecConfig, codec)})
-            if not _DIGEST.fullmatch(header.ranks):
+            if header.ranks and not _DIGEST.fullmatch(header.ranks):
                 raise ValueError(f"ranks is {header.ranks!r:.80}, not a digest")
             try:
                 same = header.dump() == data
             except CacheError as error:
                 raise CacheError(f"{path}: {error}") from None
-            if not same:  # rows have the digest of these bytes: see `identity`
+            if not same:  # shards have the digest of these bytes: see `identity`
                 raise ValueError("it is not laid out as writers of this version do")
             return dataclasses.replace(header, folder=store.root)
         except CacheError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
+            if is_missing(error):
                 raise CacheError(f"{store.root}: no cache here ({HEADER} is missing)") from None
             raise
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

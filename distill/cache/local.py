@@ -1,47 +1,79 @@
-"""A cache in a local folder: files grow, and flock locks them until their process ends, however it ends."""
+"""A cache in a local folder; flock locks its files until their process ends, however it ends."""
 
 import contextlib
+import errno
 import fcntl
 import os
-from collections.abc import Iterator
+import secrets
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from distill.cache.format import TEMPORARY
 from distill.cache.store import Store, reported
 from distill.config.errors import CacheError
-from distill.config.files import replacing, sync, write_all
+from distill.config.files import naming, replacing, sync, write_all
+
+_WHOLE = 1 << 28
+"""Bytes of the largest file that is read whole; a sparse one may say that it has any number."""
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+_held: set[int] = set()
+"""Descriptors of lock files. A child of a fork closes them: its parent alone holds the locks."""
+
+
+def _let_go() -> None:
+    for fd in _held:
+        os.close(fd)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 class LocalStore(Store):
-    grows = True
     slow = False
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()  # the process may move to another working folder
         self.root = str(folder)
+        self._prefix = f"{self.folder}/"
 
     def names(self, folder: str) -> list[str]:
         with reported(self.folder / folder):
             try:
                 return sorted(os.listdir(self.folder / folder))
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 return []
 
     def read(self, name: str) -> bytes:
-        with reported(self.folder / name):
-            return (self.folder / name).read_bytes()
+        if (size := self.size(name)) > _WHOLE:
+            raise CacheError(f"{self.path(name)} is damaged: {size} bytes, expected at most {_WHOLE}")
+        return self.read_at(name, 0, size)
 
     def read_at(self, name: str, start: int, size: int) -> bytes:
         """Not by mapping: a mapped file that another process cuts short kills its reader with SIGBUS."""
-        with reported(self.folder / name), _opened(self.folder / name, os.O_RDONLY) as fd:
-            data = os.pread(fd, size, start)
-            while 0 < len(data) < size and (more := os.pread(fd, size - len(data), start + len(data))):
-                data += more
-            return data
+        path = self._prefix + name
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO in a file's place would be waited for
+            try:
+                data = os.pread(fd, size, start)
+                while 0 < len(data) < size and (more := os.pread(fd, size - len(data), start + len(data))):
+                    data += more
+                return data
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise CacheError(f"{path}: {error.strerror or error}") from error
 
     def size(self, name: str) -> int:
         with reported(self.folder / name):
             return (self.folder / name).stat().st_size
+
+    def modified(self, name: str) -> float:
+        """Now, of a file that is gone meanwhile."""
+        with contextlib.suppress(FileNotFoundError):
+            return (self.folder / name).stat().st_mtime
+        return time.time()
 
     def bytes_in(self, folder: str) -> int:
         with reported(self.folder / folder):
@@ -50,51 +82,84 @@ class LocalStore(Store):
     def make_folders(self, *names: str) -> None:
         for name in names:
             with reported(self.folder / name):
-                (self.folder / name).mkdir(parents=True, exist_ok=True)
+                _make(self.folder / name)
+
+    def is_folder(self, name: str) -> bool:
+        with reported(self.folder / name):
+            return (self.folder / name).is_dir()
+
+    def is_alias(self, name: str) -> bool:
+        path = self.folder / name
+        with reported(path):
+            root = os.path.realpath(self.root)
+            return path.is_symlink() and path.exists() and os.path.realpath(path).startswith(f"{root}/")
 
     def publish(self, name: str, data: bytes) -> None:
         path = self.folder / name
         # One name for every process, so that what a kill left is recognized and written over.
-        temporary = path.with_name(path.name + TEMPORARY)
-        with (
-            reported(path),
-            replacing(path, temporary),
-            _opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd,
-        ):
-            write_all(fd, data)
+        self._publish(path, path.with_name(path.name + TEMPORARY), [data])
+
+    def publish_parts(self, name: str, parts: Iterable[bytes]) -> int:
+        path = self.folder / name
+        return self._publish(path, path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}"), parts)
+
+    def _publish(self, path: Path, temporary: Path, parts: Iterable[bytes]) -> int:
+        size = 0
+        with reported(path):
+            _make(path.parent)
+            with replacing(path, temporary), _opened(temporary, _NEW) as fd:
+                for part in parts:
+                    write_all(fd, part)
+                    size += len(part)
+        return size
 
     def create(self, name: str, data: bytes) -> bool:
-        with self.lock(".lock", "the cache's creation", wait=True):
-            if self.exists(name):
+        """A link is made only where there is no file of that name; file systems without links get a plain rename."""
+        path = self.folder / name
+        temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
+        with reported(path):
+            if path.exists():
                 return False
-            self.publish(name, data)
+            _make(path.parent)
+            try:
+                with naming(path, temporary):
+                    with _opened(temporary, _NEW) as fd:
+                        write_all(fd, data)
+                        os.fsync(fd)
+                    try:
+                        os.link(temporary, path)
+                    except FileExistsError:
+                        return False
+                    except OSError as error:
+                        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
+                            raise
+                        os.replace(temporary, path)
+                    sync(path.parent)
+            finally:
+                with contextlib.suppress(OSError):  # the first error counts
+                    temporary.unlink(missing_ok=True)
         return True
 
     def remove(self, name: str) -> None:
         with reported(self.folder / name):
             (self.folder / name).unlink(missing_ok=True)
 
-    def append(self, name: str, data: bytes) -> None:
-        path = self.folder / name
-        with reported(path):
-            is_new = not path.exists()
-            with _opened(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as fd:
-                write_all(fd, data)
-                os.fsync(fd)
-            if is_new:
-                sync(path.parent)
-
-    def truncate(self, name: str, size: int) -> None:
+    def move(self, name: str, to: str) -> None:
         with reported(self.folder / name):
-            os.truncate(self.folder / name, size)
-            sync(self.folder / name)
+            _make((self.folder / to).parent)
+            os.replace(self.folder / name, self.folder / to)
+            sync((self.folder / to).parent)
+            sync((self.folder / name).parent)
 
     @contextlib.contextmanager
     def lock(self, name: str, holder: str, *, wait: bool = False) -> Iterator[bool]:
         path = self.folder / name
-        with contextlib.ExitStack() as stack:
+        with reported(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        _held.add(fd)
+        try:
             with reported(path):
-                fd = stack.enter_context(_opened(path, os.O_RDWR | os.O_CREAT))
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
                 except BlockingIOError as error:
@@ -105,16 +170,30 @@ class LocalStore(Store):
                 os.ftruncate(fd, 0)
                 os.pwrite(fd, str(os.getpid()).encode(), 0)
             yield True
+        finally:
+            if fd in _held:  # else this is a child of the process that holds it
+                _held.discard(fd)
+                with contextlib.suppress(OSError):
+                    fcntl.flock(fd, fcntl.LOCK_UN)
+                os.close(fd)
 
     def is_locked(self, name: str) -> bool:
         """Opened for reading only: the file may lie on a read-only file system."""
         path = self.folder / name
-        with reported(path), contextlib.suppress(FileNotFoundError), _opened(path, os.O_RDONLY) as fd:
+        with reported(path), contextlib.suppress(FileNotFoundError), _opened(path, os.O_RDONLY | os.O_NONBLOCK) as fd:
             try:
                 fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 return True
         return False
+
+
+def _make(folder: Path) -> None:
+    """Makes a folder, and those that it lies in, so that they outlast a power cut."""
+    if not folder.is_dir():
+        _make(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
 
 
 @contextlib.contextmanager

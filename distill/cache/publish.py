@@ -1,15 +1,19 @@
-"""Creation of a cache, and publication of a shard in it. No torch."""
+"""Creation of a cache, and publication of shards and marks in it. No torch."""
 
 import dataclasses
-import json
+from collections.abc import Sequence
 
-from distill.cache.format import HEADER, LEDGER, SHARDS, ranks_name, shard_name
+from distill.cache.format import CATALOG, HEADER, LOCKS, SHARDS, TEMPORARY, group_name, ranks_name, shard_name
 from distill.cache.header import CacheHeader
-from distill.cache.ledger import LedgerWriter, Origin, ShardRow
+from distill.cache.loss_curve import LossSums
+from distill.cache.origins import Origin
 from distill.cache.ranks import rank_table
 from distill.cache.seal import digest
-from distill.cache.shard import Array, Columns, build, row_of_file
+from distill.cache.shard import Array, Columns, index_of
+from distill.cache.shard_header import Replaced, ShardHeader, front
 from distill.cache.store import Store
+from distill.cache.tail import writers_of
+from distill.config.errors import CacheError
 
 
 def create(store: Store, header: CacheHeader, counts_V: Array | None) -> CacheHeader:
@@ -18,40 +22,92 @@ def create(store: Store, header: CacheHeader, counts_V: Array | None) -> CacheHe
     Raises:
         CacheError: another cache is there (lists every difference), or it cannot be written.
     """
-    store.make_folders(SHARDS, LEDGER)
+    store.make_folders(SHARDS, CATALOG, LOCKS)
+    table = None if counts_V is None else rank_table(counts_V, header.vocab_size)
     if not store.exists(HEADER):
-        table = rank_table(counts_V, header.vocab_size)
-        header = dataclasses.replace(header, ranks=digest(table), folder=store.root)
-        data = header.dump()
+        if writers_of(store):
+            raise CacheError(
+                f"{store.root}: {HEADER} is missing and there are shards; get it back before anything is written"
+            )
+        header = dataclasses.replace(header, ranks="" if table is None else digest(table), folder=store.root)
         # Never put over a file that is there: another process may create the same cache at the same time.
-        store.create(ranks_name(header.ranks), table)
-        if store.create(HEADER, data):
+        if table is not None:
+            store.create(ranks_name(header.ranks), table)
+        if store.create(HEADER, header.dump()):
             return header
     there = CacheHeader.load(store)
     expected = header.json()
-    if counts_V is None:
+    if table is None:
         del expected["ranks"]
     else:
-        expected["ranks"] = digest(rank_table(counts_V, header.vocab_size))
+        expected["ranks"] = digest(table)
     there.check(**expected | {"codec": header.codec})
     return there
 
 
 def publish_shard(
-    store: Store, ledger: LedgerWriter, source: str, columns: Columns, records: Array, ends: Array,
-    origins: tuple[Origin, ...],
-) -> ShardRow:  # fmt: skip
-    """Puts the file of n samples in place, then appends its row: whatever is interrupted is not part of the cache.
+    store: Store, cache: str, writer: str, seq: int, source: str, columns: Columns, records: Array, ends: Array,
+    origins: Sequence[Origin], losses: LossSums, replaces: Sequence[Replaced] = (),
+) -> ShardHeader:  # fmt: skip
+    """Puts the file of n samples in place at one stroke, after which they are part of the cache.
 
-    source: what writes the shard, as `ShardRow.source`. records, ends: as `record.Encoded`.
+    cache: digest of the cache's header. source: what writes the shard, as `ShardHeader.source`. records, ends: as
+    `record.Encoded`. losses: of the shard's tokens, and of those that it replaces.
 
     Raises:
-        CacheError: it cannot be written, or another process writes under this ledger's name.
+        CacheError: it cannot be written, or another process writes under this writer's name.
     """
-    metadata = {"cache": ledger.cache, "origins": json.dumps(list(map(dataclasses.asdict, origins)), allow_nan=False)}
-    data = build(columns, records, ends, metadata)
-    name = shard_name(ledger.writer, ledger.seq, digest(data))
-    store.publish(f"{SHARDS}/{name}", data)
-    row = row_of_file(data, name, source)
-    ledger.append(row)
-    return row
+    index = index_of(columns, records, ends)
+    header = targets_header(cache, writer, seq, source, columns, index, len(records), origins, losses, replaces)
+    _put(store, header, index, records.data)
+    return header
+
+
+def targets_header(
+    cache: str, writer: str, seq: int, source: str, columns: Columns, index: bytes, records: int,
+    origins: Sequence[Origin], losses: LossSums, replaces: Sequence[Replaced],
+) -> ShardHeader:  # fmt: skip
+    """The header of a shard; records: bytes of them all."""
+    ids = columns.sample_ids
+    return ShardHeader(
+        cache=cache,
+        writer=writer,
+        seq=seq,
+        kind="targets",
+        source=source,
+        step=int(columns.steps.max(initial=-1)),
+        samples=len(ids),
+        first_sample=int(ids.min()) if len(ids) else -1,
+        last_sample=int(ids.max(initial=-1)),
+        tokens=sum(origin.tokens for origin in origins),
+        atoms=int(columns.atoms.sum()),
+        records=records,
+        index=digest(index),
+        origins=tuple(origins),
+        losses=losses,
+        replaces=tuple(replaces),
+    )
+
+
+def publish_mark(store: Store, cache: str, writer: str, seq: int, kind: str, source: str, step: int) -> ShardHeader:
+    """Puts a mark of a stream in place: begin, end or gap. CacheError as `publish_shard`."""
+    header = ShardHeader(
+        cache=cache, writer=writer, seq=seq, kind=kind, source=source, step=step, samples=0, first_sample=-1,
+        last_sample=-1, tokens=0, atoms=0, records=0, index=digest(b""), origins=(), losses=LossSums(), replaces=(),
+    )  # fmt: skip
+    _put(store, header, b"", memoryview(b""))
+    return header
+
+
+def _put(store: Store, header: ShardHeader, index: bytes, records: memoryview) -> None:
+    name = shard_name(header.writer, header.seq)
+    if not store.create(name, b"".join([front(header), index, records])):
+        raise CacheError(f"{store.path(name)}: another live process has the writer's name {header.writer!r}")
+
+
+def remove_leftovers(store: Store, writer: str, seq: int) -> None:
+    """Removes temporary files that a kill left where shard `seq` will be; the caller alone writes this stream."""
+    group = group_name(writer, seq)
+    for name in store.names(group):
+        if name.endswith(TEMPORARY):
+            store.remove(f"{group}/{name}")

@@ -14,23 +14,29 @@ from distill.cache.store import Store
 from distill.config.errors import CacheError
 
 
-def rank_table(counts_V: NDArray[Any] | None, vocab_size: int) -> bytes:
-    """The table's file: ids by falling count, equal counts by id; without counts, rank = id.
+def rank_table(counts_V: Any, vocab_size: int) -> bytes:
+    """The table's file: ids by falling count, equal counts by id.
+
+    counts_V: array, tensor or list.
 
     Raises:
         CacheError: counts of another vocabulary.
     """
-    if counts_V is None:
-        ids_by_rank = np.arange(vocab_size)
-    else:
-        if counts_V.shape != (vocab_size,):
-            raise CacheError(f"counts_V has shape {counts_V.shape}; the vocabulary has {vocab_size} ids")
-        ids_by_rank = np.argsort(-counts_V.astype(np.int64), kind="stable")
+    counts_V = np.asarray(counts_V)
+    if counts_V.shape != (vocab_size,):
+        raise CacheError(f"counts_V has shape {counts_V.shape}; the vocabulary has {vocab_size} ids")
+    ids_by_rank = np.argsort(-counts_V.astype(np.int64), kind="stable")
     return safetensors.numpy.save({"ids_by_rank": ids_by_rank.astype(np.uint32)})
 
 
 def load_ranks(store: Store, header: CacheHeader) -> NDArray[np.uint32]:
-    """ids_by_rank [V], verified against the digest in the header; CacheError when the file is missing or damaged."""
+    """ids_by_rank [V], verified against the digest in the header; without a table, rank = id.
+
+    Raises:
+        CacheError: the file is missing or damaged.
+    """
+    if not header.ranks:
+        return np.arange(header.vocab_size, dtype=np.uint32)
     name = ranks_name(header.ranks)
     data = store.read(name)
     if digest(data) != header.ranks:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,15 +13,17 @@ from torch import Tensor
 
 from distill.cache import record
 from distill.cache.codecs import make_codec
-from distill.cache.format import SHARDS
 from distill.cache.header import CacheHeader
-from distill.cache.ledger import LedgerReader, Origin, Retired, ShardRow, ledgers, outside
+from distill.cache.local import LocalStore
+from distill.cache.loss_curve import LossSums
 from distill.cache.open_store import open_store
+from distill.cache.origins import Origin
 from distill.cache.ranks import load_ranks
 from distill.cache.record import Decoded
 from distill.cache.shard import Shard
+from distill.cache.snapshot import StreamState
 from distill.cache.targets import SoftTargets
-from distill.cache.view import View, open_shard
+from distill.cache.view import Records, View, find_in_view, open_view, refreshed
 from distill.config.errors import CacheError
 
 Array = NDArray[Any]
@@ -50,159 +51,160 @@ class Sample(NamedTuple):
     data: bytes
     atoms: int
     shard: str
+    """Name of the shard's file in the cache's folder."""
 
 
 class CacheReader:
     """Looks up soft targets by sample id and verifies token digests.
 
     A reader has a view of the cache: what was published at its last `refresh`. Any number of readers may follow any
-    number of writers.
+    number of writers. A reader may be used by several threads, in children of a fork, and pickled.
 
     Args:
         folder: a path, or a URL of a file system of fsspec.
-        view: number of rows of each ledger that the view begins with, from another reader's `view`; None: all that are
-            published. `refresh` adds those published later.
+        view: the view to begin with, from another reader's `view`; None: all that is published. `refresh` adds what is
+            published later.
     """
 
-    def __init__(self, folder: str | Path, view: Mapping[str, int] | None = None):
-        """Raises CacheError: no cache, an unknown format or codec, a damaged header, rank table, ledger or index."""
+    def __init__(self, folder: str | Path, view: Mapping[str, Any] | None = None):
+        """Raises CacheError: no cache, an unknown format or codec, a damaged header, rank table or shard."""
         self.folder = folder
         self._store = open_store(folder)
         self.header = CacheHeader.load(self._store)
         self.codec = make_codec(self.header.codec, self.header.vocab_size)
         self._ids_by_rank = load_ranks(self._store, self.header).astype(np.int32)
-        self._ledgers: dict[str, LedgerReader] = {}
-        self._new: list[ShardRow | Retired] = []
-        """Entries of the ledgers that are not part of the view yet."""
-        self._rows_read: dict[str, int] = {}
-        self._retired: list[Retired] = []
-        self._view = View(self._store, self.header)
-        if view is None:
-            self.refresh()
-        else:
-            self._open_view(view)
+        self._view = open_view(self._store, self.header, view)
 
-    def __reduce__(self) -> tuple[type[CacheReader], tuple[str | Path, dict[str, int]]]:
-        """A pickled reader is opened anew, with the same view, in a worker process."""
-        return CacheReader, (self.folder, self.view)
+    def __reduce__(self) -> tuple[type[CacheReader], tuple[str | Path, dict[str, Any]]]:
+        """A pickled reader is opened anew, with the same view, in a process that may have another working folder."""
+        folder = self._store.folder if isinstance(self._store, LocalStore) else self.folder
+        return CacheReader, (folder, self.view)
 
     def refresh(self) -> int:
-        """Adds what has been published since to the view; returns the number of new shards.
+        """Adds what has been published since to the view; returns the number of new shards and marks.
 
         Raises:
-            CacheError: a damaged ledger or shard. The view stays what it was, and the next call fails again.
+            CacheError: a damaged shard. The view stays what it was, and the next call fails again.
         """
-        for name in ledgers(self._store):
-            self._new += self._ledger(name).poll()
-        return self._take_in()
+        before = self._view
+        view = refreshed(before)
+        self._take(before, view)
+        old = {name: state.count for name, state in before.streams.items()}
+        return sum(max(state.count - old.get(name, 0), 0) for name, state in view.streams.items())
+
+    def _take(self, before: View, view: View) -> None:
+        """Takes another view, unless another thread has taken one meanwhile, which may be newer."""
+        if self._view is before:
+            self._view = view
 
     @property
-    def view(self) -> dict[str, int]:
-        """Number of rows of each ledger in the view; `CacheReader(folder, view)` has the same view."""
-        return dict(self._rows_read)
+    def view(self) -> dict[str, Any]:
+        """The view as JSON: number of its snapshot, and how many shards of each writer it has; `CacheReader(folder,
+        view)` has the same view."""
+        return self._view.pin
 
     @property
-    def rows(self) -> list[ShardRow]:
-        """The shards of the view, in no particular order; those that a compaction has replaced are not among them."""
-        return list(self._view.rows)
+    def summary(self) -> list[Origin]:
+        """Origins of all shards of the view, summed by teacher and source."""
+        return self._view.summary
 
     @property
-    def torn(self) -> list[str]:
-        """Writers whose ledger ends in a row that is not complete."""
-        return [name for name, ledger in self._ledgers.items() if ledger.torn]
+    def losses(self) -> LossSums:
+        """Label losses by teacher, source and step, of all that was ever published: `reader.losses.curve(teacher)`."""
+        return self._view.losses
 
     @property
     def finished(self) -> bool:
-        """Whether there are ledgers of teachers in training, and all of them are marked as complete."""
+        """Whether there are streams of teachers in training, and all of them are marked as complete."""
         teachers = self._teachers()
-        return bool(teachers) and all(ledger.finished for ledger in teachers)
+        return bool(teachers) and all(state.finished for state in teachers)
 
-    def frontier(self, writers: int) -> int | None:
+    @property
+    def frontier(self) -> int | None:
         """The teacher's step before which everything is published or left out for good; None: all of it.
 
-        writers: how many the teacher has; one that has not published yet holds the frontier at 0.
+        Every writer of a teacher marks the beginning of its stream before any of them publishes targets, so one that
+        has published none yet holds the frontier back, too.
         """
         teachers = self._teachers()
-        if len(teachers) < writers:
+        if not teachers:
             return 0
         # Samples of a writer's last step may still be in its next shard.
-        return min((max(ledger.last_step, 0) for ledger in teachers if not ledger.finished), default=None)
+        return min((max(state.step, 0) for state in teachers if not state.finished), default=None)
+
+    @property
+    def open_streams(self) -> dict[str, StreamState]:
+        """Streams of teachers in training that are not marked as complete, by writer."""
+        streams = self._view.streams.items()
+        return {name: state for name, state in streams if state.source == "capture" and not state.finished}
+
+    def _teachers(self) -> list[StreamState]:
+        return [state for state in self._view.streams.values() if state.source == "capture"]
 
     def covers(self, sample_ids: Array) -> NDArray[np.bool_]:
         """For each sample id, whether there are targets; CacheError for an id that the corpus does not have."""
-        covered: NDArray[np.bool_] = self.steps(sample_ids) >= 0
-        return covered
+        return self._find(sample_ids)[1].there
 
     def steps(self, sample_ids: Array) -> NDArray[np.int64]:
         """For each sample id, the teacher's step when it made the targets, -1 where there are none; CacheError for an
         id that the corpus does not have."""
-        return self._view.newest.steps(self._checked(sample_ids))
+        return self._find(sample_ids)[1].steps
 
     def origins(self, sample_ids: Array) -> tuple[NDArray[np.int64], list[Origin]]:
         """For each sample id, which of the returned origins its newest record has; -1: there is no record."""
-        view, sample_ids = self._view, self._checked(sample_ids)
-        numbers, origins = np.full(len(sample_ids), -1, np.int64), list[Origin]()
-        for group in view.groups(sample_ids):
-            shard = view.open(group.number)
-            numbers[group.indexes] = len(origins) + shard.columns.origins[group.places]
-            origins += shard.row.origins
+        view, records = self._find(sample_ids)
+        numbers, origins = np.full(len(records.entries), -1, np.int64), list[Origin]()
+        there = np.flatnonzero(records.there)
+        keys = np.stack([records.tables[there], records.entries["origin"][there].astype(np.int64)], axis=1)
+        each, first, of = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+        for (table, _), i in zip(each.tolist(), first.tolist(), strict=True):
+            origins.append(view.names(table).origin(records.rows[there[i]]))
+        numbers[there] = of.reshape(-1)
         return numbers, origins
 
     def digests(self, sample_ids: Array) -> NDArray[np.uint64]:
         """For each sample id, the digest of the tokens that the teacher saw; 0 where there is no record."""
-        view, sample_ids = self._view, self._checked(sample_ids)
-        digests = np.zeros(len(sample_ids), np.uint64)
-        for group in view.groups(sample_ids):
-            digests[group.indexes] = view.open(group.number).columns.digests[group.places]
-        return digests
+        records = self._find(sample_ids)[1]
+        return np.where(records.there, records.entries["digest"], np.uint64(0))
 
     def read(self, sample_ids_B: Array, digests_B: Array) -> ReadResult:
         """Targets of a batch.
 
-        digests_B: uint64 digests of the batch's own tokens, compared with those of the tokens that the teacher saw.
+        digests_B: uint64, of the tokens of the batch's samples, which must be those that the teacher saw.
 
         Raises:
             CacheError: a digest that differs, or damaged bytes; names cache or file, and sample.
         """
-        records = self.records(sample_ids_B)
-        for each, digest in zip(records, np.asarray(digests_B, np.uint64).tolist(), strict=True):
-            if each is not None and each.digest != digest:
-                raise CacheError(
-                    f"cache {self.folder}: sample {each.sample_id} has digest {each.digest:016x} in the cache, "
-                    f"{digest:016x} in this batch: the tokens are not those the teacher saw"
-                )
-        there = [each for each in records if each is not None]
+        view, found = self._find(sample_ids_B)
+        wanted = np.atleast_1d(np.asarray(digests_B, np.uint64))
+        for i in np.flatnonzero(found.there & (found.entries["digest"] != wanted)).tolist():
+            raise CacheError(
+                f"cache {self.folder}: sample {found.entries['sample'][i]} has digest "
+                f"{int(found.entries['digest'][i]):016x} in the cache, {int(wanted[i]):016x} in this batch: the tokens "
+                "are not those the teacher saw"
+            )
+        there = [each for each in self._samples(view, found) if each is not None]
         decoded = self.decode(there)
         targets = SoftTargets(
             *self.codec.decode(decoded.atoms), decoded.valid_T, decoded.label_logprob_T, decoded.entropy_T
         )
-        if len(there) < len(records):
-            covered_B = torch.tensor([each is not None for each in records])
-            targets = _scatter(targets, covered_B.repeat_interleave(self.header.sample_tokens))
-        losses = [None if each is None else each.origin.loss for each in records]
-        return ReadResult(
-            targets,
-            torch.tensor([math.nan if loss is None else loss for loss in losses], dtype=torch.float32),
-            torch.tensor([-1 if each is None else each.step for each in records], dtype=torch.int64),
-        )
+        if len(there) < len(found.entries):
+            targets = _scatter(targets, torch.from_numpy(found.there).repeat_interleave(self.header.sample_tokens))
+        loss_B = np.where(found.there, found.rows["loss"], np.nan).astype(np.float32)
+        return ReadResult(targets, torch.from_numpy(loss_B), torch.from_numpy(found.steps))
 
     def samples(self) -> Iterator[Sample]:
         """The newest record of every sample that has one, verified, shard after shard."""
         view = self._view
-        for number, row in enumerate(list(view.rows)):
-            shard = open_shard(self._store, self.header, row)
-            yield from _samples(shard, view.newest.of(number, shard.columns.sample_ids))
+        names, rows = view.origins()
+        for row in rows[rows["number"] == 0]:
+            shard = Shard(self._store, self.header, *names.shard(row))
+            found = view.find(shard.columns.sample_ids)
+            yield from self._samples(view, found.take(view.of_shard(found, shard)))  # type: ignore[misc]
 
     def records(self, sample_ids: Array) -> list[Sample | None]:
         """The newest record of each sample, verified; None where there is none."""
-        view, sample_ids = self._view, self._checked(sample_ids)
-        groups = list(view.groups(sample_ids))
-        parts = self._store.map(lambda group: _samples(view.open(group.number), group.places), groups)
-        records: list[Sample | None] = [None] * len(sample_ids)
-        for group, part in zip(groups, parts, strict=True):
-            for index, sample in zip(group.indexes.tolist(), part, strict=True):
-                records[index] = sample
-        return records
+        return self._samples(*self._find(sample_ids))
 
     def decode(self, samples: Sequence[Sample]) -> Decoded:
         """Atoms and statistics of the records of any samples; CacheError if one is not what a writer writes."""
@@ -211,7 +213,7 @@ class CacheReader:
             return record.decode(raws, self.header.sample_tokens, self._ids_by_rank, self.codec)
         except ValueError as error:
             bad = samples[error.args[0]]
-            path = self._store.path(f"{SHARDS}/{bad.shard}")
+            path = self._store.path(bad.shard)
             raise CacheError(f"{path} is damaged: sample {bad.sample_id} is not a record") from error
 
     def stats(self) -> dict[str, Any]:
@@ -220,78 +222,50 @@ class CacheReader:
         Each sample counts once; bytes and atoms are those of all published shards per token in them, so that tokens
         which are stored twice count twice.
         """
-        rows = self.rows
-        origins = sorted((o for row in rows for o in row.origins), key=lambda origin: origin.last_step)
-        tokens, covered = sum(row.tokens for row in rows), self._view.newest.covered
+        view = self._view
+        rows = view.origins()[1]
+        rows = rows[np.argsort(rows["last_step"], kind="stable")]
+        totals, covered = view.totals, view.covered
         return {
             "samples": covered,
             "coverage": covered / max(self.header.samples, 1),
-            "shards": len(rows),
-            "tokens": tokens,
-            "bytes": sum(row.bytes for row in rows),
-            "bytes_per_token": sum(row.bytes for row in rows) / max(tokens, 1),
-            "atoms_per_token": sum(row.atoms for row in rows) / max(tokens, 1),
-            "step": np.array([origin.last_step for origin in origins], np.int64),
-            "loss": np.array([np.nan if origin.loss is None else origin.loss for origin in origins], np.float64),
+            "shards": totals.shards,
+            "tokens": totals.tokens,
+            "bytes": totals.bytes,
+            "bytes_per_token": totals.bytes / max(totals.tokens, 1),
+            "atoms_per_token": totals.atoms / max(totals.tokens, 1),
+            "step": rows["last_step"].astype(np.int64),
+            "loss": rows["loss"].astype(np.float64),
         }
 
-    # ------------------------------------------------------------ the view
+    # ------------------------------------------------------------ looking up
 
-    def _ledger(self, name: str) -> LedgerReader:
-        if name not in self._ledgers:
-            self._ledgers[name] = LedgerReader(self._store, name, self.header.identity)
-        return self._ledgers[name]
-
-    def _open_view(self, view: Mapping[str, int]) -> None:
-        for name, rows in view.items():
-            ledger = self._ledger(name)
-            if rows:
-                self._new += ledger.poll(rows)
-            if ledger.seq < rows:
-                raise CacheError(
-                    f"cache {self.folder}: ledger {name} has {ledger.seq} rows, {rows} when its view was taken"
-                )
-        self._take_in()
-
-    def _take_in(self) -> int:
-        """`_new` into the view, at one stroke: an error leaves everything as it was."""
-        retired = self._retired + [each for each in self._new if isinstance(each, Retired)]
-        rows = outside([each for each in self._new if isinstance(each, ShardRow)], retired)
-        view, left = self._view, outside(self._view.rows, retired)
-        if len(left) < len(view.rows):  # a compaction has replaced shards of the view: begin anew without them
-            rows = left + rows
-            view = View(self._store, self.header)
-        view.add(rows)
-        self._view, self._retired, self._new = view, retired, []
-        self._rows_read = {name: ledger.seq for name, ledger in self._ledgers.items()}
-        return len(rows)
-
-    def _teachers(self) -> list[LedgerReader]:
-        """Ledgers of teachers in training; a ledger without rows may become one of any source."""
-        return [ledger for ledger in self._ledgers.values() if ledger.captures and ledger.seq]
-
-    def _checked(self, sample_ids: Array) -> Array:
-        sample_ids = np.asarray(sample_ids)
+    def _find(self, sample_ids: Array) -> tuple[View, Records]:
+        """The view, and in it the records of samples; CacheError for an id that the corpus does not have."""
+        sample_ids = np.atleast_1d(np.asarray(sample_ids)).astype(np.int64)
         if len(sample_ids) and not 0 <= sample_ids.min() <= sample_ids.max() < self.header.samples:
             raise CacheError(f"cache {self.folder}: sample ids must lie in 0 to {self.header.samples - 1}")
-        return sample_ids
+        before = self._view
+        view, records = find_in_view(before, sample_ids)
+        self._take(before, view)
+        return view, records
 
-
-def _samples(shard: Shard, places: Array) -> list[Sample]:
-    """The records at these places of a shard, verified."""
-    columns = shard.columns.take(places)
-    return [
-        Sample(
-            int(columns.sample_ids[i]),
-            int(columns.digests[i]),
-            int(columns.steps[i]),
-            shard.row.origins[columns.origins[i]],
-            data,
-            int(columns.atoms[i]),
-            shard.row.shard,
-        )
-        for i, data in enumerate(shard.records(places))
-    ]
+    def _samples(self, view: View, found: Records) -> list[Sample | None]:
+        """Records with their bytes, verified; None where there is none."""
+        samples: list[Sample | None] = []
+        for i, data in enumerate(view.read(found)):
+            if data is None:
+                samples.append(None)
+                continue
+            entry, row, table = found.entries[i], found.rows[i], int(found.tables[i])
+            origin = view.names(table).origin(row)
+            samples.append(
+                Sample(
+                    int(entry["sample"]), int(entry["digest"]), int(entry["step"]), origin, data, int(entry["atoms"]),
+                    view.file(table, row),
+                )
+            )  # fmt: skip
+        return samples
 
 
 def _scatter(targets: SoftTargets, covered_T: Tensor) -> SoftTargets:

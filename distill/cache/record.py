@@ -60,20 +60,15 @@ def decode_stat(codes: Array, top: float, levels: int) -> NDArray[np.float32]:
 
 
 def encode(
-    atoms: Atoms,
-    label_logprob_T: Array,
-    entropy_T: Array,
-    valid_T: Array,
-    sample_tokens: int,
-    rank_of_id: Array,
+    atoms: Atoms, label_logprob_T: Array, entropy_T: Array, valid_T: Array, sample_tokens: int, rank_of_id: Array,
     codec: Codec,
-) -> Encoded:
+) -> Encoded:  # fmt: skip
     """Records of T / S samples; tokens that are not valid keep no atoms. All inputs on the CPU."""
     tokens, count = len(valid_T), len(atoms.ids_N)
     counts_T = atoms.counts_T.numpy()
     per_sample = np.add.reduceat(counts_T, np.arange(0, tokens, sample_tokens)) if tokens else counts_T
     assert len(atoms.codes_N) == count == counts_T.sum(), "atoms and their counts differ"
-    assert counts_T.max(initial=0) <= codec.max_atoms, "more atoms in a token than the codec makes"
+    assert counts_T[valid_T].max(initial=0) <= codec.max_atoms, "more atoms in a token than the codec makes"
     size = coder.SAMPLE_BYTES + coder.TOKEN_BYTES * sample_tokens + coder.ATOM_BYTES * int(per_sample.max(initial=0))
     out = np.empty(
         coder.SAMPLE_BYTES * len(per_sample) + coder.TOKEN_BYTES * tokens + coder.ATOM_BYTES * count, np.uint8

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import safetensors.numpy
 import xxhash
 from numpy.typing import NDArray
 
-from distill.cache.ahead import NEAR
-from distill.cache.fields import checked
-from distill.cache.format import INDEX, RECORDS, SHARDS, row_of, shard_name
-from distill.cache.ledger import Origin, ShardRow
+from distill.cache.format import INDEX, shard_name
+from distill.cache.header import CacheHeader
+from distill.cache.origins import Origin
 from distill.cache.seal import digest
+from distill.cache.shard_header import COLUMNS, MAX_SAMPLES, WIDTH, ShardHeader, front_size, parse_front
 from distill.cache.store import Store
 from distill.config.errors import CacheError
 
 Array = NDArray[Any]
 
 _TYPES = {"I64": np.int64, "U64": np.uint64, "U32": np.uint32, "U16": np.uint16}
-_COLUMNS = {
-    "sample_ids": "I64", "digests": "U64", "checks": "U64", "ends": "U32", "steps": "U32", "atoms": "U32",
-    "origins": "U16",
-}  # fmt: skip
-WIDTHS = {name: np.dtype(_TYPES[dtype]).itemsize for name, dtype in _COLUMNS.items()}
-"""Bytes of a sample in each column of the index."""
+_FIRST_READ = 1 << 16
+"""Bytes that hold front and index of most shards, so that opening one is a single read."""
 
 
 class Columns(NamedTuple):
@@ -41,7 +33,7 @@ class Columns(NamedTuple):
     """The teacher's steps."""
     atoms: NDArray[np.int64]
     origins: NDArray[np.int64]
-    """Index into the row's origins."""
+    """Index into the header's origins."""
 
     def take(self, places: Array) -> Columns:
         """The columns of the samples at these places."""
@@ -50,19 +42,21 @@ class Columns(NamedTuple):
         )
 
 
-def build(columns: Columns, records: Array, ends: Array, metadata: dict[str, str]) -> bytes:
-    """The file of n samples, whose records lie in `records` one after the other up to `ends`.
+def index_of(columns: Columns, records: Array, ends: Array) -> bytes:
+    """The index of n samples, whose records lie in `records` one after the other up to `ends`.
 
     Raises:
         CacheError: more than the format holds in one shard.
     """
-    if len(records) >= 2**32 or len(set(columns.origins.tolist())) > 2**16:
-        raise CacheError(f"{len(records)} bytes of records in one shard; allowed is less than {2**32}")
+    if len(records) >= 2**32 or len(ends) > MAX_SAMPLES:
+        raise CacheError(
+            f"{len(records)} bytes of {len(ends)} records in one shard; allowed is less than {2**32} of {MAX_SAMPLES}"
+        )
     for name in ("steps", "atoms"):
         numbers = getattr(columns, name)
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < 2**32:
             raise CacheError(f"{name} of a sample from {numbers.min()} to {numbers.max()}; allowed is 0 to {2**32 - 1}")
-    starts = np.concatenate([[0], ends[:-1]])
+    starts = np.concatenate([[0], ends])[:-1]
     view = records.data
     checks = [
         check(sample, token_digest, view[start:end])
@@ -70,59 +64,13 @@ def build(columns: Columns, records: Array, ends: Array, metadata: dict[str, str
             columns.sample_ids.tolist(), columns.digests.tolist(), starts.tolist(), ends.tolist(), strict=True
         )
     ]
-    index = columns._asdict() | {"checks": np.array(checks, np.uint64), "ends": ends}
-    arrays = {name: np.ascontiguousarray(index[name], _TYPES[dtype]) for name, dtype in _COLUMNS.items()}
-    return _in_order(safetensors.numpy.save(arrays | {RECORDS: records}, metadata=metadata))
+    return index_bytes(columns, np.array(checks, np.uint64), ends)
 
 
-def _in_order(data: bytes) -> bytes:
-    """The file with its metadata in order of names: the library's order is random, and equal work makes equal bytes."""
-    front = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:front])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
-    assert len(text) <= front - 8, "a header that got longer"
-    return b"".join([data[:8], text.ljust(front - 8), memoryview(data)[front:]])
-
-
-def row_of_file(data: bytes, name: str, source: str | None = None) -> ShardRow:
-    """The ledger row of a shard's file.
-
-    name: of the file. source: what wrote it; None: as the origin of its records has it.
-
-    Raises:
-        CacheError: what is wrong with the file.
-    """
-    try:
-        written = row_of(name)
-        if written is None or shard_name(*written, digest(data)) != name:
-            raise ValueError("its digest is not that of its name")
-        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-        origins = tuple(checked(Origin, origin) for origin in json.loads(metadata["origins"]))
-        spans = parse(data, len(data))
-        index_bytes, end = spans[RECORDS]
-        if end != len(data):  # the library sorts columns by the width of their numbers, so that the records come last
-            raise ValueError("its records are not at its end")
-        ids, atoms = (_column(data, spans, each) for each in ("sample_ids", "atoms"))
-        return ShardRow(
-            writer=written.writer,
-            seq=written.seq,
-            cache=metadata["cache"],
-            shard=name,
-            source=source or origins[0].source,
-            samples=len(ids),
-            first_sample=int(ids.min()),
-            last_sample=int(ids.max()),
-            tokens=sum(origin.tokens for origin in origins),
-            atoms=int(atoms.sum()),
-            bytes=len(data),
-            file_digest=digest(data),
-            index_bytes=index_bytes,
-            index_digest=digest(memoryview(data)[:index_bytes]),
-            origins=origins,
-        )
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise CacheError(str(error)) from error
+def index_bytes(columns: Columns, checks: Array, ends: Array) -> bytes:
+    """The index of records that are known by their checks."""
+    index = columns._asdict() | {"checks": checks, "ends": ends}
+    return b"".join(np.ascontiguousarray(index[name], _TYPES[dtype]).tobytes() for name, (dtype, _) in COLUMNS.items())
 
 
 def check(sample_id: int, token_digest: int, record: memoryview | bytes) -> int:
@@ -132,69 +80,120 @@ def check(sample_id: int, token_digest: int, record: memoryview | bytes) -> int:
     return state.intdigest()
 
 
+class Front(NamedTuple):
+    """The verified header of a shard's file, and what was read with it."""
+
+    header: ShardHeader
+    size: int
+    """Bytes in front of the index."""
+    data: bytes
+    """The start of the file, at least `size` bytes."""
+
+
+def read_front(store: Store, cache: CacheHeader, writer: str, seq: int) -> Front:
+    """The header of a shard's file.
+
+    Raises:
+        CacheError: as `front_of`, or it is another shard's file.
+    """
+    name = shard_name(writer, seq)
+    front = front_of(store, cache, name)
+    if (there := (front.header.writer, front.header.seq)) != (writer, seq):
+        raise CacheError(
+            f"{store.path(name)} is damaged: it is shard {there[1]} of writer {there[0]}, expected shard {seq} of "
+            f"writer {writer}"
+        )
+    return front
+
+
+def front_of(store: Store, cache: CacheHeader, name: str) -> Front:
+    """The header of any file that is a shard.
+
+    Raises:
+        CacheError: the file is missing (the cause is a FileNotFoundError), damaged, or of another cache.
+    """
+    data = store.read_at(name, 0, _FIRST_READ)
+    try:
+        size = front_size(data)
+        data = _at_least(store, name, data, size)
+        header = parse_front(data[:size])
+        if header.cache != cache.identity:
+            raise ValueError(f"it belongs to another cache, {header.cache}; this one is {cache.identity}")
+    except ValueError as error:
+        raise CacheError(f"{store.path(name)} is damaged: {error!s:.300}") from error
+    return Front(header, size, data)
+
+
+def _at_least(store: Store, name: str, data: bytes, size: int) -> bytes:
+    """The first `size` bytes of a file or more, fewer where it ends; data: what was read at first."""
+    if len(data) >= size or len(data) < _FIRST_READ:
+        return data
+    return data + store.read_at(name, len(data), size - len(data))
+
+
 class Shard:
-    """The index of a published shard, verified, and its records on demand."""
+    """The verified index of a published shard, and its records on demand."""
 
-    def __init__(self, store: Store, row: ShardRow, *, whole: bool = True, sound: bool = True):
-        """Raises CacheError when the file is missing, of another size, or its index is damaged.
+    def __init__(
+        self, store: Store, cache: CacheHeader, writer: str, seq: int, front: Front | None = None, name: str = ""
+    ):
+        """front, name: of a file that has not the shard's own name.
 
-        whole: check the size of the file. sound: check the digest of the index; without it only the ids and token
-        digests of records that verify can be trusted.
+        Raises CacheError when the file is missing, of another size, of another cache, or its index is damaged.
         """
-        self.row, self._store, self._name = row, store, f"{SHARDS}/{row.shard}"
-        self.path = store.path(self._name)
+        self._name = name or shard_name(writer, seq)
+        self.path, self._store = store.path(self._name), store
+        self.header, front_bytes, data = front or read_front(store, cache, writer, seq)
+        header = self.header
+        self.records_at = front_bytes + WIDTH * header.samples
+        """Where the records begin in the file."""
         # One request more in a slow store, where the digests of the records find what is missing.
-        if whole and not store.slow:
-            with self._there():
-                size = store.size(self._name)
-            if size != row.bytes:
-                raise CacheError(f"{self.name} is damaged: {size} bytes, {row.bytes} in the ledger")
-        if not 8 < row.index_bytes <= row.bytes:
-            raise CacheError(f"{self.name} is damaged: an index of {row.index_bytes} bytes in a file of {row.bytes}")
-        with self._there():
-            data = store.read_at(self._name, 0, row.index_bytes)
-        if sound and (actual := digest(data)) != row.index_digest:
-            raise CacheError(f"{self.name} is damaged: index digest {actual}, {row.index_digest} in the ledger")
-        try:
-            spans = parse(data, row.bytes)
-            arrays = {name: _column(data, spans, name) for name in INDEX}
-            ends = arrays["ends"].astype(np.int64)
-            self.bounds = row.index_bytes + np.concatenate([[0], ends])
-            wrong = (
-                any(len(array) != row.samples for array in arrays.values())
-                or (np.diff(self.bounds) < 0).any()
-                or self.bounds[-1] != row.bytes
-                or spans[RECORDS] != (row.index_bytes, row.bytes)
-                or (sound and not self._fits(arrays))
-            )
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CacheError(f"{self.name} is damaged: {error!s:.300}") from error
-        if wrong:
-            raise CacheError(f"{self.name} is damaged: its columns do not fit each other or the ledger")
-        self._checks = arrays["checks"]
+        if not store.slow and (actual := store.size(self._name)) != self.size:
+            raise CacheError(f"{self.name} is damaged: {actual} bytes, {self.size} by its header")
+        data = _at_least(store, self._name, data, self.records_at)
+        index = data[front_bytes : self.records_at]
+        if digest(index) != header.index:
+            raise CacheError(f"{self.name} is damaged: index digest {digest(index)}, {header.index} in its header")
+        arrays = columns_of(index, header.samples)
+        self.bounds = np.concatenate([[0], arrays["ends"].astype(np.int64)])
+        """Of the records, from the first one's start."""
+        self.checks = arrays["checks"]
         self.columns = Columns(
             arrays["sample_ids"],
             arrays["digests"],
             *(arrays[name].astype(np.int64) for name in ("steps", "atoms", "origins")),
         )
+        if not self._fits(cache):
+            raise CacheError(f"{self.name} is damaged: its columns do not fit each other or its header")
 
-    def _fits(self, arrays: dict[str, Array]) -> bool:
-        """Whether the columns agree with the ledger's row."""
-        row, ids = self.row, arrays["sample_ids"]
+    def _fits(self, cache: CacheHeader) -> bool:
+        """Whether the columns agree with each other, with the shard's header and with the cache's."""
+        header, ids, steps = self.header, self.columns.sample_ids, self.columns.steps
+        bounds = (header.first_sample, header.last_sample)
+        counts = np.bincount(self.columns.origins, minlength=len(header.origins)).tolist()
         return bool(
-            (arrays["origins"] < len(row.origins)).all()
-            and (ids.min(), ids.max()) == (row.first_sample, row.last_sample)
-            and ids.min() >= 0
-            and arrays["atoms"].sum() == row.atoms
+            bounds == ((ids.min(), ids.max()) if len(ids) else (-1, -1))
+            and (not len(ids) or 0 <= bounds[0] <= bounds[1] < cache.samples)
+            and counts == [origin.samples for origin in header.origins]
+            and (not len(ids) or steps.max() == header.step)
+            and self.columns.atoms.sum() == header.atoms
+            and sum(origin.tokens for origin in header.origins) == header.tokens
+            and (np.diff(self.bounds) >= 0).all()
+            and self.bounds[-1] == header.records
         )
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return self.records_at + self.header.records
 
     @property
     def name(self) -> str:
         """File and the samples in it, for messages."""
-        return f"{self.path} (samples {self.row.first_sample} to {self.row.last_sample})"
+        return f"{self.path} (samples {self.header.first_sample} to {self.header.last_sample})"
 
     def origin(self, index: int) -> Origin:
-        return self.row.origins[self.columns.origins[index]]
+        return self.header.origins[self.columns.origins[index]]
 
     def span(self, first: int, end: int) -> list[bytes]:
         """The records of samples number `first` to `end` - 1 of the shard, verified, in one read.
@@ -209,58 +208,21 @@ class Shard:
     def read(self, first: int, end: int) -> bytes:
         """The bytes of samples number `first` to `end` - 1, not verified."""
         start, stop = int(self.bounds[first]), int(self.bounds[end])
-        with self._there():
-            return self._store.read_at(self._name, start, stop - start)
-
-    def records(self, indexes: Sequence[int] | Array) -> list[bytes]:
-        """The records of some samples, verified; neighbors are read at once. CacheError as `span`."""
-        records: dict[int, bytes] = {}
-        wanted = np.unique(indexes)
-        gaps = self.bounds[wanted[1:]] - self.bounds[wanted[:-1] + 1]
-        for run in np.split(wanted, np.flatnonzero(gaps > (NEAR if self._store.slow else 0)) + 1):
-            first = int(self.bounds[run[0]])
-            with self._there():
-                data = self._store.read_ahead(self._name, first, int(self.bounds[run[-1] + 1]) - first)
-            for index in run.tolist():
-                start, end = (self.bounds[index : index + 2] - first).tolist()
-                records[index] = self.verified(index, data[start:end])
-        return [records[index] for index in indexes]
-
-    @contextlib.contextmanager
-    def _there(self) -> Iterator[None]:
-        """Adds the likely cause to the error for a missing file: it was lost, or retired and then purged."""
-        try:
-            yield
-        except CacheError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
-                raise CacheError(
-                    f"{error}; if `compact --purge` has removed it, refresh the reader: a view from before the "
-                    "compaction cannot be read any more"
-                ) from error.__cause__
-            raise
+        return self._store.read_at(self._name, self.records_at + start, stop - start)
 
     def verified(self, index: int, data: bytes) -> bytes:
         """The record of one sample; CacheError when its bytes do not have their digest."""
         sample, token_digest = int(self.columns.sample_ids[index]), int(self.columns.digests[index])
-        if check(sample, token_digest, data) != self._checks[index]:
+        if check(sample, token_digest, data) != self.checks[index]:
             raise CacheError(f"{self.path} is damaged: sample {sample} does not verify")
         return data
 
 
-def parse(data: bytes, size: int) -> dict[str, tuple[int, int]]:
-    """Where each column lies in a file of `size` bytes that begins with `data`; ValueError if that cannot be."""
-    front = 8 + int.from_bytes(data[:8], "little")
-    if not 8 < front <= len(data):
-        raise ValueError(f"a header of {front - 8} bytes")
-    header = json.loads(data[8:front])
-    spans = {}
-    for name, dtype in (_COLUMNS | {RECORDS: "U8"}).items():
-        start, end = header[name]["data_offsets"]
-        if header[name]["dtype"] != dtype or not 0 <= start <= end <= size - front:
-            raise ValueError(f"column {name} is not what it should be")
-        spans[name] = (front + start, front + end)
-    return spans
-
-
-def _column(data: bytes, spans: dict[str, tuple[int, int]], name: str) -> Array:
-    return np.frombuffer(data[slice(*spans[name])], _TYPES[_COLUMNS[name]])
+def columns_of(index: bytes, samples: int) -> dict[str, Array]:
+    """The columns of an index, by name."""
+    arrays, start = {}, 0
+    for name, (dtype, width) in COLUMNS.items():
+        arrays[name] = np.frombuffer(index, _TYPES[dtype], samples, start)
+        start += width * samples
+    assert tuple(arrays) == INDEX
+    return arrays

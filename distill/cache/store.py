@@ -5,6 +5,7 @@ moment leaves the old state or the new one.
 """
 
 import contextlib
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -25,8 +26,6 @@ class Store(ABC):
 
     root: str
     """Path or URL."""
-    grows: bool
-    """Files can grow, so that a ledger is one file of lines; otherwise a ledger is one object for each row."""
     slow: bool
     """Requests take long: they are few and large, and many are sent at one time."""
 
@@ -50,10 +49,6 @@ class Store(ABC):
         """`read_at` of a file that never changes; a slow store fetches more at once for reads that go on in order."""
         return self.read_at(name, start, size)
 
-    def read_many(self, names: list[str]) -> list[bytes]:
-        """The bytes of several whole files."""
-        return [self.read(name) for name in names]
-
     def map(self, function: Callable[[T], U], items: Iterable[T]) -> list[U]:
         """Results of a function that reads, in the order of `items`; a slow store calls it in parallel."""
         return [function(item) for item in items]
@@ -67,14 +62,26 @@ class Store(ABC):
         try:
             self.size(name)
         except CacheError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
+            if is_missing(error):
                 return False
             raise
         return True
 
+    def modified(self, name: str) -> float:
+        """Seconds since 1970 of a file's last change; now, where the store does not say."""
+        return time.time()
+
     @abstractmethod
     def bytes_in(self, folder: str) -> int:
         """Bytes of all files in a folder and the folders in it; 0 if there is no such folder."""
+
+    def is_folder(self, name: str) -> bool:
+        """Whether it is a folder, not a file."""
+        return bool(self.names(name))
+
+    def is_alias(self, name: str) -> bool:
+        """Whether it is a link to what is there in this store under another name."""
+        return False
 
     def make_folders(self, *names: str) -> None:  # noqa: B027 (object stores have no folders)
         """Makes folders, where a file needs one to lie in."""
@@ -88,16 +95,16 @@ class Store(ABC):
         """Puts a file in place unless there is one; False: there was."""
 
     @abstractmethod
+    def publish_parts(self, name: str, parts: Iterable[bytes]) -> int:
+        """Puts a large file in place, part after part, under a name that no other process uses; returns its bytes."""
+
+    @abstractmethod
     def remove(self, name: str) -> None:
         """Removes a file, if it is there."""
 
-    def append(self, name: str, data: bytes) -> None:
-        """Appends durably, in a store that `grows`; on an error part of the data may be there."""
-        raise NotImplementedError(f"files of {self.root} cannot grow")
-
-    def truncate(self, name: str, size: int) -> None:
-        """Cuts a file to its first `size` bytes."""
-        self.publish(name, self.read_at(name, 0, size))
+    @abstractmethod
+    def move(self, name: str, to: str) -> None:
+        """Gives a file another name, over one that may be there."""
 
     def lock(self, name: str, holder: str, *, wait: bool = False) -> AbstractContextManager[bool]:
         """Holds a lock file within the block. Yields False, and holds nothing, in a store without locks.
@@ -110,6 +117,11 @@ class Store(ABC):
     def is_locked(self, name: str) -> bool:
         """Whether a live process holds a lock file; False in a store without locks."""
         return False
+
+
+def is_missing(error: CacheError) -> bool:
+    """Whether an error of a store is that of a file which is not there."""
+    return isinstance(error.__cause__, FileNotFoundError | NotADirectoryError)
 
 
 @contextlib.contextmanager

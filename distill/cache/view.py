@@ -1,180 +1,353 @@
-"""A view of a cache: the shards that count, and which of them holds the newest record of each sample. No torch."""
+"""A view of a cache: a snapshot's listings and the shards after it, in which records are looked up. No torch.
 
-import os
-import tempfile
-import threading
-from collections.abc import Iterable, Iterator
-from functools import lru_cache
+A view never changes; a reader that refreshes takes another one. It holds no open file, lock or thread, so that any
+number of threads and forked processes may use it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from distill.cache.ahead import NEAR
+from distill.cache.entries import ENTRY, ORIGIN, Array, EntryTable, Names
+from distill.cache.format import TOOLS, shard_name, snapshot_name
 from distill.cache.header import CacheHeader
-from distill.cache.ledger import LedgerReader, Retired, ShardRow, ledgers, outside
-from distill.cache.shard import Shard
-from distill.cache.store import Store, reported
+from distill.cache.listing import Listing, ListingDamaged, Totals, block_cache
+from distill.cache.loss_curve import LossSums
+from distill.cache.origins import Origin, summed
+from distill.cache.shard import Shard, check
+from distill.cache.shard_header import ShardHeader
+from distill.cache.snapshot import Snapshot, StreamState, load_snapshot, snapshot_numbers, valid_snapshots
+from distill.cache.store import Store, is_missing
+from distill.cache.tail import Tail, read_tail, writers_of
 from distill.config.errors import CacheError
 
-Array = NDArray[Any]
+log = logging.getLogger(__name__)
 
-_ENTRY = np.dtype([("shard", np.int32), ("place", np.int32), ("step", np.int64)])
-_OPEN_SHARDS, _OPEN_SLOW = 64, 512
-"""Shards whose indexes a view keeps in memory; more in a slow store."""
+_TABLES = 8
+"""Tables of new shards that are kept side by side before they become one."""
 
-
-class Published(NamedTuple):
-    """Rows of all ledgers, by (writer, seq)."""
-
-    rows: list[ShardRow]
-    """Shards that count; of two records of a sample and a step the later one wins."""
-    retired: list[ShardRow]
-    """Shards whose records lie elsewhere now; their files may be gone."""
+_LONG = 256
+"""Shards after the snapshot with which a newer one is looked for."""
 
 
-def settle(entries: Iterable[ShardRow | Retired]) -> Published:
-    """Which rows count, of all that the ledgers hold."""
-    entries = list(entries)
-    rows = sorted((each for each in entries if isinstance(each, ShardRow)), key=lambda row: (row.writer, row.seq))
-    kept = outside(rows, [each for each in entries if isinstance(each, Retired)])
-    names = {row.shard for row in kept}
-    return Published(kept, [row for row in rows if row.shard not in names])
+class Records(NamedTuple):
+    """The records that count of n samples, where there is one."""
+
+    entries: Array
+    """ENTRY [n]."""
+    tables: NDArray[np.int64]
+    """[n]: number of the table that has the entry, -1 where there is no record."""
+    rows: Array
+    """ORIGIN [n]: the origin row of each."""
+
+    @property
+    def there(self) -> NDArray[np.bool_]:
+        there: NDArray[np.bool_] = self.tables >= 0
+        return there
+
+    @property
+    def steps(self) -> NDArray[np.int64]:
+        """The teacher's step, -1 where there is no record."""
+        return np.where(self.there, self.entries["step"].astype(np.int64), -1)
+
+    def take(self, places: Array) -> Records:
+        """The records at these places."""
+        return Records(self.entries[places], self.tables[places], self.rows[places])
 
 
-def ledger_readers(store: Store, header: CacheHeader) -> list[LedgerReader]:
-    """One for each ledger of a cache."""
-    return [LedgerReader(store, name, header.identity) for name in ledgers(store)]
-
-
-def published(store: Store, header: CacheHeader) -> Published:
-    """Reads all ledgers; CacheError as `LedgerReader.poll`."""
-    return settle(entry for reader in ledger_readers(store, header) for entry in reader.poll())
-
-
-def open_shard(store: Store, header: CacheHeader, row: ShardRow) -> Shard:
-    """The shard of a row; CacheError as `Shard`, and when it has samples that the corpus does not have."""
-    shard = Shard(store, row)
-    ids = shard.columns.sample_ids
-    if len(ids) and int(ids.max()) >= header.samples:
-        raise CacheError(f"{shard.name}: does not fit a corpus of {header.samples} samples")
-    return shard
-
-
-class Places(NamedTuple):
-    """Where the newest record of each of some samples lies."""
-
-    shards: NDArray[np.int64]
-    """Number of the shard; -1: there is no record."""
-    places: NDArray[np.int64]
-    """Place in the shard."""
-    steps: NDArray[np.int64]
-    """The teacher's step; -1: there is no record."""
-
-
-class Newest:
-    """A table of the newest record of each sample, in a nameless file, so that memory does not grow with the corpus.
-
-    Each process makes its own from the shards' verified indexes, so that the table is never stale. One thread may look
-    up records while another adds shards.
-    """
-
-    def __init__(self, samples: int):
-        """Raises CacheError when the system has no room for a table of so many samples."""
-        size = max(samples, 1) * _ENTRY.itemsize
-        with reported("TMPDIR"):
-            folder = tempfile.gettempdir()
-        with reported(f"a table of {samples} samples in {folder}"):
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the mapping)
-            # Zeros, so that shards are counted from 1 in here. Reserved, since a disk that fills up while a mapping is
-            # written kills the process with SIGBUS.
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self._file.fileno(), 0, size)
-            else:  # macOS
-                self._file.truncate(size)
-            self._table = np.memmap(self._file, _ENTRY, "r+", shape=(max(samples, 1),))
-        self._keys: list[Any] = []
-        self._lock = threading.Lock()
-        self.covered = 0
-        """Samples that have a record."""
-
-    def add(self, sample_ids: Array, steps: Array, key: Any = None) -> None:
-        """Adds the next shard, with the ids and steps of its records.
-
-        Of two records of a sample the greater step wins, then the shard with the greater key, by default the later one.
-        """
-        number = len(self._keys)
-        self._keys.append(number if key is None else key)
-        with self._lock:
-            here = self._table[sample_ids]
-            old = here["shard"] - 1
-            self.covered += len(np.unique(sample_ids[old < 0]))
-            wins = (old < 0) | (steps > here["step"])
-            ties = (old >= 0) & (steps == here["step"])
-            for other in np.unique(old[ties]).tolist():
-                wins |= ties & (old == other) & (self._keys[number] > self._keys[other])
-            places = np.flatnonzero(wins)
-            # Of a sample that is there twice the last assignment counts.
-            places = places[np.argsort(steps[places], kind="stable")]
-            entries = np.empty(len(places), _ENTRY)
-            entries["shard"], entries["place"], entries["step"] = number + 1, places, steps[places]
-            self._table[sample_ids[places]] = entries
-
-    def find(self, sample_ids: Array) -> Places:
-        """Places of the samples' newest records."""
-        with self._lock:
-            here = self._table[sample_ids]
-        shards = here["shard"].astype(np.int64) - 1
-        return Places(shards, here["place"].astype(np.int64), np.where(shards < 0, -1, here["step"]))
-
-    def of(self, number: int, sample_ids: Array) -> NDArray[np.int64]:
-        """Places in shard `number`, whose samples are `sample_ids`, of the records that count."""
-        found = self.find(sample_ids)
-        return np.flatnonzero((found.shards == number) & (found.places == np.arange(len(sample_ids))))
-
-    def steps(self, sample_ids: Array) -> NDArray[np.int64]:
-        """Step of the record that counts, -1 where there is none."""
-        return self.find(sample_ids).steps
-
-
-class Group(NamedTuple):
-    """Those of some samples whose newest records lie in one shard."""
-
-    number: int
-    """Of the shard."""
-    indexes: NDArray[np.int64]
-    """Which of the samples."""
-    places: NDArray[np.int64]
-    """Of their records in the shard."""
-
-
+@dataclass(frozen=True)
 class View:
-    """Shards of a cache and a table of their newest records. One thread may read while another adds."""
+    """Listings of a snapshot and tables of what came after it."""
 
-    def __init__(self, store: Store, header: CacheHeader):
-        self.store, self.header = store, header
-        self.rows: list[ShardRow] = []
-        self.newest = Newest(header.samples)
-        size = _OPEN_SLOW if store.slow else _OPEN_SHARDS
-        self.open = lru_cache(size)(lambda number: open_shard(store, header, self.rows[number]))
+    store: Store
+    header: CacheHeader
+    snapshot: Snapshot
+    listings: tuple[Listing, ...]
+    tables: tuple[EntryTable, ...]
+    """Of shards after the snapshot."""
+    tail: tuple[ShardHeader, ...]
+    """Headers of these shards."""
+    streams: dict[str, StreamState]
+    block: Callable[[str, int, int, int], bytes]
+    past: int = -1
+    """Number of the newest snapshot that has been tried: its own, or one whose listing is damaged."""
 
-    def add(self, rows: list[ShardRow]) -> None:
-        """Adds shards in any order; CacheError as `open_shard`, then none is added."""
-        indexes = self.store.map(lambda row: open_shard(self.store, self.header, row).columns, rows)
-        self.rows += rows
-        for row, columns in zip(rows, indexes, strict=True):
-            self.newest.add(columns.sample_ids, columns.steps, (row.writer, row.seq))
+    @property
+    def pin(self) -> dict[str, Any]:
+        """What `open_view` needs to make the same view again, as JSON."""
+        return {"snapshot": self.snapshot.number, "streams": {name: s.count for name, s in self.streams.items()}}
 
-    def groups(self, sample_ids: Array) -> Iterator[Group]:
-        """The samples that have a record, by shard."""
-        found = self.newest.find(sample_ids)
-        order = np.argsort(found.shards, kind="stable")
-        order = order[np.searchsorted(found.shards[order], 0) :]
-        for here in np.split(order, np.flatnonzero(np.diff(found.shards[order])) + 1) if len(order) else ():
-            yield Group(int(found.shards[here[0]]), here, found.places[here])
+    @property
+    def parts(self) -> list[Listing | EntryTable]:
+        return [*self.listings, *self.tables]
+
+    # ------------------------------------------------------------ looking up
+
+    def find(self, sample_ids: Array) -> Records:
+        """The records that count; ListingDamaged when a block of a listing does not verify."""
+        count = len(sample_ids)
+        entries, rows = np.zeros(count, ENTRY), np.zeros(count, ORIGIN)
+        tables = np.full(count, -1, np.int64)
+        for number, part in enumerate(self.parts):
+            found = part.find(sample_ids)
+            new = np.flatnonzero(found.there)
+            if not len(new):
+                continue
+            theirs = found.entries[new]
+            their_rows = part.origin_rows(theirs["origin"].astype(np.int64))
+            if number:
+                mine = entries[new]
+                wins = (tables[new] < 0) | (theirs["step"] > mine["step"])
+                for i in np.flatnonzero(~wins & (theirs["step"] == mine["step"])).tolist():
+                    wins[i] = part.names.shard(their_rows[i]) > self.names(tables[new[i]]).shard(rows[new[i]])
+                new, theirs, their_rows = new[wins], theirs[wins], their_rows[wins]
+            entries[new], rows[new], tables[new] = theirs, their_rows, number
+        return Records(entries, tables, rows)
+
+    def names(self, table: int) -> Names:
+        return self.parts[table].names
+
+    def of_shard(self, records: Records, shard: Shard) -> NDArray[np.int64]:
+        """Places in a shard of the records that count, of `records` of all samples of the shard."""
+        is_here = records.there & (records.entries["start"] == shard.bounds[:-1])
+        is_here &= records.rows["seq"] == shard.header.seq
+        for table in np.unique(records.tables[is_here]).tolist():
+            writers = self.names(table).writers
+            mine = writers.index(shard.header.writer) if shard.header.writer in writers else -1
+            is_here &= (records.tables != table) | (records.rows["writer"] == mine)
+        return np.flatnonzero(is_here)
+
+    def file(self, table: int, row: Any) -> str:
+        """Name of the shard of an origin row."""
+        return shard_name(*self.names(table).shard(row))
+
+    def read(self, records: Records) -> list[bytes | None]:
+        """The bytes of records, verified; None where there is none. Neighbors are read at once.
+
+        Raises:
+            CacheError: names file and sample of a record that is not what was written.
+        """
+        there = np.flatnonzero(records.there)
+        if not len(there):
+            return [None] * len(records.entries)
+        files = [self.file(int(records.tables[i]), records.rows[i]) for i in there.tolist()]
+        starts = records.rows["records_at"][there].astype(np.int64) + records.entries["start"][there]
+        sizes = records.entries["size"][there].astype(np.int64)
+        order = sorted(range(len(there)), key=lambda i: (files[i], int(starts[i])))
+        spans = list(_spans(order, files, starts, sizes, NEAR if self.store.slow else 0))
+        blobs = self.store.map(lambda span: self._read_span(span.file, span.start, span.size), spans)
+        data: list[bytes | None] = [None] * len(records.entries)
+        for span, blob in zip(spans, blobs, strict=True):
+            for i in span.items:
+                first = int(starts[i]) - span.start
+                data[there[i]] = self._verified(
+                    records.entries[there[i]], files[i], blob[first : first + int(sizes[i])]
+                )
+        return data
+
+    def _read_span(self, file: str, start: int, size: int) -> bytes:
+        try:
+            return self.store.read_ahead(file, start, size)
+        except CacheError as error:
+            if is_missing(error):
+                raise CacheError(
+                    f"{error}; if `compact --purge` has removed it, refresh the reader: a view from before the "
+                    "compaction cannot be read any more"
+                ) from error.__cause__
+            raise
+
+    def _verified(self, entry: Any, file: str, data: bytes) -> bytes:
+        sample = int(entry["sample"])
+        if check(sample, int(entry["digest"]), data) != entry["check"]:
+            raise CacheError(f"{self.store.path(file)} is damaged: sample {sample} does not verify")
+        return data
+
+    # ------------------------------------------------------------ as a whole
+
+    @property
+    def losses(self) -> LossSums:
+        """The teacher's label loss by step, over all that was ever published."""
+        return LossSums.total([each.losses for each in self.listings] + [each.losses for each in self.tail])
+
+    @property
+    def totals(self) -> Totals:
+        """Sums over all shards."""
+        parts = [Totals(0, 0, 0, 0, 0), *(each.totals for each in self.listings)]
+        parts += [Totals(1, each.samples, each.tokens, each.atoms, each.bytes) for each in self.tail if each.samples]
+        return Totals(*(sum(column) for column in zip(*map(astuple, parts), strict=True)))
+
+    @property
+    def summary(self) -> list[Origin]:
+        """Origins of all shards, summed by teacher."""
+        return summed(
+            [origin for listing in self.listings for origin in listing.summary]
+            + [origin for header in self.tail for origin in header.origins]
+        )
+
+    def origins(self) -> tuple[Names, Array]:
+        """What origin rows name by number, and ORIGIN [n] of all shards, table after table."""
+        names, parts = Names([], []), [np.empty(0, ORIGIN)]
+        parts += [part.names.into(names, rows) for part in self.parts for rows in part.origin_chunks()]
+        return names, np.concatenate(parts)
+
+    def chunks(self, size: int = 1 << 16) -> Iterator[Array]:
+        """Ids of the samples that have a record, ascending, about `size` at a time."""
+        if len(self.parts) == 1:
+            for entries in self.parts[0].chunks(size):
+                yield entries["sample"]
+            return
+        for first in range(0, self.header.samples, size):
+            ids = np.arange(first, min(first + size, self.header.samples))
+            there = np.zeros(len(ids), np.bool_)
+            for part in self.parts:
+                there |= part.find(ids).there
+            yield ids[there]
+
+    @property
+    def covered(self) -> int:
+        """Samples that have a record."""
+        if len(self.parts) == 1:
+            part = self.parts[0]
+            return part.entries if isinstance(part, Listing) else len(part.entries)
+        return sum(map(len, self.chunks())) if self.parts else 0
 
 
-def newest_since(store: Store, header: CacheHeader, step: int) -> Newest:
-    """The table of what has been published of the teacher's step `step` and later ones; CacheError as `open_shard`."""
-    view = View(store, header)
-    view.add([row for row in published(store, header).rows if row.last_step >= step])
-    return view.newest
+class _Span(NamedTuple):
+    """Records of one file that are read at once."""
+
+    file: str
+    """Name of the shard's file in the store."""
+    start: int
+    size: int
+    items: list[int]
+
+
+def _spans(order: Sequence[int], files: Sequence[str], starts: Array, sizes: Array, gap: int) -> Iterator[_Span]:
+    """Records, in the order of files and places, in as few reads as leave out at most `gap` bytes."""
+    items: list[int] = []
+    end = 0
+    for i in order:
+        if items and (files[i] != files[items[0]] or int(starts[i]) > end + gap):
+            yield _span(items, files, starts, end)
+            items = []
+        end = max(end if items else 0, int(starts[i] + sizes[i]))
+        items.append(i)
+    if items:
+        yield _span(items, files, starts, end)
+
+
+def _span(items: list[int], files: Sequence[str], starts: Array, end: int) -> _Span:
+    first = int(starts[items[0]])
+    return _Span(files[items[0]], first, end - first, items)
+
+
+# ---------------------------------------------------------------- opening and refreshing
+
+
+def open_view(store: Store, header: CacheHeader, pin: Mapping[str, Any] | None = None, bad: int | None = None) -> View:
+    """The newest view, or the one that `pin` (of `View.pin`) names.
+
+    A snapshot that is damaged, or gone, is named in a warning; the one before it serves, or the shards. bad: use
+    snapshots below this number alone.
+
+    Raises:
+        CacheError: damage, or shards of the pinned view that are not there any more.
+    """
+    limits = None if pin is None else dict(pin["streams"])
+    block, past = block_cache(store), -1
+    for snapshot in _candidates(store, header, pin, bad):
+        past = max(past, snapshot.number)
+        try:
+            opened = partial(Listing, store, cache=header.identity, block=block)
+            listings = tuple(store.map(opened, snapshot.listings))
+        except CacheError as error:
+            log.warning("%s; the snapshot before it serves, or the shards", error)
+            continue
+        view = View(store, header, snapshot, listings, (), (), dict(snapshot.streams), block, past)
+        writers = _followed(store, snapshot) if limits is None else limits
+        return _with_tail(view, read_tail(store, header, snapshot.streams, writers, limits=limits))
+    raise AssertionError("the empty snapshot is always a candidate")
+
+
+def snapshot_view(store: Store, header: CacheHeader, snapshot: Snapshot) -> View:
+    """A snapshot without what was published after it; CacheError as `open_view`."""
+    streams = {name: state.count for name, state in snapshot.streams.items()}
+    return open_view(store, header, {"snapshot": snapshot.number, "streams": streams})
+
+
+def find_in_view(view: View, sample_ids: Array) -> tuple[View, Records]:
+    """`view.find`, and the view; where a listing is damaged, another view of the same shards, without the snapshot."""
+    try:
+        return view, view.find(sample_ids)
+    except ListingDamaged as error:
+        log.warning("%s; the shards serve: codistill-cache index makes a new listing", error)
+        fresh = replace(open_view(view.store, view.header, view.pin, bad=view.snapshot.number), past=view.past)
+        return fresh, fresh.find(sample_ids)
+
+
+def refreshed(view: View) -> View:
+    """The view with what has been published since; the same one when that is nothing. CacheError as `open_view`."""
+    store, header = view.store, view.header
+    if _has_newer(view) and (fresh := open_view(store, header)).snapshot.number > view.past:
+        return fresh
+    try:
+        tail = read_tail(store, header, view.streams, _followed(store, view.snapshot), is_refresh=True)
+    except CacheError:
+        # A purge may have removed shards that a much newer snapshot does not need.
+        if (fresh := open_view(store, header)).snapshot.number > view.past:
+            return fresh
+        raise
+    if tail.replaced:  # by shards of a tool, which a view without a snapshot follows
+        return open_view(store, header)
+    return view if tail.states == view.streams else _with_tail(view, tail)
+
+
+def _has_newer(view: View) -> bool:
+    """Whether there may be a snapshot after the view's. A purge of the next one takes the view's own, too."""
+    store, past = view.store, view.past
+    if past >= 0 and len(view.tail) < _LONG:
+        return store.exists(snapshot_name(past + 1)) or not store.exists(snapshot_name(past))
+    return max(snapshot_numbers(store), default=-1) > past
+
+
+def _candidates(
+    store: Store, header: CacheHeader, pin: Mapping[str, Any] | None, bad: int | None
+) -> Iterator[Snapshot]:
+    cache = header.identity
+    if pin is None:
+        yield from valid_snapshots(store, cache, bad)
+        return
+    if 0 <= pin["snapshot"] != bad:
+        try:
+            pinned = load_snapshot(store, cache, pin["snapshot"])
+        except CacheError as error:
+            log.warning("%s; the shards serve", error)
+            pinned = None
+        # Where a catalog was lost and made again, its numbers are those of other snapshots.
+        if pinned and all(state.count <= pin["streams"].get(name, 0) for name, state in pinned.streams.items()):
+            yield pinned
+    yield Snapshot(cache)
+
+
+def _followed(store: Store, snapshot: Snapshot) -> list[str]:
+    """Writers whose streams a view follows. What tools write counts with the snapshot that they make at their end, if
+    there are snapshots at all."""
+    return [name for name in writers_of(store) if snapshot.number < 0 or name not in TOOLS]
+
+
+def _with_tail(view: View, tail: Tail) -> View:
+    if not tail.shards:
+        return replace(view, streams=tail.states)
+    tables = [*view.tables, EntryTable.of_shards(tail.shards)]
+    if len(tables) > _TABLES:
+        tables = [EntryTable.joined(tables)]
+    headers = (*view.tail, *(shard.header for shard in tail.shards))
+    return replace(view, tables=tuple(tables), tail=headers, streams=tail.states)

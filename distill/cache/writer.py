@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from pathlib import Path
 from queue import Full, Queue
@@ -12,18 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.cache import record
+from distill.cache import cataloging, record
 from distill.cache.codecs import make_codec
-from distill.cache.format import SHARDS, TEMPORARY, check_writer, row_of, writer_lock
+from distill.cache.format import check_writer, writer_lock
 from distill.cache.header import CacheHeader
-from distill.cache.ledger import LedgerWriter, Origin
+from distill.cache.loss_curve import LossSums
 from distill.cache.open_store import open_store
+from distill.cache.origins import SOURCES, Origin
 from distill.cache.pending import Pending
-from distill.cache.publish import create, publish_shard
+from distill.cache.publish import create, publish_mark, publish_shard, remove_leftovers
+from distill.cache.put_check import PutCheck
 from distill.cache.ranks import invert, load_ranks
 from distill.cache.shard import Array, Columns
+from distill.cache.snapshot import StreamState, newest_snapshot
+from distill.cache.tail import next_seq
 from distill.cache.targets import Atoms
-from distill.cache.view import Newest, newest_since
+from distill.cache.view import Records, View, find_in_view, open_view, refreshed
 from distill.config.errors import CacheError
 from distill.config.schema import OnFull
 
@@ -39,13 +44,15 @@ class WriterStats(NamedTuple):
     """Bytes published."""
     skipped: int
     """Samples left out because the queue was full."""
+    passed: int
+    """Samples passed over, whose targets of this step or a later one had been published already."""
 
 
 class _Request(NamedTuple):
     """A request of the caller's to the thread."""
 
     kind: str
-    """flush, finish, hand over or stop."""
+    """flush, finish, hand over, close or stop."""
     done: threading.Event
 
 
@@ -53,114 +60,100 @@ class CacheWriter:
     """One writer of a cache; usable as a context manager, which publishes nothing more after an exception."""
 
     def __init__(
-        self,
-        folder: str | Path,
-        header: CacheHeader,
-        *,
-        writer: str,
-        counts_V: Array | None = None,
-        shard_samples: int = 256,
-        queue: int = 64,
-        on_full: OnFull = OnFull.block,
-        source: str = "capture",
-        seen_before: bool = False,
-        flops_per_token: float = 0.0,
-    ):
-        """Opens the cache, or creates it, and resumes this writer's ledger.
+        self, folder: str | Path, header: CacheHeader, *, writer: str, counts_V: Any = None, shard_samples: int = 256,
+        queue: int = 64, on_full: OnFull = OnFull.block, source: str = "capture", seen_before: bool = False,
+        flops_per_token: float = 0.0, index_every: int = 64, first_step: int = 0, is_restart: bool = False,
+    ):  # fmt: skip
+        """Opens the cache, or creates it, and resumes this writer's stream.
 
         folder: a path, or a URL of a file system of fsspec.
-        writer: name of the ledger and prefix of the shards; one live process only.
-        counts_V: corpus frequency of every id, for the rank table; None takes the table that is there, or none.
+        writer: name of the stream of shards; one live process only, and none of the tools'.
+        counts_V: corpus frequency of every id (array, tensor or list), for the rank table; None takes the table that
+        is there, or none.
         shard_samples: publish as soon as so many samples wait. queue: micro-batches that may wait for the thread.
         source: capture, backfill or import. seen_before: the teacher has trained on these samples (backfill).
-        flops_per_token: of a forward pass of the teacher; 0: not known.
+        flops_per_token: of a forward pass of the teacher; 0: not known. index_every: shards after which a listing is
+        made. first_step: of a capture that begins, the teacher's step. is_restart: it goes on with other writers than
+        before, so what this stream had published is no sign of how far all of them are.
 
         Raises:
-            CacheError: another cache is there, another process has this name, a damaged ledger, or no permission.
+            CacheError: another cache is there, another process has this name, a damaged stream, or no permission.
         """
         check_writer(writer)
+        counts = {"shard_samples": shard_samples - 1, "queue": queue, "index_every": index_every - 1}
+        bad = [name for name, number in (counts | {"first_step": first_step}).items() if number < 0]
+        if bad or source not in SOURCES or not 0 <= flops_per_token < math.inf:
+            raise CacheError(
+                f"source is {source!r}, shard_samples {shard_samples}, queue {queue}, index_every {index_every}, "
+                f"first_step {first_step}, flops_per_token {flops_per_token}; allowed are {', '.join(SOURCES)}, and "
+                "numbers from 1 on (queue, step and operations: from 0)"
+            )
         self.folder, self.writer = folder, writer
         self._store = open_store(folder)
         self.header = create(self._store, header, counts_V)
         self._identity = self.header.identity
         self._codec = make_codec(self.header.codec, self.header.vocab_size)
+        self._check = PutCheck(self.header, self._codec)
         self._shard_samples, self._on_full = shard_samples, OnFull(on_full)
         self._source, self._seen_before, self._flops_per_token = source, seen_before, flops_per_token
         self._rank_of_id = invert(load_ranks(self._store, self.header))
-        self._done: Newest | None = None
+        self._index_every = index_every
+        self._done: View | None = None
+        self._done_to, self._last = -1, (-1, "")
         with contextlib.ExitStack() as stack:
             is_alone = stack.enter_context(self._store.lock(writer_lock(writer), f"the writer's name {writer!r}"))
-            self._ledger = LedgerWriter(self._store, writer, self._identity)
+            listed = newest_snapshot(self._store, self._identity).streams
+            self._state = next_seq(self._store, self.header, writer, listed)
+            self._listed = listed.get(writer, StreamState()).count
             if is_alone:
-                self._remove_leftovers()
+                remove_leftovers(self._store, writer, self._state.count)
+            if source == "capture" and (is_restart or self._state.finished or not self._state.count):
+                self._mark("begin", first_step)
             self._resources = stack.pop_all()
 
         # A queue that is full holds the caller back; requests queue up behind the micro-batches put before them.
         self._queue: Queue[Pending | _Request] = Queue(queue)
-        self._published = WriterStats(0, 0, 0, 0)
-        self._skipped = 0
+        self._published = WriterStats(0, 0, 0, 0, 0)
+        self._skipped = self._passed = 0
         self._handed: list[Pending] = []
         self._error: BaseException | None = None
         self._error_raised = self._aborted = self._closed = False
         self._thread = threading.Thread(target=self._run, name=f"cache-writer-{writer}", daemon=True)
         self._thread.start()
 
-    def _remove_leftovers(self) -> None:
-        """Removes what a kill left: temporary files, and the one shard whose row was never written.
+    def _mark(self, kind: str, step: int) -> None:
+        mark = publish_mark(self._store, self._identity, self.writer, self._state.count, kind, self._source, step)
+        self._state = self._state.after(mark)
 
-        Raises:
-            CacheError: there are shards beyond it, so the ledger has lost rows.
-        """
-        known = {row.shard for row in self._ledger.rows}
-        rows = {name: row_of(name) for name in self._store.names(SHARDS) if name not in known}
-        left = {name: row.seq for name, row in rows.items() if row is not None and row.writer == self.writer}
-        for name, seq in left.items():
-            if seq > self._ledger.seq and not name.endswith(TEMPORARY):
-                path = self._store.path(f"{SHARDS}/{name}")
-                raise CacheError(
-                    f"{path}: shard {seq} is there, but ledger {self.writer} has {self._ledger.seq} rows: it was cut; "
-                    f"get it back with codistill-cache repair {self._store.root}"
-                )
-        for name in left:
-            self._store.remove(f"{SHARDS}/{name}")
+    def _index(self) -> None:
+        """Makes a listing of what has been published since the last one."""
+        if self._state.count > self._listed:
+            cataloging.update(self._store, self.header, [self.writer])
+            self._listed = self._state.count
 
     @property
     def stats(self) -> WriterStats:
-        return self._published._replace(skipped=self._skipped)
+        return self._published._replace(skipped=self._skipped, passed=self._passed)
 
     def put(
-        self,
-        sample_ids_B: Array,
-        digests_B: Array,
-        atoms: Atoms,
-        label_logprob_T: Tensor | Array,
-        entropy_T: Tensor | Array,
-        valid_T: Tensor | Array,
-        *,
-        step: int,
-        tokens_seen: int,
-        teacher: str,
-    ) -> bool:
+        self, sample_ids_B: Array, digests_B: Array, atoms: Atoms, label_logprob_T: Tensor | Array,
+        entropy_T: Tensor | Array, valid_T: Tensor | Array, *, step: int, tokens_seen: int, teacher: str,
+    ) -> bool:  # fmt: skip
         """Accepts one micro-batch of T = B * S tokens for the thread; False: skipped, because the queue is full.
 
-        digests_B: uint64 of each sample's tokens. label_logprob_T, entropy_T: float nats of the teacher. valid_T:
-        bool, tokens that have a label; others are stored as having no target. step: the teacher's, before its update.
+        sample_ids_B: ids, or one id; of a sample that comes twice the last targets count. digests_B: uint64 of each
+        sample's tokens. label_logprob_T, entropy_T: float nats of the teacher. valid_T: bool, tokens that have a
+        label; others are stored as having no target, and what comes for them is not checked. step: the teacher's,
+        before its update.
 
         Raises:
-            CacheError: the thread has failed (names file and reason), or these targets cannot be stored.
+            CacheError: the thread has failed (names file and reason), or these are no targets (names cache, sample and
+            position): codes that do not sum to the codec's draws, more atoms than the codec makes, ids or codes out of
+            range, an id twice within a token, what is not finite, wrong shapes, another teacher at the same step.
         """
-        batch = Pending(
-            np.array(sample_ids_B, np.int64),
-            np.array(digests_B, np.uint64),
-            atoms.cpu(),
-            _own(label_logprob_T, np.float32),
-            _own(entropy_T, np.float32),
-            _own(valid_T, np.bool_),
-            step,
-            tokens_seen,
-            teacher,
+        batch = self._check.batch(
+            sample_ids_B, digests_B, atoms, label_logprob_T, entropy_T, valid_T, step, tokens_seen, teacher
         )
-        self._validate(batch)
         batch = self._undone(batch)
         if not len(batch.sample_ids_B):
             return True
@@ -176,34 +169,26 @@ class CacheWriter:
 
     @torch.no_grad()
     def put_logits(
-        self,
-        sample_ids_B: Array,
-        digests_B: Array,
-        logits_TV: Tensor,
-        labels_T: Tensor,
-        valid_T: Tensor,
-        *,
-        step: int,
-        tokens_seen: int,
-        teacher: str,
-    ) -> bool:
+        self, sample_ids_B: Array, digests_B: Array, logits_TV: Tensor, labels_T: Tensor, valid_T: Tensor, *, step: int,
+        tokens_seen: int, teacher: str,
+    ) -> bool:  # fmt: skip
         """`put` of atoms that the codec takes from a teacher's logits at temperature 1, on the logits' device.
 
         logits_TV: any float type, row t predicts labels_T[t]; T = B * S tokens, V = the header's vocab_size. labels_T:
-        int64, any id of the vocabulary where not valid. valid_T: bool.
+        ids, any number (-100) where not valid. valid_T: bool. CacheError as `put`.
         """
-        vocab, tokens = self.header.vocab_size, len(sample_ids_B) * self.header.sample_tokens
-        assert logits_TV.shape == (tokens, vocab), f"logits are {tuple(logits_TV.shape)}, expected {(tokens, vocab)}"
-        device = logits_TV.device
+        sample_ids_B = self._check.sample_ids(sample_ids_B)
+        device, width = logits_TV.device, self.header.sample_tokens
+        labels_T = self._check.labels(sample_ids_B, logits_TV, labels_T, valid_T).to(device)
         lse_T = logits_TV.float().logsumexp(-1)
         selection = self._codec.select(
             logits_TV,
             lse_T,
             seed=self.header.seed,
-            sample_ids_T=torch.as_tensor(sample_ids_B, device=device).repeat_interleave(self.header.sample_tokens),
-            positions_T=torch.arange(self.header.sample_tokens, device=device).repeat(len(sample_ids_B)),
+            sample_ids_T=torch.as_tensor(sample_ids_B, device=device).repeat_interleave(width),
+            positions_T=torch.arange(width, device=device).repeat(len(sample_ids_B)),
         )
-        label_logprob_T = logits_TV.gather(-1, labels_T.to(device)[:, None])[:, 0].float() - lse_T
+        label_logprob_T = logits_TV.gather(-1, labels_T[:, None])[:, 0].float() - lse_T
         return self.put(
             sample_ids_B,
             digests_B,
@@ -221,7 +206,7 @@ class CacheWriter:
         self._ask("flush")
 
     def finish(self) -> None:
-        """`flush`, and a closing row: this writer's stream is complete."""
+        """`flush`, and an end mark: this writer's stream is complete."""
         self._ask("finish")
 
     def hand_over(self) -> list[Pending]:
@@ -232,7 +217,7 @@ class CacheWriter:
 
     def take_back(self, batches: list[Pending]) -> None:
         """Accepts what a writer has handed over; called before the first `put`."""
-        for batch in map(self._undone, batches):
+        for batch in map(self._undone, map(self._check.check, batches)):
             if len(batch.sample_ids_B):
                 self._queue.put(batch)
 
@@ -242,7 +227,7 @@ class CacheWriter:
             return
         try:
             if not self._error_raised:
-                self._ask("flush")
+                self._ask("close")
         finally:
             self._stop()
 
@@ -256,27 +241,41 @@ class CacheWriter:
             self._aborted = True
             self._stop()
 
-    def _validate(self, batch: Pending) -> None:
-        width, ids = self.header.sample_tokens, batch.sample_ids_B
-        tokens = len(ids) * width
-        lengths = [len(batch.digests_B) * width, len(batch.label_logprob_T), len(batch.entropy_T), len(batch.valid_T)]
-        lengths.append(len(batch.atoms.counts_T))
-        assert lengths == [tokens] * 5, f"{len(ids)} samples of {width} tokens, but lengths are {lengths}"
-        if len(ids) and not 0 <= ids.min() <= ids.max() < self.header.samples:
-            raise CacheError(f"cache {self.folder}: sample ids must lie in 0 to {self.header.samples - 1}")
-        broken_T = batch.valid_T & ~(np.isfinite(batch.label_logprob_T) & np.isfinite(batch.entropy_T))
-        if broken_T.any():
-            sample = ids[np.flatnonzero(broken_T)[0] // width]
-            raise CacheError(f"cache {self.folder}: the teacher's log-probabilities of sample {sample} are not finite")
-
     def _undone(self, batch: Pending) -> Pending:
-        """Drops samples whose targets of this step, or of a later one, had been published before the first `put`.
+        """Drops samples whose targets of this step, or of a later one, had been published before the first `put`, and
+        those that come once more in the same batch.
 
         A run that goes on from a checkpoint does some steps again.
         """
-        if self._done is None:
-            self._done = newest_since(self._store, self.header, batch.step)
-        return batch.select(self._done.steps(batch.sample_ids_B) < batch.step, self.header.sample_tokens)
+        keep_B = self._check.last_of_each(batch)
+        step, teacher = self._last
+        if self._done is None or batch.step < step or batch.teacher != teacher:
+            # What this writer itself has published counts, too, where its caller goes back.
+            self._done = open_view(self._store, self.header) if self._done is None else refreshed(self._done)
+            self._done_to = max((origin.last_step for origin in self._done.summary), default=-1)
+        self._last = batch.step, batch.teacher
+        if batch.step <= self._done_to:
+            self._done, records = find_in_view(self._done, batch.sample_ids_B)
+            self._check_published(batch, self._done, records)
+            keep_B &= records.steps < batch.step
+        self._passed += int((~keep_B).sum())
+        return batch.select(keep_B, self.header.sample_tokens)
+
+    def _check_published(self, batch: Pending, view: View, records: Records) -> None:
+        """CacheError where published targets of a sample are of other tokens, or another teacher's of the same step."""
+        at = f"cache {self.folder}: sample"
+        for i in np.flatnonzero(records.there & (records.entries["digest"] != batch.digests_B)).tolist():
+            raise CacheError(
+                f"{at} {batch.sample_ids_B[i]} has digest {records.entries['digest'][i]:016x} in the cache, and "
+                f"{batch.digests_B[i]:016x} here: the tokens are not the same"
+            )
+        for i in np.flatnonzero(records.there & (records.steps == batch.step)).tolist():
+            teacher = view.names(int(records.tables[i])).origin(records.rows[i]).teacher
+            if teacher != batch.teacher:
+                raise CacheError(
+                    f"{at} {batch.sample_ids_B[i]} has targets of step {batch.step} by teacher {teacher}, and these "
+                    f"are of teacher {batch.teacher}"
+                )
 
     def _ask(self, kind: str) -> None:
         """Waits until the thread has handled all that was put before, and this request."""
@@ -291,15 +290,21 @@ class CacheWriter:
         if self._error:
             self._error_raised = True
             raise self._error
+        if not self._thread.is_alive():
+            raise CacheError(
+                f"cache {self.folder}: the writer {self.writer!r} belongs to the process that has opened it, and not "
+                "to a child of its fork"
+            )
 
     def _stop(self) -> None:
-        self._queue.put(_Request("stop", threading.Event()))
-        self._thread.join()
+        if self._thread.is_alive():  # not so in the child of a fork
+            self._queue.put(_Request("stop", threading.Event()))
+            self._thread.join()
         self._closed = True
         self._resources.close()
 
     def _run(self) -> None:
-        """The thread, which alone makes shards and appends to the ledger. After an error it drains the queue."""
+        """The thread, which alone makes shards. After an error it drains the queue."""
         torch.set_num_threads(1)
         pending: list[Pending] = []
         while True:
@@ -321,8 +326,10 @@ class CacheWriter:
                 self._handed = pending
             elif pending:
                 self._publish(pending)
-            if item.kind == "finish":
-                self._ledger.finish()
+            if item.kind == "finish" and not self._state.finished:
+                self._mark("end", self._state.step)
+            if item.kind in ("finish", "close"):
+                self._index()
             return []
         if pending and pending[0].teacher != item.teacher:  # a shard has one teacher
             self._publish(pending)
@@ -339,9 +346,7 @@ class CacheWriter:
 
         sample_ids, valid, label_logprob = joined("sample_ids_B"), joined("valid_T"), joined("label_logprob_T")
         atoms = Atoms.cat([batch.atoms for batch in batches])
-        vocab, width = self.header.vocab_size, self.header.sample_tokens
-        if len(atoms.ids_N) and not 0 <= int(atoms.ids_N.min()) <= (most := int(atoms.ids_N.max())) < vocab:
-            raise CacheError(f"cache {self.folder}: id {most} in a vocabulary of {vocab}")
+        width = self.header.sample_tokens
         encoded = record.encode(atoms, label_logprob, joined("entropy_T"), valid, width, self._rank_of_id, self._codec)
         steps = np.repeat([batch.step for batch in batches], [len(batch.sample_ids_B) for batch in batches])
         tokens = int(valid.sum())
@@ -357,16 +362,17 @@ class CacheWriter:
             seen_before=self._seen_before,
             flops_per_token=self._flops_per_token,
         )
+        losses = LossSums()
+        losses.add_tokens(batches[0].teacher, self._source, np.repeat(steps, width)[valid], -label_logprob[valid])
         columns = Columns(sample_ids, joined("digests_B"), steps, encoded.atoms, np.zeros(len(steps), np.int64))
-        row = publish_shard(self._store, self._ledger, self._source, columns, encoded.records, encoded.ends, (origin,))
+        header = publish_shard(
+            self._store, self._identity, self.writer, self._state.count, self._source, columns, encoded.records,
+            encoded.ends, (origin,), losses,
+        )  # fmt: skip
+        self._state = self._state.after(header)
         done = self._published
         self._published = done._replace(
-            samples=done.samples + row.samples, tokens=done.tokens + tokens, bytes=done.bytes + row.bytes
+            samples=done.samples + header.samples, tokens=done.tokens + tokens, bytes=done.bytes + header.bytes
         )
-
-
-def _own(values: Tensor | Array, dtype: Any) -> Array:
-    """A copy, so that the caller may change the original."""
-    if isinstance(values, Tensor):
-        values = (values.float() if values.is_floating_point() else values).cpu().numpy()  # numpy has no bfloat16
-    return np.array(values, dtype)
+        if self._state.count - self._listed >= self._index_every:
+            self._index()

@@ -415,6 +415,8 @@ class CacheConfig:
     codec: CodecConfig = field(default_factory=CodecConfig)
     shard_samples: Many = 256
     """Samples per published shard."""
+    index_every: Many = 64
+    """Published shards after which a writer makes a listing of them, which readers open in place of each shard."""
     queue: Count = 64
     """Micro-batches that may wait for the writer thread."""
     on_full: OnFull = OnFull.block

@@ -130,7 +130,7 @@ def _places(run: Run, teacher: Teacher) -> Iterator[tuple[Place, Held]]:
             reader = CacheReader(folder)
             check_cache(reader, run.data.tokenizer, corpus, vocab_size)
             header, held = reader.header, _held(reader, teacher.identity)
-            others = [o for row in reader.rows for o in row.origins if o.teacher != teacher.identity]
+            others = [origin for origin in reader.summary if origin.teacher != teacher.identity]
             newest = max((o.last_step for o in others), default=-1)
             seen = seen or any(o.source == "capture" for o in others)
         else:
@@ -254,6 +254,7 @@ def _capture(run: Run, teacher: Teacher, place: Place, folder: str | Path) -> It
         source="backfill",
         seen_before=place.seen_before,
         flops_per_token=place.flops_per_token,
+        index_every=run.config.cache.index_every,
     ) as writer:
         codec = make_codec(place.header.codec, teacher.model.vocab_size)
         yield Capture(codec, [writer], place.header.seed, teacher.identity, lambda step: teacher.tokens_seen)

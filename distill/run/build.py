@@ -88,7 +88,7 @@ def teacher(run: Run) -> tuple[Trainer, Capture | None]:
     run.lineages["teacher"] = lineage
     watch, capture = Watch(run.dist), None
     if part.capture:
-        planned = {**stream.describe(), "planned": steps * batch, "batch": batch, "writers": run.dist.world}
+        planned = {**stream.describe(), "planned": steps * batch, "batch": batch}
         capture = open_capture(run, planned, cache_folders(run), lineage.base, watch)
     recipe = TeacherRecipe(part.train.head_chunk, capture)
     feed = _feed(run, stream, replay(ReplayOrder.same, steps * batch), None, batch)

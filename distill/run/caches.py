@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from distill.cache import CacheHeader, CacheReader, CacheWriter, is_written, make_codec
+from distill.cache import CacheHeader, CacheReader, CacheWriter, is_created, is_written, make_codec
+from distill.cache.snapshot import StreamState
 from distill.config.errors import ConfigError
 from distill.data.join import check_cache
 from distill.data.packed import PackedCorpus
@@ -47,6 +48,7 @@ def open_capture(
     """
     config = run.config
     taken = [folder for folder in folders.values() if not config.resume and is_written(folder)]
+    before = _open_streams(folders) if config.resume else {}
     run.dist.barrier()
     if taken:
         raise ConfigError(
@@ -57,25 +59,47 @@ def open_capture(
     for turn in (True, False):
         if run.dist.is_main is turn:
             for name, folder in folders.items():
-                writers.append(_open_writer(run, run.data.train[name], folder, planned))
+                writers.append(_open_writer(run, run.data.train[name], folder, planned, before.get(name, {})))
                 run.resources.push(writers[-1])
         run.dist.barrier()
+    mine = _writer_names(run.dist.world)
+    for name, streams in before.items() if run.dist.is_main else ():
+        for writer in streams.keys() - {*mine}:  # of ranks that are not there any more; all that are have begun anew
+            with CacheWriter(folders[name], CacheHeader.load(folders[name]), writer=writer) as left:
+                left.finish()
     tokens = config.teacher.train.batch * config.data.sample_tokens  # a step
     codec = make_codec(config.cache.codec, config.teacher.model.vocab_size)
     return Capture(codec, writers, config.seed, teacher, lambda step: step * tokens, watch)
 
 
-def _open_writer(run: Run, corpus: PackedCorpus, folder: str | Path, planned: dict[str, object]) -> CacheWriter:
-    model, cache = run.config.teacher.model, run.config.cache
+def _open_streams(folders: Mapping[str, str | Path]) -> dict[str, dict[str, StreamState]]:
+    """The streams of a teacher's ranks that are not complete, in the cache of each corpus."""
+    return {name: CacheReader(folder).open_streams for name, folder in folders.items() if is_created(folder)}
+
+
+def _writer_names(world: int) -> list[str]:
+    return [f"teacher-{rank:05d}" for rank in range(world)]
+
+
+def _open_writer(
+    run: Run, corpus: PackedCorpus, folder: str | Path, planned: dict[str, object], before: dict[str, StreamState]
+) -> CacheWriter:
+    """This rank's writer; before: the streams that the resumed run had begun, on this number of ranks or another."""
+    model, cache, names = run.config.teacher.model, run.config.cache, _writer_names(run.dist.world)
+    step = run.restored.state["roles"]["teacher"]["step"] if run.restored else 0
     return CacheWriter(
         folder,
         new_header(run, corpus, model.vocab_size, planned),
-        writer=f"teacher-{run.dist.rank:05d}",
+        writer=names[run.dist.rank],
         counts_V=corpus.counts_V(model.vocab_size),
         shard_samples=cache.shard_samples,
         queue=cache.queue,
         on_full=cache.on_full,
         flops_per_token=flops_per_token(model, corpus.sample_tokens, corpus.tiles_per_sample),
+        index_every=cache.index_every,
+        # What these ranks have not published yet may be of any step from the last that each stream has on.
+        first_step=min([step, *(state.step for state in before.values())]),
+        is_restart=bool(before) and sorted(before) != names,
     )
 
 
@@ -117,7 +141,7 @@ def cache_entries(readers: list[CacheReader]) -> dict[str, Any]:
     """Summary entries of a run's caches: bytes of all published shards per token with a target in them, and the ledger
     of floating-point operations."""
     stats = [reader.stats() for reader in readers]
-    ledger = flop_ledger((row for reader in readers for row in reader.rows), readers[0].header.sample_tokens)
+    ledger = flop_ledger((origin for reader in readers for origin in reader.summary), readers[0].header.sample_tokens)
     return {
         "bytes_per_token": sum(s["bytes"] for s in stats) / max(sum(s["tokens"] for s in stats), 1),
         "flops": {name: value for name, value in ledger.items() if value},

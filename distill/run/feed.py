@@ -53,7 +53,7 @@ class Feed:
         newest targets count).
         """
         stream = readers[0].header.stream
-        frontiers = [f for reader in readers if (f := reader.frontier(stream["writers"])) is not None]
+        frontiers = [f for reader in readers if (f := reader.frontier) is not None]
         if not frontiers:
             return goal
         frontier = min(frontiers)

@@ -45,6 +45,8 @@ def capture_overhead(run: Run, trainer: Trainer) -> float:
             for pair in range(PAIRS):
                 seconds = {on: block(on, length) for on in ((True, False) if pair % 2 else (False, True))}
                 ratios.append(seconds[True] / seconds[False] - 1.0)
+        capture.close()
+        run.dist.barrier()  # every rank has written its last file
     finally:
         capture.close()
         # Also after an error: the folder may be what filled the disk.

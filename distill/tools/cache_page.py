@@ -37,21 +37,20 @@ def _cache(found: dict[str, Any]) -> str:
     text = escape("\n".join(stats_lines(found)))
     return (
         f"<header><h1>{escape(found['folder'])}</h1>{entry_list(facts)}</header>\n"
-        f'<div class="grid">\n{_lag(found)}{_histograms(found)}</div>\n{_columns(found)}'
+        f'<div class="grid">\n{_losses(found)}{_histograms(found)}</div>\n{_columns(found)}'
         f"<details><summary>All numbers</summary><pre>{text}</pre></details>\n"
     )
 
 
-def _lag(found: dict[str, Any]) -> str:
-    lag = found["lag"]
-    if not lag["step"]:
+def _losses(found: dict[str, Any]) -> str:
+    if not found["losses"]:
         return ""
-    step, loss, behind = (np.asarray(lag[name], float) for name in ("step", "loss", "lag"))
-    unit, why = "nats per token", "How much worse than at its best the teacher was."
-    over_time = charts.Frame("Lag over time", unit, "step", why)
-    captured = charts.Frame("Teacher's loss when captured", unit, "step", "Mean label loss of each shard.")
-    lines = charts.line_chart(over_time, [charts.Curve("lag", 2, step, behind)], smoothed=False, zero=True)
-    return lines + charts.line_chart(captured, [charts.Curve("loss", 0, step, loss)], smoothed=False, zero=False)
+    frame = charts.Frame("Teacher's loss by its step", "nats per token", "step", "Mean loss of labels when captured.")
+    curves = [
+        charts.Curve(f"{each['teacher']}, {each['source']}", i, np.array(each["step"]), np.array(each["loss"]))
+        for i, each in enumerate(found["losses"])
+    ]
+    return charts.line_chart(frame, curves, smoothed=False, zero=False)
 
 
 def _columns(found: dict[str, Any]) -> str:

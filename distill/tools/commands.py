@@ -2,7 +2,7 @@
 
 Each command is a module of `distill.tools` that holds `add_arguments(parser)` and `run(args)`, which returns the exit
 code: 0, or 1 where the answer is no. The module is imported when its command is on the command line, and imports torch,
-pyarrow and the like when it runs, so what reads headers and ledgers alone answers at once.
+pyarrow and the like when it runs, so what reads headers alone answers at once.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 from distill import __version__
 from distill.config import stop
 from distill.config.errors import ConfigError, UserError, print_error
+from distill.config.registry import import_plugins
 from distill.config.streams import silence
 
 
@@ -34,6 +35,7 @@ COMMANDS = {
     "verify": Command("every byte against its digest; exit code 1 if there is damage", "distill.tools.verify"),
     "repair": Command("make a damaged cache readable again, without losing what is good", "distill.tools.repair"),
     "compact": Command("many shards into few, without superseded records", "distill.tools.compact"),
+    "index": Command("one listing of all shards, so that a cache opens fast at any size", "distill.tools.index_cache"),
     "merge": Command("several caches of one corpus into one", "distill.tools.merge"),
     "compare": Command("two caches, record by record; exit code 1 if they differ", "distill.tools.compare"),
     "export": Command("a cache as a Parquet file, for other tools", "distill.tools.export_cache"),
@@ -62,10 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, command in COMMANDS.items():
         sub = subparsers.add_parser(name, help=command.help, description=command.help)
         if arguments and arguments[0] == name:
+            what = "adds codecs of one's own; as often as needed"
+            sub.add_argument("--plugins", action="append", default=[], metavar="MODULE", help=what)
             command.load().add_arguments(sub)
     args = parser.parse_args(arguments)
     try:
         _no_empty(args)
+        if problems := import_plugins(args.plugins):
+            raise ConfigError("\n".join(problems))
         code: int = COMMANDS[args.command].load().run(args)
         sys.stdout.flush()  # Python would as it ends, and complain about a pipe that is closed
         return code

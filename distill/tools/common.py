@@ -3,23 +3,16 @@
 import argparse
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-from distill.cache.format import HEADER, LEDGER, SHARDS, TOOLS_LOCK, row_of, writer_lock
-from distill.cache.header import CacheHeader
-from distill.cache.ledger import ShardRow
+from distill.cache.format import CATALOG, HEADER, LOCKS, QUARANTINE, SHARDS, TOOLS_LOCK, writer_lock
+from distill.cache.local import LocalStore
 from distill.cache.open_store import open_store
 from distill.cache.store import Store
-from distill.cache.view import Newest, open_shard
 from distill.config.errors import CacheError, ConfigError
-from distill.config.paths import home
-
-TOOLS = ("compact", "merge", "repair")
-"""Names of ledgers that are not a teacher's."""
-_TOGETHER = 256
-"""Shards whose indexes are read together."""
-
+from distill.config.paths import home, is_url
+from distill.config.units import file_size
 
 # ---------------------------------------------------------------- arguments
 
@@ -54,8 +47,21 @@ def shard_bytes(args: argparse.Namespace) -> int:
 
 def check_distinct(source: str, target: str) -> None:
     """ConfigError where two spellings are one cache."""
-    if os.path.realpath(source) == os.path.realpath(target) or source.rstrip("/") == target.rstrip("/"):
+    if _place(source) == _place(target):
         raise ConfigError(f"{target} is both a source and the target")
+
+
+def _place(folder: str) -> object:
+    """What all spellings of a folder have in common."""
+    folder = folder.removeprefix("file://")
+    if is_url(folder):
+        scheme, _, rest = folder.partition("://")
+        return scheme, [part for part in rest.split("/") if part]
+    try:
+        there = os.stat(home(folder))
+    except OSError:
+        return os.path.realpath(home(folder))
+    return there.st_dev, there.st_ino
 
 
 def check_at_least_one(option: str, value: int | None) -> None:
@@ -72,7 +78,8 @@ def caches(folder: str | Path) -> list[Store]:
     store = open_store(folder)
     if _is_cache(store):
         return [store]
-    names = [name for name in store.names("") if not name.startswith(".") and name not in (LEDGER, SHARDS)]
+    own = (SHARDS, CATALOG, LOCKS, QUARANTINE)
+    names = [name for name in store.names("") if not name.startswith(".") and name not in own]
     stores = [each for name in names if _is_cache(each := open_store(f"{store.root}/{name}"))]
     if not stores:
         raise CacheError(f"{store.root}: no cache here ({HEADER} is missing), nor in a folder below it")
@@ -87,22 +94,6 @@ def _is_cache(store: Store) -> bool:
         return False
 
 
-def newest_records(
-    store: Store, header: CacheHeader, rows: Sequence[ShardRow], advance: Callable[[int], None] = lambda count: None
-) -> Newest:
-    """Which record of each sample counts, from the indexes of these shards, in the order of `Published.rows`.
-
-    advance: is given the bytes of each index. Raises CacheError as `open_shard`.
-    """
-    newest = Newest(header.samples)
-    for first in range(0, len(rows), _TOGETHER):
-        part = rows[first : first + _TOGETHER]
-        for row, columns in zip(part, store.map(lambda row: open_shard(store, header, row).columns, part)):
-            newest.add(columns.sample_ids, columns.steps)
-            advance(row.index_bytes)
-    return newest
-
-
 # ---------------------------------------------------------------- changing a cache
 
 
@@ -111,14 +102,14 @@ def alone(store: Store, *, dry_run: bool = False) -> Iterator[bool]:
     """No other tool changes the cache meanwhile; CacheError if one does. dry_run: only looks, and writes no lock.
 
     Yields whether that is certain: a store may have no locks. Two compactions or merges at one time are safe all the
-    same: a tool retires only rows that it has copied, and of two that write to one ledger one fails.
+    same: a shard replaces only shards whose records it has, and of two tools that publish one number one fails.
     """
     if dry_run:
         if store.is_locked(TOOLS_LOCK):
-            raise CacheError(f"{store.path(TOOLS_LOCK)}: another live process compacts, merges or repairs the cache")
+            raise CacheError(f"{store.path(TOOLS_LOCK)}: another live process changes the cache with a tool")
         yield False
     else:
-        with store.lock(TOOLS_LOCK, "the cache for compact, merge or repair") as is_alone:
+        with store.lock(TOOLS_LOCK, "the cache for a tool that changes it") as is_alone:
             yield is_alone
 
 
@@ -127,9 +118,9 @@ def is_live(store: Store, writer: str) -> bool:
     return store.is_locked(writer_lock(writer))
 
 
-def remove_leftovers(store: Store, known: set[str]) -> None:
-    """Removes files that a stopped tool left behind; the caller is `alone`."""
-    for name in store.names(SHARDS):
-        row = row_of(name)
-        if row is not None and row.writer in TOOLS and name not in known:
-            store.remove(f"{SHARDS}/{name}")
+def check_room(store: Store, needed: int, what: str) -> None:
+    """CacheError where a local disk has less room than what is about to be written; `what` names it."""
+    if isinstance(store, LocalStore):
+        disk = os.statvfs(store.folder)
+        if (free := disk.f_bavail * disk.f_frsize) < needed:
+            raise CacheError(f"{store.root}: {what} needs {file_size(needed)}, and its disk has {file_size(free)} left")

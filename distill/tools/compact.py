@@ -1,29 +1,30 @@
 """Many shards into few: the newest record of each sample, copied as bytes, in the order of the teacher's steps.
 
 That order, not that of ids, is the one in which students come back to the records. Shards that are large enough and
-hold nothing superseded stay as they are, so that the work goes with what has come since the last time. The last thing
-written is the row that retires what was copied: whatever stops the work before leaves records twice, which do no
-harm, and which the next compaction takes away. Rows that appear meanwhile are not touched.
+hold nothing superseded stay as they are, so that the work goes with what has come since the last time. A new shard
+replaces, at the moment that it is there, the shards whose records it has; a snapshot then has all of it. Whatever stops
+the work, the next compaction goes on. Shards that appear meanwhile are not touched.
 """
 
 import argparse
 from typing import NamedTuple
 
-from distill.cache.format import SHARDS
+import numpy as np
+
+from distill.cache import cataloging
 from distill.cache.header import CacheHeader
-from distill.cache.ledger import ShardRow
 from distill.cache.open_store import open_store
-from distill.cache.shard import Array, Shard
+from distill.cache.shard import Array
 from distill.cache.store import Store
-from distill.cache.view import open_shard, published
+from distill.cache.view import snapshot_view
 from distill.config.errors import ConfigError
 from distill.config.paths import home
 from distill.config.terminal import advancing
 from distill.config.units import file_size, grouped
-from distill.tools import common
+from distill.tools import common, format2
 from distill.tools.merge import merge
-from distill.tools.repack import Packer, in_order, portion
-from distill.tools.token_counter import TokenCounter
+from distill.tools.purge import DEFAULT_AGE, Purge, age, purge, replaced_shards
+from distill.tools.repack import Packer, Shards, copies, shards_of
 
 
 class Compaction(NamedTuple):
@@ -39,83 +40,86 @@ class Compaction(NamedTuple):
     bytes_before: int
     """Of shards that count."""
     bytes_after: int
-    purged: int
-    """Bytes of replaced files that were removed."""
+    purged: Purge
+    """Replaced shards that were removed."""
     waiting: int
-    """Bytes of replaced files that are still there."""
+    """Replaced shards that are still there."""
 
 
-def compact(store: Store, *, shard_bytes: int, purge: bool = False) -> Compaction:
+def compact(store: Store, *, shard_bytes: int, purge_age: float | None = None) -> Compaction:
     """Compacts one cache in its place.
 
-    shard_bytes: of records in a shard; memory is about three times as much. purge: remove the files of retired rows;
-    who reads an older view then gets a CacheError.
+    shard_bytes: of records in a shard; memory is about three times as much. purge_age: seconds; remove the files that
+    only older views could read.
 
     Raises:
-        CacheError: damage (then nothing is retired), another tool at work, or a file that cannot be written.
+        CacheError: damage, another tool at work, too little room on the disk, or a file that cannot be written.
     """
     header = CacheHeader.load(store)
-    with common.alone(store) as is_alone:
-        rows, retired = published(store, header)
-        if is_alone:
-            common.remove_leftovers(store, {row.shard for row in rows + retired})
-        keep = _choose(store, header, rows, shard_bytes)
-        chosen = in_order(row for row in rows if row.shard in keep)
-        packer = Packer(store, "compact", header.identity, shard_bytes)
-        with advancing("compact", sum(row.bytes for row in chosen)) as advance:
-            counter = TokenCounter(store, header) if chosen else None
-            for row in chosen:
-                if len(keep[row.shard]) and counter:
-                    shard = Shard(store, row)
-                    packer.add(portion(shard, shard.span(0, row.samples), keep[row.shard], counter))
-                advance(row.bytes)
+    with common.alone(store):
+        # What can be removed makes room for what is to be written.
+        purged = _purge(store, header, purge_age)
+        snapshot = cataloging.update(store, header)
+        purged += _purge(store, header, purge_age)
+        view = snapshot_view(store, header, snapshot)
+        shards = shards_of(view, _is_there)
+        chosen = shards.take(_choose(shards, shard_bytes))
+        common.check_room(store, chosen.room(view), "the compaction")
+        packer = Packer(store, header, "compact", shard_bytes)
+        with advancing("compact", int(chosen.sizes.sum())) as advance:
+            for copy in copies(view, chosen, _is_there):
+                packer.add(copy.part.replacing(copy.header))
+                advance(copy.part.size)
             packer.flush()
-        packer.retire(chosen)
-        there = set(store.names(SHARDS))
-        replaced = [row for row in published(store, header).retired if row.shard in there]
-        for row in replaced if purge else []:
-            store.remove(f"{SHARDS}/{row.shard}")
-    after = [row for row in rows if row.shard not in keep] + packer.rows
-    copied = sum(map(len, keep.values()))
-    waiting = sum(row.bytes for row in replaced)
+        cataloging.update(store, header, is_merging=True)
+        purged += _purge(store, header, purge_age)
+        waiting = len(replaced_shards(store, header))
+    bytes_before = int(shards.rows["bytes"].sum())
     return Compaction(
-        before=len(rows),
-        after=len(after),
-        copied=copied,
-        dropped=sum(row.samples for row in chosen) - copied,
-        bytes_before=sum(row.bytes for row in rows),
-        bytes_after=sum(row.bytes for row in after),
-        purged=waiting if purge else 0,
-        waiting=0 if purge else waiting,
+        before=len(shards.rows),
+        after=len(shards.rows) - len(chosen.rows) + sum(shard.samples > 0 for shard in packer.shards),
+        copied=int(chosen.kept.sum()),
+        dropped=int(chosen.rows["shard_samples"].sum() - chosen.kept.sum()),
+        bytes_before=bytes_before,
+        bytes_after=bytes_before - int(chosen.rows["bytes"].sum()) + sum(shard.bytes for shard in packer.shards),
+        purged=Purge(*np.sum(purged, axis=0).tolist()) if purged else Purge(0, 0),
+        waiting=waiting,
     )
 
 
-def _choose(store: Store, header: CacheHeader, rows: list[ShardRow], shard_bytes: int) -> dict[str, Array]:
-    """For each shard to replace, the places in it whose records stay."""
-    newest, keep = common.newest_records(store, header, rows), {}
-    for number, row in enumerate(rows):
-        places = newest.of(number, open_shard(store, header, row).columns.sample_ids)
-        if len(places) < row.samples or row.bytes - row.index_bytes < shard_bytes / 2:
-            keep[row.shard] = places
-    if len(keep) == 1 and all(len(keep[row.shard]) == row.samples for row in rows if row.shard in keep):
-        return {}  # the rest of an earlier compaction, alone
-    return keep
+def _is_there(ids: Array, steps: Array) -> Array:
+    return steps >= 0
+
+
+def _purge(store: Store, header: CacheHeader, purge_age: float | None) -> list[Purge]:
+    return [] if purge_age is None else [purge(store, header, purge_age)]
+
+
+def _choose(shards: Shards, shard_bytes: int) -> Array:
+    """Which shards to replace."""
+    is_partial = shards.kept < shards.rows["shard_samples"]
+    chosen = np.flatnonzero(is_partial | (shards.records < shard_bytes / 2))
+    if len(chosen) == 1 and not is_partial[chosen].any():
+        return chosen[:0]  # the rest of an earlier compaction, alone
+    return chosen
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_folder(parser)
     common.add_shard_mb(parser)
     parser.add_argument(
-        "--purge", action="store_true",
-        help="remove the files of replaced shards; views from before the compaction cannot be read any more",
+        "--purge", metavar="AGE", nargs="?", const=age(DEFAULT_AGE), type=age,
+        help="remove replaced shards and snapshots that only views older than AGE could read, like 12h or 0s "
+        f"({DEFAULT_AGE}); such views cannot be read any more",
     )  # fmt: skip
     parser.add_argument(
-        "--into", metavar="NEW", type=home, help="leave the cache as it is and write a compact one there"
-    )
+        "--into", metavar="NEW", type=home,
+        help="leave the cache, of format 2 or 3, as it is and write a compact one there",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.into and args.purge:
+    if args.into and args.purge is not None:
         raise ConfigError("--purge is no option of --into, which replaces nothing")
     size, stores = common.shard_bytes(args), common.caches(args.dir)
     for store in stores:
@@ -123,20 +127,27 @@ def run(args: argparse.Namespace) -> int:
             common.check_distinct(store.root, args.into)
             below = "" if len(stores) == 1 else "/" + store.root.rsplit("/", 1)[-1]
             target = open_store(args.into.rstrip("/") + below if below else args.into)
-            merged = merge([store], target, shard_bytes=size)
-            print(
-                f"{store.root}: {grouped(merged.copied)} records in {merged.shards} shards, "
-                f"{file_size(merged.bytes)}, in {target.root}"
-            )
+            into = format2.convert if format2.is_here(store) else _into
+            copied, shards, written = into(store, target, size)
+            print(f"{store.root}: {grouped(copied)} records in {shards} shards, {file_size(written)}, in {target.root}")
             continue
-        done = compact(store, shard_bytes=size, purge=args.purge)
+        done = compact(store, shard_bytes=size, purge_age=args.purge)
         print(
             f"{store.root}: {done.before} shards of {file_size(done.bytes_before)} are {done.after} of "
             f"{file_size(done.bytes_after)}; {grouped(done.copied)} records copied, "
             f"{grouped(done.dropped)} superseded ones left behind"
         )
-        if done.purged:
-            print(f"  removed {file_size(done.purged)} of replaced files")
+        if done.purged.shards:
+            print(f"  removed {grouped(done.purged.shards)} replaced shards of {file_size(done.purged.bytes)}")
         if done.waiting:
-            print(f"  {file_size(done.waiting)} of replaced files stay until compact --purge")
+            print(
+                f"  {grouped(done.waiting)} replaced shards stay for views from before the compaction; compact --purge "
+                f"removes them when they are {DEFAULT_AGE} old, and --purge 0s now"
+            )
     return 0
+
+
+def _into(store: Store, target: Store, shard_bytes: int) -> tuple[int, int, int]:
+    """Records, shards and bytes of a compact copy of a cache of format 3."""
+    done = merge([store], target, shard_bytes=shard_bytes)
+    return done.copied, done.shards, done.bytes

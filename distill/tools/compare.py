@@ -17,6 +17,7 @@ from distill.config import json_text
 from distill.config.errors import ConfigError
 from distill.config.paths import home
 from distill.config.terminal import advancing
+from distill.config.units import grouped
 from distill.config.values import differences
 from distill.tools.common import add_json
 
@@ -95,9 +96,9 @@ def compare(store_a: Store, store_b: Store) -> Comparison:
         result.only_a += int((in_a & ~in_b).sum())
         result.only_b += int((in_b & ~in_a).sum())
     samples = a.samples()
-    with advancing("compare", sum(row.bytes for row in a.rows)) as advance:
+    with advancing("compare", int(a.stats()["samples"]), grouped) as advance:
         while group := list(islice(samples, _BLOCK)):
-            advance(sum(len(sample.data) for sample in group))
+            advance(len(group))
             theirs = b.records(np.array([sample.sample_id for sample in group]))
             both = [(x, y) for x, y in zip(group, theirs, strict=True) if y is not None]
             _compare_records(a, b, both, result, sums)

@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from distill.cache.entries import ENTRY, ORIGIN
 from distill.cache.header import CacheHeader
-from distill.cache.shard import WIDTHS
+from distill.cache.listing import ENTRIES, FENCE, FENCES, KEPT, ORIGINS
+from distill.cache.shard_header import WIDTH
 from distill.cache.store import Store
-from distill.cache.view import published
+from distill.cache.view import open_view
 from distill.config import json_text
 from distill.config.errors import CacheError, ConfigError
 from distill.config.paths import home
@@ -29,18 +31,10 @@ from distill.tools.common import caches
 
 TABLE = Path(__file__).with_name("bytes_per_token.json")
 
-ROW_BYTES = 650
-"""Of a shard's row in a ledger, with one origin."""
-HEADER_BYTES = 850
-"""Of a shard's safetensors header, with one origin."""
-OPEN_SHARDS = 64
-"""Whose indexes a reader keeps in memory."""
-INDEX_BYTES = 48
-"""Of a sample in an open index: five columns of 8 bytes, and where its record ends."""
-TABLE_BYTES = 16
-"""Of a sample in a reader's table of newest records."""
-SHARD_MEMORY = 1300
-"""Of a shard's row in a reader, as measured."""
+HEADER_BYTES = 1330
+"""Of a shard's header, with one origin and one bin of losses."""
+FOOTER_BYTES = 60
+"""Memory of a reader for each block of fences, and of origin rows, of a listing."""
 SPREAD = 1.25
 """The table's rows against caches of trained teachers: within this factor either way (LOG.md)."""
 DEFAULT_ENTROPY = 2.0
@@ -67,23 +61,21 @@ class Estimate:
     """Size of all files."""
     likely: float
     high: float
-    ledgers: float
+    catalog: float
+    """Size of one listing of all samples; while listings are merged there are two."""
     ranks: float
     reader_memory: float
-    """Of each reader process, beyond the libraries: ranks, rows and open indexes."""
-    reader_table: float
-    """Of each reader process in a nameless temporary file: which shard holds the newest record of a sample."""
+    """Of each reader process, beyond the libraries: ranks, a listing's footer and blocks."""
 
 
-def estimate(
-    tokens: int, corpus_samples: int, header: CacheHeader, per_token: BytesPerToken, shard_samples: int
-) -> Estimate:
+def estimate(tokens: int, header: CacheHeader, per_token: BytesPerToken, shard_samples: int) -> Estimate:
     """The cache that holds `tokens` tokens of a corpus; every one has a target."""
     samples = -(-tokens // header.sample_tokens)
     shards = -(-samples // shard_samples)
     ranks = 4.0 * header.vocab_size
-    ledgers = float(ROW_BYTES * shards)
-    fixed = samples * sum(WIDTHS.values()) + shards * HEADER_BYTES + ledgers + ranks
+    catalog = samples * (ENTRY.itemsize + FENCE.itemsize / ENTRIES) + shards * float(ORIGIN.itemsize)
+    footer = FOOTER_BYTES * (samples / (ENTRIES * FENCES) + shards / ORIGINS)
+    fixed = samples * WIDTH + shards * HEADER_BYTES + catalog + ranks
     return Estimate(
         per_token=per_token,
         samples=samples,
@@ -91,10 +83,9 @@ def estimate(
         low=tokens * per_token.low + fixed,
         likely=tokens * per_token.likely + fixed,
         high=tokens * per_token.high + fixed,
-        ledgers=ledgers,
+        catalog=catalog,
         ranks=ranks,
-        reader_memory=ranks + SHARD_MEMORY * shards + OPEN_SHARDS * min(shard_samples, samples) * INDEX_BYTES,
-        reader_table=float(TABLE_BYTES * corpus_samples),
+        reader_memory=ranks + footer + min(catalog, KEPT * ENTRIES * ENTRY.itemsize),
     )
 
 
@@ -104,13 +95,15 @@ def from_cache(store: Store, header: CacheHeader) -> BytesPerToken:
     Raises:
         CacheError: one without records, or damage.
     """
-    rows = [row for row in published(store, header).rows if row.tokens]
-    if not rows:
+    _, rows = open_view(store, header).origins()
+    if not rows["tokens"].any():
         raise CacheError(f"{store.root}: holds no records yet; nothing can be estimated from it")
-    each = np.array([(row.bytes - row.index_bytes) / row.tokens for row in rows])
-    mean = sum(row.bytes - row.index_bytes for row in rows) / sum(row.tokens for row in rows)
+    starts = np.flatnonzero(rows["number"] == 0)
+    tokens = np.add.reduceat(rows["tokens"].astype(np.int64), starts)
+    records = rows["bytes"][starts].astype(np.int64) - rows["records_at"][starts]
+    each, mean = records[tokens > 0] / tokens[tokens > 0], float(records.sum() / tokens.sum())
     low, high = np.quantile(each, [0.1, 0.9]).tolist()
-    source = f"{len(rows)} shards of {store.root}"
+    source = f"{len(starts)} shards of {store.root}"
     return BytesPerToken(min(low, mean), mean, max(high, mean), source)
 
 
@@ -152,7 +145,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--config-dir", metavar="DIR", type=home, help="with --config: a folder of your own configuration")
     add("--like", metavar="DIR", type=home, help="bytes per token as in this cache, and its codec and shapes")
     add("--tokens", type=_count, help="tokens that get targets, e.g. 15e12")
-    add("--corpus-tokens", type=_count, help="tokens of the corpus, if more (the same)")
     add("--sample-tokens", type=_count, help="tokens of a sample (1024)")
     add("--vocab-size", type=_count, help="ids of the teacher's head (202048)")
     add("--codec", choices=CODECS.names, help="(systematic)")
@@ -207,8 +199,7 @@ def run(args: argparse.Namespace) -> int:
     header = CacheHeader(shapes.vocab_size, "", "", shapes.sample_tokens, samples=0, codec=shapes.codec, seed=0)
     header.dump()  # raises for what no cache can be
     per_token = _per_token(args, header, like)
-    corpus = max(args.corpus_tokens or 0, shapes.tokens)
-    done = estimate(shapes.tokens, -(-corpus // shapes.sample_tokens), header, per_token, shapes.shard_samples)
+    done = estimate(shapes.tokens, header, per_token, shapes.shard_samples)
     seconds = shapes.tokens / args.tokens_per_second if args.tokens_per_second else None
     if args.json:
         print(json_text.dumps(dataclasses.asdict(done) | {"tokens": shapes.tokens, "seconds": seconds}))
@@ -272,11 +263,9 @@ def _lines(done: Estimate, tokens: int, sample_tokens: int, seconds: float | Non
         f"bytes per token: {each.likely:.2f} in records, {each.low:.2f} to {each.high:.2f} (from {each.source})",
         f"size: {file_size(done.likely)}, {file_size(done.low)} to {file_size(done.high)}; with all files "
         f"{done.likely / tokens:.2f} bytes a token",
-        f"shards: {grouped(done.shards)}; ledgers {file_size(done.ledgers)}; ranks {file_size(done.ranks)}",
-        f"a reader: {file_size(done.reader_memory)} of memory, {file_size(done.reader_table)} of temporary disk",
+        f"shards: {grouped(done.shards)}; catalog {file_size(done.catalog)}; ranks {file_size(done.ranks)}",
+        f"a reader: {file_size(done.reader_memory)} of memory",
     ]
-    if done.shards > 100_000:
-        lines.append("so many shards are slow to open: more cache.shard_samples, or compact now and then")
     if seconds is None:
         return [*lines, "time: give --tokens-per-second"]
     return [*lines, f"time: {seconds / 3600:,.1f} hours, writing {file_size(done.likely / seconds)} a second"]

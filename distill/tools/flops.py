@@ -9,13 +9,13 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distill.cache.ledger import ShardRow
+    from distill.cache.origins import Origin
 
 TRAINING = 3
 """Forward and backward pass together cost three forward passes."""
 
 
-def flop_ledger(rows: Iterable[ShardRow], sample_tokens: int) -> dict[str, Any]:
+def flop_ledger(origins: Iterable[Origin], sample_tokens: int) -> dict[str, Any]:
     """Sums over the published shards of one cache, or of all shards of several with samples of equal length.
 
     A pass runs over every token of a sample, those without a label too; the numbers of tokens are of those that have a
@@ -23,7 +23,7 @@ def flop_ledger(rows: Iterable[ShardRow], sample_tokens: int) -> dict[str, Any]:
     are gone, and with them what their records cost.
 
     Args:
-        rows: `CacheReader.rows`.
+        origins: `CacheReader.summary`.
         sample_tokens: S of the cache's header.
 
     Returns:
@@ -37,7 +37,7 @@ def flop_ledger(rows: Iterable[ShardRow], sample_tokens: int) -> dict[str, Any]:
     tokens = {"capture": 0, "backfill": 0, "import": 0}
     tflops = {"capture": 0.0, "backfill": 0.0, "import": 0.0}
     unpriced = 0
-    for origin in (origin for row in rows for origin in row.origins):
+    for origin in origins:
         tokens[origin.source] += origin.tokens
         tflops[origin.source] += origin.samples * sample_tokens * origin.flops_per_token / 1e12
         if not origin.flops_per_token and origin.source != "import":

@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distill.cache.header import CacheHeader
 from distill.cache.reader import CacheReader
+from distill.cache.shard import Shard
 from distill.cache.store import Store
-from distill.cache.view import open_shard
+from distill.cache.view import View, open_view
 from distill.config.errors import CacheError
 from distill.config.terminal import advancing
 from distill.config.units import grouped
@@ -26,8 +28,9 @@ def histograms(store: Store, count: int) -> dict[str, Any]:
     Raises:
         CacheError: damage.
     """
-    reader = CacheReader(store.root)
-    chosen = _choose(reader, store, count)
+    view = open_view(store, CacheHeader.load(store))
+    reader = CacheReader(store.root, view.pin)
+    chosen = _choose(view, count)
     if not len(chosen):
         raise CacheError(f"{store.root}: holds no records yet")
     values: dict[str, list[np.ndarray]] = {name: [] for name in ("entropy", "label", "mass", "atoms")}
@@ -62,18 +65,20 @@ def histograms(store: Store, count: int) -> dict[str, Any]:
     }
 
 
-def _choose(reader: CacheReader, store: Store, count: int) -> NDArray[np.int64]:
+def _choose(view: View, count: int) -> NDArray[np.int64]:
     """Ids of up to `count` samples, by records drawn evenly from all shards."""
-    rows = sorted(reader.rows, key=lambda row: (row.writer, row.seq))
-    ends = np.cumsum([row.samples for row in rows], dtype=np.int64)
-    if not len(ends) or not ends[-1]:
+    names, rows = view.origins()
+    rows = rows[rows["number"] == 0]
+    ends = np.cumsum(rows["shard_samples"], dtype=np.int64)
+    if not len(ends):
         return np.zeros(0, np.int64)
     drawn = (
         np.unique(np.random.default_rng(0).integers(0, ends[-1], count)) if count < ends[-1] else np.arange(ends[-1])
     )
     shards = np.searchsorted(ends, drawn, side="right")
-    ids = []
+    ids = [np.empty(0, np.int64)]
     for number in np.unique(shards).tolist():
-        here = open_shard(store, reader.header, rows[number]).columns.sample_ids
-        ids.append(here[drawn[shards == number] - (ends[number] - rows[number].samples)])
+        row = rows[number]
+        here = Shard(view.store, view.header, *names.shard(row)).columns.sample_ids
+        ids.append(here[drawn[shards == number] - (ends[number] - len(here))])
     return np.unique(np.concatenate(ids))

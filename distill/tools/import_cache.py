@@ -36,7 +36,8 @@ READERS: Registry[Callable[..., ForeignSource]] = Registry(
 )
 """The class that reads each format."""
 _OPTIONS = (
-    "config", "dense_column", "ids_column", "k", "logits", "lse_column", "shifted", "tokens_column", "values_column",
+    "config", "dense_column", "ids_column", "k", "logits", "lse_column", "shifted", "temperature", "tokens_column",
+    "values_column",
 )  # fmt: skip
 """Arguments of readers, whose own names for them are without `_column`."""
 
@@ -64,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--step", type=int, default=0, help="training step of the teacher; of two targets the later one counts (0)")
     add("--tokens-seen", type=int, default=0, help="by the teacher (0)")
     add("--seed", type=int, default=0, help="of sampled codecs (0)")
-    add("--writer", default="import", help="name of the ledger (%(default)s)")
+    add("--writer", default="import", help="name of the stream of shards (%(default)s)")
     add("--allow-unmatched", action="store_true", help="pass over sequences that are not in the corpus")
     add(
         "--truncated", type=int, metavar="N", help="longest sequence of the other stack, where it cut texts to N tokens"
@@ -77,6 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--config", metavar="FILE", type=home,
         help="distillkit: compression_config.yaml, where it is not beside the data",
+    )  # fmt: skip
+    add(
+        "--temperature", type=float, metavar="T",
+        help="vllm: at which its log-probabilities were processed (logprobs_mode processed_logprobs, or a version that "
+        "processes all); 1: they are raw, the teacher's own (1). Files do not show it unless requests are in them; "
+        "other temperatures make other targets, which the cache then says",
     )  # fmt: skip
     add("--tokens-column", metavar="NAME", help="parquet: token ids (input_ids)")
     add("--dense-column", metavar="NAME", help="parquet: whole rows of log-probabilities or logits (logprobs, logits)")
@@ -161,7 +168,7 @@ def _header(args: argparse.Namespace, info: SourceInfo, tokenizer: Tokenizer, co
     # A student takes the order of its samples from the cache: any order serves here, so it is one epoch of the corpus.
     name = Path(args.corpus).name.rpartition("-")[0] or Path(args.corpus).name
     stream = Stream({name: len(corpus)}, {name: 1.0}, args.seed).describe()
-    stream |= {"planned": len(corpus), "batch": 1, "writers": 1}
+    stream |= {"planned": len(corpus), "batch": 1}
     return CacheHeader(
         vocab_size=args.vocab_size,
         tokenizer=tokenizer.digest,

@@ -1,24 +1,32 @@
 """Several caches of one corpus, tokenizer, codec and seed into one."""
 
+from __future__ import annotations
+
 import argparse
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from distill.cache import cataloging
 from distill.cache.header import CacheHeader
+from distill.cache.loss_curve import LossSums
 from distill.cache.open_store import open_store
 from distill.cache.publish import create
 from distill.cache.ranks import invert, load_ranks
+from distill.cache.shard import Array
 from distill.cache.store import Store
-from distill.cache.view import open_shard, published
+from distill.cache.view import View, open_view
 from distill.config.errors import CacheError
 from distill.config.paths import home
 from distill.config.terminal import advancing
 from distill.config.units import file_size, grouped
 from distill.tools import common
-from distill.tools.repack import Packer, in_order, portion
+from distill.tools.repack import NOTHING, Packer, Portion, copies, shards_of
 from distill.tools.token_counter import TokenCounter
+
+if TYPE_CHECKING:
+    from distill.cache.record import Decoded, Raw
 
 SAME = ("vocab_size", "tokenizer", "corpus", "sample_tokens", "samples", "codec", "seed", "ranks")
 """What caches must have in common; the teachers' streams may differ."""
@@ -37,74 +45,91 @@ class Merge(NamedTuple):
     """Published."""
 
 
-class _MergedCache:
-    """A source or the target, and which of its records count."""
-
-    def __init__(self, store: Store):
-        self.store, self.header = store, CacheHeader.load(store)
-        self.rows, retired = published(store, self.header)
-        self.files = {row.shard for row in self.rows + retired}
-        self.newest = common.newest_records(store, self.header, self.rows)
-
-
 def merge(sources: Sequence[Store], target: Store, *, shard_bytes: int) -> Merge:
     """Copies every sample's newest record into `target`, which is made, with the first source's stream, if need be.
 
-    Of records of a sample the one with the greatest step counts: the target's, then the first source's where steps are
-    the same. A second merge finds nothing to do, and one that was stopped goes on where it was.
+    Label losses come along: of a teacher that the target lacks all that the source has seen, of others those of the
+    copied records. Of records of a sample the one with the greatest step counts: the target's, then the first source's
+    where steps are the same. A second merge finds nothing to do, and one that was stopped goes on where it was.
 
     Raises:
-        CacheError: headers that differ (names every field), damage, another tool at work on the target.
+        CacheError: headers that differ (names every field), damage, another tool at work on the target, or too little
+            room on its disk.
     """
-    caches = [_MergedCache(store) for store in sources]
-    for cache in caches[1:]:
-        cache.header.check(**_common(caches[0].header))
+    views = [open_view(store, CacheHeader.load(store)) for store in sources]
+    for view in views[1:]:
+        view.header.check(**_common(views[0].header))
     target.make_folders("")
-    with common.alone(target) as is_alone:
-        header = _open(target, caches[0])
-        there = _MergedCache(target)
-        if is_alone:
-            common.remove_leftovers(target, there.files)
-        packer = Packer(target, "merge", header.identity, shard_bytes)
-        copied = passed = 0
-        with advancing("merge", sum(row.bytes for cache in caches for row in cache.rows)) as advance:
-            for number, cache in enumerate(caches):
-                counter = TokenCounter(cache.store, cache.header)
-                place = {row.shard: i for i, row in enumerate(cache.rows)}
-                for row in in_order(cache.rows):
-                    shard = open_shard(cache.store, cache.header, row)
-                    newest = cache.newest.of(place[row.shard], shard.columns.sample_ids)
-                    ids, steps = shard.columns.sample_ids[newest], shard.columns.steps[newest]
-                    # An earlier source wins at equal steps, and so does the target.
-                    wins = there.newest.steps(ids) < steps
-                    for other in caches[:number]:
-                        wins &= other.newest.steps(ids) < steps
-                    for other in caches[number + 1 :]:
-                        wins &= other.newest.steps(ids) <= steps
-                    keep = newest[np.flatnonzero(wins)]
-                    copied, passed = copied + len(keep), passed + len(newest) - len(keep)
-                    if len(keep):
-                        packer.add(portion(shard, shard.span(0, row.samples), keep, counter))
-                    advance(row.bytes)
+    with common.alone(target):
+        header = open_target(target, views[0].store, views[0].header)
+        cataloging.update(target, header)
+        there = open_view(target, header)
+        rules = [_Wins(there, views, number) for number in range(len(views))]
+        plans = [shards_of(view, wins) for view, wins in zip(views, rules, strict=True)]
+        common.check_room(target, sum(plan.room(there) for plan in plans), "the merge")
+        packer = Packer(target, header, "merge", shard_bytes)
+        known = set(there.losses.teachers())
+        with advancing("merge", sum(int(plan.sizes.sum()) for plan in plans)) as advance:
+            for view, wins, plan in zip(views, rules, plans, strict=True):
+                decode = TokenCounter(view.store, view.header).decode
+                for part, _ in copies(view, plan.take(np.flatnonzero(plan.kept)), wins):
+                    packer.add(part._replace(losses=losses_of(part, known, decode)))
+                    advance(part.size)
+                # Last, so that a merge that was stopped has none of it, and the next one all.
+                packer.add(NOTHING._replace(losses=view.losses.without(known)))
+                known.update(view.losses.teachers())
             packer.flush()
-    return Merge(len(packer.rows), copied, passed, sum(row.bytes for row in packer.rows))
+        cataloging.update(target, header, is_merging=True)
+    copied, covered = sum(int(plan.kept.sum()) for plan in plans), sum(view.covered for view in views)
+    return Merge(len(packer.shards), copied, covered - copied, sum(shard.bytes for shard in packer.shards))
+
+
+class _Wins:
+    """For samples and the steps of a source's records, whether these are the ones to copy."""
+
+    def __init__(self, there: View, views: Sequence[View], number: int):
+        self._others = [(there, False)]
+        """Views, and whether the source's record wins where steps are the same."""
+        self._others += [(view, i > number) for i, view in enumerate(views) if i != number]
+
+    def __call__(self, ids: Array, steps: Array) -> Array:
+        wins = steps >= 0
+        for view, is_later in self._others:
+            theirs = view.find(ids).steps
+            wins &= theirs <= steps if is_later else theirs < steps
+        return wins
+
+
+def losses_of(part: Portion, teachers: Collection[tuple[str, str]], decode: Callable[[list[Raw]], Decoded]) -> LossSums:
+    """Label losses of the records whose (teacher, source) are among these, as the records have them, within a byte."""
+    from distill.cache.record import Raw
+
+    sums = LossSums()
+    for number, origin in enumerate(part.origins):
+        if (origin.teacher, origin.source) in teachers:
+            for i in np.flatnonzero(part.columns.origins == number).tolist():
+                decoded = decode([Raw(part.records[i], int(part.columns.atoms[i]))])
+                losses_N = -decoded.label_logprob_T[decoded.valid_T].numpy()
+                steps_N = np.full(len(losses_N), part.columns.steps[i])
+                sums.add_tokens(origin.teacher, origin.source, steps_N, losses_N)
+    return sums
 
 
 def _common(header: CacheHeader) -> dict[str, object]:
     return {name: getattr(header, name) for name in SAME}
 
 
-def _open(target: Store, source: _MergedCache) -> CacheHeader:
-    """The target's header, which fits the source's; made where there is none."""
+def open_target(target: Store, source: Store, header: CacheHeader) -> CacheHeader:
+    """The target's header, which fits the source's, `header`; made where there is none."""
     try:
         there = CacheHeader.load(target)
     except CacheError as error:
         if "no cache here" not in str(error):
             raise
-        ids_by_rank = load_ranks(source.store, source.header)
-        counts_V = source.header.vocab_size - invert(ids_by_rank)  # any counts that fall with the rank
-        return create(target, source.header, counts_V)
-    there.check(**_common(source.header))
+        # Any counts that fall with the rank.
+        counts_V = header.vocab_size - invert(load_ranks(source, header)) if header.ranks else None
+        return create(target, header, counts_V)
+    there.check(**_common(header))
     return there
 
 

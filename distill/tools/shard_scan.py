@@ -1,176 +1,197 @@
-"""A shard read without trust, record by record. No torch, unless records are decoded."""
+"""Files of `shards/` read without trust: what each is, and which of its records verify. No torch, unless they are
+decoded."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+import dataclasses
+import errno
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-import xxhash
+from numpy.typing import NDArray
 
-from distill.cache.format import SHARDS
+from distill.cache.entries import Array, entries_of
+from distill.cache.format import SHARDS, TEMPORARY, shard_of
 from distill.cache.header import CacheHeader
-from distill.cache.ledger import ShardRow
-from distill.cache.shard import Array, Shard, row_of_file
-from distill.cache.store import Store
+from distill.cache.loss_curve import LossSums
+from distill.cache.origins import Origin
+from distill.cache.seal import digest
+from distill.cache.shard import Shard, check, front_of
+from distill.cache.shard_header import ShardHeader
+from distill.cache.store import Store, is_missing
 from distill.config.errors import CacheError
 from distill.tools.token_counter import TokenCounter
 
 _BLOCK = 8 << 20
 """Bytes of one read."""
+_NO_FILE = (errno.EISDIR, errno.ESPIPE, errno.ENXIO, errno.ELOOP, errno.EIO)
+"""Errors of reading what is not a plain file, or lies on a bad part of a disk."""
+_WRITER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+
+Place = tuple[str, int]
+"""Writer and number of a shard."""
 
 
-class ShardScan(NamedTuple):
-    """One shard, whatever its state."""
+class ShardFiles(NamedTuple):
+    """What lies in `shards/`."""
 
-    shard: Shard | None
-    """None: nothing of it can be read."""
-    records: list[bytes | None]
-    """If they were asked for: None where one is damaged."""
-    problems: list[str]
+    files: list[str]
+    """Shards, and what is not a shard."""
+    temporary: list[str]
+    """Files that were being written."""
+    others: list[str]
+    """Folders that no writer makes, and hidden files: nothing looks into them."""
+
+
+def shard_files(store: Store, root: str = SHARDS) -> ShardFiles:
+    """Names of all that lies in `shards/`, or in another folder that is laid out like it."""
+    found = ShardFiles([], [], [])
+
+    def walk(folder: str, depth: int) -> None:
+        for name in store.names(folder):
+            path = f"{folder}/{name}"
+            if store.is_alias(path):  # what it is an alias of has a name of its own
+                found.others.append(path)
+            elif shard_of(path) is not None:
+                found.files.append(path)
+            elif store.is_folder(path):
+                if (depth == 0 and _WRITER.fullmatch(name)) or (depth == 1 and name.isdecimal()):
+                    walk(path, depth + 1)
+                else:
+                    found.others.append(path)
+            else:
+                (
+                    found.temporary if name.endswith(TEMPORARY) else found.others if name[0] == "." else found.files
+                ).append(path)
+
+    walk(root, 0)
+    return found
+
+
+class Rows(NamedTuple):
+    """Records in a file: where they lie, and what each must be."""
+
+    entries: Array
+    """ENTRY [n], in the order of the file; the field `origin` is a number in `origins`."""
+    records_at: int
+    """Where the records begin in the file."""
+    origins: tuple[Origin, ...]
+
+
+@dataclass(frozen=True)
+class ShardScan:
+    """One file, whatever its state."""
+
+    name: str
+    problems: list[str] = field(default_factory=list)
+    """Of its bytes, whatever its name is."""
+    header: ShardHeader | None = None
+    """If it verifies; without origins and losses."""
+    key: str = ""
+    """Digest of the header's bytes, which has one of all others."""
+
+    @property
+    def place(self) -> Place | None:
+        """By the file's name; None: it is not a shard's name."""
+        return shard_of(self.name)
+
+    @property
+    def own(self) -> Place | None:
+        """By its header."""
+        return None if self.header is None else (self.header.writer, self.header.seq)
+
+    @property
+    def belongs(self) -> str:
+        """Whose it is by its header, and what its name says, where that is another one."""
+        assert self.own is not None
+        expected = "" if self.place is None else f", expected shard {self.place[1]} of writer {self.place[0]}"
+        return f"it is shard {self.own[1]} of writer {self.own[0]}{expected}"
+
+    @property
+    def is_whole(self) -> bool:
+        return not self.problems
 
 
 def examine(
-    store: Store,
-    header: CacheHeader,
-    row: ShardRow,
-    *,
-    keep: bool = False,
-    counter: TokenCounter | None = None,
+    store: Store, cache: CacheHeader, name: str, *, counter: TokenCounter | None = None,
     advance: Callable[[int], None] = lambda count: None,
-) -> ShardScan:
-    """Verifies every byte of a shard.
+) -> ShardScan:  # fmt: skip
+    """Verifies every byte of a file as a shard.
 
-    counter: decodes the records, too. keep: return the records; with `counter`, even those of a shard whose index is
-    damaged, where that can be. advance: is given the bytes that have been read.
+    counter: decodes the records, too. advance: is given the bytes that have been read. Raises CacheError: the file may
+    be good, and cannot be read: no permission, or no connection.
     """
-    problems: list[str] = []
-    shard = _open(store, header, row, problems)
-    if shard is None and keep and counter is not None:
-        shard = _without_index(store, row)
-    if shard is None:
-        advance(row.bytes)
-        return ShardScan(None, [], problems)
-    problems += _disagreements(shard)
-    whole = xxhash.xxh3_64(store.read_at(f"{SHARDS}/{row.shard}", 0, row.index_bytes))
-    advance(row.index_bytes)
-    records: list[bytes | None] = []
-    for first, end in blocks(shard.bounds):
-        data = shard.read(first, end)
-        whole.update(data)
-        block = _verified(shard, header, data, first, end, counter, problems)
-        if keep:
-            records += block
-        advance(len(data))
-    if whole.hexdigest() != row.file_digest and not problems:
-        problems.append(f"{shard.path} is damaged: its digest is {whole.hexdigest()}, {row.file_digest} in the ledger")
-    return ShardScan(shard, records, problems)
-
-
-def _open(store: Store, header: CacheHeader, row: ShardRow, problems: list[str]) -> Shard | None:
-    """The shard, if its index verifies and fits the corpus."""
-    name = f"{SHARDS}/{row.shard}"
+    path = store.path(name)
+    header = None
     try:
-        if (size := store.size(name)) != row.bytes:
-            problems.append(f"{store.path(name)} is damaged: {size} bytes, {row.bytes} in the ledger")
-        shard = Shard(store, row, whole=False)
+        front = front_of(store, cache, name)
+        header = dataclasses.replace(front.header, origins=(), losses=LossSums())
+        shard = Shard(store, cache, header.writer, header.seq, front, name)
+        if store.slow and (size := store.size(name)) != shard.size:
+            raise CacheError(f"{shard.name} is damaged: {size} bytes, {shard.size} by its header")
     except CacheError as error:
-        problems.append(str(error))
-        return None
-    if int(shard.columns.sample_ids.max(initial=-1)) >= header.samples:
-        problems.append(f"{shard.name}: does not fit a corpus of {header.samples} samples")
-        return None
-    return shard
-
-
-def _without_index(store: Store, row: ShardRow) -> Shard | None:
-    """A shard whose index does not verify, if its records are known by their own checks.
-
-    These bind id and token digest. A single origin is that of every record, whatever the column holds; no step is below
-    the origin's first; and the number of atoms shows when a record is decoded.
-    """
-    if len(row.origins) != 1:
-        return None
-    try:
-        shard = Shard(store, row, whole=False, sound=False)
-    except CacheError:
-        return None
-    zeros = np.zeros(row.samples, np.int64)
-    shard.columns = shard.columns._replace(steps=zeros + row.origins[0].first_step, origins=zeros)
-    return shard
-
-
-def _disagreements(shard: Shard) -> list[str]:
-    """Where the ledger's row and the verified index differ."""
-    row, columns = shard.row, shard.columns
-    in_row = (row.first_sample, row.last_sample, row.atoms, row.tokens)
-    ids = columns.sample_ids
-    in_index = (
-        int(ids.min(initial=2**62)),
-        int(ids.max(initial=-1)),
-        int(columns.atoms.sum()),
-        sum(o.tokens for o in row.origins),
+        cause = error.__cause__
+        if cause and not isinstance(cause, ValueError) and not is_missing(error) and not is_no_file(cause):
+            raise
+        if is_no_file(cause):
+            error = CacheError(f"{error}: expected a file that is a shard")
+        return ShardScan(name, [str(error)], header)
+    rows = Rows(entries_of(shard), shard.records_at, shard.header.origins)
+    good = sound(store, name, rows, counter=counter, advance=advance)
+    bad = rows.entries["sample"][~good].tolist()
+    why = "does not verify" if counter is None else "does not verify, or is not a record"
+    return ShardScan(
+        name, [f"{path} is damaged: sample {each} {why}" for each in bad], header, digest(front.data[: front.size])
     )
-    counts = np.bincount(columns.origins, minlength=len(row.origins)).tolist()
-    problems = []
-    if in_row != in_index:
-        problems.append(f"{shard.path}: first and last sample, atoms and tokens are {in_index}, {in_row} in the ledger")
-    if counts != [origin.samples for origin in row.origins]:
-        problems.append(f"{shard.path}: its origins do not have the samples that the ledger has")
-    return problems
 
 
-def _verified(
-    shard: Shard,
-    header: CacheHeader,
-    data: bytes,
-    first: int,
-    end: int,
-    counter: TokenCounter | None,
-    problems: list[str],
-) -> list[bytes | None]:
-    """The records number `first` to `end` - 1, whose bytes `data` are.
-
-    None: one that does not verify or, where there is a counter, cannot be decoded.
-    """
-    bounds = (shard.bounds[first : end + 1] - shard.bounds[first]).tolist()
-    block: list[bytes | None] = []
-    for i in range(first, end):
-        sample = int(shard.columns.sample_ids[i])
-        try:
-            if not 0 <= sample < header.samples:
-                raise CacheError(f"{shard.path} is damaged: sample {sample} does not verify")
-            block.append(shard.verified(i, data[bounds[i - first] : bounds[i - first + 1]]))
-        except CacheError as error:
-            problems.append(str(error))
-            block.append(None)
-    if counter is None:
-        return block
-    sound = [i for i, record in enumerate(block) if record is not None]
-    atoms = shard.columns.atoms[[first + i for i in sound]].tolist()
-    for i, count in zip(sound, counter([record for record in block if record is not None], atoms), strict=True):
-        if count is None:
-            sample = int(shard.columns.sample_ids[first + i])
-            problems.append(f"{shard.path} is damaged: sample {sample} verifies and is not a record")
-            block[i] = None
-    return block
+def is_no_file(cause: BaseException | None) -> bool:
+    """Whether an error is one of what the file is, and not of who reads it or how."""
+    return getattr(cause, "errno", None) in _NO_FILE
 
 
-def blocks(bounds: Array) -> list[tuple[int, int]]:
-    """Runs of records of about 8 MB, which lie between `bounds`: first and end of each."""
-    runs, first, count = [], 0, len(bounds) - 1
-    while first < count:
-        end = int(np.searchsorted(bounds, bounds[first] + _BLOCK, side="right")) - 1
-        end = min(max(end, first + 1), count)
-        runs.append((first, end))
+def read_part(store: Store, name: str, at: int, size: int) -> bytes:
+    """`Store.read_at`, but nothing of what is no plain file, or lies on a bad part of a disk."""
+    try:
+        return store.read_at(name, at, size)
+    except CacheError as error:
+        if is_missing(error) or is_no_file(error.__cause__):
+            return b""
+        raise
+
+
+def runs(entries: Array) -> Iterator[tuple[int, int]]:
+    """Runs of records that lie within about 8 MB: first and end of each."""
+    first = 0
+    starts, ends = entries["start"].astype(np.int64), entries["start"].astype(np.int64) + entries["size"]
+    while first < len(entries):
+        end = max(int(np.searchsorted(ends, starts[first] + _BLOCK, side="right")), first + 1)
+        yield first, end
         first = end
-    return runs
 
 
-def row_from_file(store: Store, name: str, identity: str, source: str | None) -> ShardRow:
-    """The ledger row of a shard, made again from the file alone.
-
-    source: what wrote it; None: as its records' origin has it. Raises CacheError: what is wrong with the file.
-    """
-    row = row_of_file(store.read(f"{SHARDS}/{name}"), name, source)
-    if row.cache != identity:
-        raise CacheError("it belongs to another cache")
-    return row
+def sound(
+    store: Store, name: str, rows: Rows, *, counter: TokenCounter | None = None,
+    advance: Callable[[int], None] = lambda count: None,
+) -> NDArray[np.bool_]:  # fmt: skip
+    """Which records verify and, where there is a counter, can be decoded."""
+    entries, good = rows.entries, np.zeros(len(rows.entries), np.bool_)
+    for first, end in runs(entries):
+        at = rows.records_at + int(entries["start"][first])
+        size = int(entries["start"][end - 1]) + int(entries["size"][end - 1]) - int(entries["start"][first])
+        data = memoryview(read_part(store, name, at, size))
+        advance(size)
+        parts = list[memoryview]()
+        for i, entry in enumerate(entries[first:end], start=first):
+            start = rows.records_at + int(entry["start"]) - at
+            parts.append(part := data[start : start + int(entry["size"])])
+            is_there = len(part) == entry["size"]
+            good[i] = is_there and check(int(entry["sample"]), int(entry["digest"]), part) == entry["check"]
+        if counter is not None:
+            places = [i for i in range(first, end) if good[i]]
+            counts = counter([bytes(parts[i - first]) for i in places], entries["atoms"][places].tolist())
+            good[places] = [count is not None for count in counts]
+    return good

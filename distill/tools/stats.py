@@ -1,20 +1,26 @@
-"""What is in a cache: how much of the corpus, bytes for what, from which teachers, how far behind. No torch."""
+"""What is in a cache: how much of the corpus, bytes for what, from which teachers, and their loss by step. No torch."""
 
 import argparse
-from collections.abc import Sequence
+import dataclasses
 from typing import Any
 
-from distill.cache.format import HEADER, LEDGER, QUARANTINE, SHARDS, TEMPORARY, ranks_name
+import numpy as np
+
+from distill.cache.format import CATALOG, HEADER, QUARANTINE, SHARDS, ranks_name
 from distill.cache.header import CacheHeader
-from distill.cache.ledger import Origin, ShardRow
-from distill.cache.shard import WIDTHS
+from distill.cache.listing import Totals
+from distill.cache.loss_curve import LossSums
+from distill.cache.origins import Origin, summed
+from distill.cache.shard_header import COLUMNS, WIDTH, Replaced
+from distill.cache.snapshot import newest_snapshot
 from distill.cache.store import Store
-from distill.cache.view import ledger_readers, settle
+from distill.cache.tail import Ranges, replaced_by_tools
+from distill.cache.view import View, open_view, snapshot_view
 from distill.config import json_text
 from distill.config.paths import home
-from distill.config.terminal import advancing
-from distill.tools.common import add_folder, add_json, caches, check_at_least_one, is_live, newest_records
+from distill.tools.common import add_folder, add_json, caches, check_at_least_one, is_live
 from distill.tools.flops import flop_ledger
+from distill.tools.purge import replaced_shards
 from distill.tools.stats_text import histogram_lines, stats_lines
 
 _DEEP = 256
@@ -24,127 +30,122 @@ _DEEP = 256
 def stats(store: Store, *, quick: bool = False) -> dict[str, Any]:
     """Plain numbers, lists and texts; bytes per token are those of the shards that count.
 
-    quick: header and ledgers alone, nothing of the shards: which records are superseded is not known then, and
-    coverage is an upper bound.
+    quick: of the newest snapshot alone, without what came after it, from the footers of its listings; coverage is an
+    upper bound where it has several.
 
     Raises:
-        CacheError: no cache, or a damaged header, ledger or index.
+        CacheError: no cache, or damage.
     """
     header = CacheHeader.load(store)
-    ledgers = ledger_readers(store, header)
-    rows, retired = settle(entry for ledger in ledgers for entry in ledger.poll())
-    records, tokens = sum(row.samples for row in rows), sum(row.tokens for row in rows)
+    newest = newest_snapshot(store, header.identity)
+    view = snapshot_view(store, header, newest) if quick and newest.number >= 0 else open_view(store, header)
+    totals = view.totals
+    is_exact = not quick or len(view.parts) == 1
+    covered = view.covered if is_exact else min(sum(listing.entries for listing in view.listings), header.samples)
     if quick:
-        covered = min(records, header.samples)
+        shards, others = _columns(totals), {"catalog": sum(ref.bytes for ref in view.snapshot.listings)}
+        sizes, writers = {"shards": shards, "others": others}, _writers(view)
     else:
-        with advancing("indexes", sum(row.index_bytes for row in rows)) as advance:
-            covered = newest_records(store, header, rows, advance).covered
-    sizes = _sizes(store, header, rows, retired)
+        names, rows = view.origins()
+        firsts = rows[rows["number"] == 0]
+        replaced = replaced_by_tools(store, header, {})
+        sizes = _sizes(store, header, totals, int(firsts["records_at"].astype(np.int64).sum()))
+        numbers, counts = np.unique(firsts["writer"], return_counts=True)
+        by_writer = {names.writers[i]: n for i, n in zip(numbers.tolist(), counts.tolist(), strict=True)}
+        writers = _writers(view, by_writer, Ranges(replaced).joined())
     return {
         "folder": store.root,
         "header": header.json() | {"digest": header.identity},
-        "exact": not quick,
+        "snapshot": {"number": view.snapshot.number, "made": view.snapshot.made, "listings": len(view.listings)},
+        "quick": quick,
+        "exact": is_exact,
         "samples": covered,
         "coverage": covered / max(header.samples, 1),
-        "records": records,
-        "shards": len(rows),
-        "tokens": tokens,
-        "atoms": sum(row.atoms for row in rows),
+        "records": totals.samples,
+        "shards": totals.shards,
+        "tokens": totals.tokens,
+        "atoms": totals.atoms,
         "bytes": sizes,
-        "bytes_per_token": sum(row.bytes for row in rows) / max(tokens, 1),
-        "atoms_per_token": sum(row.atoms for row in rows) / max(tokens, 1),
-        "origins": _origins(rows),
-        "lag": lag(rows),
-        "flops": flop_ledger(rows, header.sample_tokens),
-        "writers": [
-            {
-                "name": each.writer,
-                "rows": each.seq,
-                "torn": each.torn,
-                "finished": each.finished,
-                "alive": is_live(store, each.writer),
-            }
-            for each in ledgers
-        ],
+        "bytes_per_token": totals.bytes / max(totals.tokens, 1),
+        "atoms_per_token": totals.atoms / max(totals.tokens, 1),
+        "origins": _origins(view),
+        "losses": loss_curves(view.losses),
+        "flops": flop_ledger(view.summary, header.sample_tokens),
+        "writers": writers,
     }
 
 
-def _sizes(
-    store: Store, header: CacheHeader, rows: Sequence[ShardRow], retired: Sequence[ShardRow]
-) -> dict[str, dict[str, int]]:
-    """Bytes of the shards that count, by column; of the other files that count; of those that do not."""
-    records = sum(row.samples for row in rows)
-    shards = {name: width * records for name, width in WIDTHS.items()}
-    indexes = sum(row.index_bytes for row in rows)
-    shards |= {"headers": indexes - sum(shards.values()), "records": sum(row.bytes for row in rows) - indexes}
-    files = store.names(SHARDS)
-    there, counted = set(files), {row.shard for row in [*rows, *retired]}
-    others = [name for name in files if name not in counted]
+def _columns(totals: Totals) -> dict[str, int]:
+    """Bytes of shards by column; what is not in the index is not told apart."""
+    columns = {name: width * totals.samples for name, (_, width) in COLUMNS.items()}
+    return columns | {"headers and records": totals.bytes - WIDTH * totals.samples}
+
+
+def _sizes(store: Store, header: CacheHeader, totals: Totals, in_front: int) -> dict[str, dict[str, int]]:
+    """Bytes of the shards that count, by column; of the other files that count; of those that do not.
+
+    in_front: bytes in front of records, headers and indexes of all shards.
+    """
+    shards = _columns(totals)
+    del shards["headers and records"]
+    shards |= {"headers": in_front - WIDTH * totals.samples, "records": totals.bytes - in_front}
+    replaced = sum(store.map(store.size, replaced_shards(store, header)))
     return {
         "shards": shards,
         "others": {
             HEADER: store.size(HEADER),
-            "ranks": store.size(ranks_name(header.ranks)),
-            "ledgers": store.bytes_in(LEDGER),
+            "ranks": store.size(ranks_name(header.ranks)) if header.ranks else 0,
+            "catalog": store.bytes_in(CATALOG),
+            "marks and leftovers": max(store.bytes_in(SHARDS) - totals.bytes - replaced, 0),
         },
-        "of no use": {
-            "replaced by compaction": sum(row.bytes for row in retired if row.shard in there),
-            "without a row": _size(store, [n for n in others if not n.endswith(TEMPORARY)]),
-            "temporary": _size(store, [n for n in others if n.endswith(TEMPORARY)]),
-            "quarantine": store.bytes_in(QUARANTINE),
-        },
+        "of no use": {"replaced by compaction": replaced, "quarantine": store.bytes_in(QUARANTINE)},
     }
 
 
-def _size(store: Store, names: list[str]) -> int:
-    """Of files in `shards/`, without those that are gone meanwhile."""
-    return sum(store.size(name) for each in names if store.exists(name := f"{SHARDS}/{each}"))
+def _writers(
+    view: View, shards: dict[str, int] | None = None, replaced: list[Replaced] | None = None
+) -> list[dict[str, Any]]:
+    """One entry for each stream; shards: those that count, by writer, and `replaced` ranges: None: not known."""
+    entries = []
+    for name, state in sorted(view.streams.items()):
+        entry = {"name": name, "count": state.count, "step": state.step, "finished": state.finished}
+        entry["alive"] = is_live(view.store, name)
+        if shards is not None and replaced is not None:
+            gone = sum(min(each.last + 1, state.count) - each.first for each in replaced if each.writer == name)
+            here = shards.get(name, 0)
+            entry |= {"shards": here, "replaced": gone, "marks": state.count - here - gone}
+        entries.append(entry)
+    return entries
 
 
-def _origins(rows: Sequence[ShardRow]) -> list[dict[str, Any]]:
+def _origins(view: View) -> list[dict[str, Any]]:
     """One entry for each teacher and way of coming here, in the order of their first steps."""
-    groups: dict[tuple[str, str, bool], list[Origin]] = {}
-    for row in rows:
-        for origin in row.origins:
-            groups.setdefault((origin.teacher, origin.source, origin.seen_before), []).append(origin)
-    origins_of = []
-    for (teacher, source, seen_before), origins in groups.items():
-        losses = [(o.last_step, o.loss) for o in origins if o.loss is not None]
-        origins_of.append(
-            {
-                "teacher": teacher,
-                "source": source,
-                "seen_before": seen_before,
-                "samples": sum(o.samples for o in origins),
-                "tokens": sum(o.tokens for o in origins),
-                "first_step": min(o.first_step for o in origins),
-                "last_step": max(o.last_step for o in origins),
-                "best_loss": min((loss for _, loss in losses), default=None),
-                "last_loss": max(losses, default=(0, None), key=lambda each: each[0])[1],
-            }
-        )
-    return sorted(origins_of, key=lambda each: (each["first_step"], each["teacher"], each["source"]))
+    entries, losses = [], view.losses
+    for origin in summed(dataclasses.replace(each, flops_per_token=0.0) for each in view.summary):
+        curve = losses.curve(origin.teacher, origin.source).losses.tolist()
+        entry = {field: getattr(origin, field) for field in _SHOWN}
+        entries.append(entry | {"best_loss": min(curve, default=None), "last_loss": curve[-1] if curve else None})
+    return entries
 
 
-def lag(rows: Sequence[ShardRow]) -> dict[str, list[float]]:
-    """Of each shard's origin, in the order of steps: last step, mean label loss, and what it exceeds the best loss by
-    (nats), with the tokens that it is a mean of."""
-    origins = [(o.last_step, o.loss, o.tokens) for row in rows for o in row.origins if o.loss is not None]
-    origins.sort(key=lambda each: each[0])
-    best = min((loss for _, loss, _ in origins), default=0.0)
-    return {
-        "step": [step for step, _, _ in origins],
-        "loss": [loss for _, loss, _ in origins],
-        "lag": [loss - best for _, loss, _ in origins],
-        "tokens": [tokens for _, _, tokens in origins],
-    }
+_SHOWN = tuple(each.name for each in dataclasses.fields(Origin) if each.name not in ("loss", "flops_per_token"))
+
+
+def loss_curves(losses: LossSums) -> list[dict[str, Any]]:
+    """For each teacher and source, its mean label loss by its step: first step of each bin, nats, tokens."""
+    curves = []
+    for teacher, source in losses.teachers():
+        curve = losses.curve(teacher, source)
+        columns = {"step": curve.first_steps, "loss": curve.losses, "tokens": curve.tokens}
+        curves.append({"teacher": teacher, "source": source} | {name: each.tolist() for name, each in columns.items()})
+    return curves
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_folder(parser)
     add_json(parser)
     parser.add_argument(
-        "--quick", action="store_true", help="header and ledgers alone; coverage is an upper bound then"
+        "--quick", action="store_true", help="the newest snapshot alone, without what has come after it"
     )
     parser.add_argument(
         "--deep", type=int, nargs="?", const=_DEEP, metavar="SAMPLES",

@@ -1,5 +1,6 @@
 """What `stats` returns as text for a terminal. No torch."""
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ BLOCKS = " ▏▎▍▌▋▊▉█"
 WIDTH = 40
 """Of a whole bar, in characters."""
 LINES = 16
-"""Of lag over time, and of the longest lists."""
+"""Of a curve, and of the longest lists."""
 
 
 def stats_lines(stats: dict[str, Any]) -> list[str]:
@@ -19,7 +20,7 @@ def stats_lines(stats: dict[str, Any]) -> list[str]:
     codec = ", ".join(f"{name} {value}" for name, value in header["codec"].items() if name != "name")
     most = "" if stats["exact"] else "at most "
     lines = [
-        stats["folder"],
+        stats["folder"] + _as_of(stats),
         f"  format {header['format']}, codec {header['codec']['name']} ({codec}), "
         f"vocabulary {grouped(header['vocab_size'])}, samples of {grouped(header['sample_tokens'])} tokens",
         f"  coverage: {most}{grouped(stats['samples'])} of {grouped(header['samples'])} samples, "
@@ -32,17 +33,29 @@ def stats_lines(stats: dict[str, Any]) -> list[str]:
     ]
     if stats["origins"]:
         lines += ["", "Where the records come from", *_origins(stats["origins"])]
-    if stats["lag"]["step"]:
-        lines += ["", "Lag: how much worse than at its best the teacher was, nats", *_lag(stats["lag"])]
+    for curve in stats["losses"]:
+        lines += ["", f"Loss of teacher {curve['teacher']} by its step ({curve['source']}), nats", *_curve(curve)]
     lines += ["", "What the targets cost", *_flops(stats["flops"])]
-    ledgers = [
-        f"  {each['name']}: {each['rows']} rows"
-        + (", finished" if each["finished"] else "")
-        + (", alive" if each["alive"] else "")
-        + (f", a torn row of {each['torn']} bytes at its end" if each["torn"] else "")
-        for each in stats["writers"]
-    ]
-    return lines + (["", "Ledgers", *_shortened(ledgers)] if ledgers else [])
+    return lines + (["", "Streams", *_streams(stats["writers"])] if stats["writers"] else [])
+
+
+def _as_of(stats: dict[str, Any]) -> str:
+    """Of --quick: the snapshot that everything is of."""
+    number, made = stats["snapshot"]["number"], stats["snapshot"]["made"]
+    if not stats["quick"] or number < 0:
+        return ""
+    return f", snapshot {number} of {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(made))}"
+
+
+def _streams(writers: Sequence[dict[str, Any]]) -> list[str]:
+    lines = []
+    for each in writers:
+        parts = [f"{grouped(each['count'])} published"]
+        if "shards" in each:
+            parts = [f"{grouped(each[name])} {name}" for name in ("shards", "marks", "replaced") if each[name]]
+        parts += [name for name in ("finished", "alive") if each[name]]
+        lines.append(f"  {each['name']}: {', '.join(parts)}")
+    return _shortened(lines)
 
 
 def _table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> list[str]:
@@ -100,20 +113,20 @@ def _flops(flops: dict[str, float]) -> list[str]:
     return _table(rows or [["nothing", "", ""]])
 
 
-def _lag(lag: dict[str, list[float]]) -> list[str]:
-    """Means over LINES equal stretches of tokens."""
-    total, tokens_before = max(sum(lag["tokens"]), 1), 0.0
-    stretches: dict[int, list[tuple[float, float, float]]] = {}
-    for step, value, tokens in zip(lag["step"], lag["lag"], lag["tokens"], strict=True):
+def _curve(curve: dict[str, Any]) -> list[str]:
+    """Means over LINES equal stretches of tokens, with bars of what they exceed the least of them by."""
+    total, tokens_before = max(sum(curve["tokens"]), 1), 0.0
+    stretches: dict[int, list[tuple[int, float, int]]] = {}
+    for point in zip(curve["step"], curve["loss"], curve["tokens"], strict=True):
         place = min(int(LINES * tokens_before / total), LINES - 1)
-        stretches.setdefault(place, []).append((step, value, tokens))
-        tokens_before += tokens
+        stretches.setdefault(place, []).append(point)
+        tokens_before += point[2]
     means = [
-        sum(value * tokens for _, value, tokens in each) / max(sum(tokens for _, _, tokens in each), 1)
+        sum(loss * tokens for _, loss, tokens in each) / sum(tokens for _, _, tokens in each)
         for each in stretches.values()
     ]
-    steps = [f"{int(each[0][0])} to {int(each[-1][0])}" for each in stretches.values()]
-    return _with_bars([[span, f"{mean:.3f}"] for span, mean in zip(steps, means, strict=True)], means)
+    rows = [[f"from {each[0][0]}", f"{mean:.3f}"] for each, mean in zip(stretches.values(), means, strict=True)]
+    return _with_bars(rows, [mean - min(means) for mean in means])
 
 
 HISTOGRAMS = {

@@ -1,6 +1,10 @@
 """How many tokens of a record have a target, outside of a reader. Loads torch when it is used."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -8,32 +12,44 @@ from distill.cache.header import CacheHeader
 from distill.cache.ranks import load_ranks
 from distill.cache.store import Store
 
+if TYPE_CHECKING:
+    from distill.cache.record import Decoded, Raw
+
 _BLOCK = 64
 """Records decoded at one time."""
 
 
 class TokenCounter:
-    """Decodes the records of one cache to count their tokens."""
+    """Decodes the records of one cache to count their tokens; torch and the table of ranks are loaded at first use."""
 
     def __init__(self, store: Store, header: CacheHeader):
-        """Raises CacheError: a damaged table of ranks."""
+        self._store, self._header = store, header
+
+    @cached_property
+    def decode(self) -> Callable[[list[Raw]], Decoded]:
+        """Decodes records; ValueError with the index of one that is not a record of this codec."""
         from distill.cache import record
         from distill.cache.codecs import make_codec
 
-        self._record = record
-        self._codec = make_codec(header.codec, header.vocab_size)
-        self._ids_by_rank = load_ranks(store, header).astype(np.int32)
-        self._length = header.sample_tokens
+        codec, length = make_codec(self._header.codec, self._header.vocab_size), self._header.sample_tokens
+        ids_by_rank = load_ranks(self._store, self._header).astype(np.int32)
+        return lambda raws: record.decode(raws, length, ids_by_rank, codec)
 
     def __call__(self, records: Sequence[bytes], atoms: Sequence[int]) -> list[int | None]:
-        """Tokens with a target in each of some records, with so many atoms each; None: not a record of this codec."""
+        """Tokens with a target in each of some records, with so many atoms each; None: not a record of this codec.
+
+        Raises:
+            CacheError: a damaged table of ranks.
+        """
+        from distill.cache.record import Raw
+
         counts: list[int | None] = [None] * len(records)
         for first in range(0, len(records), _BLOCK):
             left = list(range(first, min(first + _BLOCK, len(records))))
             while left:
-                raws = [self._record.Raw(records[i], atoms[i]) for i in left]
+                raws = [Raw(records[i], atoms[i]) for i in left]
                 try:
-                    valid_T = self._record.decode(raws, self._length, self._ids_by_rank, self._codec).valid_T
+                    valid_T = self.decode(raws).valid_T
                 except ValueError as error:  # the place of one that is no record
                     del left[int(error.args[0])]
                 else:

@@ -1,22 +1,27 @@
 """Every byte of a cache against its digests. No torch, unless records are decoded."""
 
 import argparse
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from distill.cache.format import SHARDS, TEMPORARY, row_of
-from distill.cache.header import CacheHeader
-from distill.cache.ledger import ledgers
+from distill.cache.format import SHARDS, shard_name, snapshot_name
+from distill.cache.header import CacheHeader, NotReadableHere
 from distill.cache.ranks import load_ranks
+from distill.cache.snapshot import StreamState
 from distill.cache.store import Store
+from distill.cache.tail import Ranges, replaced_by_tools
 from distill.config import json_text
 from distill.config.errors import CacheError
 from distill.config.terminal import advancing
 from distill.config.units import file_size, grouped
+from distill.tools.catalog_scan import CatalogScan, disagreement, scan_catalog
 from distill.tools.common import add_folder, add_json, caches, check_at_least_one, is_live
-from distill.tools.ledger_scan import LedgerScan, rows_of, scan_ledger
-from distill.tools.shard_scan import examine
+from distill.tools.shard_scan import Place, ShardFiles, ShardScan, examine, shard_files
 from distill.tools.token_counter import TokenCounter
+
+_OLD = 256
+"""Shards after the newest snapshot that are worth a note."""
 
 
 class Verdict(NamedTuple):
@@ -27,67 +32,137 @@ class Verdict(NamedTuple):
     notes: list[str]
     """What does no harm: leftovers of a kill, files that a compaction has replaced."""
     shards: int
+    """Those that count."""
     samples: int
-    """Records that verify, or would if there were no problem."""
+    """Records in them."""
     bytes: int
 
 
 def verify(store: Store, *, decode: bool = False, jobs: int = 1) -> Verdict:
-    """Reads every file of a cache.
+    """Reads every file of a cache, shards too that others replace, and writes nothing.
 
     decode: take every record apart, too. jobs: shards that are verified together.
     """
     try:
         header = CacheHeader.load(store)
+    except NotReadableHere:
+        raise
     except CacheError as error:
         return Verdict([str(error)], [], 0, 0, 0)
-    problems, notes = [], []
+    problems, notes = list[str](), list[str]()
     try:
         load_ranks(store, header)
     except CacheError as error:
         problems.append(str(error))
         decode = False  # without ranks there are no ids
-    # Files first: a shard that is published meanwhile then has its row.
-    files = store.names(SHARDS)
-    scans = [scan_ledger(store, name, header) for name in ledgers(store)]
-    problems += [problem for each in scans for problem in each.problems]
-    notes += [
-        f"{store.path(each.torn_in)}: {each.torn} bytes of a row at its end that was not finished"
-        for each in scans
-        if each.torn and not is_live(store, each.writer)
-    ]
-    rows, retired = rows_of(scans)
+    # The catalog first: whatever a snapshot counts was published before it.
+    found = scan_catalog(store, header)
+    files = shard_files(store)
     counter = TokenCounter(store, header) if decode else None
-    with advancing("verify", sum(row.bytes for row in rows)) as advance, ThreadPoolExecutor(max(jobs, 1)) as pool:
-        for scan in pool.map(lambda row: examine(store, header, row, counter=counter, advance=advance), rows):
-            problems += scan.problems
-    _strays(store, files, scans, {row.shard for row in rows + retired}, problems, notes)
-    there = set(files)
-    if replaced := [row for row in retired if row.shard in there]:
-        size = file_size(sum(row.bytes for row in replaced))
-        notes.append(f"{len(replaced)} shards of {size} are replaced by others; compact --purge removes them")
-    return Verdict(problems, notes, len(rows), sum(row.samples for row in rows), sum(row.bytes for row in rows))
+
+    def scanned(name: str) -> ShardScan:
+        try:
+            return examine(store, header, name, counter=counter, advance=advance)
+        except CacheError as error:
+            return ShardScan(name, [str(error)])
+
+    with advancing("verify", store.bytes_in(SHARDS)) as advance, ThreadPoolExecutor(max(jobs, 1)) as pool:
+        scans = list(pool.map(scanned, files.files))
+    gone = replaced_ranges(scans)
+    # A compaction at this moment may have removed what it has replaced.
+    if any(not store.exists(each.name) for each in scans if each.problems):
+        gone = Ranges([*gone.joined(), *replaced_by_tools(store, header, {})])
+    good = {each.own: each for each in scans if each.is_whole and each.own is not None and each.own == each.place}
+    problems += [problem for each in scans for problem in _problems(store, each, good, gone, notes)]
+    problems += _missing(store, scans, found, gone)
+    counted = {place: each for place, each in good.items() if place not in gone}
+    problems += catalog_problems(store, header, found, is_sound=not problems).values()
+    notes += _notes(store, files, found, good, gone)
+    whole = [each.header for each in counted.values() if each.header is not None]
+    shards = [each for each in whole if not each.is_mark]
+    size = sum(store.size(shard_name(*place)) for place in counted)
+    return Verdict(problems, notes, len(shards), sum(each.samples for each in shards), size)
 
 
-def _strays(
-    store: Store, files: list[str], scans: list[LedgerScan], known: set[str], problems: list[str], notes: list[str]
-) -> None:
-    """Files of `shards/` that no row names: a problem where a row must have been lost, a note where a kill explains it.
+def replaced_ranges(scans: Iterable[ShardScan]) -> Ranges:
+    """Shards that do not count any more, by the headers of whole ones."""
+    whole = [each.header for each in scans if each.header is not None and each.is_whole and each.own == each.place]
+    return Ranges(replaced for header in whole for replaced in header.replaces)
 
-    A kill can come between a shard's file and its row: then the row would be the ledger's next one.
+
+def _problems(
+    store: Store, scan: ShardScan, good: dict[Place, ShardScan], gone: Ranges, notes: list[str]
+) -> Iterator[str]:
+    """Of one file; what does no harm is added to `notes`."""
+    path = store.path(scan.name)
+    belongs = f"{path}: {scan.belongs}; its name would be {shard_name(*scan.own)}" if scan.own else ""
+    if scan.place is None and (scan.own is None or scan.own in good):
+        notes.append(belongs or f"{path}: a file that is not part of the cache")
+    elif scan.problems and scan.place is not None and scan.place in gone and not store.exists(scan.name):
+        return  # a purge has just removed it
+    elif scan.own is not None and scan.own != scan.place:
+        yield belongs
+    if scan.place is not None or not (scan.own is None or scan.own in good):
+        yield from scan.problems
+
+
+def _missing(store: Store, scans: Sequence[ShardScan], found: CatalogScan, gone: Ranges) -> Iterator[str]:
+    """Shards that are not there, and that no other replaces."""
+    there: dict[str, list[int]] = {}
+    for place in (each.place for each in scans):
+        if place is not None:
+            there.setdefault(place[0], []).append(place[1])
+    for writer in sorted({*there, *(name for each in found.snapshots for name in each.streams)}):
+        seqs = there.get(writer, [])
+        count = max([found.count(writer), *(seq + 1 for seq in seqs)])
+        for first, last in gone.missing(writer, seqs, count):
+            # A folder's names are not read at one moment: a new shard may be seen before the one in front of it.
+            if first < last or not store.exists(shard_name(writer, first)):
+                which = f"shards {first} to {last} of writer {writer} are" if last > first else "the shard is"
+                yield f"{store.path(shard_name(writer, first))}: {which} missing"
+
+
+def catalog_problems(store: Store, header: CacheHeader, found: CatalogScan, *, is_sound: bool) -> dict[str, str]:
+    """Damage of the catalog, and where it differs from the shards, by file.
+
+    is_sound: all shards are whole, so that each record may be compared.
     """
-    following = {each.writer: max(each.good, default=-1) + 1 for each in scans}
-    for name in files:
-        row = row_of(name)
-        if name in known or (row is not None and is_live(store, row.writer)):
-            continue
-        path = store.path(f"{SHARDS}/{name}")
-        if name.endswith(TEMPORARY) or row is None:
-            notes.append(f"{path}: a file that is not part of the cache")
-        elif row.seq > following.get(row.writer, 0):
-            problems.append(f"{path}: the ledger of {row.writer} ends before its row {row.seq}")
-        else:
-            notes.append(f"{path}: a shard without a row in the ledger, which a kill leaves")
+    problems, newest = dict(found.damaged), found.newest
+    for snapshot in found.snapshots:
+        if newest is None or snapshot.number > newest.number:
+            for ref in snapshot.listings:
+                if ref in found.gone:
+                    what = f"a listing of snapshot {snapshot.number} is missing"
+                    problems[ref.name] = f"{store.path(ref.name)}: {what}"
+    if newest is not None and is_sound:
+        name, listings = snapshot_name(newest.number), [found.listings[ref] for ref in newest.listings]
+        if problem := disagreement(store, header, newest, listings):
+            problems[name] = f"{store.path(name)}: {problem}"
+    return problems
+
+
+def _notes(
+    store: Store, files: ShardFiles, found: CatalogScan, good: dict[Place, ShardScan], gone: Ranges
+) -> Iterator[str]:
+    """Leftovers, and what waits for a tool."""
+    streams = {name.split("/")[1] for name in [*files.files, *files.temporary]}
+    live = {writer for writer in streams if is_live(store, writer)}
+    for name in [*files.temporary, *files.others, *found.others, *([] if live else found.temporary)]:
+        if name.split("/")[1] not in live:
+            yield f"{store.path(name)}: not part of the cache"
+    if found.unnamed and not live:
+        yield f"{len(found.unnamed)} listings that no snapshot names; compact --purge removes them"
+    if waiting := [store.size(each.name) for place, each in good.items() if place in gone]:
+        size = file_size(sum(waiting))
+        yield f"{len(waiting)} shards of {size} are replaced by others; compact --purge removes them"
+    newest = found.newest
+    old = [each for each in found.snapshots if newest is not None and each.number < newest.number]
+    if less := sum(any(ref in found.gone for ref in each.listings) for each in old):
+        yield f"{less} old snapshots name listings that are not there any more; the shards serve views of them"
+    streams_seen = newest.streams if newest else {}
+    later = sum(place not in gone and place[1] >= streams_seen.get(place[0], StreamState()).count for place in good)
+    if later > _OLD:
+        yield f"{later} shards came after the newest snapshot; codistill-cache index {store.root} makes one"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

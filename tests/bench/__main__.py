@@ -13,7 +13,7 @@ import torch
 from distill.config import json_text
 
 HERE = Path(__file__).parent
-LONG = ("busy", "lr_transfer", "previous", "record_bytes")
+LONG = ("busy", "catalog", "lr_transfer", "previous", "record_bytes")
 
 
 def machine() -> dict[str, object]:

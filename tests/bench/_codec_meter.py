@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from distill.cache import Atoms, CacheHeader, CacheReader, CacheWriter, make_codec
-from distill.cache.shard import WIDTHS
+from distill.cache.entries import ENTRY
+from distill.cache.shard_header import WIDTH
 from distill.config.registry import CODECS
 from distill.config.schema import CodecConfig
 from tests.bench._yardstick import EXPONENTS, VOCAB, rows
+from tests.shards import headers
 
 
 class CodecSetting(NamedTuple):
@@ -33,10 +35,11 @@ class ShardBytes(NamedTuple):
     """Bytes per token of the files that a writer made."""
 
     all: float
-    """Shard and ledger; with few tokens the shard's header and its row in the ledger are a large part."""
+    """The shard and its samples' entries in a listing; with few tokens the shard's header is a large part. Marks and
+    snapshots, which a stream has few of, are not counted."""
     records: float
     index: float
-    """The samples' entries in the shard's index."""
+    """The samples' entries in the index of the shard and in a listing."""
 
 
 class DecodedRows(NamedTuple):
@@ -99,11 +102,11 @@ class CodecMeter:
                 )  # fmt: skip
             reader = CacheReader(folder)
             self._check(atoms, reader.read(ids, digests).targets)
-            files = [*Path(folder).glob("shards/**/*.safetensors"), *Path(folder).glob("ledger/**/*.json*")]
+            shards = headers(Path(folder))
             return ShardBytes(
-                all=sum(path.stat().st_size for path in files) / self.tokens,
-                records=sum(row.bytes - row.index_bytes for row in reader.rows) / self.tokens,
-                index=sum(WIDTHS.values()) / width,
+                all=sum(shard.bytes + ENTRY.itemsize * shard.samples for shard in shards) / self.tokens,
+                records=sum(shard.records for shard in shards) / self.tokens,
+                index=(WIDTH + ENTRY.itemsize) / width,
             )
 
     def _check(self, atoms: Atoms, stored: tuple[Tensor, ...]) -> None:

@@ -52,7 +52,8 @@ def _train_once(model: Transformer, tokens: int) -> None:
     loss_sum.backward()
 
 
-def _most_mb() -> float:
+def most_mb() -> float:
+    """MiB, the most that this process has held."""
     # Not getrusage's ru_maxrss: a started process inherits that of its parent.
     return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024  # type: ignore[index]
 
@@ -61,6 +62,6 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     trained = Transformer(CONFIG)
     _train_once(trained, 64)  # what a first pass loads and keeps is not the row's
-    before = _most_mb()
+    before = most_mb()
     _train_once(trained, int(sys.argv[1]))
-    print(_most_mb() - before)
+    print(most_mb() - before)

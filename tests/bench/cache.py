@@ -23,9 +23,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from distill.cache import Atoms, CacheHeader, CacheReader, CacheWriter, make_codec, record
-from distill.cache.ledger import LedgerWriter, Origin
+from distill.cache import Atoms, CacheHeader, CacheReader, CacheWriter, cataloging, make_codec, record
 from distill.cache.local import LocalStore
+from distill.cache.loss_curve import LossSums
+from distill.cache.origins import Origin
 from distill.cache.publish import create, publish_shard
 from distill.cache.shard import Columns
 from distill.config.schema import CodecConfig
@@ -117,7 +118,7 @@ def at_scale() -> dict[str, float]:
         runs = [json.loads(subprocess.check_output(fresh_process(folder, samples))) for _ in range(3)]
         size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
     results = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
-    return results | {"stored_gb": size / 1e9, "index_bytes_per_sample": 16.0}
+    return results | {"stored_gb": size / 1e9}
 
 
 def large_cache(folder: Path) -> int:
@@ -129,7 +130,6 @@ def large_cache(folder: Path) -> int:
     encoded = record.encode(atoms, label_T, entropy_T, np.ones(len(label_T), bool), SAMPLE, np.arange(VOCAB), codec)
     store = LocalStore(folder)
     identity = create(store, header(samples, SAMPLE), None).identity
-    ledger = LedgerWriter(store, "teacher-00000", identity)
     ids = np.random.default_rng(0).permutation(samples).reshape(SHARDS, per_shard)
     zeros = np.zeros(per_shard, np.int64)
     for step, ids_n in enumerate(ids):
@@ -137,10 +137,22 @@ def large_cache(folder: Path) -> int:
             "yardstick", "capture", step, step, per_shard, per_shard * SAMPLE, step, 2.0, False, 1e9
         )  # fmt: skip
         columns = Columns(ids_n, ids_n.astype(np.uint64), zeros + step, encoded.atoms, zeros)
-        publish_shard(store, ledger, "capture", columns, encoded.records, encoded.ends, (origin,))
+        publish_shard(
+            store,
+            identity,
+            "teacher-00000",
+            step,
+            "capture",
+            columns,
+            encoded.records,
+            encoded.ends,
+            (origin,),
+            LossSums(),
+        )
         if step % 50 == 49:
             print(f"\r  {step + 1} of {SHARDS} shards", end="", flush=True)
     print("\r", end="")
+    cataloging.update(store, CacheHeader.load(store))
     return samples
 
 

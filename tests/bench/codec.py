@@ -3,7 +3,7 @@
 Three measurements. Errors are expected squared distances to the true rows.
 
 1. 2,048 rows are tokens of two samples, captured, published by the writer and read back. `bytes` are those of shards
-   and ledger, per-token statistics included; the table of ranks, once for a whole cache, is not. Angles and norms are
+   and listings, per-token statistics included; the table of ranks, once for a whole cache, is not. Angles and norms are
    those of the gradient of the forward KL with respect to the logits, for a student whose logits are off by noise of
    size 0.5: mean over tokens, and of the sum over all tokens (`batch_`), in which what is unbiased averages out. Sizes
    of the peers are what they store at this vocabulary.

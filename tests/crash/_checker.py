@@ -1,8 +1,7 @@
-"""What a cache holds, read from docs/cache.md alone (json, xxhash, safetensors): shares nothing with distill.cache."""
+"""What a cache holds, read from docs/format.md alone (json, xxhash, safetensors): shares nothing with distill.cache."""
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,19 @@ from typing import Any
 import numpy as np
 import xxhash
 from safetensors import SafetensorError
-from safetensors.numpy import load
 
 from tests import format_reader
 
 Token = tuple[int, int, int | None, list[tuple[int, int]]] | None
+Place = tuple[str, int]
 
 
 @dataclass
 class Record:
     """One published record."""
 
-    ledger: str
-    seq: int
+    place: Place
+    """Writer and number of its shard."""
     digest: int
     data: bytes
 
@@ -31,12 +30,11 @@ class Record:
 class CheckedCache:
     """All that is published in a folder, and what is wrong with it."""
 
-    rows: dict[str, list[bytes]] = field(default_factory=dict)
-    """Complete lines of each ledger."""
+    shards: dict[Place, str] = field(default_factory=dict)
+    """Digests of the files of shards and marks."""
     records: dict[tuple[int, int], list[Record]] = field(default_factory=dict)
-    """By (sample, step)."""
-    shards: set[str] = field(default_factory=set)
-    """Names that rows point at."""
+    """By (sample, step), of shards that no other replaces."""
+    temporary: list[Path] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     def winners(self) -> dict[int, int]:
@@ -48,44 +46,38 @@ class CheckedCache:
 
 
 def scan(folder: Path) -> CheckedCache:
-    """Reads every byte of every published shard."""
+    """Reads every byte of every shard."""
     found = CheckedCache()
-    header = folder / "cache.json"
-    if not header.exists():  # killed before there was a cache
+    if not (folder / "cache.json").exists():  # killed before there was a cache
         return found
-    identity = xxhash.xxh3_64_hexdigest(header.read_bytes())
-    for ledger in sorted((folder / "ledger").glob("*.jsonl")):
-        lines = ledger.read_bytes().split(b"\n")[:-1]  # what follows the last newline is not published
-        found.rows[ledger.stem] = [line + b"\n" for line in lines]
-        for seq, line in enumerate(found.rows[ledger.stem]):
-            where = f"{ledger.name} row {seq}"
-            try:
-                row = format_reader.sealed(line)
-                assert (row["writer"], row["seq"], row["cache"]) == (ledger.stem, seq, identity), "another's row"
-                if row["kind"] == "shard":
-                    found.shards.add(row["shard"])
-                    _shard(folder / "shards" / row["shard"], row, found)
-            except (AssertionError, OSError, ValueError, KeyError, SafetensorError) as error:
-                found.problems.append(f"{where}: {type(error).__name__} {error}")
+    _, identity = format_reader.header_of(folder)
+    shards: dict[Place, Any] = {}
+    for path in sorted(path for path in (folder / "shards").rglob("*") if path.is_file()):
+        if path.suffix == ".tmp":
+            found.temporary.append(path)
+            continue
+        try:
+            shard = format_reader.ShardFile(path, identity)
+        except (AssertionError, OSError, ValueError, KeyError, SafetensorError) as error:
+            found.problems.append(f"{path.relative_to(folder)}: {type(error).__name__} {error}")
+            continue
+        place = (shard.header["writer"], shard.header["seq"])
+        shards[place] = shard
+        found.shards[place] = xxhash.xxh3_64_hexdigest(path.read_bytes())
+    gone = {
+        (each["writer"], seq)
+        for shard in shards.values()
+        for each in shard.header["replaces"]
+        for seq in range(each["first"], each["last"] + 1)
+    }
+    there = {*shards, *gone}
+    holes = [place for place in shards if place[1] and (place[0], place[1] - 1) not in there]
+    found.problems += [f"there is shard {seq} of {writer}, and not the one before it" for writer, seq in holes]
+    for place, shard in shards.items():
+        for i, sample in enumerate(shard.columns["sample_ids"] if place not in gone else ()):
+            record = Record(place, shard.columns["digests"][i], shard.data[i])
+            found.records.setdefault((sample, shard.columns["steps"][i]), []).append(record)
     return found
-
-
-def _shard(path: Path, row: dict[str, Any], found: CheckedCache) -> None:
-    data = path.read_bytes()
-    assert len(data) == row["bytes"], "size"
-    assert xxhash.xxh3_64_hexdigest(data) == row["file_digest"], "file digest"
-    assert xxhash.xxh3_64_hexdigest(data[: row["index_bytes"]]) == row["index_digest"], "index digest"
-    columns = load(data)
-    start, ids = 0, columns["sample_ids"].tolist()
-    assert (len(ids), min(ids), max(ids)) == (row["samples"], row["first_sample"], row["last_sample"]), "samples"
-    for i, sample in enumerate(ids):
-        end, token_digest = int(columns["ends"][i]), int(columns["digests"][i])
-        record = columns["records"][start:end].tobytes()
-        assert xxhash.xxh3_64_intdigest(record + struct.pack("<qQ", sample, token_digest)) == columns["checks"][i]
-        start = end
-        key = (sample, int(columns["steps"][i]))
-        found.records.setdefault(key, []).append(Record(path.stem, row["seq"], token_digest, record))
-    assert start == len(columns["records"]), "bytes that belong to no record"
 
 
 def tokens(data: bytes, header: dict[str, Any], id_of_rank: list[int]) -> list[Token]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import tempfile
 from collections import Counter
@@ -12,18 +13,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from distill.cache import CacheReader, CacheWriter
-from distill.cache.ledger import Retired
 from distill.cache.open_store import open_store
 from distill.cache.shard import Shard
 from distill.config.errors import CacheError
 from distill.config.registry import CODECS
 from distill.config.schema import CodecConfig
 from distill.config.terminal import Progress
+from distill.tools.compact import compact
 from tests.crash import _checker as checker
 from tests.workers.cache_writers import V, digests, header, put
 
 SAMPLES = 24
-KINDS = ("cache.json", "ranks", "ledger lines", "ledger objects", "shard index", "shard records")
+KINDS = ("cache.json", "ranks", "snapshots", "listings", "marks", "shard index", "shard records")
 
 
 class FlipPlace(NamedTuple):
@@ -67,7 +68,7 @@ def run(flips: int, seed: int, progress: Progress) -> tuple[dict[str, Any], list
 
 
 def make(folder: Path, name: str) -> None:
-    """Two ledgers of lines and one of objects; records that newer ones replace; a `retire` and a `finish` row."""
+    """Four writers; begin and end marks; records that newer ones replace; shards that a listing has, and later ones."""
     codec = CodecConfig(name)
     head = header(codec, samples=SAMPLES)
     with CacheWriter(folder, head, writer="a", counts_V=np.arange(V) % 7, shard_samples=4) as writer:
@@ -77,46 +78,36 @@ def make(folder: Path, name: str) -> None:
     with CacheWriter(folder, head, writer="b", shard_samples=2, source="backfill") as writer:
         for first in range(9, 16, 2):
             put(writer, [first, first + 1], codec, step=50)
-    # A folder of objects, as an object store has it, may lie on a disk: what is put there goes on as objects.
-    (folder / "ledger" / "c").mkdir()
-    (folder / "ledger" / "c" / "seed.tmp").touch()
-    with CacheWriter(folder, head, writer="c", shard_samples=2) as writer:
-        for first in range(16, 22, 2):
-            put(writer, [first, first + 1], codec, step=60)
-    with CacheWriter(folder, head, writer="d") as writer:
-        put(writer, [0, 1, 2, 3], codec, step=70)
-        writer.flush()
-        writer._ledger.retire([Retired("a", 0, 0)])
+    store = open_store(folder)
+    compact(store, shard_bytes=400)
+    late = CacheWriter(folder, head, writer="c", shard_samples=2)
+    for first in range(16, 22, 2):
+        put(late, [first, first + 1], codec, step=60)
+    late.flush()
+    late._aborted = True  # without a listing, as a kill leaves it
+    late._stop()
 
 
 def places(folder: Path) -> list[FlipPlace]:
-    """All bytes of a cache, part by part: a kind of file is as likely as another, however small."""
-    found = [FlipPlace("cache.json", folder / "cache.json", 0, (folder / "cache.json").stat().st_size, None)]
-    found += [FlipPlace("ranks", p, 0, p.stat().st_size, None) for p in folder.glob("ranks-*.safetensors")]
-    ledgers = [("ledger lines", p) for p in (folder / "ledger").glob("*.jsonl") if p.stat().st_size]
-    ledgers += [("ledger objects", p) for p in (folder / "ledger").glob("*/*.json")]
-    found += [FlipPlace(kind, p, 0, p.stat().st_size, None) for kind, p in ledgers]
-    for path, row in rows(folder).items():
-        found.append(FlipPlace("shard index", path, 0, row["index_bytes"], None))
-        columns = checker.load(path.read_bytes())
-        ends = [0, *columns["ends"].tolist()]
-        for i, sample in enumerate(columns["sample_ids"].tolist()):
-            first = row["index_bytes"]
-            found.append(FlipPlace("shard records", path, first + ends[i], first + ends[i + 1], sample))
+    """All bytes of a cache, part by part: a kind of file is as likely as another, however small.
+
+    Of the catalog, the newest snapshot and its listings: others are used for views alone that began with them.
+    """
+    newest = max(folder.glob("catalog/*.json"))
+    listings = [folder / ref["name"] for ref in checker.format_reader.sealed(newest.read_bytes())["listings"]]
+    files = [("cache.json", folder / "cache.json"), ("snapshots", newest), *(("listings", path) for path in listings)]
+    files += [("ranks", path) for path in folder.glob("ranks-*.safetensors")]
+    shards = checker.format_reader.shards(folder)
+    paths = {place: folder / "shards" / place[0] / "000000" / f"{place[1]:09d}.safetensors" for place in shards}
+    files += [("marks", paths[place]) for place, shard in shards.items() if shard.header["kind"] != "targets"]
+    found = [FlipPlace(kind, path, 0, path.stat().st_size, None) for kind, path in files]
+    for place, shard in shards.items():
+        if shard.header["samples"]:
+            found.append(FlipPlace("shard index", paths[place], 0, shard.records_at, None))
+        for sample, start, data in zip(shard.columns["sample_ids"], shard.starts, shard.data, strict=True):
+            first = shard.records_at + start
+            found.append(FlipPlace("shard records", paths[place], first, first + len(data), sample))
     return found
-
-
-def rows(folder: Path) -> dict[Path, dict[str, Any]]:
-    """Rows of the shards that count, as docs/cache.md defines them, by file."""
-    lines = [line for p in (folder / "ledger").glob("*.jsonl") for line in p.read_bytes().splitlines(keepends=True)]
-    lines += [p.read_bytes() for p in (folder / "ledger").glob("*/*.json")]
-    every = [checker.format_reader.sealed(line) for line in lines]
-    gone = {(r["ledger"], n) for row in every for r in row.get("retired", []) for n in range(r["first"], r["last"] + 1)}
-    return {
-        folder / "shards" / row["shard"]: row
-        for row in every
-        if row["kind"] == "shard" and (row["writer"], row["seq"]) not in gone
-    }
 
 
 class flipped:
@@ -148,7 +139,6 @@ class _Reading:
         steps = self._open.steps(np.arange(SAMPLES))
         self._ids = np.flatnonzero(steps >= 0)
         self._truth = self._open.read(self._ids, digests(self._ids))
-        self._rows = {self._folder / "shards" / row.shard: row for row in self._open.rows}
 
     def check(self) -> None:
         again = CacheReader(self._folder).read(self._ids, digests(self._ids))
@@ -165,20 +155,43 @@ class _Reading:
         return self._verdict(place, lambda: self._use(self._open, place))
 
     def _use(self, reader: CacheReader, place: FlipPlace) -> None:
-        reader.read(self._ids, digests(self._ids))
-        # Records that newer ones replace are used by nobody but who checks or rewrites the whole shard.
-        if place.sample is not None:
-            shard = Shard(self._store, self._rows[place.path])
-            shard.records([shard.columns.sample_ids.tolist().index(place.sample)])
+        read = reader.read(self._ids, digests(self._ids))
+        for got, want in zip(read.targets, self._truth.targets, strict=True):
+            assert got.equal(want), "wrong"
+        # Nobody but who checks or rewrites the whole shard uses its index where a listing has it, or records that newer
+        # ones replace.
+        writer, seq = place.path.parts[-3], place.path.stem
+        if place.kind in ("marks", "shard index", "shard records"):
+            shard = Shard(self._store, reader.header, writer, int(seq))
+            if place.sample is not None:
+                number = shard.columns.sample_ids.tolist().index(place.sample)
+                shard.span(number, number + 1)
 
     def _verdict(self, place: FlipPlace, use: Callable[[], None]) -> str | None:
+        """Damage of the catalog is a warning, and the shards serve."""
+        warnings = _Warnings()
+        logging.getLogger("distill").addHandler(warnings)
         try:
             use()
         except CacheError as error:
-            named = place.path.name in str(error) or (place.kind == "ledger objects" and place.path.stem in str(error))
-            if place.sample is not None:
-                named = named and f"sample {place.sample} " in str(error)
-            return None if named else f"not named: {error}"
+            warnings.lines.append(str(error))
         except Exception as error:
             return f"crashed: {type(error).__name__} {error}"
-        return f"unnoticed: {place.kind}"
+        finally:
+            logging.getLogger("distill").removeHandler(warnings)
+        if not warnings.lines:
+            return f"unnoticed: {place.kind}"
+        text = " ".join(warnings.lines)
+        named = place.path.name in text and (place.sample is None or f"sample {place.sample} " in text)
+        return None if named else f"not named: {text}"
+
+
+class _Warnings(logging.Handler):
+    """Collects what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())

@@ -75,8 +75,7 @@ def run(kills: int, seed: int, progress: Progress) -> tuple[dict[str, Any], list
         "at a call of the system",
         "writers killed",
         "runs",
-        "torn rows",
-        "orphan shards",
+        "leftovers",
         "records",
     )
     return {key: counts[key] for key in keys + _ZEROS}, problems
@@ -140,13 +139,14 @@ class _Run:
         self._counts["records"] += sum(map(len, self.now.records.values()))
         for key in self._missing(teacher.expected()):
             self.bad("lost", f"{key} is not there at the end")
-        for name in self.now.rows:
-            CacheWriter(self.folder, teacher.make_header(), writer=name).close()
-        there = {path.name for path in self.folder.rglob("*.safetensors*")} - {
-            path.name for path in self.folder.glob("ranks-*.safetensors")
-        }
-        if there != self.now.shards:
-            self.bad("wrong", f"left over: {there - self.now.shards}; missing: {self.now.shards - there}")
+        for name in os.listdir(self.folder / "shards"):
+            source = "backfill" if name == "fill" else "capture"
+            CacheWriter(self.folder, teacher.make_header(), writer=name, source=source).close()
+        after = checker.scan(self.folder)
+        more = {place for place, _ in after.shards.items() ^ self.now.shards.items()}
+        # Who was killed before anything was published begins now.
+        if after.temporary or more != {(name, 0) for name, _ in more if (name, 0) not in self.now.shards}:
+            self.bad("wrong", f"left over: {after.temporary}, {more}")
 
     def _missing(self, keys: Set[tuple[int, int]]) -> list[tuple[int, int]]:
         """Without those whose sample has a record of a later step, which a resumed writer does not make again."""
@@ -157,9 +157,9 @@ class _Run:
         before, self.now = self.now, checker.scan(self.folder)
         for problem in self.now.problems:
             self.bad("lost", problem)
-        for name, rows in before.rows.items():
-            if self.now.rows.get(name, [])[: len(rows)] != rows:
-                self.bad("lost", f"rows of {name} that had been published are gone or changed")
+        if gone := before.shards.items() - self.now.shards.items():
+            self.bad("lost", f"shards that had been published are gone or changed: {gone}")
+        self._counts["leftovers"] += len(self.now.temporary)
         for part, step in zip(parts, reached, strict=True):
             for number in part.steps if step is not None else []:
                 if number < step:
@@ -177,7 +177,7 @@ class _Run:
             if len(records) > 1:
                 self.bad("duplicated", f"{key}: {len(records)} times")
             if key in before.records:
-                continue  # the same rows, so the same digests
+                continue  # in the same shards
             if key not in teacher.expected():
                 self.bad("wrong", f"{key} was never put")
                 continue
@@ -201,10 +201,6 @@ class _Run:
         """A reader that has followed from the beginning, and one that opens now, both agree with the checker."""
         winners = self.now.winners()
         steps = np.array([winners.get(i, -1) for i in range(teacher.SAMPLES)])
-        torn = [p for p in (self.folder / "ledger").glob("*.jsonl") if p.read_bytes()[-1:] not in (b"", b"\n")]
-        self._counts["torn rows"] += len(torn)
-        there = {path.name for path in (self.folder / "shards").iterdir()}
-        self._counts["orphan shards"] += len(there - self.now.shards)
         try:
             if self._follower is None:
                 self._follower = CacheReader(self.folder)
@@ -212,8 +208,6 @@ class _Run:
             for reader in (self._follower, CacheReader(self.folder)):
                 if (reader.steps(np.arange(teacher.SAMPLES)) != steps).any():
                     self.bad("lost", "a reader has other steps than the checker")
-                if sorted(reader.torn) != sorted(p.stem for p in torn):
-                    self.bad("lost", f"torn rows of {torn}, the reader has {reader.torn}")
                 self._read(reader, winners)
         except CacheError as error:
             self.bad("lost", f"a reader fails: {error}")

@@ -26,7 +26,7 @@ SAMPLES, STEPS, WIDTH, EVERY, EPOCH = 96, 32, 6, 4, 16
 """Samples of the corpus; steps of the plan; samples a step; steps from checkpoint to checkpoint; steps an epoch."""
 BACKFILL = 10_000
 """The step of the finished teacher that fills every fifth sample beside the one in training."""
-CALLS = ("open", "write", "fsync", "rename", "unlink", "truncate", "close")
+CALLS = ("open", "write", "fsync", "link", "replace", "unlink", "close")
 """Of the system, at which a process can be made to die."""
 
 
@@ -111,7 +111,9 @@ def parts(start: int, world: int) -> list[Part]:
 
 def work(folder: Path, part: Part, checkpoint: Path) -> None:
     """All steps of a part; `checkpoint` names the step before which everything is published."""
-    with CacheWriter(folder, make_header(), writer=part.name, shard_samples=5, source=part.source) as writer:
+    with CacheWriter(
+        folder, make_header(), writer=part.name, shard_samples=5, source=part.source, index_every=3
+    ) as writer:
         for number in part.steps:
             ids = part.samples_of(number)
             step = BACKFILL if part.source == "backfill" else number
@@ -124,10 +126,11 @@ def work(folder: Path, part: Part, checkpoint: Path) -> None:
                 )  # fmt: skip
             if (number + 1) % part.every == 0 or number == part.steps[-1]:
                 writer.flush()
-                _record(checkpoint, number + 1)
+                write_number(checkpoint, number + 1)
 
 
-def _record(path: Path, step: int) -> None:
+def write_number(path: Path, step: int) -> None:
+    """A file that says so, at one stroke."""
     beside = path.with_suffix(".beside")
     beside.write_text(str(step))
     os.replace(beside, path)

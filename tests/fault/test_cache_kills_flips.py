@@ -6,10 +6,10 @@ from collections import Counter
 
 import pytest
 
-from distill.cache import CacheWriter, ledger, shard
+from distill.cache import CacheWriter, publish, shard, view
 from distill.config.schema import ConsoleMode
 from distill.config.terminal import Progress
-from tests.crash import _flips, _kills, _teacher
+from tests.crash import _flips, _kills, _teacher, _traffic
 
 
 def silent():
@@ -18,29 +18,35 @@ def silent():
 
 @pytest.mark.parametrize("seed", [1])
 def test_kills(seed):
-    counts, problems = _kills.run(kills=6, seed=seed, progress=silent())
-    assert problems == [] and counts["kills"] == 6
-    assert counts["lost"] == counts["wrong"] == counts["duplicated"] == counts["failed"] == 0
+    figures, problems = _kills.run(kills=6, seed=seed, progress=silent())
+    assert problems == [] and figures["kills"] == 6
+    assert figures["lost"] == figures["wrong"] == figures["duplicated"] == figures["failed"] == 0
 
 
 @pytest.mark.parametrize("seed", [1])
 def test_flips(seed):
-    counts, problems = _flips.run(flips=600, seed=seed, progress=silent())
-    assert problems == [] and counts["flips"] == sum(counts[kind] for kind in _flips.KINDS) == 600
-    assert counts["unnoticed"] == counts["not named"] == counts["crashed"] == 0
+    figures, problems = _flips.run(flips=600, seed=seed, progress=silent())
+    assert problems == [] and figures["flips"] == sum(figures[kind] for kind in _flips.KINDS) == 600
+    assert figures["unnoticed"] == figures["not named"] == figures["crashed"] == 0
+
+
+@pytest.mark.parametrize("seed", [1])
+def test_traffic(seed):
+    figures, problems = _traffic.run(seconds=5, seed=seed, progress=silent())
+    assert problems == [] and figures["traffic: steps"] > 0 and figures["traffic: compactions"] > 0
 
 
 def test_what_is_lost_is_counted(monkeypatch):
-    """A writer that publishes no row after its second."""
-    real = ledger.LedgerWriter.append
+    """A writer that publishes no shard after its second."""
+    real = publish._put
 
-    def forgetful(self, row):
-        if row.seq < 2:
-            real(self, row)
+    def forgetful(store, header, *args):
+        if header.seq < 2:
+            real(store, header, *args)
 
-    monkeypatch.setattr(ledger.LedgerWriter, "append", forgetful)
-    counts, problems = _kills.run(kills=1, seed=1, progress=silent())
-    assert counts["lost"] > 0 and any("published before a checkpoint, not there" in problem for problem in problems)
+    monkeypatch.setattr(publish, "_put", forgetful)
+    figures, problems = _kills.run(kills=1, seed=1, progress=silent())
+    assert figures["lost"] > 0 and any("published before a checkpoint, not there" in problem for problem in problems)
 
 
 def test_what_is_done_twice_is_counted(monkeypatch, tmp_path):
@@ -78,5 +84,18 @@ def test_no_verdict_depends_on_who_is_quicker(monkeypatch, first):
 def test_what_goes_unnoticed_is_counted(monkeypatch):
     """A reader that does not verify records."""
     monkeypatch.setattr(shard.Shard, "verified", lambda self, index, data: data)
-    counts, problems = _flips.run(flips=96, seed=1, progress=silent())
-    assert counts["unnoticed"] > 0 and problems
+    monkeypatch.setattr(view.View, "_verified", lambda self, entry, file, data: data)
+    figures, problems = _flips.run(flips=120, seed=1, progress=silent())
+    assert figures["unnoticed"] + figures["crashed"] > 0 and problems
+
+
+def test_wrong_bytes_under_traffic_are_counted(monkeypatch):
+    """The independent copy is another one from a step on."""
+    real = _teacher.encoded
+
+    def other(sample, step):
+        return real(sample, step) if step < 4 else b"another"
+
+    monkeypatch.setattr(_traffic.teacher, "encoded", other)
+    _, problems = _traffic.run(seconds=5, seed=1, progress=silent())
+    assert any("wrong bytes" in problem for problem in problems)

@@ -5,6 +5,10 @@ import shutil
 from pathlib import Path
 
 from distill.cache import CacheReader, CacheWriter
+from distill.cache.format import shard_name
+from distill.cache.open_store import open_store
+from distill.tools.repair import repair
+from distill.tools.verify import verify
 from tests.crash import _checker as checker
 from tests.workers.cache_writers import header, put
 
@@ -22,7 +26,7 @@ class Disk:
         self._names: dict[Path, int] = {}
         """Inodes by name, as folders were fsynced."""
         self._folders = {self.root}
-        for name in ("fsync", "replace", "close"):
+        for name in ("fsync", "link", "unlink", "replace", "close"):
             monkeypatch.setattr(os, name, self._watched(getattr(os, name), name))
 
     def _watched(self, real, name):
@@ -59,12 +63,12 @@ class Disk:
 
 
 def test_power_cut_at_any_moment(tmp_path, monkeypatch):
-    """Every published row points at whole bytes; what `flush` has promised is there; writers go on."""
+    """Every shard is whole; what `flush` has promised is there, with or without a catalog; writers go on."""
     promised = []
     with monkeypatch.context() as patch:
         disk = Disk(tmp_path / "disk", patch)
         (tmp_path / "disk").mkdir()
-        with CacheWriter(tmp_path / "disk", header(), writer="w", shard_samples=1) as writer:
+        with CacheWriter(tmp_path / "disk", header(), writer="w", shard_samples=1, index_every=2) as writer:
             for sample in range(4):
                 put(writer, [sample])
                 writer.flush()
@@ -79,6 +83,38 @@ def test_power_cut_at_any_moment(tmp_path, monkeypatch):
             assert moment < since or (sample, 0) in scan.records, f"sample {sample} is gone"
         if (folder / "cache.json").exists():
             assert CacheReader(folder).covers(range(4)).sum() == len(scan.records)
+            assert verify(open_store(folder)).problems == []
     with CacheWriter(folder, header(), writer="w") as writer:
         put(writer, [5])
     assert CacheReader(folder).covers([5]).all()
+
+
+def test_a_repair_and_a_power_cut_at_any_moment(tmp_path, monkeypatch):
+    """The report is there before anything else has changed; the next repair finishes, and says what was lost."""
+    root = tmp_path / "disk"
+    with CacheWriter(root, header(), writer="w", shard_samples=2) as writer:
+        for sample in range(0, 6, 2):
+            put(writer, [sample, sample + 1])
+        writer.finish()
+    path = root / shard_name("w", 2)
+    path.write_bytes(path.read_bytes()[:-1])
+    before = {p.relative_to(root): p.read_bytes() for p in root.rglob("*.*") if p.suffix != ".lock"}
+    with monkeypatch.context() as patch:
+        disk = Disk(root, patch)
+        for each in [root, *(p for p in root.rglob("*") if p.is_dir())]:
+            for file in (p for p in each.iterdir() if p.is_file()):
+                disk._fsync(file)
+            disk._fsync(each)
+        repair(open_store(root))
+    assert len(disk.moments) > 20
+    for moment in range(len(disk.moments)):
+        folder = tmp_path / "after"
+        disk.restore(moment, folder)
+        there = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.*") if p.suffix != ".lock"}
+        is_reported = bool(list(folder.glob("quarantine/repair-000000.json*")))
+        assert is_reported or {name: there.get(name) for name in before} == before
+        done = repair(open_store(folder))
+        assert done.lost == [3] or (folder / "quarantine" / "repair-000000.json").exists()
+        assert verify(open_store(folder), decode=True).problems == []
+        assert CacheReader(folder).covers(range(6)).tolist() == [True, True, True, False, True, True]
+        CacheWriter(folder, header(), writer="w").close()

@@ -87,7 +87,7 @@ def strict(folder: Path) -> int:
 
 
 def published_steps(cache):
-    return np.concatenate([load_file(p)["steps"] for p in sorted((cache / "shards").glob("*.safetensors"))] or [[]])
+    return np.concatenate([load_file(p)["steps"] for p in sorted((cache / "shards").rglob("*.safetensors"))] or [[]])
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient", "logits", "weights"])

@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 
+import numpy as np
 import pytest
 import torch
 
@@ -162,18 +163,15 @@ def test_a_packed_corpus(disk, tmp_path):
     assert all(name.startswith("data/tokenizer-") and ".tmp" not in name for name in left), left
 
 
-def test_a_table_for_reading_on_a_full_disk(disk, tmp_path, monkeypatch):
+def test_reading_needs_no_temporary_folder(disk, tmp_path, monkeypatch):
     folder, limit = disk
     write(tmp_path / "cache", "teacher", [(list(range(SAMPLES)), 0, "x")])
     monkeypatch.setattr("tempfile.tempdir", str(folder))
     limit(0)
-    with pytest.raises(CacheError, match=rf"a table of \d+ samples in {folder}: (No space|File too)"):
-        CacheReader(tmp_path / "cache")
-    (tmp_path / "nothing").touch()
+    assert CacheReader(tmp_path / "cache").covers(np.arange(SAMPLES)).all()
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.setattr("tempfile._candidate_tempdir_list", lambda: [str(tmp_path / "nothing")])
-    with pytest.raises(CacheError, match="TMPDIR: No usable temporary directory"):
-        CacheReader(tmp_path / "cache")
+    assert CacheReader(tmp_path / "cache").covers(np.arange(SAMPLES)).all()
 
 
 def test_a_run_ends_with_one_line(tmp_path):

@@ -35,13 +35,11 @@ def test_a_codistillation_killed_at_random_moments_ends_bitwise_alike(tmp_path, 
         kill_once(folder / "metrics.jsonl", least, *arguments, f"hydra.run.dir={folder}", "resume=true")
     # Whatever half-written files lie there.
     (folder / "checkpoints" / "step-00000099.tmp").mkdir(exist_ok=True)
-    (folder / "cache" / "shards" / "teacher-00000-99999999.safetensors.tmp").write_bytes(b"half")
+    (folder / "cache" / "shards" / "teacher-00000" / "000000" / "000000999.safetensors.tmp").write_bytes(b"half")
     run(*arguments, f"hydra.run.dir={folder}", "resume=true")
     assert losses(folder) == losses(tmp_path / "whole")
     assert losses(folder / "arms" / "hard") == losses(tmp_path / "whole" / "arms" / "hard")
-    teachers = {
-        o.teacher for f in (folder, tmp_path / "whole") for row in CacheReader(f / "cache").rows for o in row.origins
-    }
+    teachers = {o.teacher for f in (folder, tmp_path / "whole") for o in CacheReader(f / "cache").summary}
     assert len(teachers) == 1
     again = run(*arguments, f"hydra.run.dir={folder}", "resume=true")
     assert "finished" in again.stdout
@@ -57,8 +55,8 @@ def test_a_student_follows_a_live_teacher_and_both_may_be_killed(tmp_path, data)
     following = subprocess.Popen(
         command(*student, f"hydra.run.dir={tmp_path}/s"), env=environment(), stderr=subprocess.DEVNULL
     )
-    ledger = tmp_path / "t" / "cache" / "ledger" / "teacher-00000.jsonl"
-    kill_once(ledger, 3000, *teacher, f"hydra.run.dir={tmp_path}/t", "resume=true")
+    shards = tmp_path / "t" / "cache" / "shards" / "teacher-00000" / "000000" / "*.safetensors"
+    kill_once(shards, 4, *teacher, f"hydra.run.dir={tmp_path}/t", "resume=true")
     restarted = subprocess.Popen(command(*teacher, f"hydra.run.dir={tmp_path}/t", "resume=true"), env=environment())
     time.sleep(3)
     following.kill()
@@ -67,6 +65,29 @@ def test_a_student_follows_a_live_teacher_and_both_may_be_killed(tmp_path, data)
     assert restarted.wait(timeout=PATIENCE) == 0
     assert losses(tmp_path / "t") == losses(tmp_path / "whole")
     assert losses(tmp_path / "s") == losses(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
+def test_a_capture_goes_on_with_another_number_of_ranks(tmp_path, data, before, after):
+    """The same targets as in a run that was never stopped; streams of ranks that are gone are complete."""
+    teacher = [*TINY, *data, "job=teacher", "teacher.train.steps=24", "teacher.train.checkpoint_every=6",
+               "engine=zero1", "cache.shard_samples=5", "cache.index_every=2"]  # fmt: skip
+    run(*teacher, f"hydra.run.dir={tmp_path}/whole")
+    folder = tmp_path / "cut"
+    stop = [f"hydra.run.dir={folder}", "resume=true"]
+    killed = subprocess.Popen(command(*teacher, *stop, ranks=before), env=environment(), stderr=subprocess.DEVNULL)
+    while not list((folder / "checkpoints").glob("step-00000012*")):
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    time.sleep(1)  # torchrun's ranks end after it
+    run(*teacher, *stop, ranks=after)
+    whole, cut = CacheReader(tmp_path / "whole" / "cache"), CacheReader(folder / "cache")
+    assert cut.finished and set(cut.view["streams"]) == {f"teacher-{n:05d}" for n in range(2)}
+    every = np.arange(whole.header.samples)
+    assert (cut.steps(every) == whole.steps(every)).all() and (whole.steps(every) >= 0).sum() == 96
+    assert cut.losses.curve().tokens.sum() >= whole.losses.curve().tokens.sum()
 
 
 def relabel(folder):

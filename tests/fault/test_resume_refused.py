@@ -103,12 +103,3 @@ def test_damaged_and_deleted_checkpoints(cut, finished):
     done = run(*start, "resume=true")
     assert f"{root} has no checkpoint: the run starts from its beginning" in done.stdout + done.stderr
     assert losses(folder / "run") == losses(finished[0] / "run")
-
-
-def test_another_number_of_ranks_is_said_in_words(tmp_path):
-    start = [*TINY, write_corpus(tmp_path / "text"), "job=teacher", "tracking=off", "teacher.train.steps=4",
-             "evaluate.samples=2", f"hydra.run.dir={tmp_path}/run"]  # fmt: skip
-    run(*start, ranks=2)
-    (tmp_path / "run" / "summary.json").unlink()
-    (line,) = errors(run(*start, "resume=true", code=2))
-    assert line.endswith("its teacher ran on 2 ranks, this run is on 1 rank: start with 2 ranks")

@@ -122,6 +122,6 @@ def test_a_stream_that_goes_away_falls_silent(tmp_path, streams):
 
 
 def test_a_tool_whose_reader_has_seen_enough_ends_quietly():
-    shell = f"{sys.executable} -m distill.tools stats tests/golden/cache-v2 | true; echo ${{PIPESTATUS[0]}}"
+    shell = f"{sys.executable} -m distill.tools stats tests/golden/cache-v3 | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", shell], env=environment(), capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("141\n", "")

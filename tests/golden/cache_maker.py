@@ -4,8 +4,12 @@ Their bytes change only with the version of the format, `distill.cache.format.FO
 """
 
 import random
+import secrets
 import sys
+import time
+from itertools import count
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -54,6 +58,16 @@ def put(writer: CacheWriter, name: str, samples: list[int], step: int) -> None:
 
 
 def make(folder: Path) -> None:
+    """Names of listings and times of snapshots are those of no machine and no day."""
+    numbers = count()
+    with (
+        mock.patch.object(secrets, "token_hex", lambda size: f"{next(numbers):0{2 * size}x}"),
+        mock.patch.object(time, "time", lambda: 1_800_000_000.0),
+    ):
+        _make(folder)
+
+
+def _make(folder: Path) -> None:
     for name, codec in CODECS.items():
         header = CacheHeader(V, "tokenizer", "corpus", S, SAMPLES, codec, seed=5, stream={"seed": 0})
         counts_V = np.arange(V) * 7 % 101

@@ -16,13 +16,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distill.cache import CacheHeader, CacheReader, CacheWriter
-from distill.cache.ledger import LedgerWriter
+from distill.cache import CacheReader, CacheWriter
+from distill.cache.loss_curve import LossSums
 from distill.cache.open_store import open_store
+from distill.cache.shard_header import Replaced
+from distill.cache.tail import Ranges, next_seq
 from distill.config.errors import CacheError
 from distill.config.registry import CODECS
 from distill.config.schema import CodecConfig
-from tests.hostile import CacheParts
+from distill.tools.repair import repair
+from distill.tools.verify import verify
+from tests.hostile import CacheParts, seal, spans
 from tests.workers.cache_writers import V, header, put
 
 FAST = settings(max_examples=150, suppress_health_check=list(HealthCheck))
@@ -70,7 +74,7 @@ def use(folder):
     with limits():
         try:
             reader = CacheReader(folder)
-            reader.view, reader.torn, reader.finished, reader.frontier(1)
+            _ = reader.view, reader.finished, reader.frontier, reader.losses, reader.summary
             reader.stats()
             ids = np.arange(min(reader.header.samples, 50))
             covered = ids[reader.covers(ids)]
@@ -78,7 +82,7 @@ def use(folder):
             for sample in covered:
                 reader.read(np.array([sample]), reader.digests([sample]))
             reader.decode(list(reader.samples()))
-            LedgerWriter(open_store(folder), "w", CacheHeader.load(folder).identity)
+            next_seq(open_store(folder), reader.header, "w", {})
         except CacheError as error:
             assert len(str(error)) < 3000
             return False
@@ -149,10 +153,11 @@ def test_headers(caches, folder, data):
 
 @FAST
 @given(st.data())
-def test_rows(caches, folder, data):
+def test_shard_headers(caches, folder, data):
+    """Any values in a sealed header, of targets or of a mark."""
     parts = drawn(data, caches)
     for _ in range(data.draw(st.integers(1, 2))):
-        change(data.draw, parts.rows[data.draw(st.integers(0, len(parts.rows) - 1))])
+        change(data.draw, parts.shards[data.draw(st.integers(0, len(parts.shards) - 1))][1])
     parts.keep_digests = data.draw(st.booleans())
     parts.write(folder)
     use(folder)
@@ -160,30 +165,45 @@ def test_rows(caches, folder, data):
 
 @FAST
 @given(st.data())
-def test_retired_ranges(caches, folder, data):
-    """Of any numbers; as many as a file can hold."""
+def test_replaced_ranges(caches, folder, data):
+    """Of any numbers; as many as a header can hold."""
     parts = drawn(data, caches)
-    ranges = data.draw(
-        st.lists(
-            st.fixed_dictionaries({"ledger": st.sampled_from(["w", "v", ""]), "first": INTS, "last": INTS}), max_size=3
-        )
-    )
+    each = st.fixed_dictionaries({"writer": st.sampled_from(["w", "v", ""]), "first": INTS, "last": INTS})
     many = [
-        {"ledger": "w", "first": 2**40 + 2 * i, "last": 2**40 + 2 * i}
+        {"writer": "w", "first": 2**40 + 2 * i, "last": 2**40 + 2 * i}
         for i in range(data.draw(st.sampled_from([0, 0, 2000])))
     ]
-    parts.rows.append({"kind": "retire", "writer": "w", "seq": len(parts.rows), "cache": "", "retired": ranges + many})
+    record = dict(parts.shards[1][1]) | {"writer": "compact", "seq": 0}
+    record["replaces"] = data.draw(st.lists(each, max_size=3)) + many
     if data.draw(st.booleans()):
-        change(data.draw, parts.rows[-1])
+        change(data.draw, record)
+    parts.shards.append(("shards/compact/000000/000000000.safetensors", record, parts.shards[1][2]))
     parts.write(folder)
     use(folder)
 
 
 @FAST
 @given(st.data())
-def test_shard_headers(caches, folder, data):
+def test_snapshots_and_listings(caches, folder, data):
+    """Any values in a sealed snapshot or footer, any numbers in entries and origin rows, with digests that verify."""
     parts = drawn(data, caches)
-    change(data.draw, parts.shards[0][0])
+    listing = parts.listing
+    match data.draw(st.sampled_from(["snapshot", "footer", "entries", "rows", "lengths"])):
+        case "snapshot":
+            change(data.draw, parts.snapshot)
+        case "footer":
+            change(data.draw, listing.footer)
+        case "lengths":
+            listing.entries = listing.entries * data.draw(st.integers(0, 3))
+            listing.rows = listing.rows[: data.draw(INTS)]
+        case name:
+            body = getattr(listing, name)
+            for _ in range(data.draw(st.integers(1, 3))):
+                width = data.draw(st.sampled_from([1, 2, 4, 8]))
+                at = data.draw(st.integers(0, max(len(body) - width, 0)))
+                value = data.draw(st.one_of(INTS, st.integers(0, 300))) % 256**width
+                body = body[:at] + value.to_bytes(width, "little") + body[at + width :]
+            setattr(listing, name, body)
     parts.write(folder)
     use(folder)
 
@@ -193,15 +213,15 @@ def test_shard_headers(caches, folder, data):
 def test_index_columns(caches, folder, data):
     """Numbers of any column, of any size, with checks that verify."""
     parts = drawn(data, caches)
-    front, body = parts.shards[0]
-    spans = {name: column["data_offsets"] for name, column in front.items() if name != "__metadata__"}
+    name, record, body = parts.shards[1]
+    columns = spans(record["samples"])
     for _ in range(data.draw(st.integers(1, 3))):
-        start, end = spans[data.draw(st.sampled_from([name for name in spans if spans[name][0] < spans[name][1]]))]
+        start, end = columns[data.draw(st.sampled_from(sorted(columns)))]
         width = data.draw(st.sampled_from([1, 2, 4, 8]))
         at = data.draw(st.integers(start, max(end - width, start)))
         value = data.draw(st.one_of(INTS, st.integers(0, 300))) % 256**width
         body = body[:at] + value.to_bytes(width, "little") + body[at + width :]
-    parts.shards[0] = front, body[: max(end for _, end in spans.values())]
+    parts.shards[1] = name, record, body
     parts.write(folder)
     use(folder)
 
@@ -210,22 +230,22 @@ def test_index_columns(caches, folder, data):
 @given(st.data())
 def test_records(caches, folder, data):
     """Bytes of any record, with checks that verify and any count of atoms."""
-    parts = caches[data.draw(st.sampled_from(CACHES))].copy()
-    front, body = parts.shards[0]
-    first, _ = front["records"]["data_offsets"]
-    count = front["ends"]["shape"][0]
+    parts = drawn(data, caches)
+    parts.has_catalog = False
+    name, record, body = parts.shards[1]
+    count = record["samples"]
+    columns = spans(count)
     garbage = data.draw(
         st.one_of(st.binary(min_size=1, max_size=300), st.sampled_from([b"\0" * 200, b"\xff" * 200, b"\0" * 40_000]))
     )
-    body = body[:first] + garbage
+    body = body[: columns["origins"][1]] + garbage
     sizes = [*sorted(data.draw(st.integers(0, len(garbage))) for _ in range(count - 1)), len(garbage)]
     atoms = [data.draw(st.one_of(st.integers(0, 40), st.integers(0, 2**32 - 1))) for _ in range(count)]
-    for name, numbers in (("ends", sizes), ("atoms", atoms)):
-        start = front[name]["data_offsets"][0]
+    for column, numbers in (("ends", sizes), ("atoms", atoms)):
+        start = columns[column][0]
         body = body[:start] + struct.pack(f"<{count}I", *numbers) + body[start + 4 * count :]
-    front["records"] |= {"data_offsets": [first, len(body)], "shape": [len(garbage)]}
-    parts.shards[0] = front, body
-    parts.rows[0]["atoms"] = sum(atoms)
+    record |= {"records": len(garbage), "atoms": sum(atoms)}
+    parts.shards[1] = name, record, body
     if data.draw(st.booleans()):
         parts.header["sample_tokens"] = data.draw(st.sampled_from([1, 2, 1000, 2**16, 2**24]))
     parts.write(folder)
@@ -287,42 +307,78 @@ def test_any_bytes_in_any_file(caches, folder, data):
 @pytest.mark.parametrize(
     ("place", "value"),
     [
-        (("shard",), "a\0b"), (("shard",), "\ud800"), (("shard",), ".."), (("origins", 0, "loss"), "much"),
-        (("origins", 0, "loss"), float("nan")), (("origins", 0, "last_step"), 2**70), (("bytes",), True),
-        (("last_sample",), None), (("origins", 0, "seen_before"), 3), (("index_bytes",), 2**62), (("samples",), 2**60),
+        (("writer",), "a\0b"), (("writer",), "\ud800"), (("writer",), ".."), (("origins", 0, "loss"), "much"),
+        (("origins", 0, "loss"), float("nan")), (("origins", 0, "last_step"), 2**70), (("records",), True),
+        (("last_sample",), None), (("origins", 0, "seen_before"), 3), (("records",), 2**62), (("samples",), 2**60),
+        (("losses", 0, 3), 0), (("losses", 0, 4), 2**80), (("kind",), "retire"), (("step",), -2), (("seq",), 2),
+        (("replaces",), [{"writer": "w", "first": "x", "last": 1}]), (("replaces",), [7]),
     ],
 )  # fmt: skip
-def test_values_that_no_row_has(caches, folder, place, value):
+def test_values_that_no_header_has(caches, folder, place, value):
     parts = caches["systematic"].copy()
-    at = parts.rows[0]
+    parts.has_catalog = False
+    at = parts.shards[1][1]
     for key in place[:-1]:
         at = at[key]
     at[place[-1]] = value
-    parts.keep_digests = True
     parts.write(folder)
     assert not use(folder)
 
 
 @pytest.mark.parametrize(
-    "retired", [{"ledger": "w", "first": "x", "last": 1}, {"ledger": None, "first": 0, "last": 1}, 7]
-)
-def test_ranges_that_cannot_be(caches, folder, retired):
+    ("place", "value"),
+    [
+        (("number",), 1), (("cache",), "0" * 16), (("streams", "w", "count"), "x"), (("listings",), [7]),
+        (("listings", 0, "entries"), "7"), (("format",), 2),
+    ],
+)  # fmt: skip
+def test_values_that_no_snapshot_has(caches, folder, place, value, caplog):
+    """It is named, and the shards serve."""
     parts = caches["systematic"].copy()
-    parts.rows.append({"kind": "retire", "writer": "w", "seq": 3, "cache": "", "retired": [retired]})
+    at = parts.snapshot
+    for key in place[:-1]:
+        at = at[key]
+    at[place[-1]] = value
     parts.write(folder)
-    assert not use(folder)
+    if place == ("cache",):
+        (folder / "catalog" / "000000000.json").write_bytes(seal(parts.snapshot, indent=1))
+    assert use(folder) and "000000000.json" in caplog.text
 
 
-def test_many_retired_ranges_take_no_time(caches, folder):
-    """A quadratic search over 20,000 rows and ranges would take minutes."""
-    from distill.cache.ledger import Retired, ShardRow, outside
+@FAST
+@given(st.data())
+def test_tools_on_any_bytes(caches, folder, data):
+    """A shard or a file of the catalog of any content: `verify` names it, and `repair` ends with a whole cache."""
+    parts = drawn(data, caches)
+    if data.draw(st.booleans()):
+        change(data.draw, parts.shards[data.draw(st.integers(0, len(parts.shards) - 1))][1])
+    if data.draw(st.booleans()):
+        change(data.draw, parts.snapshot)
+    if data.draw(st.booleans()):
+        change(data.draw, parts.listing.footer)
+    name, at = data.draw(st.sampled_from(["entries", "rows"])), data.draw(st.integers(0, 150))
+    body = getattr(parts.listing, name)
+    setattr(parts.listing, name, body[:at] + data.draw(st.binary(max_size=8)) + body[at + 8 :])
+    parts.write(folder)
+    with limits():
+        try:
+            found = verify(open_store(folder))
+            repair(open_store(folder))
+        except CacheError:
+            return
+        assert len(found.problems) < 1000 and verify(open_store(folder)).problems == []
 
-    row = caches["systematic"].rows[0]
-    record = {key: value for key, value in row.items() if key != "kind"} | {"cache": ""}
-    rows = [ShardRow.of(record | {"seq": i}) for i in range(20_000)]
+
+def test_many_replaced_ranges_take_no_time():
+    """A quadratic search over 20,000 shards and ranges would take minutes."""
     rng = random.Random(0)
     firsts = [rng.randrange(20_000) for _ in range(20_000)]
-    retired = [Retired("w", first, first + rng.randrange(2)) for first in firsts if first % 3]
-    gone = {n for each in retired for n in range(each.first, each.last + 1)}
+    replaced = [Replaced("w", first, first + rng.randrange(2)) for first in firsts if first % 3]
+    gone = {n for each in replaced for n in range(each.first, each.last + 1)}
     with limits():
-        assert [row.seq for row in outside(rows, retired)] == [i for i in range(20_000) if i not in gone]
+        ranges = Ranges(replaced)
+        assert [i for i in range(20_000) if ("w", i) not in ranges] == [i for i in range(20_000) if i not in gone]
+
+
+def test_sums_of_losses_of_any_size_stay_exact(caches, folder):
+    assert LossSums.of([["t", "capture", 5, 2**40, 2**60]]).json() == [["t", "capture", 5, 2**40, 2**60]]

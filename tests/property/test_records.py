@@ -8,7 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.cache import Atoms, make_codec, record
+from distill.cache import Atoms, CacheHeader, make_codec, record
+from distill.cache.put_check import PutCheck
+from distill.config.errors import CacheError
 from distill.config.registry import CODECS
 from distill.config.schema import CodecConfig
 from tests import format_reader
@@ -126,6 +128,53 @@ def test_statistics_in_a_byte(value, scale):
     code = record.encode_stat(np.array([value]), top, levels)
     assert code <= levels
     assert abs(record.decode_stat(code, top, levels)[0] - value) <= np.sqrt(top * value) / levels + 2e-4
+
+
+@st.composite
+def puts(draw):
+    """What a codec could have made, with up to two numbers changed into any others."""
+    vocab, config, rows, _, random = draw(tokens())
+    codec = make_codec(config, vocab)
+    atoms = to_atoms(
+        [row if codec.total == 0 or row[0] else ({0: codec.total}, row[1]) for row in rows], random, codec.has_rest
+    )
+    columns = [column.tolist() for column in atoms]
+    columns += [[random.choice([-1.5, 0.0, -31.0]) for _ in rows] for _ in range(2)]
+    near = st.integers(-2, 7) | st.sampled_from([vocab - 1, vocab, 255, 256, 2**31, 2**32, -(2**63), 2**63 - 1])
+    for _ in range(draw(st.integers(0, 2))):
+        column = columns[draw(st.integers(0, 5))]
+        if column:
+            column[draw(st.integers(0, len(column) - 1))] = draw(near if isinstance(column[0], int) else st.floats())
+    return config, vocab, columns[:4], [valid for _, valid in rows], columns[4:]
+
+
+@settings(max_examples=400)
+@given(puts())
+def test_whatever_is_put_is_refused_or_can_be_read(case):
+    """The same atoms, by the slow reader; compiled code has no checks of its own."""
+    config, vocab, columns, valid, (label, entropy) = case
+    codec, ids = make_codec(config, vocab), list(range(len(valid) // S))
+    header = CacheHeader(vocab, "t", "c", S, 9, config, 0, folder="here")
+    atoms = Atoms(*(np.array(column, np.int64) for column in columns))
+    try:
+        taken = PutCheck(header, codec).batch(ids, ids, atoms, label, entropy, valid, 0, 0, "t")
+    except CacheError as error:
+        assert str(error).startswith("cache here: ")
+        return
+    assert [column.dtype for column in taken.atoms] == [torch.int32] * 3 + [torch.uint8]
+    found = record.encode(
+        taken.atoms, taken.label_logprob_T, taken.entropy_T, taken.valid_T, S, np.arange(vocab), codec
+    )
+    starts = np.cumsum([0, *columns[0]]).tolist()
+    parameters = {"name": config.name} | ({"draws": config.draws} if codec.total else {})
+    for n, (a, b) in enumerate(pairwise([0, *found.ends.tolist()])):
+        tokens = format_reader.record(found.records[a:b].tobytes(), S, parameters, range(vocab))
+        for t, token in enumerate(tokens, start=n * S):
+            assert (token is not None) == valid[t]
+            if token is not None:
+                rows = zip(columns[1][starts[t] : starts[t + 1]], columns[2][starts[t] : starts[t + 1]], strict=True)
+                assert token[3] == sorted(rows) and all(code <= codec.max_code for _, code in token[3])
+                assert not codec.total or sum(code for _, code in token[3]) == codec.total
 
 
 def test_an_id_twice_in_a_token_is_a_bug():

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from distill.cache import CacheReader
+from distill.cache.format import shard_name
 from tests.cli import TINY, kill_once, rows, run, write_corpus
+from tests.shards import headers
 
 EXPERIMENT = """# @package _global_
 data:
@@ -39,15 +41,16 @@ def summary(folder):
     return json.loads((folder / "summary.json").read_text())
 
 
-def ledger(cache):
-    return [row for row in CacheReader(cache).rows if row.source == "backfill"]
+def backfilled(cache):
+    return headers(cache, "backfill")
 
 
 def labelled_ids(cache):
     """Ids in the shards that a backfill published, as often as they are there."""
     from safetensors.numpy import load_file
 
-    return np.sort(np.concatenate([load_file(cache / "shards" / row.shard)["sample_ids"] for row in ledger(cache)]))
+    files = [cache / shard_name(each.writer, each.seq) for each in backfilled(cache)]
+    return np.sort(np.concatenate([load_file(file)["sample_ids"] for file in files]))
 
 
 def test_a_second_corpus_joins_the_mix_after_the_teacher_was_trained(taught, tmp_path):
@@ -65,11 +68,11 @@ def test_a_second_corpus_joins_the_mix_after_the_teacher_was_trained(taught, tmp
     assert found["coverage"] == 1.0 and found["samples"] == samples == summary(tmp_path / "plan")["gaps"]
     assert (labelled_ids(tmp_path / "extra") == np.arange(samples)).all()
     # Trained for 12 steps of 4 samples of 16 tokens, and never on this corpus.
-    origins = [origin for row in ledger(tmp_path / "extra") for origin in row.origins]
+    origins = [origin for row in backfilled(tmp_path / "extra") for origin in row.origins]
     assert {(o.first_step, o.last_step, o.tokens_seen, o.seen_before) for o in origins} == {(12, 12, 768, False)}
     assert {o.teacher for o in origins} == {found["teacher"]} and found["teacher"] in done.stdout
     # The teacher that captured, as it was after its 12th step.
-    (captured,) = {o.teacher for row in CacheReader(folder / "t" / "cache").rows for o in row.origins}
+    (captured,) = {origin.teacher for origin in CacheReader(folder / "t" / "cache").summary}
     assert found["teacher"] == f"{captured}@12"
     per_token = origins[0].flops_per_token
     assert per_token > 0
@@ -86,7 +89,7 @@ def test_a_second_corpus_joins_the_mix_after_the_teacher_was_trained(taught, tmp
     # The teacher did not finish an epoch of main: the backfill of all corpora fills what it never met.
     rest = run(*both, *caches, "job=backfill", f"init_from={folder}/t", f"hydra.run.dir={tmp_path}/b2")
     assert summary(tmp_path / "b2")["coverage"] == 1.0 and "corpus extra" in rest.stdout
-    assert {o.seen_before for row in ledger(tmp_path / "main") for o in row.origins} == {True}
+    assert {o.seen_before for row in backfilled(tmp_path / "main") for o in row.origins} == {True}
     run(*student, "student.replay.order=own", "cache.on_missing=fail", f"hydra.run.dir={tmp_path}/s")
     assert summary(tmp_path / "s")["coverage"] == 1.0
     assert any("lag_factor" in row for row in rows(tmp_path / "s"))
@@ -100,18 +103,24 @@ def test_a_backfill_killed_at_any_moment_labels_each_sample_once(taught, tmp_pat
              "backfill.batch=1", "backfill.unit_samples=4", "cache.shard_samples=3"]  # fmt: skip
     if ranks == 1:
         for published in (3, 9):
-            kill_once(cache / "shards" / "*", published, *label, f"hydra.run.dir={tmp_path}/b", "resume=true")
-        before = {row.shard for row in ledger(cache)}
+            kill_once(
+                cache / "shards" / "*" / "*" / "*.safetensors",
+                published,
+                *label,
+                f"hydra.run.dir={tmp_path}/b",
+                "resume=true",
+            )
+        before = {(row.writer, row.seq) for row in backfilled(cache)}
         assert before
         run(*label, f"hydra.run.dir={tmp_path}/b", "resume=true")
-        assert before < {row.shard for row in ledger(cache)}
+        assert before < {(row.writer, row.seq) for row in backfilled(cache)}
     else:
         run(*label, f"hydra.run.dir={tmp_path}/b", ranks=2)
-        assert {row.writer for row in ledger(cache)} == {"backfill-00000", "backfill-00001"}
+        assert {row.writer for row in backfilled(cache)} == {"backfill-00000", "backfill-00001"}
     reader = CacheReader(cache)
     assert (labelled_ids(cache) == np.arange(reader.header.samples)).all()
     assert summary(tmp_path / "b")["coverage"] == 1.0 and reader.finished is False
-    one = {o.teacher for row in ledger(cache) for o in row.origins}
+    one = {o.teacher for row in backfilled(cache) for o in row.origins}
     assert len(one) == 1
 
 
@@ -157,7 +166,7 @@ def test_any_causal_language_model_teaches(taught, tmp_path):
     assert found["coverage"] == 1.0 and found["flops"]["backfill_tflops"] > 0
     assert found["loss"] == pytest.approx(np.log(272), abs=0.3)  # it knows nothing
     reader = CacheReader(tmp_path / "c")
-    assert {o.last_step for row in reader.rows for o in row.origins} == {0}
+    assert {origin.last_step for origin in reader.summary} == {0}
 
     # A teacher that knows less than those before it replaces nothing, however stale; what it adds is the newest.
     shutil.copytree(folder / "t" / "cache", tmp_path / "copy")
@@ -186,7 +195,7 @@ def test_a_teacher_is_itself_wherever_it_lies(taught, tmp_path):
     run("job=export", f"init_from={tmp_path}/t", f"export.dir={tmp_path}/hf", f"hydra.run.dir={tmp_path}/x")
     shutil.copytree(tmp_path / "t" / "checkpoints" / "step-00000002", tmp_path / "early")
     shutil.move(tmp_path / "t", tmp_path / "moved")
-    (captured,) = {o.teacher for row in CacheReader(tmp_path / "moved" / "cache").rows for o in row.origins}
+    (captured,) = {origin.teacher for origin in CacheReader(tmp_path / "moved" / "cache").summary}
     alone = [*alone, f"data.tokenizer.file={tmp_path}/moved/tokenizer.json", f"cache.dir={tmp_path}/c",
              "backfill.max_samples=6", "job=backfill", "cache.shard_samples=2"]  # fmt: skip
     run(*alone, f"init_from={tmp_path}/moved", f"hydra.run.dir={tmp_path}/b0")

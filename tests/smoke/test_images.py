@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.cli import TINY, losses, rows, run
+from tests.shards import headers
 
 SMALL = [
     "experiment=digits",
@@ -43,9 +44,8 @@ def test_every_arm_is_scored_on_reading_the_digit(codistilled):
     assert head.split()[-1] == "accuracy"
     assert "<th>accuracy</th>" in (folder / "report.html").read_text()
     # The captions' tokens have targets of the teacher, those of the images none.
-    ledger = (folder / "cache" / "digits" / "ledger" / "teacher-00000.jsonl").read_text().splitlines()
-    published = [row for row in map(json.loads, ledger) if row.get("samples")]
-    assert published and all(0 < row["tokens"] < 0.7 * 48 * row["samples"] for row in published)
+    published = headers(folder / "cache" / "digits")
+    assert published and all(0 < shard.tokens < 0.7 * 48 * shard.samples for shard in published)
 
 
 def test_rows_of_metrics_tell_the_corpora_apart(codistilled):

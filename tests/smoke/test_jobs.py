@@ -8,6 +8,7 @@ import torch
 
 from distill.model import hf
 from tests.cli import TINY, losses, rows, run, write_corpus
+from tests.shards import headers
 
 
 @pytest.fixture(scope="module")
@@ -118,10 +119,7 @@ def test_two_ranks_train_the_same_teacher(launcher, tmp_path, corpus, codistille
     for a, b in zip(one, two, strict=True):
         assert a[:2] == b[:2]
         assert dict(a[2:]) == pytest.approx(dict(b[2:]), rel=1e-5)
-    assert {p.stem for p in (tmp_path / "two" / "cache" / "ledger").glob("*.jsonl")} == {
-        "teacher-00000",
-        "teacher-00001",
-    }
+    assert {shard.writer for shard in headers(tmp_path / "two" / "cache")} == {"teacher-00000", "teacher-00001"}
     got = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert got["teacher_loss"] == pytest.approx(
         json.loads((tmp_path / "one" / "summary.json").read_text())["teacher_loss"], rel=1e-5

@@ -3,6 +3,7 @@
 import json
 
 from tests.cli import TINY, run, write_corpus
+from tests.shards import headers
 
 EXPERIMENT = """# @package _global_
 data:
@@ -24,11 +25,7 @@ def test_a_mixture_trains_captures_and_distills(tmp_path):
     common = [f"--config-dir={tmp_path}/conf", "experiment=both", *TINY, main, f"data.dir={tmp_path}/data"]
     run(*common, "job=teacher", "teacher.train.steps=12", f"hydra.run.dir={tmp_path}/t")
     caches = {name: tmp_path / "t" / "cache" / name for name in ("main", "extra")}
-    rows = {
-        name: [json.loads(line) for line in (folder / "ledger" / "teacher-00000.jsonl").read_text().splitlines()]
-        for name, folder in caches.items()
-    }
-    samples = {name: sum(r.get("samples", 0) for r in found) for name, found in rows.items()}
+    samples = {name: sum(shard.samples for shard in headers(folder)) for name, folder in caches.items()}
     # Weights 1 and 0.5 of 48 samples.
     assert samples == {"main": 32, "extra": 16}
     run(

@@ -1,6 +1,8 @@
 """Parts that a user's module adds are used through the command line: trained with, logged, saved and resumed."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -67,6 +69,11 @@ def test_a_codec_is_captured_read_back_and_resumed(tmp_path, monkeypatch):
     assert header["codec"] == {"name": "coarse", "options": {"keep": 3}}
     with pytest.raises(CacheError, match=r"codec\.name is coarse; allowed: systematic"):
         CacheReader(tmp_path / "t" / "cache")
+    for tool in (["verify", "--decode"], ["stats"], ["repair", "--dry-run"]):
+        command = [sys.executable, "-m", "distill.tools", tool[0], str(tmp_path / "t" / "cache"), *tool[1:]]
+        refused = subprocess.run(command, capture_output=True, text=True)
+        assert refused.returncode == 2 and "--plugins MODULE" in refused.stderr and "damage" not in refused.stdout
+        subprocess.run([*command, "--plugins", "toy_codec"], check=True, capture_output=True)
     monkeypatch.setattr(registry.CODECS, "_entries", dict(registry.CODECS._entries))
     monkeypatch.syspath_prepend(tmp_path)
     assert registry.import_plugins(["toy_codec"]) == []

@@ -25,7 +25,7 @@ def mixed(tmp_path):
 
 def test_every_pass_is_counted_where_it_was_paid(mixed):
     reader = CacheReader(mixed)
-    found = flop_ledger(reader.rows, S)
+    found = flop_ledger(reader.summary, S)
     # One token of each of these samples has no target, but went through the teacher.
     assert found == {
         "captured_tokens": 8 * (S - 1),
@@ -41,7 +41,7 @@ def test_every_pass_is_counted_where_it_was_paid(mixed):
 def test_a_teacher_of_unknown_cost_is_named_not_priced(tmp_path):
     with CacheWriter(tmp_path, header(), writer="t") as writer:
         put(writer, [0, 1])
-    found = flop_ledger(CacheReader(tmp_path).rows, S)
+    found = flop_ledger(CacheReader(tmp_path).summary, S)
     assert found["unpriced_tokens"] == 2 * (S - 1) and found["saved_tflops"] == 0
 
 
@@ -62,8 +62,10 @@ def test_origins_are_those_of_the_newest_records(mixed):
 
 def test_a_backfill_that_has_not_published_yet_holds_nobody_up(mixed):
     reader = CacheReader(mixed)
-    assert reader.finished and reader.frontier(1) is None
+    assert reader.finished and reader.frontier is None
     with CacheWriter(mixed, header(), writer="backfill-00001", source="backfill"):
         reader.refresh()
-        assert reader.finished and reader.frontier(1) is None
-        assert reader.frontier(2) == 0
+        assert reader.finished and reader.frontier is None
+    with CacheWriter(mixed, header(), writer="u"):
+        reader.refresh()
+        assert not reader.finished and reader.frontier == 0

@@ -132,8 +132,19 @@ def test_samples_in_any_order_are_found_by_their_tokens(world):
     check(world, world.all.mask[:, 1:], exact_labels=True)
     header = CacheReader(world.folder / "cache").header
     assert header.stream["import"]["from"] == "vllm" and f"top-{K}" in header.stream["import"]["bias"]
-    (origin,) = {origin for row in CacheReader(world.folder / "cache").rows for origin in row.origins}
+    (origin,) = CacheReader(world.folder / "cache").summary
     assert (origin.source, origin.teacher) == ("import", "import:vllm")
+
+
+def test_another_temperature_is_in_the_header_and_makes_another_cache(world):
+    (world.folder / "a.jsonl").write_text("".join(vllm(ids.tolist()) for ids in world.all.ids))
+    world.run("vllm", world.folder / "a.jsonl", more=("--temperature", "0.7"))
+    bias = CacheReader(world.folder / "cache").header.stream["import"]["bias"]
+    assert "processed at temperature 0.7, so these are other targets than the teacher's own" in bias
+    with pytest.raises(CacheError, match="does not fit"):
+        world.run("vllm", world.folder / "a.jsonl")
+    with pytest.raises(ConfigError, match="--temperature is no option of --from parquet"):
+        world.run("parquet", world.folder / "a.jsonl", more=("--temperature", "1"))
 
 
 def test_samples_without_their_last_label_leave_only_its_place_open(world):
@@ -277,7 +288,7 @@ def test_an_import_that_was_cut_short_goes_on(world):
     (world.folder / "a.jsonl").write_text("".join(lines))
     world.run("vllm", world.folder / "a.jsonl")
     world.run("vllm", world.folder / "a.jsonl")
-    assert sum(row.samples for row in CacheReader(world.folder / "cache").rows) == len(lines)
+    assert sum(origin.samples for origin in CacheReader(world.folder / "cache").summary) == len(lines)
     check(world, world.all.mask[:, 1:], exact_labels=True)
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 
-from distill.config.errors import CacheError
+from distill.config.errors import CacheError, ConfigError
 from distill.tools.imports.distillkit import DistillKit
 from distill.tools.imports.megatron import Megatron
 from distill.tools.imports.plain import PlainParquet
@@ -334,6 +334,62 @@ def test_vllm_requests_that_are_not_whole_are_refused(tmp_path, change, named):
     (tmp_path / "a.jsonl").write_text("\n" + json.dumps(record))
     with pytest.raises(CacheError, match=rf"a\.jsonl line 2.*{named}"):
         list(Vllm([tmp_path], k=5))
+
+
+def settings(kind, **shown):
+    """A case whose request is written beside its outputs, in one of the places where users have it."""
+    case = vllm_case()[2]
+    if kind == "choices":
+        return {"choices": [case]} | shown
+    return case | ({"sampling_params": shown} if kind == "params" else shown)
+
+
+@pytest.mark.parametrize("kind", ["beside", "params", "choices", "parquet"])
+@pytest.mark.parametrize(
+    ("shown", "given", "problem"),
+    [
+        ({}, None, None),
+        ({"temperature": 1.0}, None, None),
+        ({"temperature": 0}, None, None),
+        ({"temperature": 0.7}, None, r"temperature is 0\.7, so its values may be other targets .* --temperature 0\.7"),
+        ({"temperature": 0.7}, 1.0, None),
+        ({"temperature": 0.7}, 0.7, None),
+        ({"temperature": 0.7}, 0.5, r"its temperature is 0\.7; --temperature is 0\.5"),
+        ({"temperature": 0.7, "logprobs_mode": "raw_logprobs"}, None, None),
+        ({"temperature": 0.7, "logprobs_mode": "raw_logprobs"}, 0.7, r"its temperature is 1\.0; --temperature is 0\.7"),
+        ({"temperature": 0.7, "logprobs_mode": "processed_logprobs"}, None, "logprobs_mode is processed_logprobs"),
+        ({"temperature": 0.7, "logprobs_mode": "processed_logprobs"}, 1.0, r"its temperature is 0\.7"),
+        ({"temperature": 0.7, "logprobs_mode": "processed_logprobs"}, 0.7, None),
+        ({"logprobs_mode": "processed_logprobs"}, None, "--temperature 1"),
+        ({"logprobs_mode": "processed_logprobs"}, 1.0, None),
+        ({"logprobs_mode": "raw_logits"}, None, "logprobs_mode is 'raw_logits'; its values are no log-probabilities"),
+    ],
+)
+def test_vllm_says_when_values_are_of_another_temperature(tmp_path, kind, shown, given, problem):
+    if kind == "parquet":
+        case = vllm_case()[2]
+        columns = {
+            "prompt_token_ids": [case["prompt_token_ids"]],
+            "prompt_logprobs": [json.dumps(case["prompt_logprobs"])],
+        }
+        pq.write_table(pa.table(columns | {name: [value] for name, value in shown.items()}), tmp_path / "a.parquet")
+    else:
+        (tmp_path / "a.jsonl").write_text(json.dumps(settings(kind, **shown)) + "\n")
+    source = Vllm([tmp_path], temperature=given)
+    if problem:
+        with pytest.raises(CacheError, match=rf"a\.(jsonl line 1|parquet row 0): .*{problem}"):
+            list(source)
+    else:
+        check_vllm(source)
+        is_other = given not in (None, 1.0) or shown.get("logprobs_mode") == "processed_logprobs"
+        assert (f"processed at temperature {given or 1:g}, so these are other targets" in source.info.bias) == is_other
+
+
+@pytest.mark.parametrize("given", [0.0, -1.0, math.nan, math.inf])
+def test_vllm_temperatures_that_cannot_be_are_refused(tmp_path, given):
+    (tmp_path / "a.jsonl").write_text(json.dumps(vllm_case()[2]))
+    with pytest.raises(ConfigError, match="--temperature is"):
+        Vllm([tmp_path], temperature=given)
 
 
 # --- Megatron-LM ------------------------------------------------------------------------------------------------------

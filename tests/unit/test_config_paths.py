@@ -141,7 +141,7 @@ def test_a_sweep_and_a_dictionary():
 
 NO_TOOL_PATHS = {
     "per", "overrides", "codec", "format", "split", "bos", "eos", "their_bos", "their_end", "teacher", "writer",
-    "tokens_column", "dense_column", "ids_column", "values_column", "lse_column",
+    "tokens_column", "dense_column", "ids_column", "values_column", "lse_column", "purge",
 }  # fmt: skip
 TOOL_PATHS = {"dir", "html", "into", "sources", "a", "b", "file", "files", "corpus", "tokenizer", "order", "like",
               "config_dir"}  # fmt: skip

@@ -4,10 +4,12 @@ import json
 
 import pytest
 
-from distill.cache import CacheReader, CacheWriter
+from distill.cache import CacheWriter
+from distill.cache.open_store import open_store
 from distill.config.schema import CodecConfig
 from distill.tools.commands import main
 from distill.tools.estimate import from_table
+from distill.tools.stats import stats
 from tests.bench import record_bytes
 from tests.workers.cache_writers import SAMPLES, header, put
 
@@ -17,12 +19,12 @@ def test_an_estimate_and_what_a_cache_becomes(tmp_path, capsys):
     with CacheWriter(tmp_path, header(), writer="w", shard_samples=8) as writer:
         for first in range(0, SAMPLES, 8):
             put(writer, list(range(first, first + 8)))
-    rows = CacheReader(tmp_path).rows
+    found = stats(open_store(tmp_path))
+    records = found["bytes"]["shards"]["records"] / found["tokens"]
     assert main(["estimate", "--like", str(tmp_path), "--tokens", "640", "--shard-samples", "8", "--json",
                  "--tokens-per-second", "64"]) == 0  # fmt: skip
     found = json.loads(capsys.readouterr().out)
     assert (found["samples"], found["shards"], found["seconds"]) == (40, 5, 10)
-    records = sum(row.bytes - row.index_bytes for row in rows) / sum(row.tokens for row in rows)
     assert found["per_token"]["likely"] == pytest.approx(records)
     # The last token of a sample has no target here, while an estimate counts every token.
     size = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock")

@@ -34,7 +34,7 @@ def test_a_page_of_the_smallest_caches(tmp_path, capsys, parts):
     folder = write(tmp_path / "cache", parts)
     assert main(["stats", folder, "--html", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
-    assert ("Lag over time" in page) == bool(parts)
+    assert ("loss by its step" in page) == bool(parts)
     drawn = [json.loads(text) for text in re.findall(r'<script type="application/json">(.*?)</script>', page)]
     ranges = [value for chart in drawn for axis in "xy" for value in chart["layout"][f"{axis}axis"].get("range", [])]
     points = [x for chart in drawn for trace in chart["data"] for axis in "xy" for x in values(trace[axis])]
@@ -96,7 +96,7 @@ def test_a_wrong_argument_is_one_line(command, cache, tmp_path, capsys):
     assert code == 2 and said.startswith(f"error: {want}") and said.count("\n") == 1, said
 
 
-READS = ["stats", "verify", "repair --dry-run", "compact", "estimate --tokens 9 --like"]
+READS = ["stats", "verify", "repair --dry-run", "compact", "index", "estimate --tokens 9 --like"]
 FOLDERS = ["TMP/nowhere", "TMP/file", "TMP/file/below", "TMP/empty", "TMP/other", "nope://bucket/x"]
 
 

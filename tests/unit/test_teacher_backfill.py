@@ -67,7 +67,7 @@ def test_the_cache_holds_what_the_teacher_says_of_each_document(model, batch, tm
     dense_TV = torch.zeros(len(valid_T), V).scatter_add_(-1, found.targets.ids_TK, found.targets.probs_TK)
     # Within the codec's byte; a probability far below all others is kept as its least code.
     torch.testing.assert_close(dense_TV[valid_T], want_TV.exp().float()[valid_T], rtol=0.06, atol=1e-3)
-    (origin,) = {origin for row in reader.rows for origin in row.origins}
+    (origin,) = reader.summary
     assert (origin.teacher, origin.source, origin.tokens_seen, origin.seen_before) == ("frozen", "backfill", 1234, True)
     assert origin.loss == pytest.approx(-float(label_T[valid_T].mean()), rel=1e-5) and origin.flops_per_token == 7.0
     assert all(parameter.grad is None for parameter in model.parameters())

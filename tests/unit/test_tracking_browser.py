@@ -53,7 +53,7 @@ def cache_page(folder):
 
 
 @pytest.mark.parametrize("width", [1200, 400])
-@pytest.mark.parametrize(("make", "charts"), [(report_page, 10), (cache_page, 6)])
+@pytest.mark.parametrize(("make", "charts"), [(report_page, 10), (cache_page, 5)])
 def test_a_page_in_a_browser(make, charts, width, tmp_path):
     page = make(tmp_path / "run")
     assert page.stat().st_size <= 6_000_000

@@ -38,12 +38,7 @@ COLUMNS = {
     "compressed_logprobs": "list of lists of integers",
     "bytepacked_indices": "list of lists of integers",
 }
-_DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
+_DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 _LEGACY = {"polynomial_degree", "invert_polynomial", "with_sqrt_term", "vocab_size"}
 _BIN_NUMBERS = ("element_bits", "num_elements")
 _MAX_BITS = 63

@@ -97,14 +97,9 @@ class SpanEncoder:
         self.report = ImportReport()
 
     def span(
-        self,
-        sequence: ForeignSequence,
-        first: int,
-        labels_T: NDArray[np.int64],
-        valid_T: NDArray[np.bool_],
-        sample_id: int,
-        position: int,
-    ) -> Span:
+        self, sequence: ForeignSequence, first: int, labels_T: NDArray[np.int64], valid_T: NDArray[np.bool_],
+        sample_id: int, position: int,
+    ) -> Span:  # fmt: skip
         """Positions `first` and on of a sequence, one for each label, which are `position` and on of a sample.
 
         valid_T: labels that count.

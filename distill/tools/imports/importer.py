@@ -32,17 +32,9 @@ Match = Callable[[ForeignSequence], list[Placement] | None]
 
 
 def write(
-    sequences: Iterable[ForeignSequence],
-    match: Match,
-    corpus: PackedCorpus,
-    writer: CacheWriter,
-    encoder: SpanEncoder,
-    *,
-    teacher: str,
-    step: int,
-    tokens_seen: int,
-    allow_unmatched: bool,
-) -> ImportReport:
+    sequences: Iterable[ForeignSequence], match: Match, corpus: PackedCorpus, writer: CacheWriter, encoder: SpanEncoder,
+    *, teacher: str, step: int, tokens_seen: int, allow_unmatched: bool,
+) -> ImportReport:  # fmt: skip
     """Writes all sequences that `match` finds in the corpus, and closes the writer's stream; returns `encoder.report`.
 
     A sample that is in the cache with this step is passed over, so an import that was cut short goes on when repeated.

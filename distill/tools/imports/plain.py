@@ -35,18 +35,10 @@ class PlainParquet:
     """
 
     def __init__(
-        self,
-        paths: list[str | Path],
-        *,
-        tokens: str = "input_ids",
-        dense: str | None = None,
-        ids: str = "topk_ids",
-        values: str = "topk_logprobs",
-        lse: str | None = None,
-        logits: bool = False,
-        shifted: bool = False,
+        self, paths: list[str | Path], *, tokens: str = "input_ids", dense: str | None = None, ids: str = "topk_ids",
+        values: str = "topk_logprobs", lse: str | None = None, logits: bool = False, shifted: bool = False,
         k: int | None = None,
-    ):
+    ):  # fmt: skip
         self._files = tables.files_of(paths, "*.parquet")
         there = tables.columns_of(self._files[0])
         if dense is None and ids not in there:
