@@ -91,8 +91,9 @@ class LocalStore(Store):
     def is_alias(self, name: str) -> bool:
         path = self.folder / name
         with reported(path):
-            root = os.path.realpath(self.root)
-            return path.is_symlink() and path.exists() and os.path.realpath(path).startswith(f"{root}/")
+            if not path.is_symlink() or not path.exists():
+                return False
+            return os.path.realpath(path).startswith(f"{os.path.realpath(self.root)}/")
 
     def publish(self, name: str, data: bytes) -> None:
         path = self.folder / name
