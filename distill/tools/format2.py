@@ -33,7 +33,6 @@ from distill.tools.repack import NOTHING, Packer, part_of
 from distill.tools.token_counter import TokenCounter
 
 LEDGER = "ledger"
-_BLOCK = 64  # records decoded at one time
 
 
 class Ledger(NamedTuple):
@@ -166,35 +165,16 @@ def _copy(
             with _refused(store):
                 shard = OldShard(store, header, row)
                 columns, records = shard.columns, shard.records()
-                losses, tokens = _sums(columns, records, row["origins"], decoder, header.sample_tokens)
+                losses, tokens = decoder.sums(columns, records, row["origins"])
             keep = places[number]
             keep = keep[there.find(columns.sample_ids[keep]).steps < columns.steps[keep]]
             if len(keep):
                 kept, sums = columns.take(keep), np.bincount(columns.origins[keep], tokens[keep]).astype(int).tolist()
                 part = part_of(kept, [records[i] for i in keep], row["origins"], sums)
-                packer.add(part._replace(losses=losses_of(part, known, decoder.decode)))
+                packer.add(part._replace(losses=losses_of(part, known, decoder)))
             seen.update(losses)
             copied += len(keep)
             advance(row["bytes"])
         packer.add(NOTHING._replace(losses=seen.without(known)))
         packer.flush()
     return copied
-
-
-def _sums(
-    columns: Columns, records: list[bytes], origins: list[Origin], decoder: TokenCounter, sample_tokens: int
-) -> tuple[LossSums, Array]:
-    """Loss sums of a shard, and the tokens that have a target in each of its records."""
-    from distill.cache.record import Raw  # torch
-
-    losses, tokens = LossSums(), np.zeros(len(records), np.int64)
-    for first in range(0, len(records), _BLOCK):
-        some = slice(first, first + _BLOCK)
-        decoded = decoder.decode(list(map(Raw, records[some], columns.atoms[some].tolist())))
-        valid, nats = (each.numpy().reshape(-1, sample_tokens) for each in (decoded.valid_T, decoded.label_logprob_T))
-        tokens[some] = valid.sum(1)
-        for number in np.unique(columns.origins[some]).tolist():
-            is_its = valid & (columns.origins[some] == number)[:, None]
-            steps = np.broadcast_to(columns.steps[some][:, None], valid.shape)[is_its]
-            losses.add_tokens(origins[number].teacher, origins[number].source, steps, -nats[is_its])
-    return losses, tokens

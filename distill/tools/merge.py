@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,9 +24,6 @@ from distill.config.units import file_size, grouped
 from distill.tools import common
 from distill.tools.repack import NOTHING, Packer, Portion, copies, shards_of
 from distill.tools.token_counter import TokenCounter
-
-if TYPE_CHECKING:
-    from distill.cache.record import Decoded, Raw
 
 SAME = ("vocab_size", "tokenizer", "corpus", "sample_tokens", "samples", "codec", "seed", "ranks")
 """What caches must have in common; the teachers' streams may differ."""
@@ -71,9 +68,9 @@ def merge(sources: Sequence[Store], target: Store, *, shard_bytes: int) -> Merge
         known = set(there.losses.teachers())
         with advancing("merge", sum(int(plan.sizes.sum()) for plan in plans)) as advance:
             for view, wins, plan in zip(views, rules, plans, strict=True):
-                decode = TokenCounter(view.store, view.header).decode
+                counter = TokenCounter(view.store, view.header)
                 for part, _ in copies(view, plan.take(np.flatnonzero(plan.kept)), wins):
-                    packer.add(part._replace(losses=losses_of(part, known, decode)))
+                    packer.add(part._replace(losses=losses_of(part, known, counter)))
                     advance(part.size)
                 # Last, so that a merge that was stopped has none of it, and the next one all.
                 packer.add(NOTHING._replace(losses=view.losses.without(known)))
@@ -100,19 +97,12 @@ class _Wins:
         return wins
 
 
-def losses_of(part: Portion, teachers: Collection[tuple[str, str]], decode: Callable[[list[Raw]], Decoded]) -> LossSums:
+def losses_of(part: Portion, teachers: Collection[tuple[str, str]], counter: TokenCounter) -> LossSums:
     """Label losses of the records whose (teacher, source) are among these, as the records have them, within a byte."""
-    from distill.cache.record import Raw
-
-    sums = LossSums()
-    for number, origin in enumerate(part.origins):
-        if (origin.teacher, origin.source) in teachers:
-            for i in np.flatnonzero(part.columns.origins == number).tolist():
-                decoded = decode([Raw(part.records[i], int(part.columns.atoms[i]))])
-                losses_N = -decoded.label_logprob_T[decoded.valid_T].numpy()
-                steps_N = np.full(len(losses_N), part.columns.steps[i])
-                sums.add_tokens(origin.teacher, origin.source, steps_N, losses_N)
-    return sums
+    here = {(origin.teacher, origin.source) for origin in part.origins}
+    if here.isdisjoint(teachers):
+        return LossSums()
+    return counter.sums(part.columns, part.records, part.origins).losses.without(here.difference(teachers))
 
 
 def _common(header: CacheHeader) -> dict[str, object]:

@@ -106,19 +106,15 @@ def _indexed(index: bytes, here: Front, samples: int, *, is_proven: bool) -> Row
 
 def write(store: Store, cache: CacheHeader, made: Salvage, name: str, source: str, counter: TokenCounter) -> None:
     """Writes the shard of what is good; source: what wrote the damaged one, where its header does not verify."""
-    from distill.cache.record import Raw
-
     entries, origins = made.kept, made.rows.origins
-    tokens, losses = np.zeros(len(origins), np.int64), LossSums()
-    for first, end, parts in _records(store, made):
-        for entry, each in zip(entries[first:end], parts, strict=True):
-            decoded, origin = counter.decode([Raw(each, int(entry["atoms"]))]), origins[entry["origin"]]
-            label_losses = -decoded.label_logprob_T[decoded.valid_T].numpy()
-            tokens[entry["origin"]] += len(label_losses)
-            steps = np.full(len(label_losses), entry["step"], np.int64)
-            losses.add_tokens(origin.teacher, origin.source, steps, label_losses)
     steps, atoms = entries["step"].astype(np.int64), entries["atoms"].astype(np.int64)
     columns = Columns(entries["sample"], entries["digest"], steps, atoms, entries["origin"].astype(np.int64))
+    tokens, losses = np.zeros(len(origins), np.int64), LossSums()
+    for first, end, parts in _records(store, made):
+        run = columns.take(np.arange(first, end))
+        sums = counter.sums(run, parts, origins)
+        np.add.at(tokens, run.origins, sums.tokens)
+        losses.update(sums.losses)
     part, ends = part_of(columns, [], origins, tokens.tolist()), np.cumsum(entries["size"].astype(np.int64))
     index = index_bytes(part.columns, entries["check"], ends)
     header = targets_header(

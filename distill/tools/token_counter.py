@@ -1,15 +1,18 @@
-"""How many tokens of a record have a target, outside of a reader. Loads torch when it is used."""
+"""Tokens of records that have a target, and their label losses, outside of a reader. Loads torch when it is used."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from distill.cache.header import CacheHeader
+from distill.cache.loss_curve import LossSums
+from distill.cache.origins import Origin
 from distill.cache.ranks import load_ranks
+from distill.cache.shard import Array, Columns
 from distill.cache.store import Store
 
 if TYPE_CHECKING:
@@ -17,6 +20,15 @@ if TYPE_CHECKING:
 
 _BLOCK = 64
 """Records decoded at one time."""
+
+
+class RecordSums(NamedTuple):
+    """Of some records."""
+
+    losses: LossSums
+    """Label losses as the records have them, within their byte."""
+    tokens: Array
+    """Tokens of each record that have a target."""
 
 
 class TokenCounter:
@@ -34,6 +46,22 @@ class TokenCounter:
         codec, length = make_codec(self._header.codec, self._header.vocab_size), self._header.sample_tokens
         ids_by_rank = load_ranks(self._store, self._header).astype(np.int32)
         return lambda raws: record.decode(raws, length, ids_by_rank, codec)
+
+    def sums(self, columns: Columns, records: Sequence[bytes], origins: Sequence[Origin]) -> RecordSums:
+        """Sums over samples of a shard, whose records these are; ValueError as `decode`."""
+        from distill.cache.record import Raw
+
+        losses, tokens, length = LossSums(), np.zeros(len(records), np.int64), self._header.sample_tokens
+        for first in range(0, len(records), _BLOCK):
+            some = slice(first, first + _BLOCK)
+            decoded = self.decode(list(map(Raw, records[some], columns.atoms[some].tolist())))
+            valid, nats = (each.numpy().reshape(-1, length) for each in (decoded.valid_T, decoded.label_logprob_T))
+            tokens[some] = valid.sum(1)
+            for number in np.unique(columns.origins[some]).tolist():
+                is_its = valid & (columns.origins[some] == number)[:, None]
+                steps = np.broadcast_to(columns.steps[some][:, None], valid.shape)[is_its]
+                losses.add_tokens(origins[number].teacher, origins[number].source, steps, -nats[is_its])
+        return RecordSums(losses, tokens)
 
     def __call__(self, records: Sequence[bytes], atoms: Sequence[int]) -> list[int | None]:
         """Tokens with a target in each of some records, with so many atoms each; None: not a record of this codec.
