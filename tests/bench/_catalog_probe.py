@@ -7,14 +7,11 @@ each. Runs with format 2, too, on the work tree of its last commit: it imports w
 import json
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 
-
-def resident_mb() -> float:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+from tests.bench._resident import resident_mb
 
 
 def digests_of(sample_ids: np.ndarray) -> np.ndarray:
