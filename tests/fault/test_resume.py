@@ -5,6 +5,7 @@ import subprocess
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -79,9 +80,11 @@ def test_a_capture_goes_on_with_another_number_of_ranks(tmp_path, data, before, 
     while not list((folder / "checkpoints").glob("step-00000012*")):
         assert killed.poll() is None
         time.sleep(0.01)
-    killed.kill()
+    processes = [*psutil.Process(killed.pid).children(recursive=True), psutil.Process(killed.pid)]  # torchrun's ranks
+    for process in processes:
+        process.kill()
     killed.wait()
-    time.sleep(1)  # torchrun's ranks end after it
+    psutil.wait_procs(processes, timeout=PATIENCE)
     run(*teacher, *stop, ranks=after)
     whole, cut = CacheReader(tmp_path / "whole" / "cache"), CacheReader(folder / "cache")
     assert cut.finished and set(cut.view["streams"]) == {f"teacher-{n:05d}" for n in range(2)}
