@@ -62,9 +62,10 @@ class OptimizerName(Enum):
 
 
 class Schedule(Enum):
-    """Of the learning rate and of alpha; wsd: warm-up, stable, decay."""
+    """Of the learning rate and of alpha; wsd: warm-up, stable, decay; step: constant, then at once the final value."""
 
     constant = "constant"
+    step = "step"
     linear = "linear"
     cosine = "cosine"
     wsd = "wsd"
@@ -161,7 +162,7 @@ class OptimConfig:
     warmup: Share = 0.02
     """Share of the steps spent rising linearly from 0."""
     decay: Share = 0.2
-    """wsd only: share of the steps spent falling linearly at the end."""
+    """wsd: share of the steps spent falling linearly at the end; step: share of the steps at final_lr."""
     final_lr: Share = 0.0
     """Learning rate at the end, as a share of the peak."""
 
@@ -231,11 +232,11 @@ class WeightingConfig:
     alpha: Share = 0.5
     """Largest alpha of the schedule."""
     final_alpha: Share = 0.0
-    """Where linear, cosine and wsd end."""
+    """Where step, linear, cosine and wsd end."""
     warmup: Share = 0.0
     """wsd only: share of the steps spent rising from 0."""
     decay: Share = 0.2
-    """wsd only: share of the steps spent falling."""
+    """wsd: share of the steps spent falling; step: share of the steps at final_alpha."""
     lag: LagFactor = field(default_factory=LagFactor)
     entropy: EntropyFactor = field(default_factory=EntropyFactor)
     plugins: dict[str, Any] = field(default_factory=dict)
