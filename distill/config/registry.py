@@ -166,7 +166,16 @@ CODECS: Registry[CodecEntry] = Registry(
 )
 LOSSES: Registry[Any] = Registry("loss", {"mixed": "losses.mixed:Mixed"})
 """Row functions of the student's head."""
-FACTORS: Registry[Any] = Registry("factor", {"lag": "losses.factors:Lag", "entropy": "losses.factors:Entropy"})
+FACTORS: Registry[Any] = Registry(
+    "factor",
+    {
+        "lag": "losses.factors:Lag",
+        "entropy": "losses.factors:Entropy",
+        "disagreement": "losses.factors:Disagreement",
+        "variance": "losses.factors:Variance",
+        "label_gap": "losses.factors:LabelGap",
+    },
+)
 """Factors of alpha."""
 DISPATCHERS: Registry[Any] = Registry("dispatcher", {"local": "distill.model.dispatch:LocalDispatcher"})
 """Ways of the MoE layer's rows to the experts and back."""
