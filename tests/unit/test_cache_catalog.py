@@ -63,20 +63,10 @@ class Forge:
         origins, losses = [], LossSums()
         for k in np.unique(of).tolist():
             mine = steps[of == k]
-            origins.append(
-                Origin(
-                    f"teacher {writer} {k}",
-                    "capture",
-                    int(mine.min()),
-                    int(mine.max()),
-                    len(mine),
-                    len(mine),
-                    7,
-                    1.5,
-                    False,
-                    0.0,
-                )
-            )
+            origins.append(Origin(
+                f"teacher {writer} {k}", "capture", int(mine.min()), int(mine.max()), len(mine), len(mine), 7, 1.5,
+                False, 0.0,
+            ))  # fmt: skip
             losses.add_tokens(origins[-1].teacher, "capture", mine, np.full(len(mine), 1.5))
         columns = Columns(
             ids.astype(np.int64),
