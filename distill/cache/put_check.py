@@ -76,10 +76,10 @@ class PutCheck:
             self._refuse(ids_B, valid_T & ~np.isfinite(column), f"{name} is not finite", column)
             column[~valid_T] = 0
         self._check_atoms(ids_B, valid_T, counts_T, ids_N, codes_N, rest_T)
-        most = math.log(self._header.vocab_size)
-        bad_T = (entropy_T < -_ROUNDING) | (entropy_T > most + _ROUNDING)
+        even = math.log(self._header.vocab_size)
+        bad_T = (entropy_T < -_ROUNDING) | (entropy_T > even + _ROUNDING)
         self._refuse(ids_B, label_T > _ROUNDING, "label_logprob_T is above 0 nats", label_T)
-        self._refuse(ids_B, bad_T, f"entropy_T is not from 0 to {most:.4g} nats", entropy_T)
+        self._refuse(ids_B, bad_T, f"entropy_T is not from 0 to {even:.4g} nats", entropy_T)
         columns = (counts_T.astype(np.int32), ids_N.astype(np.int32), codes_N.astype(np.int32), rest_T.astype(np.uint8))
         return Pending(
             ids_B, digests_B.astype(np.uint64), Atoms(*map(torch.from_numpy, columns)), label_T, entropy_T, valid_T,
