@@ -102,7 +102,10 @@ def publish_mark(store: Store, cache: str, writer: str, seq: int, kind: str, sou
 def _put(store: Store, header: ShardHeader, index: bytes, records: memoryview) -> None:
     name = shard_name(header.writer, header.seq)
     if not store.create(name, b"".join([front(header), index, records])):
-        raise CacheError(f"{store.path(name)}: another live process has the writer's name {header.writer!r}")
+        raise CacheError(
+            f"{store.path(name)}: another live process has the writer's name {header.writer!r}, or this is no shard, "
+            "and codistill-cache repair moves it away"
+        )
 
 
 def remove_leftovers(store: Store, writer: str, seq: int) -> None:
