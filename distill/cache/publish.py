@@ -70,23 +70,11 @@ def targets_header(
     """The header of a shard; records: bytes of them all."""
     ids = columns.sample_ids
     return ShardHeader(
-        cache=cache,
-        writer=writer,
-        seq=seq,
-        kind="targets",
-        source=source,
-        step=int(columns.steps.max(initial=-1)),
-        samples=len(ids),
-        first_sample=int(ids.min()) if len(ids) else -1,
-        last_sample=int(ids.max(initial=-1)),
-        tokens=sum(origin.tokens for origin in origins),
-        atoms=int(columns.atoms.sum()),
-        records=records,
-        index=digest(index),
-        origins=tuple(origins),
-        losses=losses,
-        replaces=tuple(replaces),
-    )
+        cache=cache, writer=writer, seq=seq, kind="targets", source=source, step=int(columns.steps.max(initial=-1)),
+        samples=len(ids), first_sample=int(ids.min()) if len(ids) else -1, last_sample=int(ids.max(initial=-1)),
+        tokens=sum(origin.tokens for origin in origins), atoms=int(columns.atoms.sum()), records=records,
+        index=digest(index), origins=tuple(origins), losses=losses, replaces=tuple(replaces),
+    )  # fmt: skip
 
 
 def publish_mark(store: Store, cache: str, writer: str, seq: int, kind: str, source: str, step: int) -> ShardHeader:

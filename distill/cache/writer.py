@@ -199,16 +199,9 @@ class CacheWriter:
         )
         label_logprob_T = logits_TV.gather(-1, labels_T[:, None])[:, 0].float() - lse_T
         return self.put(
-            sample_ids_B,
-            digests_B,
-            selection.atoms,
-            label_logprob_T,
-            selection.entropy_T,
-            valid_T,
-            step=step,
-            tokens_seen=tokens_seen,
-            teacher=teacher,
-        )
+            sample_ids_B, digests_B, selection.atoms, label_logprob_T, selection.entropy_T, valid_T, step=step,
+            tokens_seen=tokens_seen, teacher=teacher,
+        )  # fmt: skip
 
     def flush(self) -> None:
         """Publishes all that was accepted, in a short shard if need be, and returns when it is on disk."""
@@ -360,17 +353,11 @@ class CacheWriter:
         steps = np.repeat([batch.step for batch in batches], [len(batch.sample_ids_B) for batch in batches])
         tokens = int(valid.sum())
         origin = Origin(
-            teacher=batches[0].teacher,
-            source=self._source,
-            first_step=int(steps.min()),
-            last_step=int(steps.max()),
-            samples=len(sample_ids),
-            tokens=tokens,
-            tokens_seen=batches[-1].tokens_seen,
-            loss=-float(label_logprob[valid].mean(dtype=np.float64)) if tokens else None,
-            seen_before=self._seen_before,
+            teacher=batches[0].teacher, source=self._source, first_step=int(steps.min()), last_step=int(steps.max()),
+            samples=len(sample_ids), tokens=tokens, tokens_seen=batches[-1].tokens_seen,
+            loss=-float(label_logprob[valid].mean(dtype=np.float64)) if tokens else None, seen_before=self._seen_before,
             flops_per_token=self._flops_per_token,
-        )
+        )  # fmt: skip
         losses = LossSums()
         losses.add_tokens(batches[0].teacher, self._source, np.repeat(steps, width)[valid], -label_logprob[valid])
         columns = Columns(sample_ids, joined("digests_B"), steps, encoded.atoms, np.zeros(len(steps), np.int64))
