@@ -17,7 +17,8 @@ def schedule(
     """Value for the update that follows `step` finished steps of `steps`.
 
     Rises linearly to `peak` over the first `warmup` steps; then constant, linear or cosine to `final` at the end, or
-    (wsd: warm-up, stable, decay) at `peak` and linear to `final` over the last `decay` steps.
+    (wsd: warm-up, stable, decay) at `peak` and linear to `final` over the last `decay` steps, or (step) `peak` and
+    `final` at once in these.
 
     Args:
         first: what counts as rising at step 0: 0 begins at 0, 1 one warm-up step above it.
@@ -28,6 +29,8 @@ def schedule(
         return peak * (step + first) / warmup
     if kind == "constant":
         return peak
+    if kind == "step":
+        return peak if step < steps - decay else final
     if kind == "wsd":
         left = min(1.0, (steps - step) / decay) if decay else 1.0
     else:

@@ -15,6 +15,7 @@ from distill.config.registry import CODECS, FACTORS, JOBS, LOSSES
 from distill.config.schema import (
     IMAGE_TOKENS,
     CodecConfig,
+    CorpusConfig,
     Freeze,
     ImageConfig,
     ModelConfig,
@@ -248,6 +249,8 @@ def _data(run: RunConfig) -> Iterator[str]:
                 yield f"{key}.max_documents is null; source=needle makes so many documents"
             if n.longest < n.shortest:
                 yield f"{key}.needle.longest is {n.longest}; at least {n.shortest}"
+        if corpus.source is Source.law:
+            yield from _law(key, corpus)
     specials = sum(token is not None for token in (d.tokenizer.bos, d.tokenizer.eos))
     if d.tokenizer.file is None:
         least = 256 + specials + len(IMAGE_TOKENS) * d.has_images
@@ -263,6 +266,20 @@ def _data(run: RunConfig) -> Iterator[str]:
     # job=evaluate takes its models as they were saved: they are checked when they are there.
     for role in JOBS[run.job].trains if d.has_images and run.job in JOBS.names else ():
         yield from vision_problems(f"{role}.model.vision", getattr(run, role).model.vision, d.images, patch_id)
+
+
+MOST_CONTEXTS = 70_000
+"""Of a law's longest context: its table has a row for each."""
+
+
+def _law(key: str, corpus: CorpusConfig) -> Iterator[str]:
+    law = corpus.law
+    if corpus.max_documents is None:
+        yield f"{key}.max_documents is null; source=law makes so many documents"
+    if law.first + law.symbols > 127:
+        yield f"{key}.law.symbols is {law.symbols}; law.first {law.first} leaves {127 - law.first} characters"
+    if (law.symbols + 1) ** law.order > MOST_CONTEXTS:
+        yield f"{key}.law.order is {law.order}; with {law.symbols} symbols more than {MOST_CONTEXTS:,} contexts"
 
 
 def vision_problems(key: str, vision: VisionConfig | None, images: ImageConfig, patch_id: int | None) -> Iterator[str]:

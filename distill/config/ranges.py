@@ -66,6 +66,11 @@ Facts = Annotated[int, Range(1, 50)]
 """Each has a name of its own, and there are so many."""
 Words = Annotated[int, Range(12, 10**6)]
 """Of a document with a fact, and a question that the fact answers."""
+Symbols = Annotated[int, Range(2, 94)]
+"""Of a made-up language: printable characters of one byte."""
+Characters = Annotated[int, Range(33, 125)]
+"""Codes of these."""
+Order = Annotated[int, Range(1, 3)]
 Tiles = Annotated[int, Range(1, 1024)]
 Stage = Annotated[int, Range(0, 1)]
 Threads = Annotated[int, Range(0, 4096)]

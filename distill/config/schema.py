@@ -20,6 +20,7 @@ from distill.config.model import VisionConfig as VisionConfig
 from distill.config.ranges import (
     Below1,
     Between,
+    Characters,
     Count,
     Draws,
     Exponent,
@@ -28,6 +29,7 @@ from distill.config.ranges import (
     Many,
     Natural,
     NotNegative,
+    Order,
     PathText,
     Positive,
     Seconds,
@@ -35,6 +37,7 @@ from distill.config.ranges import (
     Share,
     Size,
     Stage,
+    Symbols,
     Tau,
     Temperature,
     Tflops,
@@ -62,9 +65,10 @@ class OptimizerName(Enum):
 
 
 class Schedule(Enum):
-    """Of the learning rate and of alpha; wsd: warm-up, stable, decay."""
+    """Of the learning rate and of alpha; wsd: warm-up, stable, decay; step: constant, then at once the final value."""
 
     constant = "constant"
+    step = "step"
     linear = "linear"
     cosine = "cosine"
     wsd = "wsd"
@@ -116,6 +120,7 @@ class Source(Enum):
     files = "files"
     digits = "digits"
     needle = "needle"
+    law = "law"
 
 
 class WeightDtype(Enum):
@@ -167,7 +172,7 @@ class OptimConfig:
     warmup: Share = 0.02
     """Share of the steps spent rising linearly from 0."""
     decay: Share = 0.2
-    """wsd only: share of the steps spent falling linearly at the end."""
+    """wsd: share of the steps spent falling linearly at the end; step: share of the steps at final_lr."""
     final_lr: Share = 0.0
     """Learning rate at the end, as a share of the peak."""
 
@@ -237,11 +242,11 @@ class WeightingConfig:
     alpha: Share = 0.5
     """Largest alpha of the schedule."""
     final_alpha: Share = 0.0
-    """Where linear, cosine and wsd end."""
+    """Where step, linear, cosine and wsd end."""
     warmup: Share = 0.0
     """wsd only: share of the steps spent rising from 0."""
     decay: Share = 0.2
-    """wsd only: share of the steps spent falling."""
+    """wsd: share of the steps spent falling; step: share of the steps at final_alpha."""
     lag: LagFactor = field(default_factory=LagFactor)
     entropy: EntropyFactor = field(default_factory=EntropyFactor)
     plugins: dict[str, Any] = field(default_factory=dict)
@@ -357,6 +362,25 @@ class NeedleConfig:
 
 
 @frozen
+class LawConfig:
+    """Documents drawn from a next-symbol law that is known exactly (source=law); symbols are one-byte characters."""
+
+    symbols: Symbols = 64
+    first: Characters = 48
+    """Code of the first symbol; the others follow it. Laws of a mixture take symbols of their own."""
+    order: Order = 2
+    """Symbols before the next one that decide it, beside the document's first."""
+    strength: Positive = 1.0
+    """Typical standard deviation of the log-odds that one context brings: the more, the lower the entropy."""
+    length: Count = 62
+    """Symbols of a document; with bos and eos it then fills a sample of two more tokens."""
+    seed: Seed = 0
+    """Of the law."""
+    draw: Seed = 0
+    """Of the documents."""
+
+
+@frozen
 class CorpusConfig:
     source: Source = Source.stdlib
     files: list[PathText] = field(default_factory=list)
@@ -376,11 +400,12 @@ class CorpusConfig:
     """Share of the files (stdlib), documents (files) or images (digits) kept for evaluation; documents with images
     are drawn by them, so that those about the same images stay together."""
     max_documents: Many | None = None
-    """Stop after so many documents (digits: digits); null: all. source=needle has no end and needs a number."""
+    """Stop after so many documents (digits: digits); null: all. needle and law have no end and need a number."""
     whole_documents: bool = False
     """Begin a new sample rather than cut a document that fits in one, so that no text is parted from its image; the
     room that is left carries no loss."""
     needle: NeedleConfig = field(default_factory=NeedleConfig)
+    law: LawConfig = field(default_factory=LawConfig)
     weight: Positive = 1.0
     """Share of this corpus in a mixture, up to a common factor."""
 

@@ -19,7 +19,7 @@ import xxhash
 from distill.config.errors import DataError
 from distill.config.files import publish_folder, write_text
 from distill.config.paths import home
-from distill.config.schema import CorpusConfig, DataConfig
+from distill.config.schema import CorpusConfig, DataConfig, Source
 from distill.data.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -48,6 +48,8 @@ def _sources(corpus: CorpusConfig) -> About:
     """The corpus as configured, but for its weight, which does not decide what is packed."""
     plain = asdict(corpus)
     del plain["weight"]
+    if corpus.source is not Source.law:
+        del plain["law"]  # so that folders of earlier versions are found
     for key in ("files", "held_out_files"):
         plain[key] = [os.path.abspath(home(pattern)) for pattern in plain[key]]
     return plain | {"source": corpus.source.value}

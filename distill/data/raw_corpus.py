@@ -19,6 +19,8 @@ from distill.config.schema import IMAGE_TOKENS, CorpusConfig, FileFormat, Source
 from distill.data import digits, needle
 from distill.data.corpus_files import CorpusFile, find_files, is_held_out
 from distill.data.formats import ALLOWED, READ_ERRORS, compression_of, kind_of, opened, problem
+from distill.data.law import FORMAT as LAW_FORMAT
+from distill.data.law import Law
 from distill.data.tables import rows
 from distill.data.tokenizer import Ranges
 
@@ -73,6 +75,8 @@ class RawCorpus:
             digest.update(repr((c.image_key, digits.DRAWING)).encode())
         if c.source is Source.needle:
             digest.update(repr((needle.FORMAT, c.needle)).encode())
+        if c.source is Source.law:
+            digest.update(repr((LAW_FORMAT, c.law)).encode())
         for file in self._files:
             try:
                 stat = file.path.stat()
@@ -94,6 +98,9 @@ class RawCorpus:
             yield from self._digits()
         if self.config.source is Source.needle:
             yield from self._needle()
+        if self.config.source is Source.law:
+            for text in Law(self.config.law).documents(self.config.max_documents or 0):
+                yield Document(text, None, is_held_out(text, self.config.held_out))
         # The limit holds for `files` and `held_out_files` each; the standard library's files are limited already.
         left = dict.fromkeys((True, False, None), self.config.max_documents)
         sizes = (file.path.stat().st_size if file.path.exists() else 0 for file in self._files)

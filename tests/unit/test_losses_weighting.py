@@ -29,6 +29,10 @@ NAN = float("nan")
         ("wsd", 50, 0.8),
         ("wsd", 87.5, 0.5),
         ("wsd", 100, 0.2),
+        ("step", 0, 0.8),
+        ("step", 74.5, 0.8),
+        ("step", 75, 0.2),
+        ("step", 100, 0.2),
     ],
 )
 def test_schedule_by_hand(kind, step, want):
