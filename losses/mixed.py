@@ -27,6 +27,13 @@ def fixed(w_hard_T: Tensor, w_soft_T: Tensor | None = None) -> Weigh:
     return lambda rows, hard_t, soft_t: (w_hard_T[rows], None if w_soft_T is None else w_soft_T[rows])
 
 
+def both_weights(weigh: Weigh, rows: slice, hard_t: Tensor, soft_t: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of a chunk with soft targets, in the dtype of its losses."""
+    w_hard_t, w_soft_t = weigh(rows, hard_t, soft_t)
+    assert w_soft_t is not None, "soft targets come with a weight"
+    return w_hard_t.to(hard_t.dtype), w_soft_t.to(hard_t.dtype)
+
+
 class Mixed(NamedTuple):
     """Row function of w_hard CE(label) + w_soft CE(atoms).
 
@@ -62,14 +69,13 @@ class Mixed(NamedTuple):
             soft_t = mass_t * lse_t - (probs_tK * logits_tV.gather(-1, ids_tK)).sum(-1)
             best_t = ids_tK.gather(-1, probs_tK.argmax(-1, keepdim=True)).squeeze(-1)
             parts |= {"soft": soft_t, "mass": mass_t, "agreement": (logits_tV.argmax(-1) == best_t) & (mass_t > 0)}
-        weights = self.weigh(rows, hard_t, soft_t)
-        w_hard_t = weights[0].to(dtype)
-        loss_t, total_t = w_hard_t * hard_t, w_hard_t
-        if soft_t is not None:
-            assert weights[1] is not None, "atoms come with a weight"
-            w_soft_t = weights[1].to(dtype)
-            loss_t = loss_t + w_soft_t * soft_t
-            total_t = total_t + w_soft_t * mass_t
+        if soft_t is None:
+            w_hard_t = total_t = self.weigh(rows, hard_t, None)[0].to(dtype)
+            loss_t = w_hard_t * hard_t
+        else:
+            w_hard_t, w_soft_t = both_weights(self.weigh, rows, hard_t, soft_t)
+            loss_t = w_hard_t * hard_t + w_soft_t * soft_t
+            total_t = w_hard_t + w_soft_t * mass_t
         if not want_grad and self.select is None:
             return Chunk(loss_t, parts, None)
 

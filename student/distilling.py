@@ -9,20 +9,21 @@ import torch
 from torch import Tensor
 
 from distill.config.errors import ConfigError
-from distill.config.registry import FACTORS, LOSSES, Options
+from distill.config.registry import FACTORS, Options
 from distill.config.schema import StudentConfig, WeightingConfig
 from distill.data.join import Batch
 from distill.engine.dist import Dist
 from distill.engine.optim import learning_rate
 from distill.engine.recipe import Forward, Recipe
-from losses import Mixed, fixed, head_loss, weighting
-from losses.mixed import Weigh
+from losses import Mixed, fixed, weighting
 from losses.schedule import schedule
-from losses.weighting import Factor, Mean, Setting, Signals, State, Weighting
+from losses.weighting import Factor, Mean, Setting, State, Weighting
 from student.checked_factor import RUN_METRICS, CheckedFactor
+from student.live_teacher import LiveTeacher, labelled
+from student.soft_loss import SoftLoss
+from student.weigher import Weigher, signals_of
 
-ALPHA_BINS = 20
-COVERED = ("soft", "mass", "agreement", "soft_norm")
+COVERED = ("soft", "mass", "agreement", "soft_norm", "hidden_match")
 """Parts of the loss that are averaged over tokens with targets; the others are averaged over all valid tokens."""
 METRIC_NAMES = {"hard": "hard_loss", "soft": "soft_loss", "hard_norm": "hard_grad_norm", "soft_norm": "soft_grad_norm"}
 """Of parts of the loss, where they differ from the part's."""
@@ -55,10 +56,19 @@ class StudentRecipe(Recipe):
         setting: of the weighting.
         steps: of the run.
         corpora: names of the corpora.
+        loss: None: that of the configuration, on the targets of a codec that draws.
+        live: the teacher of live targets.
     """
 
     def __init__(
-        self, config: StudentConfig, dist: Dist, setting: Setting, steps: int, corpora: Sequence[str] = ("main",)
+        self,
+        config: StudentConfig,
+        dist: Dist,
+        setting: Setting,
+        steps: int,
+        corpora: Sequence[str] = ("main",),
+        loss: SoftLoss | None = None,
+        live: LiveTeacher | None = None,
     ):
         self.config, self.dist, self.steps, self.corpora = config, dist, steps, corpora
         self._plugins = _plugins(config.weighting, setting)
@@ -67,30 +77,36 @@ class StudentRecipe(Recipe):
         self.weighting_state = self.weighting.init()
         self.covered = torch.zeros(2, dtype=torch.float64, device=dist.device)
         """Valid tokens so far: those with targets, and all."""
+        self._loss, self._live = loss or SoftLoss(config), live
+
+    def ready(self, batch: Batch, parts: int) -> Batch:
+        """The batch with the targets of a live teacher, if there is one."""
+        if self._live is None:
+            return batch
+        return labelled(self._live, batch, parts, self.config.train.head_chunk, self.dist)
 
     def begin(self, batch: Batch, step: int) -> StepPlan:
         """The factors' view of the whole optimizer step; collective."""
         lr_share = learning_rate(self.config.optim, step, self.steps) / self.config.optim.lr
         state = self.weighting_state
         if batch.targets is not None:
-            signals = _signals(batch, torch.device("cpu"), lr_share)
+            signals = signals_of(batch, batch.valid_BS.device, lr_share)
             state = self.weighting.observe(state, signals, self.dist.sum)
         return StepPlan(step, state, lr_share, (step + 1) % self.config.train.log_every == 0)
 
     def forward(self, model: Any, micro: Batch, plan: StepPlan) -> Forward:
         """Sum over valid tokens of soft and hard loss, weighted (nats); the result is the sums that `end` takes."""
         labels_T, valid_T = micro.labels_BS.flatten(), micro.valid_BS.flatten()
-        weigher: Weigher | None = None
-        weigh: Weigh
-        weigh, soft = fixed(valid_T.float()), tuple[Tensor, ...]()
+        weigher, teacher = None, None
         if micro.targets is not None:
-            signals = _signals(micro, valid_T.device, plan.lr_share)
-            weigher = Weigher(self.weighting, plan, signals, valid_T)
-            weigh, soft = weigher, (micro.targets.ids_TK, micro.targets.probs_TK)
-        rows = LOSSES[self.config.loss](labels_T, weigh, *soft)
+            signals = signals_of(micro, valid_T.device, plan.lr_share)
+            weigher = Weigher(self.weighting, plan.state, plan.step, signals, valid_T, self._loss.is_cross_entropy)
+        if self._live is not None and micro.teacher_TE is not None:
+            teacher = micro.teacher_TE, self._live.unembedding()
+        rows = self._loss.rows(labels_T, weigher or fixed(valid_T.float()), micro.targets, teacher)
         if isinstance(rows, Mixed):
             rows = rows._replace(norms=plan.norms)
-        head_fn = partial(head_loss, row_function=rows, chunk=self.config.train.head_chunk)
+        head_fn = partial(self._loss.head, rows=rows, weigher=weigher, teacher_TE=micro.teacher_TE)
         head, routing = model(micro.ids_BS, micro.documents_BS, head_fn, micro.images)
         means = {"loss": Mean(head.loss_sum.detach(), valid_T.sum())}
         histograms: dict[str, Tensor] = {}
@@ -100,9 +116,9 @@ class StudentRecipe(Recipe):
         if weigher is not None:
             covered_T = weigher.signals.covered_T
             weighed = weigher.whole()
-            means |= _target_means(weighed, head.parts)
+            means |= weighed.means(head.parts)
             means |= self.weighting.metrics(plan.state, weighed.signals, weighed.values)
-            histograms = _histograms(weighed)
+            histograms = weighed.histograms()
             sums = self.weighting.sums(plan.state, weighed.signals)
             per_corpus["alpha"] = weighed.soft_T
         means |= _means(head.parts, valid_T, covered_T) | self._by_corpus(per_corpus, corpus_B, valid_T)
@@ -133,9 +149,18 @@ class StudentRecipe(Recipe):
         return float(self.covered[0] / self.covered[1].clamp(min=1))
 
     def state(self) -> dict[str, Any]:
-        return {"weighting": weighting.to_json(self.weighting_state), "covered": self.covered.tolist()}
+        state = {"weighting": weighting.to_json(self.weighting_state), "covered": self.covered.tolist()}
+        return state if self._identity is None else state | {"teacher": self._identity}
+
+    @property
+    def _identity(self) -> str | None:
+        """Of a frozen live teacher."""
+        return None if self._live is None else self._live.identity
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """ConfigError: the live teacher is another one than before."""
+        if (before := state.get("teacher")) != self._identity:
+            raise ConfigError(f"teacher.from has weights {self._identity}; the run was started with {before}")
         self.weighting_state = weighting.from_json(state["weighting"], self.weighting_state)
         self.covered = self.covered.new_tensor(state["covered"])
 
@@ -174,71 +199,6 @@ def _plugins(config: WeightingConfig, setting: Setting) -> dict[str, CheckedFact
     return factors
 
 
-def _signals(batch: Batch, device: torch.device, lr_share: float) -> Signals:
-    """All but what the student predicts."""
-    assert batch.targets is not None
-    targets, length = batch.targets, batch.ids_BS.shape[1]
-    none = targets.entropy_T.new_empty(0)
-
-    def tokens(part_B: Tensor) -> Tensor:
-        return part_B.to(device, non_blocking=True).repeat_interleave(length)
-
-    return Signals(
-        corpus_T=tokens(torch.as_tensor(batch.corpus_B)),
-        covered_T=targets.covered_T & batch.valid_BS.flatten(),
-        entropy_T=targets.entropy_T,
-        teacher_loss_T=-targets.label_logprob_T,
-        level_T=tokens(batch.level_B),
-        end_T=tokens(batch.end_B),
-        shard_loss_T=tokens(batch.shard_loss_B),
-        lr_share=lr_share,
-        student_loss_T=none,
-        disagreement_T=none,
-    )
-
-
-class Weighed(NamedTuple):
-    """The weights of a micro-batch, [T] each."""
-
-    signals: Signals
-    valid_T: Tensor
-    hard_T: Tensor
-    soft_T: Tensor
-    values: dict[str, Tensor]
-
-
-class Weigher:
-    """Weights for a row function, chunk after chunk, and what became of them."""
-
-    def __init__(self, weighting: Weighting, plan: StepPlan, signals: Signals, valid_T: Tensor):
-        self.weighting, self.plan, self.signals, self.valid_T = weighting, plan, signals, valid_T
-        self._chunks: list[Weighed] = []
-
-    def __call__(self, rows: slice, hard_t: Tensor, soft_t: Tensor | None) -> tuple[Tensor, Tensor]:
-        signals, valid_t = self.signals.rows(rows), self.valid_T[rows].float()
-        assert soft_t is not None
-        signals = signals._replace(student_loss_T=hard_t, disagreement_T=soft_t - signals.entropy_T)
-        weights = self.weighting.weigh(self.plan.state, self.plan.step, signals)
-        hard_t, soft_t = weights.hard_t * valid_t, weights.soft_t * valid_t
-        self._chunks.append(Weighed(signals, self.valid_T[rows], hard_t, soft_t, weights.values))
-        return hard_t, soft_t
-
-    def whole(self) -> Weighed:
-        """Of all chunks that were weighed."""
-        signals, _, hard, soft, values = zip(*self._chunks)
-        names = self.weighting.factors
-        return Weighed(
-            self.signals._replace(
-                student_loss_T=torch.cat([part.student_loss_T for part in signals]),
-                disagreement_T=torch.cat([part.disagreement_T for part in signals]),
-            ),
-            self.valid_T,
-            torch.cat(hard),
-            torch.cat(soft),
-            {name: torch.cat([part[name] for part in values]) for name in names},
-        )
-
-
 def _means(parts: Mapping[str, Tensor], valid_T: Tensor, covered_T: Tensor) -> dict[str, Mean]:
     """Metrics of the loss' parts, each over the tokens that it is defined on."""
     tokens_T = {name: covered_T if name in COVERED else valid_T for name in parts}
@@ -246,44 +206,3 @@ def _means(parts: Mapping[str, Tensor], valid_T: Tensor, covered_T: Tensor) -> d
         METRIC_NAMES.get(name, name): Mean((part_T * tokens_T[name]).sum(), tokens_T[name].sum())
         for name, part_T in parts.items()
     }
-
-
-def _target_means(weighed: Weighed, parts: Mapping[str, Tensor]) -> dict[str, Mean]:
-    """Metrics of the targets and their weights.
-
-    On the same tokens: `teacher_lead`, nats by which the teacher's loss was below the student's, and `disagreement`,
-    KL(teacher || student). `lag`, nats by which the teacher was worse than where the best one ends; `effective_weight`,
-    the soft term's share of the norms of both terms' gradients at the logits.
-    """
-    signals, covered_T = weighed.signals, weighed.signals.covered_T
-    tokens = covered_T.sum()
-
-    def mean(part_T: Tensor) -> Mean:
-        return Mean(torch.where(covered_T, part_T, 0.0).sum(), tokens)
-
-    valid = weighed.valid_T.sum()
-    means = {
-        "alpha": Mean(weighed.soft_T.sum(), valid),
-        "coverage": Mean(tokens, valid),
-        "teacher_loss": mean(signals.teacher_loss_T),
-        "teacher_lead": mean(signals.student_loss_T - signals.teacher_loss_T),
-        "disagreement": mean(signals.disagreement_T),
-        "lag": mean(torch.nan_to_num(signals.level_T - signals.end_T)),
-    }
-    if "soft_norm" in parts:
-        soft, hard = (weighed.soft_T * parts["soft_norm"]).sum(), (weighed.hard_T * parts["hard_norm"]).sum()
-        means["effective_weight"] = Mean(soft, soft + hard)
-    return means
-
-
-def _histograms(weighed: Weighed) -> dict[str, Tensor]:
-    """Counts of equal bins over [0, 1], of alpha over valid tokens and of each factor over tokens with targets."""
-    covered_T = weighed.signals.covered_T
-    counted = {"alpha": (weighed.soft_T, weighed.valid_T)}
-    counted |= {f"{name}_factor": (value_T, covered_T) for name, value_T in weighed.values.items()}
-    histograms = {}
-    for name, (value_T, tokens_T) in counted.items():
-        bins_T = (value_T * ALPHA_BINS).long().clamp(0, ALPHA_BINS - 1)
-        # index_add_, not bincount: that would wait for the device.
-        histograms[name] = value_T.new_zeros(ALPHA_BINS).index_add_(0, bins_T, tokens_T.float())
-    return histograms
