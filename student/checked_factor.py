@@ -12,7 +12,7 @@ RUN_METRICS = frozenset({
     "job", "step", "tokens", "tokens_per_second", "stall", "lr", "grad_norm", "expert_entropy", "expert_max_load",
     "dead_experts", "balance_loss", "z_loss", "loss", "hard_loss", "soft_loss", "mass", "agreement", "alpha",
     "coverage", "teacher_loss", "lag", "lag_factor", "student_loss", "entropy_factor", "heldout_loss",
-    "heldout_accuracy",
+    "heldout_accuracy", "hidden_match",
 })  # fmt: skip
 """Names that a row of metrics.jsonl has by itself."""
 ROUNDING = 1e-5

@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 
 from distill.config.errors import ConfigError
-from distill.config.registry import FACTORS, LOSSES, Options
+from distill.config.registry import FACTORS, Options
 from distill.config.schema import StudentConfig, WeightingConfig
 from distill.data.join import Batch
 from distill.engine.dist import Dist
 from distill.engine.recipe import Forward, Recipe
-from losses import head_loss, weighting
+from losses import weighting
 from losses.schedule import schedule
 from losses.weighting import Factor, Mean, Setting, Signals, State, Weighting, Weights
 from student.checked_factor import RUN_METRICS, CheckedFactor
+from student.live_teacher import LiveTeacher, labelled
+from student.soft_loss import SoftLoss
 
 ALPHA_BINS = 20
-COVERED = ("soft", "mass", "agreement")
+COVERED = ("soft", "mass", "agreement", "hidden_match")
 """Parts of the loss that are averaged over tokens with targets; the others are averaged over all valid tokens."""
 METRIC_NAMES = {"hard": "hard_loss", "soft": "soft_loss"}
 """Of parts of the loss, where they differ from the part's."""
@@ -43,6 +45,8 @@ class StudentRecipe(Recipe):
             student's.
         best_teacher_loss: nats, of the best shard of each corpus' cache, where the caches are complete.
         corpora: number of corpora.
+        loss: None: that of the configuration, on the targets of a codec that draws.
+        live: the teacher of live targets.
     """
 
     def __init__(
@@ -53,6 +57,8 @@ class StudentRecipe(Recipe):
         corpora: int = 1,
         teacher_vocab_size: int | None = None,
         best_teacher_loss: Sequence[float] | None = None,
+        loss: SoftLoss | None = None,
+        live: LiveTeacher | None = None,
     ):
         self.config, self.dist = config, dist
         best_C = torch.full((corpora,), torch.inf, dtype=torch.float64, device=dist.device)
@@ -67,12 +73,19 @@ class StudentRecipe(Recipe):
         self.covered = torch.zeros(2, dtype=torch.float64, device=dist.device)
         """Valid tokens so far: those with targets, and all."""
         self._corpora = corpora
+        self._loss, self._live = loss or SoftLoss(config), live
+
+    def ready(self, batch: Batch, parts: int) -> Batch:
+        """The batch with the targets of a live teacher, if there is one."""
+        if self._live is None:
+            return batch
+        return labelled(self._live, batch, parts, self.config.train.head_chunk, self._corpora, self.dist)
 
     def begin(self, batch: Batch, step: int) -> StepPlan:
         """The factors' view of the whole optimizer step; collective."""
         if batch.targets is None:
             return StepPlan(step, self.weighting_state)
-        signals = _signals(batch, torch.device("cpu"))
+        signals = _signals(batch, batch.valid_BS.device)
         return StepPlan(step, self.weighting.observe(self.weighting_state, signals, self.dist.sum, self.dist.least))
 
     def weigh(self, micro: Batch, plan: StepPlan) -> Weights:
@@ -84,20 +97,21 @@ class StudentRecipe(Recipe):
         """Sum over valid tokens of soft and hard loss, weighted (nats); the result is the sums that `end` takes."""
         labels_T, valid_T = micro.labels_BS.flatten(), micro.valid_BS.flatten()
         alpha_T, covered_T = torch.zeros(len(valid_T), device=valid_T.device), torch.zeros_like(valid_T)
-        soft: tuple[Tensor, ...] = ()
         target_means: dict[str, Mean] = {}
         histograms: dict[str, Tensor] = {}
         if micro.targets is not None:
             weights = self.weigh(micro, plan)
             alpha_T = weights.alpha_T.to(valid_T.device)
             covered_T = (micro.targets.covered_T & valid_T).to(valid_T.device)
-            soft = micro.targets.ids_TK, micro.targets.probs_TK, alpha_T * valid_T
             target_means = _target_means(micro, alpha_T, covered_T) | weights.means
             bins_T = (alpha_T * ALPHA_BINS).long().clamp(0, ALPHA_BINS - 1)
             # index_add_, not bincount: that would wait for the device.
             histograms["alpha"] = alpha_T.new_zeros(ALPHA_BINS).index_add_(0, bins_T, valid_T.float())
-        rows = LOSSES[self.config.loss](labels_T, (1.0 - alpha_T) * valid_T, *soft)
-        head_fn = partial(head_loss, row_function=rows, chunk=self.config.train.head_chunk)
+        w_soft_T, teacher = alpha_T * valid_T, None
+        if self._live is not None and micro.teacher_TE is not None:
+            teacher = micro.teacher_TE, self._live.unembedding()
+        rows = self._loss.rows(labels_T, (1.0 - alpha_T) * valid_T, micro.targets, w_soft_T, teacher)
+        head_fn = partial(self._loss.head, rows=rows, w_soft_T=w_soft_T, teacher_TE=micro.teacher_TE)
         head, routing = model(micro.ids_BS, micro.documents_BS, head_fn, micro.images)
         loss = {"loss": Mean(head.loss_sum.detach(), valid_T.sum())}
         means = loss | _means(head.parts, valid_T, covered_T) | target_means
@@ -127,9 +141,18 @@ class StudentRecipe(Recipe):
         return float(self.covered[0] / self.covered[1].clamp(min=1))
 
     def state(self) -> dict[str, Any]:
-        return {"weighting": weighting.to_json(self.weighting_state), "covered": self.covered.tolist()}
+        state = {"weighting": weighting.to_json(self.weighting_state), "covered": self.covered.tolist()}
+        return state if self._identity is None else state | {"teacher": self._identity}
+
+    @property
+    def _identity(self) -> str | None:
+        """Of a frozen live teacher."""
+        return None if self._live is None else self._live.identity
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """ConfigError: the live teacher is another one than before."""
+        if (before := state.get("teacher")) != self._identity:
+            raise ConfigError(f"teacher.from has weights {self._identity}; the run was started with {before}")
         self.weighting_state = weighting.from_json(state["weighting"], self.weighting_state)
         self.covered = self.covered.new_tensor(state["covered"])
 

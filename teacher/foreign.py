@@ -95,15 +95,33 @@ class Foreign:
         width = size("head_dim") or size("hidden_size") / max(heads, 1)
         return 2.0 * products + 4.0 * layers * heads * width * (sample_tokens + 1) / 2
 
+    @property
+    def unembedding(self) -> Tensor:
+        weight: Tensor = self.model.get_output_embeddings().weight
+        return weight
+
+    @torch.no_grad()
+    def hidden(self, batch: Batch) -> Tensor:
+        ids_T, documents = batch.ids_BS.flatten(), _documents(batch.documents_BS)
+        if not self._is_plain(ids_T, documents, len(ids_T)):
+            raise ConfigError(
+                f"{self._name}; its logits are not its last hidden states times its unembedding, as live targets need: "
+                "label with job=backfill, and train on the cache"
+            )
+        return self._hidden(ids_T, documents, room=len(ids_T))
+
+    def _is_plain(self, ids_T: Tensor, documents: list[_Document], room: int) -> bool:
+        if self._plain_head is None:
+            few = documents[: max(1, room // documents[0].length)]
+            self._plain_head = self._head.plain and self._has_plain_head(ids_T, few)
+        return self._plain_head
+
     def label(self, batch: Batch, select: Select | None, head_chunk: int) -> MicroTargets:
         ids_T, labels_T = batch.ids_BS.flatten(), batch.labels_BS.flatten()
         documents = _documents(batch.documents_BS)
-        if self._plain_head is None:
-            few = documents[: max(1, head_chunk // documents[0].length)]
-            self._plain_head = self._head.plain and self._has_plain_head(ids_T, few)
-        if self._plain_head:
+        if self._is_plain(ids_T, documents, head_chunk):
             hidden_TD = self._hidden(ids_T, documents, room=len(ids_T))
-            head = label_rows(hidden_TD, self.model.get_output_embeddings().weight, batch, select, head_chunk)
+            head = label_rows(hidden_TD, self.unembedding, batch, select, head_chunk)
             return MicroTargets(batch, head.parts["hard"], head.selected)
         hard, selections = [], []
         for group in _groups(documents, head_chunk, in_order=True):

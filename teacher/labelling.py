@@ -28,6 +28,19 @@ class Frozen(Protocol):
         """Of a forward pass over samples of S tokens, with so many tiles of images in the mean."""
         ...
 
+    def hidden(self, batch: Batch) -> Tensor:
+        """Normed hidden states [T, E] of every token.
+
+        Raises:
+            ConfigError: the logits are not their product with `unembedding`.
+        """
+        ...
+
+    @property
+    def unembedding(self) -> Tensor:
+        """[V, E]."""
+        ...
+
     def label(self, batch: Batch, select: Select | None, head_chunk: int) -> MicroTargets:
         """Selects from the probabilities of every token, at most `head_chunk` at a time and in order.
 
@@ -46,12 +59,29 @@ class Own:
     def flops_per_token(self, sample_tokens: int, tiles: float) -> float:
         return flops_per_token(self.model.config, sample_tokens, tiles)
 
+    def hidden(self, batch: Batch) -> Tensor:
+        return own_hidden(self.model, batch)
+
+    @property
+    def unembedding(self) -> Tensor:
+        return self.model.head.weight
+
     def label(self, batch: Batch, select: Select | None, head_chunk: int) -> MicroTargets:
         def head_fn(hidden_TD: Tensor, weight_VD: Tensor) -> HeadLoss:
             return label_rows(hidden_TD, weight_VD, batch, select, head_chunk)
 
         head, _ = self.model(batch.ids_BS, batch.documents_BS, head_fn, batch.images)
         return MicroTargets(batch, head.parts["hard"], head.selected)
+
+
+@torch.no_grad()
+def own_hidden(model: Transformer, batch: Batch) -> Tensor:
+    """Normed hidden states [T, E] of a model of ours in evaluation mode, whatever mode it is in."""
+    training = model.training
+    model.eval()
+    hidden_TE: Tensor = model(batch.ids_BS, batch.documents_BS, None, batch.images)[0]
+    model.train(training)
+    return hidden_TE
 
 
 def label_rows(hidden_TD: Tensor, weight_VD: Tensor, batch: Batch, select: Select | None, chunk: int) -> HeadLoss:

@@ -151,11 +151,11 @@ def shards(folder):
 
 
 def newest(folder, of=None):
-    """Of each sample in these shards, default all that count, the place of the record that counts."""
+    """Of each sample in these shards, default all that count, step, check and place of the record that counts."""
     found = {}
     for place, shard in (shards(folder) if of is None else of).items():
         for i, sample in enumerate(shard.columns["sample_ids"]):
-            key = (shard.columns["steps"][i], *place, i)
+            key = (shard.columns["steps"][i], shard.columns["checks"][i], place[0] in TOOLS, *place, i)
             found[sample] = max(found.get(sample, key), key)
     return found
 
@@ -170,7 +170,7 @@ def cache(folder):
         with safe_open(path, "np") as file:
             id_of_rank = file.get_tensor("ids_by_rank").tolist()
     there, found = shards(folder), {}
-    for sample, (step, writer, seq, i) in newest(folder, there).items():
+    for sample, (step, _, _, writer, seq, i) in newest(folder, there).items():
         shard = there[writer, seq]
         tokens = record(shard.data[i], header["sample_tokens"], header["codec"], id_of_rank)
         assert sum(len(token[3]) for token in tokens if token) == shard.columns["atoms"][i]
@@ -201,7 +201,7 @@ def listing(folder, ref, identity):
 
 
 def catalog(folder):
-    """By the newest snapshot and the shards after it: sample id -> (step, writer, seq, place in the shard)."""
+    """By the newest snapshot and the shards after it: sample id -> step, check and place, as `newest`."""
     _, identity = header_of(folder)
     there = {
         (s.header["writer"], s.header["seq"]): s
@@ -233,7 +233,7 @@ def catalog(folder):
             assert (start + size, step, atoms, number) == tuple(
                 columns[n] for n in ("ends", "steps", "atoms", "origins")
             )
-            key = (step, *place, i)
+            key = (step, check, place[0] in TOOLS, *place, i)
             found[sample] = max(found.get(sample, key), key)
     return found
 

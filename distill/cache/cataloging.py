@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from distill.cache.entries import EntryTable, replaced_rows
 from distill.cache.format import shard_name, snapshot_name
 from distill.cache.header import CacheHeader
-from distill.cache.listing import Listing, ListingRef, block_cache
+from distill.cache.listing import PIECE, Listing, ListingDamaged, ListingRef, block_cache
 from distill.cache.listing_writer import write_listing
 from distill.cache.loss_curve import LossSums
 from distill.cache.shard import read_front
@@ -21,8 +21,6 @@ from distill.config.errors import CacheError
 
 log = logging.getLogger(__name__)
 
-PIECE = 1 << 20
-"""Samples that are put into a listing at one time; 44 bytes each."""
 _ALIKE = 4
 """Listings of one size that a writer leaves side by side before it makes them one."""
 _LARGEST = 1 << 22
@@ -35,8 +33,8 @@ def update(
 ) -> Snapshot:  # fmt: skip
     """Makes the next snapshot, with what these writers have published; returns it, or the newest one if it has all.
 
-    writers: None for all, those of tools included, as also where the newest snapshot cannot be used. is_merging: all
-    listings become one. is_rebuilding: from the shards alone.
+    writers: None for all, those of tools included, as also where the newest snapshot cannot be used; then listings
+    are read through before they are used. is_merging: all listings become one. is_rebuilding: from the shards alone.
 
     Raises:
         CacheError: damage, or it cannot be written.
@@ -44,14 +42,14 @@ def update(
     while True:
         # Before the base is read: what another process makes of that base meanwhile takes the number.
         number = max(snapshot_numbers(store), default=-1) + 1
-        base = Snapshot(header.identity) if is_rebuilding else _newest_usable(store, header)
+        base = Snapshot(header.identity) if is_rebuilding else _newest_usable(store, header, is_whole=writers is None)
         streams = writers_of(store) if writers is None or base.number < number - 1 or not number else list(writers)
         made: list[ListingRef] = []
         try:
             snapshot = _next(store, header, base, streams, is_merging, made)
-            if snapshot is None:
+            if snapshot is None and (is_rebuilding or base.number == number - 1):
                 return base
-            snapshot = dataclasses.replace(snapshot, number=number)
+            snapshot = dataclasses.replace(snapshot or base, number=number)
             is_published = publish_snapshot(store, snapshot)
         except CacheError:
             if not store.exists(snapshot_name(number)):  # else it may be this one, in spite of the error
@@ -124,16 +122,22 @@ def _tiered(store: Store, header: CacheHeader, listings: list[ListingRef], made:
         alike.reverse()
         if len(alike) < _ALIKE or sum(each.entries for each in alike) > _LARGEST:
             return [*listings, *alike]
-        made.append(_merged(store, header, alike))
+        try:
+            made.append(_merged(store, header, alike))
+        except ListingDamaged as error:
+            log.warning("%s; it stays as it is: codistill-cache index makes a new one", error)
+            return [*listings, *alike]
         listings.append(made[-1])
 
 
-def _newest_usable(store: Store, header: CacheHeader) -> Snapshot:
-    """The newest snapshot whose listings can be opened."""
+def _newest_usable(store: Store, header: CacheHeader, *, is_whole: bool) -> Snapshot:
+    """The newest snapshot whose listings can be opened; is_whole: and all of whose blocks verify."""
     for snapshot in valid_snapshots(store, header.identity):
         try:
             for ref in snapshot.listings:
-                Listing(store, ref, header.identity, block_cache(store))
+                listing = Listing(store, ref, header.identity, block_cache(store))
+                if is_whole:
+                    listing.check()
             return snapshot
         except CacheError as error:
             log.warning("%s; the snapshot before it serves, or the shards", error)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from distill.cache.format import TOOLS
 from distill.cache.origins import SOURCES, Origin
 from distill.cache.shard import Shard
 from distill.cache.shard_header import Replaced
@@ -184,9 +185,15 @@ def _number(names: list[str], name: str) -> int:
     return names.index(name)
 
 
+def precedence(writer: str, seq: int) -> tuple[bool, str, int]:
+    """Of equal records that of the greatest shard counts; of tools last, which are copies of some that counted."""
+    return writer in TOOLS, writer, seq
+
+
 def ranks(origins: Array, names: Names) -> Array:
-    """For each origin row its place in the order (writer, seq): of equal steps the later shard's record counts."""
-    writers = np.argsort(np.argsort(np.array(names.writers, object))) if names.writers else np.zeros(1, np.int64)
+    """For each origin row its place in the order of `precedence`."""
+    by_name = sorted(range(len(names.writers)), key=lambda number: precedence(names.writers[number], 0))
+    writers = np.argsort(by_name) if by_name else np.zeros(1, np.int64)
     order = np.lexsort((origins["seq"], writers[origins["writer"]]))
     sorted_rows = origins[["writer", "seq"]][order]
     places = np.zeros(len(origins), np.int64)
@@ -197,7 +204,8 @@ def ranks(origins: Array, names: Names) -> Array:
 def newest(entries: Array, ranks_O: Array) -> Array:
     """Of entries in any order the one that counts of each sample, sorted by id.
 
-    The greatest step counts, then the shard with the greatest rank, then the later record within a shard.
+    The greatest step counts, then the greatest check, which is the same wherever a compaction has copied the record
+    to; of equal records that of the shard with the greatest rank, and then the later one within a shard.
     """
     order = np.argsort(entries["sample"], kind="stable")
     entries = entries[order]
@@ -209,7 +217,7 @@ def newest(entries: Array, ranks_O: Array) -> Array:
     some[:-1] |= twice
     places = np.flatnonzero(some)
     part = entries[places]
-    part = part[np.lexsort((part["start"], ranks_O[part["origin"]], part["step"], part["sample"]))]
+    part = part[np.lexsort((part["start"], ranks_O[part["origin"]], part["check"], part["step"], part["sample"]))]
     entries[places] = part
     last = np.ones(len(ids), np.bool_)
     last[:-1] = ids[1:] != ids[:-1]

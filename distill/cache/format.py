@@ -24,6 +24,8 @@ ENTROPY_LEVELS = 255
 TOOLS = ("compact", "index", "merge", "repair", "tools")
 """Names that no writer may have: tools and their locks have them."""
 
+WRITER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}")
+"""Names that have a stream, those of tools included."""
 _GROUP = 1000
 """Shards of a folder, so that no folder is large."""
 _SHARD_NAME = re.compile(rf"{SHARDS}/([A-Za-z0-9_][A-Za-z0-9_-]*)/(\d{{6,}})/(\d{{9,}})\.safetensors")
@@ -76,7 +78,7 @@ def writer_lock(writer: str) -> str:
 
 def check_writer(writer: str) -> None:
     """CacheError when a writer's name is not fit for file names, or is kept for tools."""
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}", writer):
+    if not WRITER.fullmatch(writer):
         raise CacheError(f"writer is {writer!r}; allowed are up to 100 letters, digits, _ and - (not first)")
     if writer in TOOLS:
         raise CacheError(f"writer is {writer!r}; a writer must not be called {', '.join(TOOLS)}: tools are")

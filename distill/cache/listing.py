@@ -32,6 +32,8 @@ ENTRIES, FENCES, ORIGINS = 256, 1024, 256
 """Rows of a block."""
 KEPT = 1024
 """Blocks that a reader keeps in memory, of 11 to 22 kB each."""
+PIECE = 1 << 20
+"""Samples that are put into a listing, or read from it, at one time; 44 bytes each."""
 _AT_ONCE = 64
 """Blocks that are read at one time."""
 
@@ -173,6 +175,12 @@ class Listing:
                     parts = []
         if parts:
             yield np.concatenate(parts)
+
+    def check(self) -> None:
+        """Reads all blocks; ListingDamaged when one does not verify."""
+        for rows in (self.chunks(PIECE), self.origin_chunks()):
+            for _ in rows:
+                pass
 
     def origin_chunks(self) -> Iterator[Array]:
         """Origin rows in order, a block at a time."""

@@ -16,6 +16,7 @@ from distill.config.files import naming, replacing, sync, write_all
 
 _WHOLE = 1 << 28
 """Bytes of the largest file that is read whole; a sparse one may say that it has any number."""
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 _held: set[int] = set()
 """Descriptors of lock files. A child of a fork closes them: its parent alone holds the locks."""
@@ -42,7 +43,9 @@ class LocalStore(Store):
         with reported(self.folder / folder):
             try:
                 return sorted(os.listdir(self.folder / folder))
-            except (FileNotFoundError, NotADirectoryError):
+            except OSError as error:
+                if error.errno not in _NOT_THERE:
+                    raise
                 return []
 
     def read(self, name: str) -> bytes:
@@ -68,6 +71,21 @@ class LocalStore(Store):
     def size(self, name: str) -> int:
         with reported(self.folder / name):
             return (self.folder / name).stat().st_size
+
+    def exists(self, name: str) -> bool:
+        with reported(self.folder / name):
+            try:
+                os.lstat(self._prefix + name)
+            except OSError as error:
+                if error.errno not in _NOT_THERE:
+                    raise
+                return False
+            return True
+
+    def is_blocked(self, name: str) -> bool:
+        path = self.folder / name
+        with reported(path):
+            return not path.is_file() and self.exists(name)
 
     def modified(self, name: str) -> float:
         """Now, of a file that is gone meanwhile."""
@@ -155,6 +173,8 @@ class LocalStore(Store):
     @contextlib.contextmanager
     def lock(self, name: str, holder: str, *, wait: bool = False) -> Iterator[bool]:
         path = self.folder / name
+        if self.is_blocked(name):
+            raise CacheError(f"{path}: not a file, so nothing can lock it; remove it")
         with reported(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -181,11 +201,13 @@ class LocalStore(Store):
     def is_locked(self, name: str) -> bool:
         """Opened for reading only: the file may lie on a read-only file system."""
         path = self.folder / name
-        with reported(path), contextlib.suppress(FileNotFoundError), _opened(path, os.O_RDONLY | os.O_NONBLOCK) as fd:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
+        with reported(path), contextlib.suppress(FileNotFoundError):
+            if path.is_file():
+                with _opened(path, os.O_RDONLY) as fd:
+                    try:
+                        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        return True
         return False
 
 

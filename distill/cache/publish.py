@@ -70,23 +70,11 @@ def targets_header(
     """The header of a shard; records: bytes of them all."""
     ids = columns.sample_ids
     return ShardHeader(
-        cache=cache,
-        writer=writer,
-        seq=seq,
-        kind="targets",
-        source=source,
-        step=int(columns.steps.max(initial=-1)),
-        samples=len(ids),
-        first_sample=int(ids.min()) if len(ids) else -1,
-        last_sample=int(ids.max(initial=-1)),
-        tokens=sum(origin.tokens for origin in origins),
-        atoms=int(columns.atoms.sum()),
-        records=records,
-        index=digest(index),
-        origins=tuple(origins),
-        losses=losses,
-        replaces=tuple(replaces),
-    )
+        cache=cache, writer=writer, seq=seq, kind="targets", source=source, step=int(columns.steps.max(initial=-1)),
+        samples=len(ids), first_sample=int(ids.min()) if len(ids) else -1, last_sample=int(ids.max(initial=-1)),
+        tokens=sum(origin.tokens for origin in origins), atoms=int(columns.atoms.sum()), records=records,
+        index=digest(index), origins=tuple(origins), losses=losses, replaces=tuple(replaces),
+    )  # fmt: skip
 
 
 def publish_mark(store: Store, cache: str, writer: str, seq: int, kind: str, source: str, step: int) -> ShardHeader:
@@ -102,7 +90,10 @@ def publish_mark(store: Store, cache: str, writer: str, seq: int, kind: str, sou
 def _put(store: Store, header: ShardHeader, index: bytes, records: memoryview) -> None:
     name = shard_name(header.writer, header.seq)
     if not store.create(name, b"".join([front(header), index, records])):
-        raise CacheError(f"{store.path(name)}: another live process has the writer's name {header.writer!r}")
+        raise CacheError(
+            f"{store.path(name)}: another live process has the writer's name {header.writer!r}, or this is no shard, "
+            "and codistill-cache repair moves it away"
+        )
 
 
 def remove_leftovers(store: Store, writer: str, seq: int) -> None:

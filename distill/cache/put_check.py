@@ -5,6 +5,7 @@ What comes for tokens without a target is not stored, so of it only the lengths 
 
 from __future__ import annotations
 
+import math
 from operator import index
 from typing import Any
 
@@ -22,6 +23,8 @@ from distill.config.errors import CacheError
 Array = NDArray[Any]
 
 _MAX_STEP = 2**32 - 1
+_ROUNDING = 0.01
+"""Nats beyond what is possible that sums in float32 may give."""
 _MAX_TEACHER = 1000
 """Characters of a teacher's identity."""
 
@@ -73,6 +76,10 @@ class PutCheck:
             self._refuse(ids_B, valid_T & ~np.isfinite(column), f"{name} is not finite", column)
             column[~valid_T] = 0
         self._check_atoms(ids_B, valid_T, counts_T, ids_N, codes_N, rest_T)
+        even = math.log(self._header.vocab_size)
+        bad_T = (entropy_T < -_ROUNDING) | (entropy_T > even + _ROUNDING)
+        self._refuse(ids_B, label_T > _ROUNDING, "label_logprob_T is above 0 nats", label_T)
+        self._refuse(ids_B, bad_T, f"entropy_T is not from 0 to {even:.4g} nats", entropy_T)
         columns = (counts_T.astype(np.int32), ids_N.astype(np.int32), codes_N.astype(np.int32), rest_T.astype(np.uint8))
         return Pending(
             ids_B, digests_B.astype(np.uint64), Atoms(*map(torch.from_numpy, columns)), label_T, entropy_T, valid_T,
@@ -87,6 +94,8 @@ class PutCheck:
         """int64 [T]: labels of valid tokens, which have to be ids, and id 0 of others; the logits' shape is checked."""
         labels_T, valid_T = self._whole("labels_T", labels), self._mask(valid)
         tokens, vocab = len(ids_B) * self._width, self._header.vocab_size
+        if not logits_TV.is_floating_point():
+            raise self._error(f"logits_TV must hold floating-point numbers, not {logits_TV.dtype}")
         shapes = (tuple(logits_TV.shape), labels_T.shape, valid_T.shape)
         if shapes != ((tokens, vocab), (tokens,), (tokens,)):
             raise self._error(
@@ -169,29 +178,39 @@ class PutCheck:
     def _whole(self, name: str, values: Any) -> Array:
         """Whole numbers of one, or of a list, array or tensor; CacheError: they are something else."""
         try:
-            array = values.detach().cpu().numpy() if isinstance(values, Tensor) else values
-            if not isinstance(array, np.ndarray | np.generic):
-                numbers = [index(each) for each in array] if hasattr(array, "__iter__") else [index(array)]
-                array = np.array(numbers, np.uint64 if numbers and min(numbers) >= 0 else np.int64)
-            if array.size and array.dtype.kind not in "iu":
-                raise TypeError(array.dtype)
-        except (TypeError, ValueError, OverflowError):
-            raise self._error(f"{name} must hold whole numbers of 64 bits, not {values!r:.80}") from None
-        return np.atleast_1d(array) if array.size else np.empty(0, np.int64)
+            return whole_numbers(values)
+        except ValueError as error:
+            raise self._error(f"{name} {error}") from None
 
     def _floats(self, name: str, values: Any) -> Array:
         """A float32 copy."""
         try:
             with np.errstate(over="ignore"):  # infinity is refused where it matters
-                return np.array(
-                    values.detach().float().cpu().numpy() if isinstance(values, Tensor) else values, np.float32
-                )
+                if isinstance(values, Tensor) and not values.is_complex():
+                    values = values.detach().float().cpu().numpy()
+                if np.asarray(values).dtype.kind in "cSU":
+                    raise TypeError
+                return np.array(values, np.float32)
         except (TypeError, ValueError):
             raise self._error(f"{name} must hold floating-point numbers, not {values!r:.80}") from None
 
     def _mask(self, values: Any) -> Array:
         """A bool copy."""
         array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-        if array.size and array.dtype != np.bool_ and not np.isin(array, (0, 1)).all():
+        if array.size and array.dtype != np.bool_ and (array.dtype.kind == "c" or not np.isin(array, (0, 1)).all()):
             raise self._error(f"valid_T must hold booleans, not {values!r:.80}")
         return np.array(array, np.bool_)
+
+
+def whole_numbers(values: Any) -> Array:
+    """The whole numbers of one, or of a list, array or tensor, in a row; ValueError: they are something else."""
+    try:
+        array = values.detach().cpu().numpy() if isinstance(values, Tensor) else values
+        if not isinstance(array, np.ndarray | np.generic):
+            numbers = [index(each) for each in array] if hasattr(array, "__iter__") else [index(array)]
+            array = np.array(numbers, np.uint64 if numbers and min(numbers) >= 0 else np.int64)
+        if array.size and (array.dtype.kind not in "iu" or array.ndim > 1):
+            raise TypeError(array.dtype)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"must hold whole numbers of 64 bits in a row, not {values!r:.80}") from None
+    return np.atleast_1d(array) if array.size else np.empty(0, np.int64)

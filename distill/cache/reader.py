@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +19,13 @@ from distill.cache.local import LocalStore
 from distill.cache.loss_curve import LossSums
 from distill.cache.open_store import open_store
 from distill.cache.origins import Origin
+from distill.cache.put_check import whole_numbers
 from distill.cache.ranks import load_ranks
 from distill.cache.record import Decoded
 from distill.cache.shard import Shard
 from distill.cache.snapshot import StreamState
 from distill.cache.targets import SoftTargets
-from distill.cache.view import Records, View, find_in_view, open_view, refreshed
+from distill.cache.view import Records, View, asked, open_view, refreshed
 from distill.config.errors import CacheError
 
 Array = NDArray[Any]
@@ -176,7 +178,10 @@ class CacheReader:
             CacheError: a digest that differs, or damaged bytes; names cache or file, and sample.
         """
         view, found = self._find(sample_ids_B)
-        wanted = np.atleast_1d(np.asarray(digests_B, np.uint64))
+        wanted = self._whole("digests_B", digests_B)
+        if wanted.shape != found.there.shape:
+            raise CacheError(f"cache {self.folder}: {len(wanted)} digests of {len(found.there)} samples")
+        wanted = wanted.astype(np.uint64)
         for i in np.flatnonzero(found.there & (found.entries["digest"] != wanted)).tolist():
             raise CacheError(
                 f"cache {self.folder}: sample {found.entries['sample'][i]} has digest "
@@ -195,11 +200,10 @@ class CacheReader:
 
     def samples(self) -> Iterator[Sample]:
         """The newest record of every sample that has one, verified, shard after shard."""
-        view = self._view
-        names, rows = view.origins()
+        view, (names, rows) = asked(self._view, View.origins)
         for row in rows[rows["number"] == 0]:
             shard = Shard(self._store, self.header, *names.shard(row))
-            found = view.find(shard.columns.sample_ids)
+            view, found = asked(view, partial(View.find, sample_ids=shard.columns.sample_ids))
             yield from self._samples(view, found.take(view.of_shard(found, shard)))  # type: ignore[misc]
 
     def records(self, sample_ids: Array) -> list[Sample | None]:
@@ -222,10 +226,8 @@ class CacheReader:
         Each sample counts once; bytes and atoms are those of all published shards per token in them, so that tokens
         which are stored twice count twice.
         """
-        view = self._view
-        rows = view.origins()[1]
-        rows = rows[np.argsort(rows["last_step"], kind="stable")]
-        totals, covered = view.totals, view.covered
+        view, ((_, rows), covered) = asked(self._view, lambda each: (each.origins(), each.covered))
+        rows, totals = rows[np.argsort(rows["last_step"], kind="stable")], view.totals
         return {
             "samples": covered,
             "coverage": covered / max(self.header.samples, 1),
@@ -242,13 +244,22 @@ class CacheReader:
 
     def _find(self, sample_ids: Array) -> tuple[View, Records]:
         """The view, and in it the records of samples; CacheError for an id that the corpus does not have."""
-        sample_ids = np.atleast_1d(np.asarray(sample_ids)).astype(np.int64)
-        if len(sample_ids) and not 0 <= sample_ids.min() <= sample_ids.max() < self.header.samples:
-            raise CacheError(f"cache {self.folder}: sample ids must lie in 0 to {self.header.samples - 1}")
+        sample_ids = self._whole("sample_ids", sample_ids)
+        for bad in sample_ids[(sample_ids < 0) | (sample_ids >= self.header.samples)][:1]:
+            raise CacheError(
+                f"cache {self.folder}: sample is {bad}; sample ids must lie in 0 to {self.header.samples - 1}"
+            )
+        sample_ids = sample_ids.astype(np.int64)
         before = self._view
-        view, records = find_in_view(before, sample_ids)
+        view, records = asked(before, partial(View.find, sample_ids=sample_ids))
         self._take(before, view)
         return view, records
+
+    def _whole(self, name: str, values: Any) -> Array:
+        try:
+            return whole_numbers(values)
+        except ValueError as error:
+            raise CacheError(f"cache {self.folder}: {name} {error}") from None
 
     def _samples(self, view: View, found: Records) -> list[Sample | None]:
         """Records with their bytes, verified; None where there is none."""

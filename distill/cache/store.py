@@ -58,7 +58,7 @@ class Store(ABC):
         """Bytes of a file."""
 
     def exists(self, name: str) -> bool:
-        """Whether there is such a file."""
+        """Whether there is something of this name."""
         try:
             self.size(name)
         except CacheError as error:
@@ -70,6 +70,10 @@ class Store(ABC):
     def modified(self, name: str) -> float:
         """Seconds since 1970 of a file's last change; now, where the store does not say."""
         return time.time()
+
+    def is_blocked(self, name: str) -> bool:
+        """Whether something that is no file has a file's name: a folder, a FIFO, a link to nothing."""
+        return False
 
     @abstractmethod
     def bytes_in(self, folder: str) -> int:

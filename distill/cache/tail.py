@@ -5,13 +5,13 @@ A stream goes on with the next number, so that asking for one name shows whether
 
 from __future__ import annotations
 
-import re
+import logging
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from distill.cache.format import SHARDS, TOOLS, shard_name, shard_of
+from distill.cache.format import SHARDS, TOOLS, WRITER, shard_name, shard_of
 from distill.cache.header import CacheHeader
 from distill.cache.open_store import open_store
 from distill.cache.shard import Shard, read_front
@@ -22,9 +22,11 @@ from distill.config.errors import CacheError
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
 _TOGETHER = 64
 """Shards whose indexes are read together."""
-_WRITER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+_NO_FILE = "not a file, so no shard, and in the way of the writer's next one; codistill-cache repair moves it away"
 
 
 class Tail(NamedTuple):
@@ -39,7 +41,7 @@ class Tail(NamedTuple):
 
 def writers_of(store: Store) -> list[str]:
     """Names that have a stream, those of tools included."""
-    return [name for name in store.names(SHARDS) if _WRITER.fullmatch(name) and not store.is_alias(f"{SHARDS}/{name}")]
+    return [name for name in store.names(SHARDS) if WRITER.fullmatch(name) and not store.is_alias(f"{SHARDS}/{name}")]
 
 
 def is_written(folder: str | Path) -> bool:
@@ -48,7 +50,10 @@ def is_written(folder: str | Path) -> bool:
 
 
 def stream_seqs(store: Store, writer: str, first: int = 0) -> list[int]:
-    """Numbers of the shards that are there from `first` on, ascending."""
+    """Numbers of the shards that are there from `first` on, ascending.
+
+    What is no file, behind all shards, was not published by a writer: it is named in a warning and left out.
+    """
     folder = f"{SHARDS}/{writer}"
     least = shard_name(writer, first).split("/")[2]
     seqs = []
@@ -56,7 +61,11 @@ def stream_seqs(store: Store, writer: str, first: int = 0) -> list[int]:
         if group.isdigit() and (len(group), group) >= (len(least), least):
             places = (shard_of(f"{folder}/{group}/{name}") for name in store.names(f"{folder}/{group}"))
             seqs += [place[1] for place in places if place is not None and place[1] >= first]
-    return sorted(seqs)
+    seqs.sort()
+    while seqs and store.is_blocked(name := shard_name(writer, seqs[-1])):
+        log.warning("%s: %s", store.path(name), _NO_FILE)
+        seqs.pop()
+    return seqs
 
 
 class Ranges:
@@ -189,4 +198,6 @@ def next_seq(store: Store, header: CacheHeader, writer: str, states: Mapping[str
     state, gone = states.get(writer, StreamState()), Ranges(replaced_by_tools(store, header, states))
     for seq, front in _shards(store, header, writer, state.count, None, gone, False, read_front):
         state = state.after(front.header) if front else state.past(seq)
+    if store.is_blocked(name := shard_name(writer, state.count)):
+        raise CacheError(f"{store.path(name)}: {_NO_FILE}")
     return state

@@ -10,14 +10,14 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distill.cache.ahead import NEAR
-from distill.cache.entries import ENTRY, ORIGIN, Array, EntryTable, Names
-from distill.cache.format import TOOLS, shard_name, snapshot_name
+from distill.cache.entries import ENTRY, ORIGIN, Array, EntryTable, Names, precedence
+from distill.cache.format import TOOLS, WRITER, shard_name, snapshot_name
 from distill.cache.header import CacheHeader
 from distill.cache.listing import Listing, ListingDamaged, Totals, block_cache
 from distill.cache.loss_curve import LossSums
@@ -28,6 +28,8 @@ from distill.cache.snapshot import Snapshot, StreamState, load_snapshot, snapsho
 from distill.cache.store import Store, is_missing
 from distill.cache.tail import Tail, read_tail, writers_of
 from distill.config.errors import CacheError
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -105,9 +107,12 @@ class View:
             their_rows = part.origin_rows(theirs["origin"].astype(np.int64))
             if number:
                 mine = entries[new]
-                wins = (tables[new] < 0) | (theirs["step"] > mine["step"])
-                for i in np.flatnonzero(~wins & (theirs["step"] == mine["step"])).tolist():
-                    wins[i] = part.names.shard(their_rows[i]) > self.names(tables[new[i]]).shard(rows[new[i]])
+                is_new = tables[new] < 0
+                is_tie = ~is_new & (theirs["step"] == mine["step"])
+                wins = is_new | (theirs["step"] > mine["step"]) | (is_tie & (theirs["check"] > mine["check"]))
+                for i in np.flatnonzero(is_tie & (theirs["check"] == mine["check"])).tolist():
+                    others = self.names(tables[new[i]]).shard(rows[new[i]])
+                    wins[i] = precedence(*part.names.shard(their_rows[i])) > precedence(*others)
                 new, theirs, their_rows = new[wins], theirs[wins], their_rows[wins]
             entries[new], rows[new], tables[new] = theirs, their_rows, number
         return Records(entries, tables, rows)
@@ -171,6 +176,11 @@ class View:
         return data
 
     # ------------------------------------------------------------ as a whole
+
+    def check(self) -> None:
+        """Reads the listings through; ListingDamaged when a block does not verify."""
+        for listing in self.listings:
+            listing.check()
 
     @property
     def losses(self) -> LossSums:
@@ -261,7 +271,7 @@ def open_view(store: Store, header: CacheHeader, pin: Mapping[str, Any] | None =
     Raises:
         CacheError: damage, or shards of the pinned view that are not there any more.
     """
-    limits = None if pin is None else dict(pin["streams"])
+    limits = None if pin is None else _limits(store, pin)
     block, past = block_cache(store), -1
     for snapshot in _candidates(store, header, pin, bad):
         past = max(past, snapshot.number)
@@ -277,20 +287,48 @@ def open_view(store: Store, header: CacheHeader, pin: Mapping[str, Any] | None =
     raise AssertionError("the empty snapshot is always a candidate")
 
 
+def _limits(store: Store, pin: Mapping[str, Any]) -> dict[str, int]:
+    """The count of each writer's shards; CacheError: the pin is not one that `View.pin` gives."""
+
+    def is_number(value: Any, least: int) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and least <= value < 10**18
+
+    streams = pin.get("streams") if isinstance(pin, Mapping) else None
+    if (
+        not isinstance(streams, Mapping)
+        or pin.keys() != {"snapshot", "streams"}
+        or not is_number(pin["snapshot"], -1)
+        or not all(
+            isinstance(name, str) and WRITER.fullmatch(name) and is_number(count, 0) for name, count in streams.items()
+        )
+    ):
+        raise CacheError(
+            f"cache {store.root}: the view is {pin!r:.200}; expected is what a reader's `view` gives, "
+            "{'snapshot': NUMBER, 'streams': {WRITER: COUNT}}"
+        )
+    return dict(streams)
+
+
 def snapshot_view(store: Store, header: CacheHeader, snapshot: Snapshot) -> View:
     """A snapshot without what was published after it; CacheError as `open_view`."""
     streams = {name: state.count for name, state in snapshot.streams.items()}
     return open_view(store, header, {"snapshot": snapshot.number, "streams": streams})
 
 
-def find_in_view(view: View, sample_ids: Array) -> tuple[View, Records]:
-    """`view.find`, and the view; where a listing is damaged, another view of the same shards, without the snapshot."""
+def asked(view: View, question: Callable[[View], T]) -> tuple[View, T]:
+    """The view, and an answer from it; where a listing is damaged, another view of the same shards, without the
+    snapshot."""
     try:
-        return view, view.find(sample_ids)
+        return view, question(view)
     except ListingDamaged as error:
         log.warning("%s; the shards serve: codistill-cache index makes a new listing", error)
         fresh = replace(open_view(view.store, view.header, view.pin, bad=view.snapshot.number), past=view.past)
-        return fresh, fresh.find(sample_ids)
+        return fresh, question(fresh)
+
+
+def sound_view(view: View) -> View:
+    """The view, whose listings have been read through, or what `asked` takes in its place."""
+    return asked(view, View.check)[0]
 
 
 def refreshed(view: View) -> View:

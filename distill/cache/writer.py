@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import threading
 from pathlib import Path
@@ -28,9 +29,11 @@ from distill.cache.shard import Array, Columns
 from distill.cache.snapshot import StreamState, newest_snapshot
 from distill.cache.tail import next_seq
 from distill.cache.targets import Atoms
-from distill.cache.view import Records, View, find_in_view, open_view, refreshed
+from distill.cache.view import Records, View, asked, open_view, refreshed
 from distill.config.errors import CacheError
 from distill.config.schema import OnFull
+
+log = logging.getLogger(__name__)
 
 
 class WriterStats(NamedTuple):
@@ -104,7 +107,8 @@ class CacheWriter:
             is_alone = stack.enter_context(self._store.lock(writer_lock(writer), f"the writer's name {writer!r}"))
             listed = newest_snapshot(self._store, self._identity).streams
             self._state = next_seq(self._store, self.header, writer, listed)
-            self._listed = listed.get(writer, StreamState()).count
+            self._listed = self._tried = listed.get(writer, StreamState()).count
+            """Up to which number there are listings, and up to which it was tried to make one."""
             if is_alone:
                 remove_leftovers(self._store, writer, self._state.count)
             if source == "capture" and (is_restart or self._state.finished or not self._state.count):
@@ -126,10 +130,15 @@ class CacheWriter:
         self._state = self._state.after(mark)
 
     def _index(self) -> None:
-        """Makes a listing of what has been published since the last one."""
+        """Makes a listing of what has been published since the last one, or names in a warning what is in the way: it
+        is made of the shards, so that nothing is lost without it."""
         if self._state.count > self._listed:
-            cataloging.update(self._store, self.header, [self.writer])
-            self._listed = self._state.count
+            self._tried = self._state.count
+            try:
+                cataloging.update(self._store, self.header, [self.writer])
+                self._listed = self._tried
+            except CacheError as error:
+                log.warning("%s; no listing is made now: codistill-cache index makes one", error)
 
     @property
     def stats(self) -> WriterStats:
@@ -190,16 +199,9 @@ class CacheWriter:
         )
         label_logprob_T = logits_TV.gather(-1, labels_T[:, None])[:, 0].float() - lse_T
         return self.put(
-            sample_ids_B,
-            digests_B,
-            selection.atoms,
-            label_logprob_T,
-            selection.entropy_T,
-            valid_T,
-            step=step,
-            tokens_seen=tokens_seen,
-            teacher=teacher,
-        )
+            sample_ids_B, digests_B, selection.atoms, label_logprob_T, selection.entropy_T, valid_T, step=step,
+            tokens_seen=tokens_seen, teacher=teacher,
+        )  # fmt: skip
 
     def flush(self) -> None:
         """Publishes all that was accepted, in a short shard if need be, and returns when it is on disk."""
@@ -255,7 +257,7 @@ class CacheWriter:
             self._done_to = max((origin.last_step for origin in self._done.summary), default=-1)
         self._last = batch.step, batch.teacher
         if batch.step <= self._done_to:
-            self._done, records = find_in_view(self._done, batch.sample_ids_B)
+            self._done, records = asked(self._done, lambda view: view.find(batch.sample_ids_B))
             self._check_published(batch, self._done, records)
             keep_B &= records.steps < batch.step
         self._passed += int((~keep_B).sum())
@@ -351,17 +353,11 @@ class CacheWriter:
         steps = np.repeat([batch.step for batch in batches], [len(batch.sample_ids_B) for batch in batches])
         tokens = int(valid.sum())
         origin = Origin(
-            teacher=batches[0].teacher,
-            source=self._source,
-            first_step=int(steps.min()),
-            last_step=int(steps.max()),
-            samples=len(sample_ids),
-            tokens=tokens,
-            tokens_seen=batches[-1].tokens_seen,
-            loss=-float(label_logprob[valid].mean(dtype=np.float64)) if tokens else None,
-            seen_before=self._seen_before,
+            teacher=batches[0].teacher, source=self._source, first_step=int(steps.min()), last_step=int(steps.max()),
+            samples=len(sample_ids), tokens=tokens, tokens_seen=batches[-1].tokens_seen,
+            loss=-float(label_logprob[valid].mean(dtype=np.float64)) if tokens else None, seen_before=self._seen_before,
             flops_per_token=self._flops_per_token,
-        )
+        )  # fmt: skip
         losses = LossSums()
         losses.add_tokens(batches[0].teacher, self._source, np.repeat(steps, width)[valid], -label_logprob[valid])
         columns = Columns(sample_ids, joined("digests_B"), steps, encoded.atoms, np.zeros(len(steps), np.int64))
@@ -374,5 +370,5 @@ class CacheWriter:
         self._published = done._replace(
             samples=done.samples + header.samples, tokens=done.tokens + tokens, bytes=done.bytes + header.bytes
         )
-        if self._state.count - self._listed >= self._index_every:
+        if self._state.count - self._tried >= self._index_every:
             self._index()

@@ -8,9 +8,10 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from distill.config import soft_losses
 from distill.config.model import model_rules, vision_rules
 from distill.config.ranges import out_of_range
-from distill.config.registry import CODECS, FACTORS, JOBS
+from distill.config.registry import CODECS, FACTORS, JOBS, LOSSES
 from distill.config.schema import (
     IMAGE_TOKENS,
     CodecConfig,
@@ -26,6 +27,7 @@ from distill.config.schema import (
     Schedule,
     Source,
     StudentConfig,
+    Targets,
     TeacherConfig,
     VisionConfig,
     WeightingConfig,
@@ -49,6 +51,8 @@ def _rules(run: RunConfig) -> Iterator[str]:
     yield from _role("teacher", run.teacher)
     yield from _role("student", run.student)
     yield from _weighting("student.weighting", run.student.weighting)
+    if run.student.loss in LOSSES.names:
+        yield from soft_losses.option_problems(run.student)
     for name, arm in run.codistill.arms.items():
         yield from _weighting(f"codistill.arms.{name}.weighting", arm.weighting)
     yield from _folder_names("codistill.arms", run.codistill.arms)
@@ -70,7 +74,15 @@ _TAKES_ITS_STREAM = "a student that keeps pace with a teacher takes its stream"
 
 
 def student_rules(run: RunConfig) -> Iterator[str]:
-    if run.student.cached and run.cache.dir is None:
+    live = run.student.targets is Targets.live
+    yield from soft_losses.live_problems(run)
+    if live:
+        if run.teacher.from_ is None:
+            yield "teacher.from is null; student.targets=live with job=student takes the frozen teacher of that folder"
+        if run.cache.follow:
+            yield "cache.follow is true with student.targets=live; no cache is read"
+        yield from _foreign_images(run)
+    if run.student.cached and not live and run.cache.dir is None:
         lacking = [name for name in run.data.corpora if name not in run.cache.dirs]
         if lacking:
             which = f" and cache.dirs has no {', '.join(lacking)}" if run.cache.dirs else ""
@@ -87,14 +99,26 @@ def student_rules(run: RunConfig) -> Iterator[str]:
 def codistill_rules(run: RunConfig) -> Iterator[str]:
     if run.init_from is not None:
         yield f"init_from is {run.init_from}; job=codistill trains two models: set teacher. or student.init_from"
-    if run.teacher.model.vocab_size > run.student.model.vocab_size:
+    if run.teacher.model.vocab_size > run.student.model.vocab_size and run.student.targets is Targets.cache:
         yield (
             f"student.model.vocab_size is {run.student.model.vocab_size} and teacher.model.vocab_size is "
             f"{run.teacher.model.vocab_size}; soft targets fall on any id of the teacher: give the student as many, or "
             "more (rows added at the end)"
         )
-    if not run.teacher.capture:
-        yield "teacher.capture is false; job=codistill trains the student on what the teacher captures"
+    live, arms = run.student.targets is Targets.live, run.codistill.arms
+    yield from soft_losses.live_problems(run)
+    if live and (problem := soft_losses.vocabulary_problem(run.student, run.teacher.model.vocab_size, "teacher.model")):
+        yield problem
+    cached = ["the student"] if run.student.cached and not live else []
+    cached += [f"codistill.arms.{name}" for name, arm in arms.items() if arm.cached]
+    if not run.teacher.capture and cached:
+        yield (
+            f"teacher.capture is false; job=codistill trains {', '.join(cached)} on what the teacher captures "
+            "(student.targets=live and arms with cached=false need no capture)"
+        )
+    if cached and run.cache.codec.name in CODECS.names and run.student.loss in LOSSES.names:
+        form, codec = soft_losses.form_of(run.cache.codec.name), f"cache.codec.name={run.cache.codec.name}"
+        yield from soft_losses.refusal(run.student, form, codec)
     if run.student.replay.order is ReplayOrder.own:
         yield f"student.replay.order is own with job=codistill; {_TAKES_ITS_STREAM}"
 
@@ -108,14 +132,19 @@ def backfill_rules(run: RunConfig) -> Iterator[str]:
             f"{' and '.join(given) or 'init_from is null'}; job=backfill takes one frozen teacher: "
             "init_from=FOLDER or teacher.from=hf:FOLDER"
         )
-    if source is not None and source.startswith("hf:") and run.data.has_images:
-        yield f"teacher.from is {source}; data.corpora have images, which only the project's own models take"
+    yield from _foreign_images(run)
     corpora = run.backfill.corpora
     for name in corpora:
         if name not in run.data.corpora:
             yield f"backfill.corpora has {name}; allowed: {', '.join(run.data.corpora)}"
     if len(set(corpora)) < len(corpora):
         yield f"backfill.corpora is {list(corpora)}; each once"
+
+
+def _foreign_images(run: RunConfig) -> Iterator[str]:
+    source = run.teacher.from_
+    if source is not None and source.startswith("hf:") and run.data.has_images:
+        yield f"teacher.from is {source}; data.corpora have images, which only the project's own models take"
 
 
 def evaluate_rules(run: RunConfig) -> Iterator[str]:
@@ -309,8 +338,12 @@ def _sources(run: RunConfig) -> Iterator[str]:
     for key, folder in folders.items():
         if folder is not None and not Path(folder).is_dir():
             yield f"{key} is {folder}; no such folder"
-    if run.teacher.from_ is not None and run.job != "backfill":
-        yield f"teacher.from is {run.teacher.from_} with job={run.job}; only job=backfill labels with a frozen teacher"
+    frozen = run.job == "backfill" or (run.job == "student" and run.student.targets is Targets.live)
+    if run.teacher.from_ is not None and not frozen:
+        yield (
+            f"teacher.from is {run.teacher.from_} with job={run.job}; only job=backfill labels with a frozen teacher, "
+            "and job=student with student.targets=live"
+        )
 
 
 def _folder_names(key: str, names: Iterable[str]) -> Iterator[str]:

@@ -10,11 +10,12 @@ modules of a user, which are imported first and add entries of their own:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from distill.config.errors import ConfigError
@@ -152,6 +153,8 @@ class CodecEntry:
     """Fields of `CodecConfig` that the codec reads; cache.json holds them."""
     rules: str | Callable[..., Iterator[str]] | None = None
     """Yields a sentence for each rule that a CodecConfig breaks, given the size of the vocabulary."""
+    has_bucket: bool = False
+    """Atoms are probabilities of distinct ids, and 1 minus their sum is that of all others: nothing is drawn."""
 
     def make(self, config: Any, vocab_size: int) -> Any:
         options = Options("cache.codec.options", config.options)
@@ -167,11 +170,45 @@ CODECS: Registry[CodecEntry] = Registry(
         "systematic": CodecEntry("distill.cache.codecs.drawn:Systematic", ("draws",)),
         "threshold": CodecEntry("distill.cache.codecs.threshold:Threshold", ("tau",)),
         "multinomial": CodecEntry("distill.cache.codecs.drawn:Multinomial", ("draws",)),
-        "topk": CodecEntry("distill.cache.codecs.topk:TopK", ("k",), f"{_RULES}:topk_rules"),
+        "topk": CodecEntry("distill.cache.codecs.topk:TopK", ("k",), f"{_RULES}:topk_rules", has_bucket=True),
     },
 )
-LOSSES: Registry[Any] = Registry("loss", {"mixed": "losses.mixed:Mixed"})
-"""Row functions of the student's head."""
+
+
+@dataclass(frozen=True)
+class LossEntry:
+    """A row of the table of the project's own losses; `distill.config.soft_losses` says what may use which targets."""
+
+    place: str
+    """`module:name` of the divergence, which `losses.divergences` describes."""
+    options: Mapping[str, float] = field(default_factory=dict)
+    """Keys of `student.loss_options` that it reads, with their defaults."""
+    linear: bool = False
+    """In p at temperature 1, up to terms without the student: targets of the right mean give the right gradient."""
+
+    def divergence(self, options: Mapping[str, float]) -> Callable[..., Any]:
+        """The divergence with its options, of those that the loss reads."""
+        own = {name: value for name, value in options.items() if name != "temperature"}
+        return functools.partial(_loaded(self.place), **own)
+
+
+_DIVERGENCES = "losses.divergences"
+_FLAT = {"temperature": 1.0}
+
+LOSSES: Registry[Any] = Registry(
+    "loss",
+    {
+        "mixed": LossEntry(f"{_DIVERGENCES}:cross_entropy", linear=True),
+        "forward_kl": LossEntry(f"{_DIVERGENCES}:forward_kl", _FLAT, linear=True),
+        "reverse_kl": LossEntry(f"{_DIVERGENCES}:reverse_kl", _FLAT),
+        "jensen_shannon": LossEntry(f"{_DIVERGENCES}:jensen_shannon", _FLAT | {"beta": 0.5}),
+        "skew_kl": LossEntry(f"{_DIVERGENCES}:skew_kl", _FLAT | {"skew": 0.1}),
+        "skew_reverse_kl": LossEntry(f"{_DIVERGENCES}:skew_reverse_kl", _FLAT | {"skew": 0.1}),
+        "alpha_beta": LossEntry(f"{_DIVERGENCES}:alpha_beta", _FLAT | {"alpha": 0.2, "beta": 0.7}),
+    },
+)
+"""Losses of the student. An entry of a user's module is a row function, which takes labels, their weights, and the
+atoms' ids, probabilities and weights."""
 FACTORS: Registry[Any] = Registry("factor", {"lag": "losses.factors:Lag", "entropy": "losses.factors:Entropy"})
 """Factors of alpha."""
 DISPATCHERS: Registry[Any] = Registry("dispatcher", {"local": "distill.model.dispatch:LocalDispatcher"})

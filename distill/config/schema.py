@@ -19,9 +19,11 @@ from distill.config.model import RopeScaling as RopeScaling
 from distill.config.model import VisionConfig as VisionConfig
 from distill.config.ranges import (
     Below1,
+    Between,
     Characters,
     Count,
     Draws,
+    Exponent,
     Facts,
     Ids,
     Many,
@@ -37,6 +39,7 @@ from distill.config.ranges import (
     Stage,
     Symbols,
     Tau,
+    Temperature,
     Tflops,
     Threads,
     Tiles,
@@ -77,6 +80,13 @@ class ReplayOrder(Enum):
     same = "same"
     newest = "newest"
     late_first = "late_first"
+
+
+class Targets(Enum):
+    """Where a student's soft targets come from: a cache, or a forward pass of a teacher in the same process."""
+
+    cache = "cache"
+    live = "live"
 
 
 class Freeze(Enum):
@@ -245,6 +255,21 @@ class WeightingConfig:
 
 
 @frozen
+class LossOptions:
+    """Of `student.loss`; null: the loss's default. One that the loss does not read is refused."""
+
+    temperature: Temperature | None = None
+    """Student and teacher are both made flatter by it, and the soft loss is multiplied by its square; default 1."""
+    beta: Exponent | None = None
+    """jensen_shannon: the teacher's share of the mean distribution, in (0, 1), default 0.5; alpha_beta: exponent of the
+    student, default 0.7."""
+    skew: Between | None = None
+    """skew_kl, skew_reverse_kl: share of the first distribution in the second; default 0.1."""
+    alpha: Exponent | None = None
+    """alpha_beta: exponent of the teacher; default 0.2."""
+
+
+@frozen
 class ReplayConfig:
     order: ReplayOrder = ReplayOrder.late_first
     """Order over the teacher's stream: the teacher's (same), backwards, or its second half first; own: not the
@@ -275,8 +300,9 @@ class TeacherConfig:
     capture: bool = True
     """Write soft targets of every training batch to the cache."""
     from_: PathText | None = None
-    """Frozen teacher of job=backfill, on the command line also spelt `teacher.from`: a run, a checkpoint, a Hugging
-    Face Llama 4 folder; or `hf:FOLDER`, any causal language model that transformers loads (extra `hf`)."""
+    """Frozen teacher of job=backfill, or of live targets, on the command line also spelt `teacher.from`: a run, a
+    checkpoint, a Hugging Face Llama 4 folder; or `hf:FOLDER`, any causal language model that transformers loads (extra
+    `hf`)."""
 
 
 @frozen
@@ -287,8 +313,14 @@ class StudentConfig:
     init_from: PathText | None = None
     cached: bool = True
     """False: hard labels alone; no cache is opened."""
+    targets: Targets = Targets.cache
+    """live: the frozen teacher of `teacher.from` (job=student), or the teacher that trains beside (job=codistill)."""
     loss: LossName = "mixed"
-    """Row function of the head."""
+    """Of the soft targets; docs/guide.md has the table of what each may use. mixed: cross entropy."""
+    loss_options: LossOptions = field(default_factory=LossOptions)
+    hidden_match: NotNegative = 0.0
+    """Coefficient, times alpha, of 1 - cosine between the teacher's last hidden state and a learned projection of the
+    student's; live targets only; 0: none."""
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
 

@@ -43,6 +43,8 @@ class Batch:
     """float32 nats: the teacher's mean label loss on the sample's shard when captured; nan where not covered."""
     step_B: Tensor
     """int64: last teacher step of the sample's shard; -1 where not covered."""
+    teacher_TE: Tensor | None = None
+    """Normed hidden states of a live teacher; None: there is none."""
     images: Images | None = None
     """Tiles sample after sample; None: no sample has image tokens."""
     tile_tokens: int = 0
@@ -55,9 +57,10 @@ class Batch:
             targets = SoftTargets(*(column[start * length : stop * length] for column in targets))
         if images is not None:
             images = _rows(images, start, stop, self.tile_tokens)
-        others = [f.name for f in fields(self) if f.name not in ("targets", "images", "tile_tokens")]
+        teacher_TE = None if self.teacher_TE is None else self.teacher_TE[start * length : stop * length]
+        others = [f.name for f in fields(self) if f.name not in ("targets", "teacher_TE", "images", "tile_tokens")]
         parts = {name: getattr(self, name)[start:stop] for name in others}
-        return replace(self, **parts, targets=targets, images=images)
+        return replace(self, **parts, targets=targets, teacher_TE=teacher_TE, images=images)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same with its tensors on `device`, but for documents_BS, with which the model plans on the CPU."""

@@ -27,10 +27,17 @@ class Forward:
 
 
 class Recipe(ABC):
-    """One role's part of the training loop; `begin`, `end` and `publish` may be collective, `forward` is not.
+    """One role's part of the training loop; all but `forward` may be collective.
 
     Batches are `distill.data.join.Batch`. By default a recipe has no state and publishes nothing.
     """
+
+    def ready(self, batch: Any, parts: int) -> Any:
+        """This rank's rows of a whole optimizer step with what the recipe adds to them, before `begin`.
+
+        parts: micro-batches that they are cut into.
+        """
+        return batch
 
     def begin(self, batch: Any, step: int) -> Any:
         """What this rank's rows of a whole optimizer step decide: a value that is handed to `forward` and `end`."""

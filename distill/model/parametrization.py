@@ -18,7 +18,7 @@ to `model.base`; the width of all heads is taken to grow with hidden_size, the c
     router                   mN^-1/2                     1/mN            1/mL         mN
     norms of layers          (1 always)                  1               1/(mN mL)    1
     last norm                (1 always)                  1               1/mN         1
-    head                     1/mN                        1/mN            1            mN
+    head, hidden projector   1/mN                        1/mN            1            mN
 
 Sources: CompleteP (arXiv 2505.01618, alpha = 1) for width and depth, Complete(d)P (2512.22382) for eps and weight
 decay, 2601.20205 for experts and router (which allows 1/mN and mN^-1/2 as the router's initial scale). Ours:
@@ -69,7 +69,7 @@ def scales(config: ModelConfig, name: str) -> Scales:
         r".*\.router\.": Scales(width**-0.5, 1 / width, 1 / depth, width),
         r".*layernorm\.": Scales(1, 1, 1 / (width * depth), 1),
         r"norm\.": Scales(1, 1, 1 / width, 1),
-        r"head\.": Scales(1 / width, 1 / width, 1, width),
+        r"(head|hidden_projector)\.": Scales(1 / width, 1 / width, 1, width),
     }
     matches = [factors for pattern, factors in table.items() if re.match(pattern, name)]
     assert len(matches) == 1, f"{name} has {len(matches)} rules"

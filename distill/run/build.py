@@ -12,6 +12,7 @@ from distill.data.join import Joiner
 from distill.data.stream import Stream, replay
 from distill.engine.watch import Watch
 from distill.model import Transformer
+from distill.model.hidden_projector import attach
 from distill.run import identity
 from distill.run.caches import cache_folders, open_capture
 from distill.run.feed import Feed, FollowingFeed, Positions
@@ -20,14 +21,16 @@ from distill.run.models import architecture, check_vision, first_model
 from distill.run.run import Run
 from distill.run.trainer import Trainer
 from student.distilling import StudentRecipe
+from student.live_teacher import LiveTeacher
+from student.soft_loss import SoftLoss
 from teacher.capture import Capture
 from teacher.pretraining import TeacherRecipe
 
 
-def prepare(run: Run) -> None:
-    """The data of a run that trains, for all its models."""
+def prepare(run: Run, *vocab_sizes: int) -> None:
+    """The data of a run that trains, for all its models; vocab_sizes: of others that read them."""
     models = [(role, getattr(run.config, role).model) for role in run.roles]
-    run.prepare(min(model.vocab_size for _, model in models))
+    run.prepare(min([*vocab_sizes, *(model.vocab_size for _, model in models)]))
     for role, model in models:
         check_vision(f"{role}.model.vision", model.vision, run.config.data, run.data.tokenizer)
 
@@ -122,23 +125,34 @@ def lineage_of(run: Run, model: Transformer, is_loaded: bool, steps: int, stream
     return Lineage(identity.base_of(parts), digests, part.train.batch * run.config.data.sample_tokens)
 
 
-def student(run: Run, readers: list[CacheReader] | None) -> tuple[Trainer, StudentRecipe]:
-    """A student on the teacher's stream as the cache records it, or (no cache, or order=own) on its own."""
+def student(
+    run: Run, readers: list[CacheReader] | None, live: LiveTeacher | None = None
+) -> tuple[Trainer, StudentRecipe]:
+    """A student on the teacher's stream as the cache records it, or (no cache, or order=own) on its own.
+
+    live: the teacher of its targets; one that trains beside it has the same stream.
+    """
     part, steps = run.config.student, steps_of(run, "student")
     if readers and part.replay.order is not ReplayOrder.own:
         stream, planned = teachers_stream(readers, list(run.data.train))
     else:
         stream, planned = own_stream(run), steps * part.train.batch
+        if live and "teacher" in run.roles:
+            planned = steps_of(run, "teacher") * run.config.teacher.train.batch
+    model, _ = first_model(run, "student")
+    projector_ED = attach(model, live.width, run.config.seed) if live and part.hidden_match else None
+    vocab_sizes = [reader.header.vocab_size for reader in readers or []]
     recipe = StudentRecipe(
         part,
         run.dist,
         steps,
         corpora=len(run.data.train),
-        teacher_vocab_size=max((reader.header.vocab_size for reader in readers or []), default=None),
+        teacher_vocab_size=len(live.unembedding()) if live else max(vocab_sizes, default=None),
         best_teacher_loss=_best_losses(run, readers),
+        loss=SoftLoss(part, [reader.header.codec.name for reader in readers or []], projector_ED),
+        live=live,
     )
     feed = _feed(run, stream, replay(part.replay.order, planned), readers, part.train.batch)
-    model, _ = first_model(run, "student")
     return Trainer(run, "student", model, recipe, feed, Watch(run.dist), steps), recipe
 
 

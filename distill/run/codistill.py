@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from distill.cache import CacheReader
-from distill.config.schema import ArmConfig, CodistillConfig, ReplayConfig, RunConfig
+from distill.config.schema import ArmConfig, CodistillConfig, ReplayConfig, RunConfig, Targets
 from distill.run import build
 from distill.run.caches import cache_entries, cache_root, open_readers
 from distill.run.evaluation import evaluate_whole, model_entries
+from distill.run.live import learning
 from distill.run.overhead import capture_overhead
 from distill.run.run import Run, as_job
 from distill.run.student import train_student
@@ -26,16 +27,19 @@ def codistill(run: Run) -> None:
     config = run.config
     build.prepare(run)
     teacher, capture = build.teacher(run)
-    assert capture is not None
-    readers = open_readers(run)
-    student, recipe = build.student(run, readers)
+    readers = open_readers(run) if capture else []
+    is_live = config.student.targets is Targets.live
+    student, recipe = build.student(run, None if is_live else readers, learning(teacher) if is_live else None)
     trainers = {"teacher": teacher, "student": student}
     train(run, trainers, lambda stopped: _rounds(run, teacher, student, readers, stopped))
-    capture.close()
+    if capture:
+        capture.close()
 
     taught = evaluate_whole(run, teacher.engine.model, role="teacher")
     result = evaluate_whole(run, student.engine.model, teacher.engine.model, role="student")
-    overhead = capture_overhead(run, teacher)
+    captured: dict[str, Any] = {}
+    if capture:
+        captured = cache_entries(readers) | {"capture_overhead": capture_overhead(run, teacher)}
     for trainer in trainers.values():
         trainer.engine.close()
     entries = model_entries(run, "teacher", taught) | model_entries(run, "distilled", result)
@@ -44,8 +48,7 @@ def codistill(run: Run) -> None:
         parts = ("loss", "accuracy", "corpora")
         entries |= {f"{name}_{part}": summary[key] for part in parts if (key := f"student_{part}") in summary}
     entries |= {
-        **cache_entries(readers),
-        "capture_overhead": overhead,
+        **captured,
         "coverage": recipe.coverage,
         "stall": student.clock.stall,
         "agreement": result.agreement,
@@ -77,7 +80,11 @@ def _rounds(
                 run.dist.barrier()  # all shards are published before any rank reads
                 for reader in readers:
                     reader.refresh()
-            reach = student.feed.published(readers, student.step, student.steps)
+            if run.config.student.targets is Targets.live:
+                batch = run.config.teacher.train.batch
+                reach = student.feed.passed(teacher.step, batch, student.step, student.steps)
+            else:
+                reach = student.feed.published(readers, student.step, student.steps)
             # Checkpoints lie between logged rows, so that no row is averaged over a part of its steps.
             reach -= reach % student.config.log_every if reach < student.steps else 0
             goal = max(student.step, min(reach, goal))
@@ -110,7 +117,13 @@ def arm_config(run: Run, arm: ArmConfig) -> RunConfig:
     lr = part.optim.lr if arm.lr is None else arm.lr
     optim = dataclasses.replace(part.optim, lr=lr, schedule=arm.schedule or part.optim.schedule)
     own = dataclasses.replace(
-        part, optim=optim, weighting=arm.weighting, cached=arm.cached, replay=ReplayConfig(order=arm.order)
+        part,
+        optim=optim,
+        weighting=arm.weighting,
+        cached=arm.cached,
+        targets=Targets.cache,
+        hidden_match=0.0,
+        replay=ReplayConfig(order=arm.order),
     )
     return dataclasses.replace(
         config,

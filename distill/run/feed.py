@@ -56,11 +56,15 @@ class Feed:
         frontiers = [f for reader in readers if (f := reader.frontier) is not None]
         if not frontiers:
             return goal
-        frontier = min(frontiers)
+        return self.passed(min(frontiers), stream["batch"], step, goal)
+
+    def passed(self, teacher_step: int, teacher_batch: int, step: int, goal: int) -> int:
+        """The step, from `step` to `goal`, up to which all samples are in the first `teacher_step` steps of a teacher
+        on the same stream."""
         for block in range(step, goal, 256):
             end = min(block + 256, goal)
-            steps = self.positions(np.arange(block * self.size, end * self.size)) // stream["batch"]
-            waiting = np.flatnonzero(steps >= frontier)
+            steps = self.positions(np.arange(block * self.size, end * self.size)) // teacher_batch
+            waiting = np.flatnonzero(steps >= teacher_step)
             if len(waiting):
                 return block + int(waiting[0]) // self.size
         return goal

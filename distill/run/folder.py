@@ -80,7 +80,8 @@ def problems(folder: Path, config: RunConfig) -> Iterator[str]:
     was, now = paths.expanded(before, RunConfig), to_dict(config)  # the paths of both whole
     for key, here, there in sorted(differences(now, was), key=lambda difference: difference.key):
         if not key.startswith(_FREE):
-            yield f"{key} is {shown(here)}; the run in {folder} was started with {shown(there)}"
+            # A field may not have the name of a Python keyword.
+            yield f"{key.rstrip('_')} is {shown(here)}; the run in {folder} was started with {shown(there)}"
     if (folder / SUMMARY).exists():
         try:
             summary(folder)

@@ -1,6 +1,7 @@
-"""The frozen teacher of a backfill: loaded, named, and checked against the run's tokenizer, images and samples."""
+"""A frozen teacher, loaded, named, and checked against the run's tokenizer, images and samples."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,15 +36,20 @@ class Teacher(NamedTuple):
     """Digests of corpora that it was trained on, as far as its checkpoint or run records them."""
 
 
-def load_teacher(run: Run) -> Teacher:
+def load_teacher(run: Run, prepare: Callable[[int], None] | None = None) -> Teacher:
     """The teacher that the configuration names, on the run's device; prepares the run's data for it. Collective.
+
+    Args:
+        prepare: makes the run's data, given the size of the teacher's vocabulary; None: `Run.prepare`.
 
     Raises:
         ConfigError: it cannot be loaded, cannot take the run's images, takes shorter samples only, or has another
             tokenizer; names both.
     """
     config = run.config
-    source = config.teacher.from_ or config.teacher.init_from or config.init_from
+    source = config.teacher.from_
+    if run.config.job == "backfill":
+        source = source or config.teacher.init_from or config.init_from
     assert source is not None
     folder = Path(source.removeprefix("hf:"))
     dtype = PRECISIONS[config.precision].dtype
@@ -65,7 +71,7 @@ def load_teacher(run: Run) -> Teacher:
     if longest is not None and config.data.sample_tokens > longest:
         raise ConfigError(f"data.sample_tokens is {config.data.sample_tokens}; the model in {folder} takes {longest}")
     model.model.to(run.dist.device)
-    run.prepare(model.vocab_size)
+    (prepare or run.prepare)(model.vocab_size)
     check_vision(f"vision of the model in {folder}", vision, config.data, run.data.tokenizer)
     home = run_of(folder) or folder.absolute()  # a Hugging Face folder has its own tokenizer
     _check_tokenizer(run, home)

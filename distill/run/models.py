@@ -17,7 +17,7 @@ from distill.data.tokenizer import Tokenizer
 from distill.engine import checkpoint
 from distill.engine.checkpoint import Checkpoint
 from distill.engine.deepspeed_engine import Engine, load_weights
-from distill.model import Transformer, hf
+from distill.model import Transformer, hf, hidden_projector
 from distill.model.balance import degenerate_routers
 from distill.model.freeze import freeze
 from distill.model.parts import PLAIN, Parts
@@ -93,7 +93,7 @@ def _from_checkpoint(opened: Checkpoint, role: str, with_vision: bool, parts: Pa
     name = role_in(opened, role)
     stored = OmegaConf.merge(OmegaConf.structured(ModelConfig), opened.state["models"][name])
     config = cast(ModelConfig, OmegaConf.to_object(stored))
-    tensors = opened.tensors(name, ("param/", "buffer/"))
+    tensors = hidden_projector.without(opened.tensors(name, ("param/", "buffer/")))
     if not with_vision:
         config = dataclasses.replace(config, vision=None)
         tensors = {key: t for key, t in tensors.items() if not key.removeprefix("param/").startswith(hf.VISION)}

@@ -164,6 +164,7 @@ class Trainer:
     def _update(self, recipe: Recipe, meters: Meters, batch: Batch, lr: float) -> Update:
         """Forward and backward passes of all micro-batches, and the optimizer's update."""
         valid = self.halt.sum(batch.valid_BS.sum())
+        batch = recipe.ready(batch, self.config.accumulation)
         plan = recipe.begin(batch, self.step)
         routed: list[Tensor] = []
         results: list[Any] = []

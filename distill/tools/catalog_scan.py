@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from distill.cache.cataloging import PIECE
 from distill.cache.entries import ENTRY, ORIGIN, Array, EntryTable
 from distill.cache.format import CATALOG, TEMPORARY, snapshot_name, snapshot_of
 from distill.cache.header import CacheHeader
-from distill.cache.listing import Listing, ListingRef, block_cache
+from distill.cache.listing import PIECE, Listing, ListingRef, block_cache
 from distill.cache.origins import SOURCES
 from distill.cache.snapshot import Snapshot, load_snapshot, snapshot_numbers
 from distill.cache.store import Store, is_missing

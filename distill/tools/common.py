@@ -118,6 +118,12 @@ def is_live(store: Store, writer: str) -> bool:
     return store.is_locked(writer_lock(writer))
 
 
+def blocked_locks(store: Store) -> list[str]:
+    """Names of writers' locks that something else than a file has, so that nothing can hold them."""
+    names = [f"{LOCKS}/{name}" for name in store.names(LOCKS) if name.endswith(".lock")]
+    return [name for name in names if name != TOOLS_LOCK and store.is_blocked(name)]
+
+
 def check_room(store: Store, needed: int, what: str) -> None:
     """CacheError where a local disk has less room than what is about to be written; `what` names it."""
     if isinstance(store, LocalStore):

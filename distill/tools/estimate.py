@@ -19,7 +19,7 @@ from distill.cache.header import CacheHeader
 from distill.cache.listing import ENTRIES, FENCE, FENCES, KEPT, ORIGINS
 from distill.cache.shard_header import WIDTH
 from distill.cache.store import Store
-from distill.cache.view import open_view
+from distill.cache.view import View, asked, open_view
 from distill.config import json_text
 from distill.config.errors import CacheError, ConfigError
 from distill.config.paths import home
@@ -95,7 +95,7 @@ def from_cache(store: Store, header: CacheHeader) -> BytesPerToken:
     Raises:
         CacheError: one without records, or damage.
     """
-    _, rows = open_view(store, header).origins()
+    _, (_, rows) = asked(open_view(store, header), View.origins)
     if not rows["tokens"].any():
         raise CacheError(f"{store.root}: holds no records yet; nothing can be estimated from it")
     starts = np.flatnonzero(rows["number"] == 0)

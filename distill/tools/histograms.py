@@ -10,7 +10,7 @@ from distill.cache.header import CacheHeader
 from distill.cache.reader import CacheReader
 from distill.cache.shard import Shard
 from distill.cache.store import Store
-from distill.cache.view import View, open_view
+from distill.cache.view import View, asked, open_view
 from distill.config.errors import CacheError
 from distill.config.terminal import advancing
 from distill.config.units import grouped
@@ -67,7 +67,7 @@ def histograms(store: Store, count: int) -> dict[str, Any]:
 
 def _choose(view: View, count: int) -> NDArray[np.int64]:
     """Ids of up to `count` samples, by records drawn evenly from all shards."""
-    names, rows = view.origins()
+    names, rows = asked(view, View.origins)[1]
     rows = rows[rows["number"] == 0]
     ends = np.cumsum(rows["shard_samples"], dtype=np.int64)
     if not len(ends):

@@ -16,7 +16,7 @@ from distill.cache.publish import create
 from distill.cache.ranks import invert, load_ranks
 from distill.cache.shard import Array
 from distill.cache.store import Store
-from distill.cache.view import View, open_view
+from distill.cache.view import View, open_view, sound_view
 from distill.config.errors import CacheError
 from distill.config.paths import home
 from distill.config.terminal import advancing
@@ -53,7 +53,7 @@ def merge(sources: Sequence[Store], target: Store, *, shard_bytes: int) -> Merge
         CacheError: headers that differ (names every field), damage, another tool at work on the target, or too little
             room on its disk.
     """
-    views = [open_view(store, CacheHeader.load(store)) for store in sources]
+    views = [sound_view(open_view(store, CacheHeader.load(store))) for store in sources]
     for view in views[1:]:
         view.header.check(**_common(views[0].header))
     target.make_folders("")

@@ -22,7 +22,7 @@ from distill.cache.store import Store
 from distill.cache.tail import Ranges, writers_of
 from distill.config.terminal import advancing
 from distill.tools.catalog_scan import listed_rows, scan_catalog
-from distill.tools.common import is_live
+from distill.tools.common import blocked_locks, is_live
 from distill.tools.salvage import Salvage, salvage
 from distill.tools.shard_scan import Place, Rows, ShardScan, examine, read_part, shard_files
 from distill.tools.token_counter import TokenCounter
@@ -115,8 +115,8 @@ class Look:
             self._known.add(name)
             if is_live(self._store, name):
                 self.live.add(name)
-            elif self._locks is not None:
-                self._locks.enter_context(self._store.lock(writer_lock(name), f"the writer's name {name!r}"))
+            elif self._locks is not None and not self._store.is_blocked(lock := writer_lock(name)):
+                self._locks.enter_context(self._store.lock(lock, f"the writer's name {name!r}"))
 
     def _sort(self, scan: ShardScan) -> None:
         path, place = self._store.path(scan.name), scan.place
@@ -335,11 +335,14 @@ class Look:
             if name.split("/")[1] not in self.live:
                 self.done.lines.append(f"{self._store.path(name)}: a file that was being written; removed")
                 self.plan.removed.append(name)
+        for name in blocked_locks(self._store):
+            self._set_aside(name, f"{self._store.path(name)}: expected a lock file; moved to quarantine")
         for name in self.found.unnamed if not self.live else ():
             self.done.lines.append(f"{self._store.path(name)}: no snapshot names it; removed")
             self.plan.removed.append(name)
         is_sound = not (self.made or self.plan.moves or self.done.left)
-        self.problems = catalog_problems(self._store, self.header, self.found, is_sound=is_sound)
+        places = [place for place in map(shard_of, self.files.files) if place is not None]
+        self.problems = catalog_problems(self._store, self.header, self.found, places, self.good, is_sound=is_sound)
         for name, problem in self.problems.items():
             how = "moved to quarantine, and the catalog made anew" if name in self.found.damaged else "made anew"
             self.done.lines.append(f"{problem}; {how}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill.cache.entries import Array, entries_of
-from distill.cache.format import SHARDS, TEMPORARY, shard_of
+from distill.cache.format import SHARDS, TEMPORARY, WRITER, shard_of
 from distill.cache.header import CacheHeader
 from distill.cache.loss_curve import LossSums
 from distill.cache.origins import Origin
@@ -29,7 +28,6 @@ _BLOCK = 8 << 20
 """Bytes of one read."""
 _NO_FILE = (errno.EISDIR, errno.ESPIPE, errno.ENXIO, errno.ELOOP, errno.EIO)
 """Errors of reading what is not a plain file, or lies on a bad part of a disk."""
-_WRITER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
 Place = tuple[str, int]
 """Writer and number of a shard."""
@@ -58,7 +56,7 @@ def shard_files(store: Store, root: str = SHARDS) -> ShardFiles:
             elif shard_of(path) is not None:
                 found.files.append(path)
             elif store.is_folder(path):
-                if (depth == 0 and _WRITER.fullmatch(name)) or (depth == 1 and name.isdecimal()):
+                if (depth == 0 and WRITER.fullmatch(name)) or (depth == 1 and name.isdecimal()):
                     walk(path, depth + 1)
                 else:
                     found.others.append(path)

@@ -15,7 +15,7 @@ from distill.cache.shard_header import COLUMNS, WIDTH, Replaced
 from distill.cache.snapshot import newest_snapshot
 from distill.cache.store import Store
 from distill.cache.tail import Ranges, replaced_by_tools
-from distill.cache.view import View, open_view, snapshot_view
+from distill.cache.view import View, asked, open_view, snapshot_view
 from distill.config import json_text
 from distill.config.paths import home
 from distill.tools.common import add_folder, add_json, caches, check_at_least_one, is_live
@@ -39,14 +39,15 @@ def stats(store: Store, *, quick: bool = False) -> dict[str, Any]:
     header = CacheHeader.load(store)
     newest = newest_snapshot(store, header.identity)
     view = snapshot_view(store, header, newest) if quick and newest.number >= 0 else open_view(store, header)
-    totals = view.totals
     is_exact = not quick or len(view.parts) == 1
-    covered = view.covered if is_exact else min(sum(listing.entries for listing in view.listings), header.samples)
+    most = min(sum(listing.entries for listing in view.listings), header.samples)
+    view, covered = asked(view, lambda each: each.covered if is_exact else most)
+    totals = view.totals
     if quick:
         shards, others = _columns(totals), {"catalog": sum(ref.bytes for ref in view.snapshot.listings)}
         sizes, writers = {"shards": shards, "others": others}, _writers(view)
     else:
-        names, rows = view.origins()
+        view, (names, rows) = asked(view, View.origins)
         firsts = rows[rows["number"] == 0]
         replaced = replaced_by_tools(store, header, {})
         sizes = _sizes(store, header, totals, int(firsts["records_at"].astype(np.int64).sum()))

@@ -8,7 +8,8 @@ from typing import NamedTuple
 from distill.cache.format import SHARDS, shard_name, snapshot_name
 from distill.cache.header import CacheHeader, NotReadableHere
 from distill.cache.ranks import load_ranks
-from distill.cache.snapshot import StreamState
+from distill.cache.shard_header import Replaced
+from distill.cache.snapshot import Snapshot, StreamState
 from distill.cache.store import Store
 from distill.cache.tail import Ranges, replaced_by_tools
 from distill.config import json_text
@@ -16,7 +17,7 @@ from distill.config.errors import CacheError
 from distill.config.terminal import advancing
 from distill.config.units import file_size, grouped
 from distill.tools.catalog_scan import CatalogScan, disagreement, scan_catalog
-from distill.tools.common import add_folder, add_json, caches, check_at_least_one, is_live
+from distill.tools.common import add_folder, add_json, blocked_locks, caches, check_at_least_one, is_live
 from distill.tools.shard_scan import Place, ShardFiles, ShardScan, examine, shard_files
 from distill.tools.token_counter import TokenCounter
 
@@ -76,7 +77,8 @@ def verify(store: Store, *, decode: bool = False, jobs: int = 1) -> Verdict:
     problems += [problem for each in scans for problem in _problems(store, each, good, gone, notes)]
     problems += _missing(store, scans, found, gone)
     counted = {place: each for place, each in good.items() if place not in gone}
-    problems += catalog_problems(store, header, found, is_sound=not problems).values()
+    places = {each.place for each in scans if each.place is not None}
+    problems += catalog_problems(store, header, found, places, good, is_sound=not problems).values()
     notes += _notes(store, files, found, good, gone)
     whole = [each.header for each in counted.values() if each.header is not None]
     shards = [each for each in whole if not each.is_mark]
@@ -122,10 +124,14 @@ def _missing(store: Store, scans: Sequence[ShardScan], found: CatalogScan, gone:
                 yield f"{store.path(shard_name(writer, first))}: {which} missing"
 
 
-def catalog_problems(store: Store, header: CacheHeader, found: CatalogScan, *, is_sound: bool) -> dict[str, str]:
+def catalog_problems(
+    store: Store, header: CacheHeader, found: CatalogScan, places: Iterable[Place], good: dict[Place, ShardScan], *,
+    is_sound: bool,
+) -> dict[str, str]:  # fmt: skip
     """Damage of the catalog, and where it differs from the shards, by file.
 
-    is_sound: all shards are whole, so that each record may be compared.
+    places: of all shards that are there. good: those that are whole. is_sound: all are, so that each record may be
+    compared.
     """
     problems, newest = dict(found.damaged), found.newest
     for snapshot in found.snapshots:
@@ -138,7 +144,26 @@ def catalog_problems(store: Store, header: CacheHeader, found: CatalogScan, *, i
         name, listings = snapshot_name(newest.number), [found.listings[ref] for ref in newest.listings]
         if problem := disagreement(store, header, newest, listings):
             problems[name] = f"{store.path(name)}: {problem}"
+    for snapshot, writer, seq in _lacking(found, places, good) if is_sound else ():
+        # A purge removes snapshots before it removes what they need.
+        if store.exists(name := snapshot_name(snapshot.number)):
+            problems[name] = f"{store.path(name)}: {shard_name(writer, seq)}, which it counts, is missing"
     return problems
+
+
+def _lacking(
+    found: CatalogScan, places: Iterable[Place], good: dict[Place, ShardScan]
+) -> Iterator[tuple[Snapshot, str, int]]:
+    """Snapshots, each with the first shard that a view of it needs and that is not there."""
+    there = Ranges(Replaced(*place, place[1]) for place in places).joined()
+    tools = [(*place, each.header.replaces) for place, each in good.items() if each.header and each.header.replaces]
+    for snapshot in found.snapshots:
+        counts = {name: state.count for name, state in snapshot.streams.items()}
+        # What a tool had replaced then, no view of the snapshot needs.
+        ranges = [each for name, seq, replaces in tools if seq < counts.get(name, 0) for each in replaces]
+        gone = Ranges([*there, *ranges])
+        lacking = [(snapshot, name, first) for name in counts for first, _ in gone.missing(name, (), counts[name])]
+        yield from lacking[:1]
 
 
 def _notes(
@@ -150,6 +175,8 @@ def _notes(
     for name in [*files.temporary, *files.others, *found.others, *([] if live else found.temporary)]:
         if name.split("/")[1] not in live:
             yield f"{store.path(name)}: not part of the cache"
+    for name in blocked_locks(store):
+        yield f"{store.path(name)}: expected a lock file; codistill-cache repair moves it away"
     if found.unnamed and not live:
         yield f"{len(found.unnamed)} listings that no snapshot names; compact --purge removes them"
     if waiting := [store.size(each.name) for place, each in good.items() if place in gone]:

@@ -96,6 +96,7 @@ STRAYS = [
     "checkpoints",
     "far number",
     "broken link",
+    "loop",
 ]
 
 
@@ -130,6 +131,8 @@ def test_what_is_no_shard(cache, whole, what, is_shard):
             path.write_bytes(b"x")
         case "broken link":
             path.symlink_to("nowhere")
+        case "loop":
+            path.symlink_to(path.name)
     problems, notes, *_ = verify(open_store(cache))
     if is_shard:
         assert any(path.name in problem for problem in problems)
@@ -144,6 +147,69 @@ def test_what_is_no_shard(cache, whole, what, is_shard):
     expected = format_reader.cache(whole)
     assert format_reader.cache(cache) == {s: r for s, r in expected.items() if s not in done.lost}
     assert repair(open_store(cache)) == Repair()
+    CacheWriter(cache, header(), writer="w").close()
+
+
+def stray(path, what):
+    match what:
+        case "fifo":
+            os.mkfifo(path)
+        case "folder":
+            path.mkdir()
+        case "broken link" | "loop":
+            path.symlink_to("nowhere" if what == "broken link" else path.name)
+        case "garbage":
+            path.write_bytes(b"garbage" * 999)
+
+
+@pytest.mark.parametrize("what", ["fifo", "folder", "broken link", "loop", "garbage"])
+@pytest.mark.parametrize("has_catalog", [True, False])
+def test_what_is_in_the_way_of_a_writers_next_shard(cache, what, has_catalog, caplog):
+    """What no writer can have published is no part of the cache; a file may be a damaged shard."""
+    writer = CacheWriter(cache, header(), writer="v", shard_samples=1)
+    put(writer, [33], step=3)
+    writer.flush()
+    before = CacheReader(cache)
+    put(writer, [34], step=3)
+    writer.flush()
+    stray(shard(cache, 3, "v"), what)
+    if not has_catalog:
+        shutil.rmtree(cache / "catalog")
+        (cache / "catalog").mkdir()
+    if what == "garbage":
+        for look in (before.refresh, lambda: CacheReader(cache)):
+            with pytest.raises(CacheError, match=shard_name("v", 3)):
+                look()
+        assert before.covers([33, 34]).tolist() == [True, False]
+    else:
+        assert before.refresh() == 1 and before.covers([33, 34]).all()
+        assert shard_name("v", 3) in caplog.text
+        caplog.clear()
+        assert CacheReader(cache).covers([33, 34]).all() and shard_name("v", 3) in caplog.text
+        assert not before.refresh()
+    with pytest.raises(CacheError, match=f"{shard_name('v', 3)}: .* no shard, and codistill-cache repair"):
+        put(writer, [35], step=3)
+        writer.flush()
+    writer.close()
+    with pytest.raises(CacheError, match=shard_name("v", 3)):
+        CacheWriter(cache, header(), writer="v")
+    assert main(["repair", str(cache)]) == 1 and verify(open_store(cache))[:2] == ([], [])
+    with CacheWriter(cache, header(), writer="v") as writer:
+        put(writer, [35], step=3)
+    assert CacheReader(cache).covers([33, 34, 35]).all()
+
+
+@pytest.mark.parametrize("what", ["fifo", "folder", "broken link", "loop"])
+def test_what_is_in_a_locks_place(cache, what, capsys):
+    path = cache / "locks" / "w.lock"
+    path.unlink()
+    stray(path, what)
+    with pytest.raises(CacheError, match=r"locks/w\.lock: not a file"):
+        CacheWriter(cache, header(), writer="w")
+    assert main(["verify", str(cache)]) == 0 and "locks/w.lock: expected a lock file" in capsys.readouterr().out
+    flip(shard(cache, 2), -1)
+    assert main(["repair", str(cache)]) == 1 and repair(open_store(cache)) == Repair()
+    assert verify(open_store(cache))[:2] == ([], [])
     CacheWriter(cache, header(), writer="w").close()
 
 

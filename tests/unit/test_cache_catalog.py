@@ -5,10 +5,12 @@ import json
 import os
 import random
 import shutil
+import struct
 from collections import Counter
 
 import numpy as np
 import pytest
+import xxhash
 
 from distill.cache import CacheReader, cataloging, listing, listing_writer, view
 from distill.cache.header import CacheHeader
@@ -61,20 +63,10 @@ class Forge:
         origins, losses = [], LossSums()
         for k in np.unique(of).tolist():
             mine = steps[of == k]
-            origins.append(
-                Origin(
-                    f"teacher {writer} {k}",
-                    "capture",
-                    int(mine.min()),
-                    int(mine.max()),
-                    len(mine),
-                    len(mine),
-                    7,
-                    1.5,
-                    False,
-                    0.0,
-                )
-            )
+            origins.append(Origin(
+                f"teacher {writer} {k}", "capture", int(mine.min()), int(mine.max()), len(mine), len(mine), 7, 1.5,
+                False, 0.0,
+            ))  # fmt: skip
             losses.add_tokens(origins[-1].teacher, "capture", mine, np.full(len(mine), 1.5))
         columns = Columns(
             ids.astype(np.int64),
@@ -96,12 +88,13 @@ class Forge:
         self.streams[writer] += 1
 
     def truth(self, gone=()):
-        """Sample -> (step, writer, seq, place) of the record that counts, and its bytes."""
+        """Sample -> (step, check, is a tool's, writer, seq, place) of the record that counts, and its bytes."""
         found = {}
         for (writer, seq), records in self.all.items():
             if (writer, seq) not in gone:
                 for place, (sample, step, data) in enumerate(records):
-                    key = (step, writer, seq, place)
+                    check = xxhash.xxh3_64_intdigest(data + struct.pack("<qQ", sample, sample + 7))
+                    key = (step, check, writer in format_reader.TOOLS, writer, seq, place)
                     if sample not in found or found[sample][0] < key:
                         found[sample] = (key, data)
         return found
@@ -119,7 +112,7 @@ def check(forge, one, truth):
         assert records.there.tolist() == [i in truth for i in part.tolist()]
         data = one.read(records)
         for n in np.flatnonzero(records.there).tolist():
-            (step, writer, seq, place), want = truth[int(part[n])]
+            (step, _, _, writer, seq, place), want = truth[int(part[n])]
             names, row = one.names(int(records.tables[n])), records.rows[n]
             assert (records.steps[n], names.writers[row["writer"]], row["seq"]) == (step, writer, seq)
             start = sum(len(d) for _, _, d in forge.all[writer, seq][:place])
@@ -197,7 +190,7 @@ def test_what_another_shard_replaces_does_not_count(tmp_path):
     forge.shard("b", steps=[9] * 30, ids=range(30))
     cataloging.update(forge.store, forge.header)
     before, old = forge.view(), forge.truth()
-    kept = [(i, key[0]) for i, (key, _) in sorted(old.items()) if key[1] == "a" and key[2] < 3]
+    kept = [(i, key[0]) for i, (key, _) in sorted(old.items()) if key[3] == "a" and key[4] < 3]
     forge.shard(
         "compact",
         ids=[i for i, _ in kept],

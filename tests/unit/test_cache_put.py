@@ -85,6 +85,10 @@ NAMED = {
     "nan": (None, number("label_logprob", torch.nan), "label_logprob_T is not finite: nan"),
     "inf": (None, number("label_logprob", -torch.inf), "label_logprob_T is not finite: -inf"),
     "entropy": (None, number("entropy", torch.nan), "entropy_T is not finite"),
+    "likely": (None, number("label_logprob", 0.5), "label_logprob_T is above 0 nats: 0.5"),
+    "sure": (None, number("entropy", -1.0), "entropy_T is not from 0 to 4.159 nats: -1.0"),
+    "too unsure": (None, number("entropy", 4.2), "entropy_T is not from 0 to 4.159 nats: 4.1"),
+    "absurd": (None, number("entropy", 1e30), "entropy_T is not from 0 to 4.159 nats: 1.0"),
     "no atoms": (
         None,
         lambda m: m._replace(atoms=Atoms(torch.zeros(2 * S), *[torch.empty(0)] * 3)._replace(
@@ -127,6 +131,13 @@ SHAPES = {
     "negative sample": lambda m: m._replace(ids=np.array([-1, 8])),
     "huge sample": lambda m: m._replace(ids=[3, 2**63]),
     "one sample, two tokens": lambda m: m._replace(ids=np.array([8, 8])),
+    "complex labels": lambda m: m._replace(label_logprob=m.label_logprob.to(torch.complex64)),
+    "complex entropy": lambda m: m._replace(entropy=m.entropy.numpy().astype(np.complex64)),
+    "complex mask": lambda m: m._replace(valid=m.valid.to(torch.complex64)),
+    "complex samples": lambda m: m._replace(ids=torch.tensor([3, 8]) * 1j),
+    "numbers in text": lambda m: m._replace(entropy=["1.0"] * 2 * S),
+    "halves of samples": lambda m: m._replace(ids=[1.7, 2.3]),
+    "samples in columns": lambda m: m._replace(ids=np.array([[3], [8]])),
     "text entropy": lambda m: m._replace(entropy=["x"] * 2 * S),
 }
 

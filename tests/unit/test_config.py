@@ -87,7 +87,8 @@ def test_a_backfill_needs_one_frozen_teacher(tmp_path):
 
 def test_a_frozen_teacher_and_an_order_of_its_own_stay_where_they_belong(tmp_path):
     assert problems("job=teacher", f"teacher.from=hf:{tmp_path}") == [
-        f"teacher.from is hf:{tmp_path} with job=teacher; only job=backfill labels with a frozen teacher"
+        f"teacher.from is hf:{tmp_path} with job=teacher; only job=backfill labels with a frozen teacher, and "
+        "job=student with student.targets=live"
     ]
     (line,) = problems("job=codistill", "student.replay.order=own")
     assert line.startswith("student.replay.order is own with job=codistill")

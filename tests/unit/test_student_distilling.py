@@ -152,6 +152,6 @@ def pick(b: Batch, samples: list[int]) -> Batch:
     parts = [b.rows(i, i + 1) for i in samples]
     columns = {f.name: [getattr(part, f.name) for part in parts] for f in dataclasses.fields(Batch)}
     targets = SoftTargets(*(torch.cat(column) for column in zip(*columns.pop("targets"))))
-    del columns["images"], columns["tile_tokens"]
+    del columns["images"], columns["tile_tokens"], columns["teacher_TE"]
     joined = {n: torch.cat(c) if isinstance(c[0], torch.Tensor) else np.concatenate(c) for n, c in columns.items()}
     return Batch(**joined, targets=targets)

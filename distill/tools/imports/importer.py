@@ -49,16 +49,9 @@ def write(
         samples = corpus.take(ids)
         atoms = Atoms(*map(torch.from_numpy, (span.counts_T, span.ids_N, span.codes_N, span.rest_T)))
         writer.put(
-            ids,
-            samples.digests,
-            atoms,
-            span.label_logprob_T,
-            span.entropy_T,
-            samples.mask[0, 1:] & span.has_T,
-            step=step,
-            tokens_seen=tokens_seen,
-            teacher=teacher,
-        )
+            ids, samples.digests, atoms, span.label_logprob_T, span.entropy_T, samples.mask[0, 1:] & span.has_T,
+            step=step, tokens_seen=tokens_seen, teacher=teacher,
+        )  # fmt: skip
         report.samples += 1
 
     with Assembler(corpus.sample_tokens) as assembler:

@@ -1,0 +1,66 @@
+"""Divergences from the whole distribution of a live teacher, whose logits are made in chunks beside the student's."""
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from losses.bucketed import Divergence
+from losses.divergences import LEAST
+from losses.head import Chunk
+
+
+class Dense(NamedTuple):
+    """Row function of w_hard CE(label) + w_soft temperature^2 D(p, q) with p = softmax(teacher / temperature),
+    q = softmax(student / temperature).
+
+    The square of the temperature keeps the size of the gradient (Hinton et al., arXiv 1503.02531). The parts are those
+    of `losses.mixed.Mixed`; `soft` is temperature^2 D, `mass` 1. The teacher gets no gradient.
+    """
+
+    labels_T: Tensor
+    """Next-token ids in [0, V); an invalid token has any such id and weights 0."""
+    w_hard_T: Tensor
+    """Weights are constants for the gradient."""
+    hidden_TE: Tensor
+    """The teacher's normed hidden states."""
+    weight_UE: Tensor
+    """Its unembedding, U <= V; ids from U on have no probability."""
+    w_soft_T: Tensor
+    divergence: Divergence
+    temperature: float = 1.0
+
+    def __call__(self, logits_tV: Tensor, rows: slice, want_grad: bool) -> Chunk:
+        w_hard_t, w_soft_t = (weight_T[rows].to(logits_tV.dtype) for weight_T in (self.w_hard_T, self.w_soft_T))
+        teacher_tV = (self.hidden_TE[rows] @ self.weight_UE.T).to(logits_tV.dtype)
+        agreement_t = logits_tV.argmax(-1) == teacher_tV.argmax(-1)
+        if teacher_tV.shape[1] < logits_tV.shape[1]:
+            teacher_tV = F.pad(teacher_tV, (0, logits_tV.shape[1] - teacher_tV.shape[1]), value=-float("inf"))
+        teacher_tV.div_(self.temperature)
+        teacher_tV.sub_(teacher_tV.logsumexp(-1, keepdim=True)).clamp_(min=LEAST)
+
+        labels_t1 = self.labels_T[rows, None]
+        student_tV = logits_tV / self.temperature if self.temperature != 1 else None
+        logits_tV.sub_(logits_tV.logsumexp(-1, keepdim=True))
+        hard_t = -logits_tV.gather(-1, labels_t1).squeeze(-1)
+        if student_tV is None:
+            student_tV = logits_tV
+        else:
+            student_tV.sub_(student_tV.logsumexp(-1, keepdim=True))
+        loss_t, soft_grad_tV = self.divergence(teacher_tV, student_tV)
+        soft_t = self.temperature**2 * loss_t
+        parts = {"hard": hard_t, "soft": soft_t, "mass": teacher_tV.new_ones(len(hard_t)), "agreement": agreement_t}
+        loss_t = w_hard_t * hard_t + w_soft_t * soft_t
+        if not want_grad:
+            return Chunk(loss_t, parts, None)
+
+        # In place, as in `divergences.through_softmax`: T w_soft (g - q sum g) + w_hard q at temperature 1.
+        weight_t1 = self.temperature * w_soft_t[:, None]
+        sum_t1 = soft_grad_tV.sum(-1, keepdim=True).mul_(weight_t1)
+        if student_tV is logits_tV:
+            grad_tV = logits_tV.exp_().mul_(w_hard_t[:, None] - sum_t1)
+        else:
+            grad_tV = logits_tV.exp_().mul_(w_hard_t[:, None]).sub_(student_tV.exp_().mul_(sum_t1))
+        grad_tV.add_(soft_grad_tV.mul_(weight_t1))
+        grad_tV.scatter_add_(-1, labels_t1, -w_hard_t[:, None])
+        return Chunk(loss_t, parts, grad_tV)

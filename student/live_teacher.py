@@ -1,0 +1,90 @@
+"""Soft targets of a teacher in the same process: forward passes over the student's own batches, nothing stored.
+
+A step's batch is first labelled as a whole: the teacher's last hidden states, and of each token what the weighting
+reads. Logits exist in chunks only, and a second time in the student's head, beside its own.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distill.cache import SoftTargets
+from distill.data.join import Batch
+from distill.engine.dist import Dist
+from losses import Mixed, head_loss
+
+
+@dataclass(frozen=True)
+class LiveTeacher:
+    """A teacher of live targets; what may change is asked for at every step."""
+
+    hidden: Callable[[Batch], Tensor]
+    """Normed hidden states [T, E] of a batch on the device, without gradient and in evaluation mode."""
+    unembedding: Callable[[], Tensor]
+    """[U, E]; the logits are its product with the hidden states."""
+    width: int
+    """E."""
+    step: Callable[[], int]
+    """Its optimizer steps so far."""
+    identity: str | None = None
+    """Of a frozen one; a run that goes on must have the same."""
+
+
+@torch.no_grad()
+def labelled(teacher: LiveTeacher, batch: Batch, parts: int, chunk: int, corpora: int, dist: Dist) -> Batch:
+    """This rank's batch of an optimizer step, on the device, with the teacher's targets. Collective.
+
+    A sample with an id that the teacher lacks has none. The teacher's loss of a sample is its mean over the step's
+    samples of the corpus, on all ranks, so it does not depend on how the batch is cut.
+
+    Args:
+        parts: equal numbers of samples that go through the teacher at a time.
+        chunk: tokens whose logits live at one time.
+    """
+    batch = batch.to(dist.device)
+    size, weight_UE = len(batch.ids_BS) // parts, teacher.unembedding()
+    vocab_size = len(weight_UE)
+    valid_BS = batch.valid_BS
+    known_B = (batch.ids_BS < vocab_size).all(1) & ((batch.labels_BS < vocab_size) | ~valid_BS).all(1)
+    readable = dataclasses.replace(
+        batch, ids_BS=_within(batch.ids_BS, vocab_size), labels_BS=_within(batch.labels_BS, vocab_size)
+    )
+    rows = [readable.rows(start, start + size) for start in range(0, len(batch.ids_BS), size)]
+    found = [_label(teacher, weight_UE, micro, chunk) for micro in rows]
+    hidden_TE, loss_T, entropy_T = (torch.cat(column) for column in zip(*found))
+
+    covered_T = known_B.repeat_interleave(batch.ids_BS.shape[1])
+    corpus_B = torch.as_tensor(batch.corpus_B).to(dist.device, non_blocking=True)
+    counted_BS = valid_BS & known_B[:, None]
+    sums_2B = torch.stack([(loss_T.view_as(counted_BS).double() * counted_BS).sum(1), counted_BS.sum(1).double()])
+    sums_2C = dist.sum(sums_2B.new_zeros(2, corpora).index_add_(1, corpus_B, sums_2B))
+    loss_B = (sums_2C[0] / sums_2C[1])[corpus_B].float()
+    no_atoms_T0 = loss_T.new_zeros(len(loss_T), 0)
+    return dataclasses.replace(
+        batch,
+        targets=SoftTargets(no_atoms_T0.long(), no_atoms_T0, covered_T, -loss_T, entropy_T),
+        shard_loss_B=torch.where(known_B, loss_B, torch.nan),
+        step_B=torch.where(known_B, teacher.step(), -1),
+        teacher_TE=hidden_TE,
+    )
+
+
+def _within(ids_BS: Tensor, vocab_size: int) -> Tensor:
+    return torch.where(ids_BS < vocab_size, ids_BS, 0)
+
+
+def _label(teacher: LiveTeacher, weight_UE: Tensor, micro: Batch, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states [T, E], cross entropy of the labels and entropy, fp32 nats [T]."""
+    labels_T = micro.labels_BS.flatten()
+    hidden_TE = teacher.hidden(micro)
+    rows = Mixed(labels_T, torch.zeros(len(labels_T), device=labels_T.device), select=_entropy)
+    head = head_loss(hidden_TE, weight_UE, rows, chunk=chunk)
+    return hidden_TE, head.parts["hard"].float(), torch.cat(head.selected).float()
+
+
+def _entropy(rows: slice, probs_tU: Tensor, logprobs_tU: Tensor) -> Tensor:
+    # Without the bound an id of no probability would give 0 * -inf.
+    return -(logprobs_tU.clamp(min=torch.finfo(logprobs_tU.dtype).min) * probs_tU).sum(-1)

@@ -1,0 +1,64 @@
+"""The student's loss: which row function takes its labels and targets, and the matching of hidden states beside it."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from distill.cache import SoftTargets
+from distill.config import soft_losses
+from distill.config.registry import LOSSES, LossEntry
+from distill.config.schema import StudentConfig
+from losses import HeadLoss, Mixed, RowFunction, head_loss
+from losses.bucketed import Bucketed
+from losses.dense import Dense
+from losses.matching import hidden_match
+
+
+class SoftLoss:
+    """`student.loss` with its options, which `distill.config.soft_losses` has allowed for its targets.
+
+    Args:
+        codecs: of the caches that are read; empty: none.
+        projector_ED: what projects hidden states to the teacher's; None: they are not matched.
+    """
+
+    def __init__(self, config: StudentConfig, codecs: Sequence[str] = (), projector_ED: nn.Parameter | None = None):
+        self._entry, self._match, self._projector_ED = LOSSES[config.loss], config.hidden_match, projector_ED
+        self._chunk = config.train.head_chunk
+        options = soft_losses.options_of(config)
+        self._temperature = options.get("temperature", 1.0)
+        self._divergence = self._entry.divergence(options) if isinstance(self._entry, LossEntry) else None
+        forms = {soft_losses.form_of(codec) for codec in codecs}
+        self._as_mixed = config.loss == "mixed" or forms != {soft_losses.BUCKET}
+
+    def rows(
+        self,
+        labels_T: Tensor,
+        w_hard_T: Tensor,
+        targets: SoftTargets | None,
+        w_soft_T: Tensor,
+        teacher: tuple[Tensor, Tensor] | None,
+    ) -> RowFunction:
+        """The row function of a micro-batch; teacher: hidden states [T, E] and unembedding [U, E] of a live one."""
+        atoms = () if targets is None else (targets.ids_TK, targets.probs_TK)
+        if self._divergence is None:
+            made: RowFunction = self._entry(labels_T, w_hard_T, *atoms, *([w_soft_T] if atoms else []))
+            return made
+        if not atoms:
+            return Mixed(labels_T, w_hard_T)
+        if teacher is not None:
+            return Dense(labels_T, w_hard_T, *teacher, w_soft_T, self._divergence, self._temperature)
+        if self._as_mixed:
+            return Mixed(labels_T, w_hard_T, *atoms, w_soft_T)
+        return Bucketed(labels_T, w_hard_T, *atoms, w_soft_T, self._divergence, self._temperature)
+
+    def head(
+        self, hidden_TD: Tensor, weight_VD: Tensor, rows: RowFunction, w_soft_T: Tensor, teacher_TE: Tensor | None
+    ) -> HeadLoss:
+        """The head's pass; with a projector also the part `hidden_match`, whose coefficient is a share of `w_soft`."""
+        head = head_loss(hidden_TD, weight_VD, rows, chunk=self._chunk)
+        if self._projector_ED is None or teacher_TE is None:
+            return head
+        match_T = hidden_match(hidden_TD, self._projector_ED, teacher_TE)
+        loss_sum = head.loss_sum + self._match * (w_soft_T * match_T).sum()
+        return head._replace(loss_sum=loss_sum, parts=head.parts | {"hidden_match": match_T.detach()})

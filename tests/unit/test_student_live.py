@@ -1,0 +1,186 @@
+"""Targets of a live teacher against dense fp64 figures; how a batch is cut changes nothing."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from distill.config.errors import ConfigError
+from distill.config.schema import ModelConfig, StudentConfig, Targets, WeightingConfig
+from distill.data.join import Batch
+from distill.engine.dist import Dist
+from distill.model import Transformer, hidden_projector
+from losses.bucketed import Bucketed
+from losses.dense import Dense
+from losses.matching import hidden_match
+from losses.mixed import Mixed
+from student.distilling import StudentRecipe
+from student.live_teacher import LiveTeacher, labelled
+from student.soft_loss import SoftLoss
+from teacher.labelling import own_hidden
+
+V, S, B = 32, 6, 4
+ALONE = Dist(0, 1, torch.device("cpu"))
+MODEL = ModelConfig(
+    vocab_size=V, hidden_size=16, layers=1, heads=2, kv_heads=1, head_dim=8, expert_hidden=16, dense_hidden=16,
+    experts=2, chunk_size=8,
+)  # fmt: skip
+WIDE = dataclasses.replace(MODEL, hidden_size=24, layers=2)
+
+
+def batch(seed=0, most=V):
+    g = torch.Generator().manual_seed(seed)
+    valid = torch.ones(B, S, dtype=torch.bool)
+    valid[:, -1] = False
+    return Batch(
+        ids_BS=torch.randint(most, (B, S), generator=g),
+        labels_BS=torch.randint(most, (B, S), generator=g),
+        valid_BS=valid,
+        documents_BS=torch.zeros(B, S, dtype=torch.int32),
+        sample_ids_B=np.arange(B),
+        corpus_B=np.array([0, 1, 0, 1]),
+        digests_B=np.zeros(B, np.uint64),
+        targets=None,
+        shard_loss_B=torch.full((B,), math.nan),
+        step_B=torch.full((B,), -1),
+    )
+
+
+def teacher(config=WIDE, step=7):
+    torch.manual_seed(1)
+    model = Transformer(config)
+    live = LiveTeacher(
+        lambda b: own_hidden(model, b), lambda: model.head.weight.detach(), config.hidden_size, lambda: step, "digest"
+    )
+    return model, live
+
+
+def test_signals_are_those_of_the_dense_distribution():
+    model, live = teacher()
+    b = batch()
+    out = labelled(live, b, 1, 4096, 2, ALONE)
+    logp = model.logits(b.ids_BS, b.documents_BS).flatten(0, 1).detach().double().log_softmax(-1)
+    labels = b.labels_BS.flatten()
+    torch.testing.assert_close(out.targets.entropy_T, -(logp.exp() * logp).sum(-1).float(), rtol=1e-5, atol=1e-5)
+    picked_T = logp[torch.arange(B * S), labels]
+    torch.testing.assert_close(out.targets.label_logprob_T, picked_T.float(), rtol=1e-5, atol=1e-5)
+    assert out.targets.covered_T.all() and out.step_B.tolist() == [7] * B
+    loss = -logp[torch.arange(B * S), labels].view(B, S)[:, :-1]
+    for corpus in (0, 1):
+        mean = loss[torch.from_numpy(b.corpus_B == corpus)].mean().item()
+        assert out.shard_loss_B[corpus].item() == out.shard_loss_B[corpus + 2].item() == pytest.approx(mean)
+    assert out.teacher_TE.shape == (B * S, 24) and not out.teacher_TE.requires_grad
+
+
+@pytest.mark.parametrize(("parts", "chunk"), [(2, 4096), (4, 5)])
+def test_how_a_batch_is_cut_changes_no_target(parts, chunk):
+    _, live = teacher()
+    a, b = labelled(live, batch(), 1, 4096, 2, ALONE), labelled(live, batch(), parts, chunk, 2, ALONE)
+    for x, y in zip((*a.targets, a.teacher_TE, a.shard_loss_B), (*b.targets, b.teacher_TE, b.shard_loss_B)):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+    micro = b.rows(1, 3)
+    assert torch.equal(micro.teacher_TE, b.teacher_TE[S : 3 * S]) and len(micro.targets.covered_T) == 2 * S
+
+
+def test_a_sample_with_an_id_that_the_teacher_lacks_has_no_target():
+    _, live = teacher(dataclasses.replace(WIDE, vocab_size=V - 2))
+    b = batch(most=V - 2)
+    b.ids_BS[1, 2] = V - 1
+    b.labels_BS[2, 0] = V - 2
+    b.labels_BS[3, -1] = V - 1  # carries no loss
+    out = labelled(live, b, 2, 4096, 2, ALONE)
+    assert out.targets.covered_T.view(B, S)[:, 0].tolist() == [True, False, False, True]
+    assert out.step_B.tolist() == [7, -1, -1, 7] and out.shard_loss_B.isnan().tolist() == [False, True, True, False]
+    assert torch.equal(out.ids_BS, b.ids_BS)  # the student reads its own
+
+
+def recipe(live, **keys):
+    weighting = WeightingConfig(alpha=keys.pop("alpha", 0.5))
+    config = StudentConfig(MODEL, weighting=weighting, targets=Targets.live, **keys)
+    torch.manual_seed(0)
+    student = Transformer(MODEL)
+    projector = hidden_projector.attach(student, live.width, 0) if config.hidden_match else None
+    return student, StudentRecipe(config, ALONE, 10, 2, V, loss=SoftLoss(config, (), projector), live=live)
+
+
+def step(student, made, b, parts=1):
+    b = made.ready(b, parts)
+    plan = made.begin(b, 0)
+    outs = [made.forward(student, b.rows(i, i + B // parts), plan) for i in range(0, B, B // parts)]
+    for out in outs:
+        out.loss_sum.backward()
+    return sum(out.loss_sum.item() for out in outs), outs[0]
+
+
+def test_a_step_equals_a_dense_computation():
+    model, live = teacher()
+    student, made = recipe(live, loss="mixed", hidden_match=0.5)
+    b = batch()
+    loss, out = step(student, made, b)
+    valid = b.valid_BS.flatten()
+    p, q = (m.logits(b.ids_BS, b.documents_BS).flatten(0, 1).detach().log_softmax(-1) for m in (model, student))
+    hard = torch.nn.functional.nll_loss(q, b.labels_BS.flatten(), reduction="none")
+    soft = -(p.exp() * q).sum(-1)
+    mine, theirs = (own_hidden(m, b) for m in (student, model))
+    match = 1 - torch.cosine_similarity(mine @ student.hidden_projector.weight.T, theirs)
+    assert loss == pytest.approx((valid * 0.5 * (hard + soft + 0.5 * match)).sum().item(), rel=1e-5)
+    assert (out.means["hidden_match"].sum / out.means["hidden_match"].weight).item() == pytest.approx(
+        match[valid].mean().item(), rel=1e-5
+    )
+    assert student.hidden_projector.weight.grad.any() and all(p.grad is None for p in model.parameters())
+
+
+def test_micro_batches_add_up_to_the_step():
+    _, live = teacher()
+    found = {}
+    for parts in (1, 2, 4):
+        student, made = recipe(live, loss="jensen_shannon", hidden_match=0.1)
+        loss, _ = step(student, made, batch(), parts)
+        found[parts] = loss, student.head.weight.grad
+    for parts in (2, 4):
+        assert found[parts][0] == pytest.approx(found[1][0], rel=1e-5)
+        torch.testing.assert_close(found[parts][1], found[1][1], rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_of_each_form():
+    args = torch.zeros(2, dtype=torch.int64), torch.ones(2)
+    _, live = teacher()
+    found = labelled(live, batch(), 1, 4096, 2, ALONE).targets
+    dense = torch.zeros(2, 3), torch.zeros(V, 3)
+    for loss, codecs, teacher_, kind in (
+        ("mixed", ["topk"], None, Mixed),
+        ("mixed", ["systematic"], None, Mixed),
+        ("mixed", [], dense, Dense),
+        ("forward_kl", ["systematic"], None, Mixed),
+        ("forward_kl", ["topk", "systematic"], None, Mixed),
+        ("forward_kl", ["topk"], None, Bucketed),
+        ("reverse_kl", ["topk", "topk"], None, Bucketed),
+        ("reverse_kl", [], dense, Dense),
+    ):
+        made = SoftLoss(StudentConfig(MODEL, loss=loss), codecs)
+        assert type(made.rows(*args, found, torch.ones(2), teacher_)) is kind, (loss, codecs)
+        assert type(made.rows(*args, None, torch.ones(2), None)) is Mixed
+
+
+def test_a_run_that_goes_on_needs_the_same_frozen_teacher():
+    _, live = teacher()
+    _, made = recipe(live)
+    made.load_state(made.state())
+    _, other = recipe(dataclasses.replace(live, identity="another"))
+    with pytest.raises(ConfigError, match=r"teacher\.from has weights another; the run was started with digest"):
+        other.load_state(made.state())
+
+
+def test_matching_against_fp64_and_finite_differences():
+    g = torch.Generator().manual_seed(0)
+    hidden, projector, theirs = (torch.randn(*n, generator=g, dtype=torch.float64) for n in ((5, 3), (4, 3), (5, 4)))
+    a, b = hidden @ projector.T, theirs
+    torch.testing.assert_close(
+        hidden_match(hidden, projector, theirs), 1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+    )
+    torch.testing.assert_close(hidden_match(a, torch.eye(4).double() * 3, a), torch.zeros(5).double())
+    inputs = hidden.requires_grad_(), projector.requires_grad_()
+    assert torch.autograd.gradcheck(lambda h, w: hidden_match(h, w, theirs), inputs)
+    assert hidden_match(hidden.bfloat16(), projector.bfloat16(), theirs.bfloat16()).dtype == torch.float32
