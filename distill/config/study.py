@@ -23,7 +23,7 @@ class ArmKind(Enum):
     other = "other"
 
 
-class Targets(Enum):
+class LabTargets(Enum):
     """captured: what the teachers captured; relabelled: those of the finished last teacher, for all samples; shuffled:
     captured, of another sample."""
 
@@ -75,7 +75,7 @@ class LabArm:
     """Changes of the configuration."""
     grid: dict[str, list[Any]] = field(default_factory=dict)
     """Values of keys; all combinations are tried on the tuning seeds of each regime, and the best is tested."""
-    targets: Targets = Targets.captured
+    targets: LabTargets = LabTargets.captured
     reversed: bool = False
     """One minus each factor of alpha."""
 

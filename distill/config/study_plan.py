@@ -17,7 +17,7 @@ from distill.config.schema import (
     Source,
     TrackingConfig,
 )
-from distill.config.study import LabArm, LabTeacher, RegimeConfig, Targets
+from distill.config.study import LabArm, LabTargets, LabTeacher, RegimeConfig
 
 Changes = Mapping[str, Any]
 """Values by whole key."""
@@ -61,10 +61,10 @@ def test_seeds(lab: LabConfig) -> list[int]:
     return list(range(lab.first_seed, lab.first_seed + lab.pairs))
 
 
-def targets_of(lab: LabConfig, regime: str, arm: str) -> Targets:
+def targets_of(lab: LabConfig, regime: str, arm: str) -> LabTargets:
     """Where the soft targets of a student come from."""
     targets = lab.arms[arm].targets
-    return Targets.relabelled if lab.regimes[regime].finished and targets is Targets.captured else targets
+    return LabTargets.relabelled if lab.regimes[regime].finished and targets is LabTargets.captured else targets
 
 
 def student_of(run: RunConfig, regime: str, arm: str, setting: Changes, seed: int) -> RunConfig:
@@ -77,7 +77,7 @@ def student_of(run: RunConfig, regime: str, arm: str, setting: Changes, seed: in
         changes = {**lab.arms[part.like].set, **setting, **part.set}
     config = changed(run, {**lab.regimes[regime].set, **changes})
     student = config.student
-    if student.cached and targets_of(lab, regime, arm) is Targets.relabelled:
+    if student.cached and targets_of(lab, regime, arm) is LabTargets.relabelled:
         # A cache of one frozen teacher has no stream.
         student = dataclasses.replace(student, replay=dataclasses.replace(student.replay, order=ReplayOrder.own))
     return _below(dataclasses.replace(config, job="student", student=student), seed)

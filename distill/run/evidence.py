@@ -21,7 +21,7 @@ import xxhash
 from distill.config import json_text
 from distill.config.files import write_all
 from distill.config.schema import RunConfig, Source
-from distill.config.study import LabArm, Targets
+from distill.config.study import LabArm, LabTargets
 
 ROOT = Path(__file__).resolve().parents[2]
 _TRAINING = (
@@ -46,7 +46,7 @@ Line = dict[str, Any]
 
 
 def config_digest(
-    student: RunConfig, teachers: Sequence[RunConfig], untils: Sequence[float], arm: LabArm, targets: Targets
+    student: RunConfig, teachers: Sequence[RunConfig], untils: Sequence[float], arm: LabArm, targets: LabTargets
 ) -> str:
     """Sixteen hex digits over all of a configuration that decides a student's result.
 

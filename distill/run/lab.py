@@ -16,7 +16,7 @@ from distill.config.errors import ConfigError
 from distill.config.files import write_text
 from distill.config.load import to_dict
 from distill.config.schema import ConsoleMode, RunConfig
-from distill.config.study import Targets
+from distill.config.study import LabTargets
 from distill.config.units import counted, duration
 from distill.engine.dist import Dist
 from distill.run import lab_caches, lab_page
@@ -96,7 +96,7 @@ class Laboratory:
             f"{seconds / self._done:.1f} s each, {self._left} left, {duration(self._left * seconds / self._done)}"
         )
 
-    def _make(self, cell: Cell, targets: Targets) -> lab_caches.Made:
+    def _make(self, cell: Cell, targets: LabTargets) -> lab_caches.Made:
         teachers, untils = self.study.teachers(cell.regime, cell.seed), self.study.untils(cell.regime)
         folder = lab_caches.folder_of(self.folder, teachers, untils)
         if not lab_caches.is_made(folder, targets):
@@ -134,7 +134,7 @@ class Laboratory:
 
     def _lacks(self, regime: str, seed: int) -> bool:
         folder = lab_caches.folder_of(self.folder, self.study.teachers(regime, seed), self.study.untils(regime))
-        return not lab_caches.is_made(folder, Targets.captured)
+        return not lab_caches.is_made(folder, LabTargets.captured)
 
 
 def _mean(values: list[float], guess: float) -> float:

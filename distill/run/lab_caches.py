@@ -16,7 +16,7 @@ from distill.cache.open_store import open_store
 from distill.config import json_text
 from distill.config.files import write_text
 from distill.config.schema import RunConfig
-from distill.config.study import Targets
+from distill.config.study import LabTargets
 from distill.engine.dist import Dist
 from distill.run import build
 from distill.run.backfill import backfill
@@ -46,11 +46,11 @@ def folder_of(home: Path, teachers: Sequence[RunConfig], untils: Sequence[float]
     return home / "caches" / f"{teachers_digest(teachers, untils)}-{sources_digest('teachers')}"
 
 
-def is_made(folder: Path, targets: Targets) -> bool:
-    return (folder / DONE).exists() and (targets is not Targets.relabelled or (folder / "relabelled.json").exists())
+def is_made(folder: Path, targets: LabTargets) -> bool:
+    return (folder / DONE).exists() and (targets is not LabTargets.relabelled or (folder / "relabelled.json").exists())
 
 
-def make(folder: Path, teachers: Sequence[RunConfig], untils: Sequence[float], targets: Targets, dist: Dist) -> Made:
+def make(folder: Path, teachers: Sequence[RunConfig], untils: Sequence[float], targets: LabTargets, dist: Dist) -> Made:
     """Trains what is not there yet.
 
     Args:
@@ -65,7 +65,7 @@ def make(folder: Path, teachers: Sequence[RunConfig], untils: Sequence[float], t
             _merge(teachers[0], runs, folder / "merged")
         write_text(folder / DONE, json_text.dumps({**measures, "seconds": time.process_time() - began}) + "\n")
     taught = json.loads((folder / DONE).read_text())
-    if targets is not Targets.relabelled:
+    if targets is not LabTargets.relabelled:
         root = folder / "merged" if len(teachers) > 1 else folder / "teacher-0" / "cache"
         return Made(str(root), taught)
     if not is_made(folder, targets):

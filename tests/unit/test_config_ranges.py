@@ -19,7 +19,8 @@ from distill.config.study import LabTeacher, RegimeConfig
 # What takes a zero, and what takes a token that is none: written down here again on purpose.
 ZERO = {
     "seed", "data.seed", "data.corpora.*.needle.seed", "data.corpora.*.law.seed",
-    "data.corpora.*.law.draw", "lab.tuning_seeds", "lab.first_seed", "data.corpora.*.held_out", "engine.zero", "engine.threads",
+    "data.corpora.*.law.draw", "lab.tuning_seeds", "lab.first_seed",
+    "data.corpora.*.held_out", "engine.zero", "engine.threads",
     *(f"{role}.{key}" for role in ("teacher", "student") for key in (
         "optim.betas", "optim.clip", "optim.warmup", "optim.decay", "optim.final_lr",
         *(f"optim.weight_decay.{part}" for part in ("matrices", "embedding", "head", "router", "norms")),

@@ -34,7 +34,7 @@ def forge(made, cell, excess, **more):
 
 
 def forge_all(made, new, tuning=lambda arm, number: 0.5 + 0.1 * number):
-    """Lines of the regime `size`; on test seeds about 0.3 for constant, 0.4 for labels, constant's plus `new` for new."""
+    """Lines of the regime `size`; on test seeds about 0.3 for constant, 0.4 for labels, constant's plus `new`."""
     numbers = {}
     for cell in made.tuning("size"):
         number = numbers.setdefault((cell.arm, cell.seed), itertools.count())
