@@ -43,12 +43,12 @@ class Batch:
     """float32 nats: the teacher's mean label loss on the sample's shard when captured; nan where not covered."""
     step_B: Tensor
     """int64: last teacher step of the sample's shard; -1 where not covered."""
-    teacher_TE: Tensor | None = None
-    """Normed hidden states of a live teacher; None: there is none."""
     images: Images | None = None
     """Tiles sample after sample; None: no sample has image tokens."""
     tile_tokens: int = 0
     """Tokens of a tile; 0: no corpus of the batch has images."""
+    teacher_TE: Tensor | None = None
+    """Normed hidden states of a live teacher; None: there is none."""
 
     def rows(self, start: int, stop: int) -> Batch:
         """The samples from `start` to before `stop`, as views."""
