@@ -5,7 +5,7 @@ BIN := .venv/bin
 CONSTRAINTS ?= constraints-cpu.txt
 RUN := $(BIN)/python -m distill
 .DEFAULT_GOAL := help
-.PHONY: help setup smoke demo digits needle test fuzz lint bench crash coordcheck lr-transfer config clean
+.PHONY: help setup smoke demo digits needle lab-quick test fuzz lint bench crash coordcheck lr-transfer config clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-11s %s\n", $$1, $$2}'
@@ -28,6 +28,9 @@ digits: setup ## The main job on text and images: who reads handwritten digits h
 
 needle: setup ## A tiny student learns retrieval, then is tried within and beyond its length (ARGS="seed=1 ...")
 	$(RUN) experiment=needle $(ARGS)
+
+lab-quick: setup ## Weightings compared on a language whose law is known: two regimes, four arms, two pairs (at most 10 minutes)
+	$(RUN) job=lab study=quick lab.evidence=runs/lab/quick.jsonl $(ARGS)
 
 test: setup lint ## Linters, types, import contracts, all tests (ARGS for pytest)
 	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)

@@ -97,18 +97,22 @@ class Foreign:
 
     @property
     def unembedding(self) -> Tensor:
+        self._need_plain(self._head.plain)
         weight: Tensor = self.model.get_output_embeddings().weight
         return weight
 
     @torch.no_grad()
     def hidden(self, batch: Batch) -> Tensor:
         ids_T, documents = batch.ids_BS.flatten(), _documents(batch.documents_BS)
-        if not self._is_plain(ids_T, documents, len(ids_T)):
+        self._need_plain(self._is_plain(ids_T, documents, len(ids_T)))
+        return self._hidden(ids_T, documents, room=len(ids_T))
+
+    def _need_plain(self, plain: bool) -> None:
+        if not plain:
             raise ConfigError(
                 f"{self._name}; its logits are not its last hidden states times its unembedding, as live targets need: "
                 "label with job=backfill, and train on the cache"
             )
-        return self._hidden(ids_T, documents, room=len(ids_T))
 
     def _is_plain(self, ids_T: Tensor, documents: list[_Document], room: int) -> bool:
         if self._plain_head is None:

@@ -38,7 +38,7 @@ class Frozen(Protocol):
 
     @property
     def unembedding(self) -> Tensor:
-        """[V, E]."""
+        """[V, E]; ConfigError as `hidden`."""
         ...
 
     def label(self, batch: Batch, select: Select | None, head_chunk: int) -> MicroTargets:

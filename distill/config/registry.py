@@ -111,6 +111,12 @@ JOBS: Registry[Job] = Registry(
         ),
         "evaluate": Job("distill.run.evaluation:evaluate", (), f"{_RULES}:evaluate_rules"),
         "export": Job("distill.run.export:export", (), f"{_RULES}:export_rules"),
+        "lab": Job(
+            "distill.run.lab:lab",
+            (),
+            "distill.config.study_checks:lab_rules",
+            "what was measured is in lab.evidence; the same command goes on from it",
+        ),
     },
 )
 

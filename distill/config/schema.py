@@ -48,6 +48,7 @@ from distill.config.ranges import (
     Words,
 )
 from distill.config.registry import CODECS, DISPATCHERS, JOBS, LOSSES, PRECISIONS
+from distill.config.study import LabConfig as LabConfig
 
 JobName = Annotated[str, JOBS]
 LossName = Annotated[str, LOSSES]
@@ -643,6 +644,7 @@ class RunConfig:
     backfill: BackfillConfig = field(default_factory=BackfillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    lab: LabConfig = field(default_factory=LabConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     precision: PrecisionName = "fp32"

@@ -48,12 +48,12 @@ class Batch:
     """float32 nats: that teacher's loss at that step on a smooth curve over its training; nan: not known."""
     end_B: Tensor
     """float32 nats: where the best teacher of the sample's cache ends on its curve; nan: not known."""
-    teacher_TE: Tensor | None = None
-    """Normed hidden states of a live teacher; None: there is none."""
     images: Images | None = None
     """Tiles sample after sample; None: no sample has image tokens."""
     tile_tokens: int = 0
     """Tokens of a tile; 0: no corpus of the batch has images."""
+    teacher_TE: Tensor | None = None
+    """Normed hidden states of a live teacher; None: there is none."""
 
     def rows(self, start: int, stop: int) -> Batch:
         """The samples from `start` to before `stop`, as views."""

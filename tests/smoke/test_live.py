@@ -99,6 +99,30 @@ def test_a_frozen_live_teacher_killed_resumed_and_exported(made, tmp_path):
     assert "teacher.from is" in wrong and "was started with" in wrong
 
 
+def test_any_causal_language_model_teaches_live(made, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    folder, common = made
+    torch.manual_seed(0)
+    small = LlamaConfig(vocab_size=272, hidden_size=24, intermediate_size=24, num_hidden_layers=2,
+                        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32)  # fmt: skip
+    for name, vocab_size in (("hf", 272), ("wide", 280), ("narrow", 271)):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**small.to_dict() | {"vocab_size": vocab_size}))
+        model.save_pretrained(tmp_path / name)
+        (tmp_path / name / "tokenizer.json").write_text((folder / "t" / "tokenizer.json").read_text())
+    student = [*common, "job=student", "student.targets=live", "student.train.steps=4", "student.hidden_match=1",
+               "student.loss=reverse_kl"]  # fmt: skip
+    run(*student, f"teacher.from=hf:{tmp_path}/hf", f"hydra.run.dir={tmp_path}/s")
+    assert len(logged(tmp_path / "s")) == 4
+    for name, said in (
+        ("wide", "280 ids: allowed is as many"),
+        ("narrow", "271 ids: allowed is as many; student.loss"),
+    ):
+        wrong = run(*student, f"teacher.from=hf:{tmp_path}/{name}", f"hydra.run.dir={tmp_path}/w", code=2).stderr
+        assert f"teacher.from=hf:{tmp_path}/{name} has {said}" in wrong and "Traceback" not in wrong
+
+
 @pytest.mark.parametrize("capture", [False, True])
 def test_a_learning_live_teacher(made, tmp_path, capture):
     _, common = made

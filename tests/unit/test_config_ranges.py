@@ -14,11 +14,13 @@ from distill.config.errors import CacheError, ConfigError
 from distill.config.load import precheck, resolve
 from distill.config.ranges import MOST_IDS
 from distill.config.schema import ArmConfig, CodecConfig, RopeScaling, RunConfig, VisionConfig
+from distill.config.study import LabTeacher, RegimeConfig
 
 # What takes a zero, and what takes a token that is none: written down here again on purpose.
 ZERO = {
     "seed", "data.seed", "data.corpora.*.needle.seed", "data.corpora.*.law.seed",
-    "data.corpora.*.law.draw", "data.corpora.*.held_out", "engine.zero", "engine.threads",
+    "data.corpora.*.law.draw", "lab.tuning_seeds", "lab.first_seed",
+    "data.corpora.*.held_out", "engine.zero", "engine.threads",
     *(f"{role}.{key}" for role in ("teacher", "student") for key in (
         "optim.betas", "optim.clip", "optim.warmup", "optim.decay", "optim.final_lr",
         *(f"optim.weight_decay.{part}" for part in ("matrices", "embedding", "head", "router", "norms")),
@@ -62,6 +64,7 @@ NUMBERS = list(numbers(RunConfig))
 @pytest.fixture(scope="module")
 def run():
     found = changed(resolve(["job=codistill", "experiment=smoke"]), "codistill.arms", {"one": ArmConfig()})
+    found = changed(found, "lab.regimes", {"one": RegimeConfig(teachers={"one": LabTeacher()})})
     for role in ("teacher", "student"):
         found = changed(found, f"{role}.model.vision", VisionConfig())
         found = changed(found, f"{role}.model.rope_scaling", RopeScaling())
@@ -92,7 +95,7 @@ def test_a_number_that_no_run_could_mean_is_refused_by_name_once(run, value):
         if kind is int and isinstance(value, float):
             continue  # refused as another type
         accepted = (value == 0 and key in ZERO) or (value == -1 and key in NO_TOKEN)
-        named = key.replace("corpora.*", "corpora.main").replace("arms.*", "arms.one")
+        named = key.replace("corpora.*", "corpora.main").replace(".*", ".one")
         lines = [line for line in check(changed(run, key, kind(value))) if line.startswith(f"{named} ")]
         if accepted:
             assert not any(word in line for line in lines for word in ("at least", "positive", "finite")), lines

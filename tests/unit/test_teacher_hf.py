@@ -63,7 +63,6 @@ def batch_of():
         tokens[:, :-1], tokens[:, 1:], torch.ones(rows, S, dtype=torch.bool),
         torch.tensor(DOCUMENTS, dtype=torch.int32), np.arange(rows), np.zeros(rows, np.int64),
         np.zeros(rows, np.uint64), None, torch.full((rows,), torch.nan), torch.full((rows,), -1),
-        torch.zeros(rows, dtype=torch.bool),
     )  # fmt: skip
 
 
@@ -98,6 +97,19 @@ def test_packed_documents_get_the_logits_of_each_alone(name, chunk):
     want_T = torch.nn.functional.cross_entropy(want_TV, batch.labels_BS.flatten(), reduction="none")
     assert worst(hard_T, want_T) < 1e-5
     assert teacher.vocab_size == V
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_live_targets_take_a_plain_head_and_no_other(name):
+    model, batch = model_of(name).double(), batch_of()
+    teacher = hf.Foreign(model)
+    if not PLAIN[name]:
+        for ask in (lambda: teacher.unembedding, lambda: teacher.hidden(batch)):
+            with pytest.raises(ConfigError, match="not its last hidden states times its unembedding"):
+                ask()
+        return
+    with torch.no_grad():
+        assert worst(teacher.hidden(batch) @ teacher.unembedding.T, alone(model, batch)) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2"])

@@ -1,0 +1,177 @@
+"""What the lines of a study say, regime by regime: tuned settings, paired differences, verdicts."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from distill.config import study_plan
+from distill.config.study import ArmKind
+from distill.run.evidence import Line, measure
+from distill.run.intervals import Interval, interval
+from distill.run.lab_study import Study
+
+STATIC = (ArmKind.static, ArmKind.labels)
+"""Of these arms the best on the tuning seeds is what the new one is compared with: alpha 0 is a static weight too."""
+
+
+class ArmResult(NamedTuple):
+    """Of one arm in one regime, on the test seeds that all arms have."""
+
+    setting: Mapping[str, Any]
+    mean: float
+    """Excess or loss, nats."""
+    spread: float
+    """Standard deviation over seeds; nan: one seed."""
+    gain: Interval
+    """Labels' less the arm's."""
+    alpha: float
+    seconds: float
+
+
+class RegimeResult(NamedTuple):
+    """Of one regime."""
+
+    regime: str
+    arms: dict[str, ArmResult]
+    best: str
+    """The best static arm on the tuning seeds."""
+    margin: Interval
+    """The new arm's less the best static one's."""
+    verdict: str
+    better: str | None
+    """Whether it is better by the limit; None: the regime does not ask for it."""
+    controls: dict[str, str]
+    """Verdict of each control."""
+    lead: float
+    """Labels' less the finished last teacher's, mean over the test seeds; nan: no line names a teacher."""
+    teacher: float
+    tokens: int
+    """Of a student."""
+    sources: frozenset[str]
+    """Digests of the sources of these lines."""
+
+
+def results(study: Study) -> list[RegimeResult]:
+    """Of every regime that has all of its tuning lines and two pairs."""
+    return [found for name in study.lab.regimes if (found := _regime(study, name)) is not None]
+
+
+def missing(study: Study) -> dict[str, tuple[int, int]]:
+    """Lines that a regime has, and all that it takes, where some are missing; of those in `only`."""
+    counts = {}
+    for name in study.lab.only or study.lab.regimes:
+        tuned = study.tuned(name)
+        cells = list(study.tuning(name))
+        tests = list(study.tests(name, tuned)) if tuned else []
+        wanted = len(cells) + len(study.lab.arms) * study.lab.pairs
+        have = sum(study.line(cell) is not None for cell in [*cells, *tests])
+        if have < wanted:
+            counts[name] = have, wanted
+    return counts
+
+
+def _regime(study: Study, regime: str) -> RegimeResult | None:
+    tuned = study.tuned(regime)
+    if tuned is None:
+        return None
+    lab, by_seed = study.lab, dict[int, dict[str, Line]]()
+    for cell in study.tests(regime, tuned):
+        if (line := study.line(cell)) is not None:
+            by_seed.setdefault(cell.seed, {})[cell.arm] = line
+    pairs = [lines for _, lines in sorted(by_seed.items()) if len(lines) == len(lab.arms)]
+    if len(pairs) < 2:
+        return None
+    kinds = {kind: [name for name, arm in lab.arms.items() if arm.kind is kind] for kind in ArmKind}
+    (labels,), (new,) = kinds[ArmKind.labels], kinds[ArmKind.new]
+    arms = {name: _arm(pairs, name, labels, tuned[name]) for name in lab.arms}
+    statics = [name for kind in STATIC for name in kinds[kind]]
+    scores = {name: study.tuning_mean(regime, name, tuned[name]) for name in statics}
+    best = min(statics, key=lambda name: math.inf if (score := scores[name]) is None else score)
+    margin = _difference(pairs, new, best)
+    taught = [(measure(line["teacher"]), measure(lines[labels])) for lines in pairs if (line := _cached(lines))]
+    teacher = float(np.mean([there for there, _ in taught])) if taught else math.nan
+    return RegimeResult(
+        regime,
+        arms,
+        best,
+        margin,
+        margin.verdict(lab.limits.same),
+        margin.verdict(-lab.limits.better) if lab.regimes[regime].unknown else None,
+        {name: arms[name].gain.verdict(lab.limits.control) for name in kinds[ArmKind.control]},
+        float(np.mean([here - there for there, here in taught])) if taught else math.nan,
+        teacher,
+        pairs[0][labels]["tokens"],
+        frozenset(line["sources"] for lines in pairs for line in lines.values()),
+    )
+
+
+def _arm(pairs: Sequence[dict[str, Line]], name: str, labels: str, setting: Mapping[str, Any]) -> ArmResult:
+    values = [measure(lines[name]) for lines in pairs]
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+    alpha, seconds = (float(np.mean([lines[name][key] for lines in pairs])) for key in ("alpha", "seconds"))
+    gain = _difference(pairs, labels, name)
+    return ArmResult(setting, float(np.mean(values)), spread, gain, alpha, seconds)
+
+
+def _difference(pairs: Sequence[dict[str, Line]], one: str, other: str) -> Interval:
+    return interval([measure(lines[one]) - measure(lines[other]) for lines in pairs])
+
+
+def _cached(lines: dict[str, Line]) -> Line | None:
+    """A line that names the teacher."""
+    return next((line for line in lines.values() if "teacher" in line), None)
+
+
+# ---------------------------------------------------------------- lengths
+
+
+class LengthResult(NamedTuple):
+    """Of one arm at one length of a curve."""
+
+    closed: float
+    """Share of the gap between labels and teacher; nan: the teacher is no better than labels."""
+    tokens: float
+    """That labels need for the same measure, as a multiple of the arm's own; inf: more than any labels' run had."""
+
+
+def lengths(study: Study, found: Sequence[RegimeResult]) -> dict[tuple[str, str], LengthResult]:
+    """By regime and arm, for regimes on a curve."""
+    out = {}
+    (labels,) = (name for name, arm in study.lab.arms.items() if arm.kind is ArmKind.labels)
+    for result in found:
+        curve = study.lab.regimes[result.regime].curve
+        if curve is None:
+            continue
+        on_curve = sorted(
+            (other.tokens, other.arms[labels].mean) for other in found if study.lab.regimes[other.regime].curve == curve
+        )
+        gap = result.arms[labels].mean - result.teacher
+        for name, arm in result.arms.items():
+            closed = (result.arms[labels].mean - arm.mean) / gap if gap > 0 else math.nan
+            out[result.regime, name] = LengthResult(closed, tokens_for(arm.mean, on_curve) / result.tokens)
+    return out
+
+
+def tokens_for(value: float, curve: Sequence[tuple[int, float]]) -> float:
+    """Tokens at which a curve of (tokens, measure) reaches a value, by straight lines over log tokens.
+
+    inf: below the last point. Above the first one the first stretch is continued.
+    """
+    if len(curve) < 2:
+        return math.inf if not curve or value < curve[0][1] else float(curve[0][0])
+    if value < curve[-1][1]:
+        return math.inf
+    stretch = next(i for i in range(len(curve) - 1) if value >= curve[i + 1][1])
+    (low, at_low), (high, at_high) = curve[stretch], curve[stretch + 1]
+    if at_low == at_high:
+        return float(low)
+    share = (at_low - value) / (at_low - at_high)
+    return math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
+
+
+def study_seeds(study: Study) -> str:
+    """For people."""
+    tests = study_plan.test_seeds(study.lab)
+    return f"tuning seeds {', '.join(map(str, study.lab.tuning_seeds))}; test seeds {tests[0]} to {tests[-1]}"
