@@ -41,7 +41,7 @@ class StepPlan(NamedTuple):
     """Norms of the gradients are measured."""
 
 
-class Sums(NamedTuple):
+class MicroSums(NamedTuple):
     """What the end of a step needs of a micro-batch."""
 
     factors: dict[str, Tensor]
@@ -123,9 +123,9 @@ class StudentRecipe(Recipe):
             per_corpus["alpha"] = weighed.soft_T
         means |= _means(head.parts, valid_T, covered_T) | self._by_corpus(per_corpus, corpus_B, valid_T)
         tokens_2 = torch.stack([covered_T.sum(), valid_T.sum()]).double()
-        return Forward(head.loss_sum, routing, means, histograms, Sums(sums, tokens_2))
+        return Forward(head.loss_sum, routing, means, histograms, MicroSums(sums, tokens_2))
 
-    def end(self, plan: StepPlan, results: list[Sums]) -> None:
+    def end(self, plan: StepPlan, results: list[MicroSums]) -> None:
         """Moves coverage and the factors' state on, by all ranks' sums; collective."""
         names = list(results[0].factors)
         parts = [torch.stack([part.factors[name] for part in results]).sum(0) for name in names]

@@ -23,8 +23,8 @@ from distill.data.join import Batch
 from distill.engine.dist import Dist
 from distill.model import Transformer
 from losses.weighting import Setting
-from student import distilling
-from student.distilling import StudentRecipe, Weigher
+from student.distilling import StudentRecipe
+from student.weigher import Weigher, signals_of
 
 V, S = 32, 4
 ALONE = Dist(0, 1, torch.device("cpu"))
@@ -80,14 +80,9 @@ def run(student, b, step=0, net=None):
 def alphas(student, b, step=0):
     """Of the first token of each sample, without moving the student's state."""
     plan, before = student.begin(b, step), student.weighting_state
-    weigher = Weigher(
-        student.weighting,
-        plan,
-        distilling._signals(b, torch.device("cpu"), 1.0),
-        torch.ones(b.valid_BS.numel(), dtype=torch.bool),
-    )
-    zeros = torch.zeros(b.valid_BS.numel())
-    weigher(slice(None), zeros, zeros)
+    valid = torch.ones(b.valid_BS.numel(), dtype=torch.bool)
+    weigher = Weigher(student.weighting, plan.state, step, signals_of(b, torch.device("cpu"), 1.0), valid)
+    weigher(slice(None), torch.zeros(len(valid)), torch.zeros(len(valid)))
     assert student.weighting_state is before
     return weigher.whole().soft_T.view(-1, S)[:, 0].tolist()
 
