@@ -2,7 +2,8 @@
 
 Each takes log p and log q, [t, N] over any N outcomes, neither of them infinite (`LEAST` is the logarithm of 0), and
 returns the divergence of each row, nats [t], and its derivative with respect to every log q, as if each were free,
-[t, N]; `through_softmax` leads from there to logits. An outcome that neither distribution has adds nothing.
+[t, N], up to a multiple of q, which no softmax lets through; `through_softmax` leads from there to logits. An outcome
+that neither distribution has adds nothing.
 """
 
 import math
@@ -28,9 +29,8 @@ def forward_kl(teacher_tN: Tensor, student_tN: Tensor) -> tuple[Tensor, Tensor]:
 
 def reverse_kl(teacher_tN: Tensor, student_tN: Tensor) -> tuple[Tensor, Tensor]:
     """KL(q, p); MiniLLM, arXiv 2306.08543. It needs p > 0 wherever q is."""
-    q_tN = student_tN.exp()
-    terms_tN = (student_tN - teacher_tN).mul_(q_tN)
-    return terms_tN.sum(-1), terms_tN.add_(q_tN)
+    terms_tN = (student_tN - teacher_tN).mul_(student_tN.exp())
+    return terms_tN.sum(-1), terms_tN
 
 
 def jensen_shannon(teacher_tN: Tensor, student_tN: Tensor, beta: float) -> tuple[Tensor, Tensor]:

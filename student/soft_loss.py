@@ -30,6 +30,7 @@ class SoftLoss:
         self._divergence = self._entry.divergence(options) if isinstance(self._entry, LossEntry) else None
         forms = {soft_losses.form_of(codec) for codec in codecs}
         self._as_mixed = config.loss == "mixed" or forms != {soft_losses.BUCKET}
+        self._is_linear = soft_losses.verdict(config.loss, self._temperature, soft_losses.SAMPLED).startswith("yes")
 
     def rows(
         self,
@@ -49,6 +50,7 @@ class SoftLoss:
         if teacher is not None:
             return Dense(labels_T, w_hard_T, *teacher, w_soft_T, self._divergence, self._temperature)
         if self._as_mixed:
+            assert self._is_linear, "the configuration allows no other loss of atoms that were drawn"
             return Mixed(labels_T, w_hard_T, *atoms, w_soft_T)
         return Bucketed(labels_T, w_hard_T, *atoms, w_soft_T, self._divergence, self._temperature)
 

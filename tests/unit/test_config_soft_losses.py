@@ -127,6 +127,10 @@ def test_live_targets_say_what_they_need(tmp_path):
         "(student.targets=live and arms with cached=false need no capture)"
     )
     assert not problems("job=codistill", *live, "teacher.capture=false")
+    (line,) = problems("job=codistill", *live, "student.loss=reverse_kl", arms)
+    assert line.startswith(
+        "student.loss is reverse_kl with cache.codec.name=systematic, which codistill.arms.a would read; it is not "
+    )
     (line,) = problems("job=codistill", *live, "student.loss=reverse_kl", "student.model.vocab_size=600")
     assert line == (
         "student.model.vocab_size is 600; teacher.model has 512 ids: allowed is as many; student.loss reverse_kl is "
