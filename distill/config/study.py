@@ -24,12 +24,10 @@ class ArmKind(Enum):
 
 
 class LabTargets(Enum):
-    """captured: what the teachers captured; relabelled: those of the finished last teacher, for all samples; shuffled:
-    captured, of another sample."""
+    """captured: what the teachers captured; relabelled: those of the finished last teacher, for all samples."""
 
     captured = "captured"
     relabelled = "relabelled"
-    shuffled = "shuffled"
 
 
 class Stale(Enum):
@@ -76,6 +74,8 @@ class LabArm:
     grid: dict[str, list[Any]] = field(default_factory=dict)
     """Values of keys; all combinations are tried on the tuning seeds of each regime, and the best is tested."""
     targets: LabTargets = LabTargets.captured
+    shuffled: bool = False
+    """Each sample gets the targets of another one."""
     reversed: bool = False
     """One minus each factor of alpha."""
 

@@ -56,7 +56,7 @@ def config_digest(
     parts: dict[str, Any] = {"student": _student(student)}
     if student.student.cached:
         parts["teachers"] = teachers_digest(teachers, untils)
-        parts["targets"], parts["reversed"] = targets.value, arm.reversed
+        parts |= {"targets": targets.value, "shuffled": arm.shuffled, "reversed": arm.reversed}
     if any(corpus.source is Source.stdlib for corpus in student.data.corpora.values()):
         parts["text"] = sys.version.split()[0]
     return _digest(parts)

@@ -79,9 +79,7 @@ class Laboratory:
         if cell.config.student.cached:
             made = self._make(cell, targets)
         config = study_plan.with_data(cell.config, data)
-        measures = train_student(
-            config, arm, targets, made and made.root, self.folder / "students" / cell.digest, self.dist
-        )
+        measures = train_student(config, arm, made and made.root, self.folder / "students" / cell.digest, self.dist)
         line = {key: getattr(cell, key) for key in ("regime", "arm", "seed", "phase", "setting")}
         line = {"study": self.lab.name, **line, **measures}
         line |= {"teacher": made.teacher} if made is not None else {}

@@ -68,7 +68,8 @@ def svg(title: str, points: Sequence[Point]) -> str:
             ends = [end if math.isfinite(end) else point.gain for end in (point.low, point.high)]
             parts.append(_line(at, y(ends[0]), at, y(ends[1]), 3))
             parts += [_dot(at, y(point.static), STATIC, "none"), _dot(at, y(point.gain), NEW, NEW)]
-            parts.append(_text(at + 9, y(point.gain) - 6, point.name))
+            side, anchor = (-9, "end") if at > (LEFT + RIGHT) / 2 else (9, "start")
+            parts.append(_text(at + side, y(point.gain) - 6, point.name, "", anchor))
     body = "\n".join(parts)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" '

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distill.cache import CacheReader, ReadResult
 from distill.config.schema import RunConfig, Source
-from distill.config.study import LabArm, LabTargets
+from distill.config.study import LabArm
 from distill.data.packed import PackedCorpus
 from distill.engine.dist import Dist
 from distill.run import build
@@ -26,9 +26,7 @@ from distill.tracking.tracker import METRICS
 from student.excess import excess
 
 
-def train_student(
-    config: RunConfig, arm: LabArm, targets: LabTargets, cache: str | None, folder: Path, dist: Dist
-) -> dict[str, Any]:
+def train_student(config: RunConfig, arm: LabArm, cache: str | None, folder: Path, dist: Dist) -> dict[str, Any]:
     """Trains a student and measures it on held-out text; its run folder is gone afterwards.
 
     Args:
@@ -44,7 +42,7 @@ def train_student(
     with Run(config, folder, dist) as run:
         build.prepare(run)
         readers: list[Any] | None = open_readers(run) if config.student.cached else None
-        if readers is not None and targets is LabTargets.shuffled:
+        if readers is not None and arm.shuffled:
             readers = [Shuffled(reader, corpus) for reader, corpus in zip(readers, run.data.train.values())]
         trainer, recipe = build.student(run, readers)
         if arm.reversed:
