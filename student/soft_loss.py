@@ -32,14 +32,11 @@ class SoftLoss:
         self._divergence = self._entry.divergence(options) if isinstance(self._entry, LossEntry) else None
         forms = {soft_losses.form_of(codec) for codec in codecs}
         self._as_mixed = config.loss == "mixed" or forms != {soft_losses.BUCKET}
-<<<<<<< HEAD
         self.is_cross_entropy = config.loss == "mixed" or (
             self._divergence is not None and self._as_mixed and bool(codecs)
         )
         """Of the part `soft`: the teacher's entropy parts it from the divergence."""
-=======
         self._is_linear = soft_losses.verdict(config.loss, self._temperature, soft_losses.SAMPLED).startswith("yes")
->>>>>>> main
 
     def rows(
         self,
@@ -58,14 +55,9 @@ class SoftLoss:
         if teacher is not None:
             return Dense(labels_T, weigh, *teacher, self._divergence, self._temperature)
         if self._as_mixed:
-<<<<<<< HEAD
+            assert self._is_linear, "the configuration allows no other loss of atoms that were drawn"
             return Mixed(labels_T, weigh, *atoms)
         return Bucketed(labels_T, weigh, *atoms, self._divergence, self._temperature)
-=======
-            assert self._is_linear, "the configuration allows no other loss of atoms that were drawn"
-            return Mixed(labels_T, w_hard_T, *atoms, w_soft_T)
-        return Bucketed(labels_T, w_hard_T, *atoms, w_soft_T, self._divergence, self._temperature)
->>>>>>> main
 
     def head(
         self,
