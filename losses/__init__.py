@@ -4,7 +4,7 @@ Imports torch and nothing of ours. Shape letters: T tokens, D model, V vocabular
 """
 
 from losses.head import HeadLoss, RowFunction, head_loss
-from losses.mixed import Mixed, MixedLoss, mixed_loss
+from losses.mixed import Mixed, MixedLoss, fixed, mixed_loss
 from losses.routing import routing_loss
 
-__all__ = ["HeadLoss", "Mixed", "MixedLoss", "RowFunction", "head_loss", "mixed_loss", "routing_loss"]
+__all__ = ["HeadLoss", "Mixed", "MixedLoss", "RowFunction", "fixed", "head_loss", "mixed_loss", "routing_loss"]

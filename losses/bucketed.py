@@ -13,6 +13,7 @@ from torch import Tensor
 
 from losses.divergences import LEAST, through_softmax
 from losses.head import Chunk
+from losses.mixed import Weigh, both_weights
 
 Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Of `losses.divergences`, its own numbers bound."""
@@ -30,20 +31,17 @@ class Bucketed(NamedTuple):
 
     labels_T: Tensor
     """Next-token ids in [0, V); an invalid token has any such id and weights 0."""
-    w_hard_T: Tensor
-    """Weights are constants for the gradient."""
+    weigh: Weigh
     ids_TK: Tensor
     """Stored atoms, each id once. One of probability 0 (padding, any id in [0, V)) belongs to the bucket."""
     probs_TK: Tensor
     """1 minus their sum is the mass of all other ids."""
-    w_soft_T: Tensor
     divergence: Divergence
     temperature: float = 1.0
 
     def __call__(self, logits_tV: Tensor, rows: slice, want_grad: bool) -> Chunk:
         dtype = logits_tV.dtype
         labels_t1, ids_tK, probs_tK = self.labels_T[rows, None], self.ids_TK[rows], self.probs_TK[rows].to(dtype)
-        w_hard_t, w_soft_t = self.w_hard_T[rows].to(dtype), self.w_soft_T[rows].to(dtype)
         mass_t, real_tK = probs_tK.sum(-1), probs_tK > 0
         best_t = ids_tK.gather(-1, probs_tK.argmax(-1, keepdim=True)).squeeze(-1)
         agreement_t = (logits_tV.argmax(-1) == best_t) & (mass_t > 0)
@@ -64,6 +62,7 @@ class Bucketed(NamedTuple):
         loss_t, grad_tN = self.divergence(teacher_tN, soft_tN)
         hard_t, soft_t = lse_t - label_t, self.temperature**2 * loss_t
         parts = {"hard": hard_t, "soft": soft_t, "mass": mass_t, "agreement": agreement_t}
+        w_hard_t, w_soft_t = both_weights(self.weigh, rows, hard_t, soft_t)
         loss_t = w_hard_t * hard_t + w_soft_t * soft_t
         if not want_grad:
             return Chunk(loss_t, parts, None)

@@ -8,6 +8,7 @@ from torch import Tensor
 from losses.bucketed import Divergence
 from losses.divergences import LEAST
 from losses.head import Chunk
+from losses.mixed import Weigh, both_weights
 
 
 class Dense(NamedTuple):
@@ -20,18 +21,15 @@ class Dense(NamedTuple):
 
     labels_T: Tensor
     """Next-token ids in [0, V); an invalid token has any such id and weights 0."""
-    w_hard_T: Tensor
-    """Weights are constants for the gradient."""
+    weigh: Weigh
     hidden_TE: Tensor
     """The teacher's normed hidden states."""
     weight_UE: Tensor
     """Its unembedding, U <= V; ids from U on have no probability."""
-    w_soft_T: Tensor
     divergence: Divergence
     temperature: float = 1.0
 
     def __call__(self, logits_tV: Tensor, rows: slice, want_grad: bool) -> Chunk:
-        w_hard_t, w_soft_t = (weight_T[rows].to(logits_tV.dtype) for weight_T in (self.w_hard_T, self.w_soft_T))
         teacher_tV = (self.hidden_TE[rows] @ self.weight_UE.T).to(logits_tV.dtype)
         agreement_t = logits_tV.argmax(-1) == teacher_tV.argmax(-1)
         if teacher_tV.shape[1] < logits_tV.shape[1]:
@@ -50,6 +48,7 @@ class Dense(NamedTuple):
         loss_t, soft_grad_tV = self.divergence(teacher_tV, student_tV)
         soft_t = self.temperature**2 * loss_t
         parts = {"hard": hard_t, "soft": soft_t, "mass": teacher_tV.new_ones(len(hard_t)), "agreement": agreement_t}
+        w_hard_t, w_soft_t = both_weights(self.weigh, rows, hard_t, soft_t)
         loss_t = w_hard_t * hard_t + w_soft_t * soft_t
         if not want_grad:
             return Chunk(loss_t, parts, None)

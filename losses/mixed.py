@@ -17,6 +17,21 @@ from losses.head import Chunk, head_loss
 
 Select = Callable[[slice, Tensor, Tensor], Any]
 """(rows, probabilities [t, V], their logarithms [t, V]) -> what is taken out of a chunk; both tensors are read only."""
+Weigh = Callable[[slice, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+"""(rows, cross entropy against the label [t], against the soft target [t]; both in nats) -> weights of the hard and of
+the soft term [t], constants for the gradient; no soft ones where there are no soft targets. An invalid token has 0."""
+
+
+def fixed(w_hard_T: Tensor, w_soft_T: Tensor | None = None) -> Weigh:
+    """Weights that do not depend on what the model predicts."""
+    return lambda rows, hard_t, soft_t: (w_hard_T[rows], None if w_soft_T is None else w_soft_T[rows])
+
+
+def both_weights(weigh: Weigh, rows: slice, hard_t: Tensor, soft_t: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of a chunk with soft targets, in the dtype of its losses."""
+    w_hard_t, w_soft_t = weigh(rows, hard_t, soft_t)
+    assert w_soft_t is not None, "soft targets come with a weight"
+    return w_hard_t.to(hard_t.dtype), w_soft_t.to(hard_t.dtype)
 
 
 class Mixed(NamedTuple):
@@ -24,40 +39,43 @@ class Mixed(NamedTuple):
 
     Its parts are `hard`, cross entropy against the label, and with atoms `soft`, cross entropy against them (both
     unweighted, nats), `mass`, the sum of the stored probabilities, and `agreement`, whether the most probable id of the
-    model is that of the atoms.
+    model is that of the atoms. With `norms` also `hard_norm` and `soft_norm`, Euclidean norms of both terms' gradients
+    with respect to the logits, unweighted.
 
     Source: for one weight, the merged target of sparse distillation (arXiv 2503.16870, appendix).
     """
 
     labels_T: Tensor
     """Next-token ids in [0, V); an invalid token has any such id and weights 0."""
-    w_hard_T: Tensor
-    """Weights are constants for the gradient."""
+    weigh: Weigh
     ids_TK: Tensor | None = None
     """Stored atoms; padding has probability 0 and any id in [0, V); an id that occurs twice counts twice."""
     probs_TK: Tensor | None = None
-    w_soft_T: Tensor | None = None
     select: Select | None = None
     """Called without gradient on every chunk; its result is the chunk's selection."""
+    norms: bool = False
+    """Costs one more pass over the logits; atoms of a token have distinct ids then."""
 
     def __call__(self, logits_tV: Tensor, rows: slice, want_grad: bool) -> Chunk:
         dtype = logits_tV.dtype
         lse_t = logits_tV.logsumexp(-1)
         labels_t1 = self.labels_T[rows, None]
-        w_hard_t = self.w_hard_T[rows].to(dtype)
         hard_t = lse_t - logits_tV.gather(-1, labels_t1).squeeze(-1)
-        loss_t, total_t = w_hard_t * hard_t, w_hard_t
-        parts = {"hard": hard_t}
+        parts, soft_t = {"hard": hard_t}, None
         if self.ids_TK is not None:
-            assert self.probs_TK is not None and self.w_soft_T is not None, "atoms come with probabilities and a weight"
+            assert self.probs_TK is not None, "atoms come with probabilities"
             ids_tK, probs_tK = self.ids_TK[rows], self.probs_TK[rows].to(dtype)
-            w_soft_t = self.w_soft_T[rows].to(dtype)
             mass_t = probs_tK.sum(-1)
             soft_t = mass_t * lse_t - (probs_tK * logits_tV.gather(-1, ids_tK)).sum(-1)
-            loss_t = loss_t + w_soft_t * soft_t
-            total_t = total_t + w_soft_t * mass_t
             best_t = ids_tK.gather(-1, probs_tK.argmax(-1, keepdim=True)).squeeze(-1)
             parts |= {"soft": soft_t, "mass": mass_t, "agreement": (logits_tV.argmax(-1) == best_t) & (mass_t > 0)}
+        if soft_t is None:
+            w_hard_t = total_t = self.weigh(rows, hard_t, None)[0].to(dtype)
+            loss_t = w_hard_t * hard_t
+        else:
+            w_hard_t, w_soft_t = both_weights(self.weigh, rows, hard_t, soft_t)
+            loss_t = w_hard_t * hard_t + w_soft_t * soft_t
+            total_t = w_hard_t + w_soft_t * mass_t
         if not want_grad and self.select is None:
             return Chunk(loss_t, parts, None)
 
@@ -70,11 +88,26 @@ class Mixed(NamedTuple):
             selected = self.select(rows, probs_tV, logprobs_tV)
         if not want_grad:
             return Chunk(loss_t, parts, None, selected)
+        if self.norms:
+            parts |= self._norms(probs_tV, rows)
         grad_tV = probs_tV.mul_(total_t[:, None])
         grad_tV.scatter_add_(-1, labels_t1, -w_hard_t[:, None])
         if self.ids_TK is not None:
             grad_tV.scatter_add_(-1, ids_tK, -w_soft_t[:, None] * probs_tK)
         return Chunk(loss_t, parts, grad_tV, selected)
+
+    def _norms(self, probs_tV: Tensor, rows: slice) -> dict[str, Tensor]:
+        """Norms of softmax - one-hot label and of mass softmax - atoms, by their three inner products."""
+        square_t = probs_tV.square().sum(-1)
+        label_t = probs_tV.gather(-1, self.labels_T[rows, None]).squeeze(-1)
+        norms = {"hard_norm": (square_t - 2.0 * label_t + 1.0).clamp(min=0.0).sqrt()}
+        if self.ids_TK is not None and self.probs_TK is not None:
+            atoms_tK = self.probs_TK[rows].to(probs_tV.dtype)
+            mass_t = atoms_tK.sum(-1)
+            inner_t = (atoms_tK * probs_tV.gather(-1, self.ids_TK[rows])).sum(-1)
+            soft_t = mass_t.square() * square_t - 2.0 * mass_t * inner_t + atoms_tK.square().sum(-1)
+            norms["soft_norm"] = soft_t.clamp(min=0.0).sqrt()
+        return norms
 
 
 class MixedLoss(NamedTuple):
@@ -105,8 +138,9 @@ def mixed_loss(
 
     Args:
         hidden_TD, weight_VD, chunk: as `head_loss` takes them.
-        labels_T, w_hard_T, ids_TK, probs_TK, w_soft_T, select: fields of `Mixed`.
+        labels_T, ids_TK, probs_TK, select: fields of `Mixed`.
+        w_hard_T, w_soft_T: weights of its two terms.
     """
-    rows = Mixed(labels_T, w_hard_T, ids_TK, probs_TK, w_soft_T, select)
+    rows = Mixed(labels_T, fixed(w_hard_T, w_soft_T), ids_TK, probs_TK, select)
     loss_sum, parts, selected = head_loss(hidden_TD, weight_VD, rows, chunk=chunk)
     return MixedLoss(loss_sum, parts["hard"], parts.get("soft"), parts.get("mass"), parts.get("agreement"), selected)

@@ -1,8 +1,12 @@
 """How much the soft targets count: alpha_T = schedule(step) x product of factors in [0, 1].
 
 A factor is an object of one kind: it has a name, an explicit state that is handed in and returned, a value for each
-token, and metrics. No factor of ours depends on the label of its own token, so the fixed point of the loss stays the
-proper mixture (1 - alpha) q + alpha p and calibration is safe.
+token, sums that it needs of a step, and metrics. It is asked for the tokens of a chunk while their logits exist, so
+that it may depend on what the student predicts there.
+
+A factor that reads a token's own label (`Factor.reads_label`) scales the soft term only: the hard weight then stays
+1 - (alpha without it), so that the fixed point of the hard term is still the data's distribution. All others give
+w_soft = alpha, w_hard = 1 - alpha.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,21 +27,44 @@ class Setting(NamedTuple):
     """V of the student."""
     teacher_vocab_size: int
     """V of the teachers whose entropies are read, the largest where they differ."""
-    best_teacher_loss_C: Tensor
-    """fp64 nats: least mean loss of a shard in the cache of each corpus C; inf: not known before it is read."""
+    corpora: int
+    """C, number of corpora; each has a cache of its own."""
+    tokens: int
+    """Tokens that the student will train on."""
+    draws: float
+    """Draws of a soft target by the caches' codec; inf: it stores probabilities."""
+    device: torch.device
 
 
 class Signals(NamedTuple):
-    """What factors are computed from, of B samples and their T tokens."""
+    """What factors are computed from, of T tokens; on a device each."""
 
-    corpus_B: Tensor
-    """int64, the corpus of each sample."""
-    shard_loss_B: Tensor
-    """float32 nats: the teacher's mean label loss on the sample's shard when captured; nan: no targets."""
-    entropy_T: Tensor
-    """float32 nats, of the teacher's distribution."""
+    corpus_T: Tensor
+    """int64."""
     covered_T: Tensor
     """bool: the token has targets and carries loss."""
+    entropy_T: Tensor
+    """float32 nats, of the teacher's distribution."""
+    teacher_loss_T: Tensor
+    """float32 nats: the teacher's loss of the token's own label when it made the target."""
+    level_T: Tensor
+    """float32 nats: the loss of that teacher at that step on a smooth curve over its training; nan: not known."""
+    end_T: Tensor
+    """float32 nats: where the best teacher of the token's corpus ends on its curve; nan: not known."""
+    shard_loss_T: Tensor
+    """float32 nats: the teacher's mean label loss on the sample's shard; it depends on how the cache is cut."""
+    lr_share: float
+    """The learning rate of the step as a share of its peak."""
+    student_loss_T: Tensor
+    """float32 nats: the student's loss of the token's own label; empty before its forward pass."""
+    disagreement_T: Tensor
+    """float32 nats: KL(teacher || student) of the token, an unbiased estimate where targets are drawn; empty before
+    the student's forward pass."""
+
+    def rows(self, rows: slice) -> "Signals":
+        """The same of some tokens, as views."""
+        parts = {name: part[rows] for name, part in self._asdict().items() if isinstance(part, Tensor)}
+        return self._replace(**parts)  # type: ignore[arg-type]
 
 
 class Mean(NamedTuple):
@@ -53,34 +80,43 @@ class Factor(Protocol):
     The classes are registered in `FACTORS` of `distill.config.registry` and called with (Setting, options).
     """
 
+    reads_label: bool
+    """The value depends on the token's own label (through `teacher_loss_T` or `student_loss_T`)."""
+
     def init(self) -> State:
         """The state at the start of a run."""
         ...
 
-    def observe(self, state: State, signals: Signals, total: Collective, least: Collective) -> State:
-        """The state after this rank's share of a whole optimizer step was seen, before it is weighed. Collective."""
+    def observe(self, state: State, signals: Signals, total: Collective) -> State:
+        """The state after this rank's share of a whole optimizer step was seen, before its forward passes; the
+        student's losses are not there yet. Collective."""
         ...
 
     def value(self, state: State, signals: Signals) -> Tensor:
         """The factor of each token, float32 [T] in [0, 1]."""
         ...
 
-    def update(self, state: State, hard_loss_C: Tensor) -> State:
-        """The state after a step in which the student's mean hard loss on each corpus was this; nan: no tokens."""
+    def sums(self, state: State, signals: Signals) -> Tensor:
+        """fp64, of one shape: what `update` needs of a micro-batch, summed over its tokens."""
+        ...
+
+    def update(self, state: State, sums: Tensor) -> State:
+        """The state after a step whose micro-batches' `sums`, of all ranks, add up to this."""
         ...
 
     def metrics(self, state: State, signals: Signals, value_T: Tensor) -> Mapping[str, Mean]:
-        """What is logged of tokens for which `value` returned value_T."""
+        """What is logged of tokens for which `value` returned value_T, beside its mean and histogram."""
         ...
 
 
 class Weights(NamedTuple):
-    """Of T tokens."""
+    """Of t tokens; float32."""
 
-    alpha_T: Tensor
-    """float32; zero where a token has no targets."""
-    means: dict[str, Mean]
-    """Metrics of the factors."""
+    hard_t: Tensor
+    soft_t: Tensor
+    """Zero where a token has no targets."""
+    values: dict[str, Tensor]
+    """[t] of each factor."""
 
 
 class Weighting:
@@ -97,23 +133,34 @@ class Weighting:
         """By the name of each factor."""
         return {name: factor.init() for name, factor in self.factors.items()}
 
-    def observe(
-        self, state: dict[str, State], signals: Signals, total: Collective, least: Collective
-    ) -> dict[str, State]:
-        return {name: f.observe(state[name], signals, total, least) for name, f in self.factors.items()}
+    def observe(self, state: dict[str, State], signals: Signals, total: Collective) -> dict[str, State]:
+        return {name: factor.observe(state[name], signals, total) for name, factor in self.factors.items()}
 
-    def weigh(self, state: dict[str, State], step: int, signals: Signals, covered_T: Tensor) -> Weights:
-        """The weights of tokens of which some have targets (`covered_T`, bool)."""
-        alpha_T = self.peak(step) * covered_T.float()
-        means: dict[str, Mean] = {}
+    def weigh(self, state: dict[str, State], step: int, signals: Signals) -> Weights:
+        """The weights of tokens of which some have targets; a token without keeps its hard loss alone."""
+        soft_t = self.peak(step) * signals.covered_T.float()
+        hard_t = 1.0 - soft_t
+        values = {}
         for name, factor in self.factors.items():
-            value_T = factor.value(state[name], signals)
-            alpha_T = alpha_T * value_T
-            means |= factor.metrics(state[name], signals, value_T)
-        return Weights(alpha_T, means)
+            values[name] = factor.value(state[name], signals)
+            soft_t = soft_t * values[name]
+            if not factor.reads_label:
+                hard_t = 1.0 - (1.0 - hard_t) * values[name]
+        return Weights(hard_t, soft_t, values)
 
-    def update(self, state: dict[str, State], hard_loss_C: Tensor) -> dict[str, State]:
-        return {name: factor.update(state[name], hard_loss_C) for name, factor in self.factors.items()}
+    def sums(self, state: dict[str, State], signals: Signals) -> dict[str, Tensor]:
+        return {name: factor.sums(state[name], signals) for name, factor in self.factors.items()}
+
+    def metrics(self, state: dict[str, State], signals: Signals, values: Mapping[str, Tensor]) -> dict[str, Mean]:
+        """Of a micro-batch: each factor's mean over covered tokens, `<name>_factor`, and its own metrics."""
+        means, covered = dict[str, Mean](), signals.covered_T.sum()
+        for name, factor in self.factors.items():
+            means[f"{name}_factor"] = Mean((values[name] * signals.covered_T).sum(), covered)
+            means |= factor.metrics(state[name], signals, values[name])
+        return means
+
+    def update(self, state: dict[str, State], sums: Mapping[str, Tensor]) -> dict[str, State]:
+        return {name: factor.update(state[name], sums[name]) for name, factor in self.factors.items()}
 
 
 def to_json(state: Mapping[str, State]) -> dict[str, dict[str, Any]]:

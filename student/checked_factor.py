@@ -11,8 +11,8 @@ from losses.weighting import Collective, Factor, Mean, Signals, State
 RUN_METRICS = frozenset({
     "job", "step", "tokens", "tokens_per_second", "stall", "lr", "grad_norm", "expert_entropy", "expert_max_load",
     "dead_experts", "balance_loss", "z_loss", "loss", "hard_loss", "soft_loss", "mass", "agreement", "alpha",
-    "coverage", "teacher_loss", "lag", "lag_factor", "student_loss", "entropy_factor", "heldout_loss",
-    "heldout_accuracy", "hidden_match",
+    "coverage", "teacher_loss", "teacher_lead", "disagreement", "lag", "student_place", "effective_weight",
+    "hard_grad_norm", "soft_grad_norm", "heldout_loss", "heldout_accuracy", "hidden_match",
 })  # fmt: skip
 """Names that a row of metrics.jsonl has by itself."""
 ROUNDING = 1e-5
@@ -35,8 +35,12 @@ class CheckedFactor(Factor):
     def init(self) -> State:
         return self._factor.init()
 
-    def observe(self, state: State, signals: Signals, total: Collective, least: Collective) -> State:
-        return self._factor.observe(state, signals, total, least)
+    @property
+    def reads_label(self) -> bool:  # type: ignore[override]
+        return self._factor.reads_label
+
+    def observe(self, state: State, signals: Signals, total: Collective) -> State:
+        return self._factor.observe(state, signals, total)
 
     def value(self, state: State, signals: Signals) -> Tensor:
         """The factor of each token; ConfigError: it has another shape. What it is, is noted for `problem`."""
@@ -52,8 +56,11 @@ class CheckedFactor(Factor):
         self._bounds = torch.stack([low, high])
         return value_T
 
-    def update(self, state: State, hard_loss_C: Tensor) -> State:
-        return self._factor.update(state, hard_loss_C)
+    def sums(self, state: State, signals: Signals) -> Tensor:
+        return self._factor.sums(state, signals)
+
+    def update(self, state: State, sums: Tensor) -> State:
+        return self._factor.update(state, sums)
 
     def metrics(self, state: State, signals: Signals, value_T: Tensor) -> Mapping[str, Mean]:
         """The factor's metrics; ConfigError: the run, or another factor, has one of that name."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from distill.config.errors import DataError
 from distill.data.join import Batch
 from distill.engine.dist import Dist
-from losses import Mixed, head_loss
+from losses import Mixed, fixed, head_loss
 from losses.calibration import bin_confidence, expected_calibration_error
 from student import positions
 
@@ -123,7 +123,7 @@ def _predict(model: nn.Module, batch: Batch) -> _Prediction:
         logprob_t, ids_t = logprobs_tV.max(-1)
         return ids_t, logprob_t.exp()
 
-    head_fn = partial(head_loss, row_function=Mixed(labels_T, valid_T.float(), select=best))
+    head_fn = partial(head_loss, row_function=Mixed(labels_T, fixed(valid_T.float()), select=best))
     head, _ = model(batch.ids_BS, batch.documents_BS, head_fn, batch.images)
     ids, confidence = zip(*head.selected)
     return _Prediction(head.loss_sum, head.parts["hard"], torch.cat(ids), torch.cat(confidence))

@@ -12,7 +12,7 @@ from distill.data.join import Batch
 from distill.data.law import Alphabet, Law
 from distill.data.tokenizer import Tokenizer
 from distill.engine.dist import Dist
-from losses import Mixed, head_loss
+from losses import Mixed, fixed, head_loss
 
 
 class Excess(NamedTuple):
@@ -78,7 +78,7 @@ def _sums(model: nn.Module, batch: Batch, law: Law, alphabet: Alphabet, device: 
 
     moved = batch.to(device)
     labels_T, valid_T = moved.labels_BS.flatten(), moved.valid_BS.flatten()
-    head_fn = partial(head_loss, row_function=Mixed(labels_T, valid_T.float(), select=distance))
+    head_fn = partial(head_loss, row_function=Mixed(labels_T, fixed(valid_T.float()), select=distance))
     head, _ = model(moved.ids_BS, moved.documents_BS, head_fn, moved.images)
     total = sum(part[0].sum() for part in head.selected)
     entropy = -(law_sN.exp() * law_sN).sum()

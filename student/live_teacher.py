@@ -14,7 +14,7 @@ from torch import Tensor
 from distill.cache import SoftTargets
 from distill.data.join import Batch
 from distill.engine.dist import Dist
-from losses import Mixed, head_loss
+from losses import Mixed, fixed, head_loss
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,10 @@ class LiveTeacher:
 
 
 @torch.no_grad()
-def labelled(teacher: LiveTeacher, batch: Batch, parts: int, chunk: int, corpora: int, dist: Dist) -> Batch:
-    """This rank's batch of an optimizer step, on the device, with the teacher's targets. Collective.
+def labelled(teacher: LiveTeacher, batch: Batch, parts: int, chunk: int, dist: Dist) -> Batch:
+    """This rank's batch of an optimizer step, on the device, with the teacher's targets.
 
-    A sample with an id that the teacher lacks has none. The teacher's loss of a sample is its mean over the step's
-    samples of the corpus, on all ranks, so it does not depend on how the batch is cut.
+    A sample with an id that the teacher lacks has none. Levels are 0: the teacher of the moment is the best there is.
 
     Args:
         parts: equal numbers of samples that go through the teacher at a time.
@@ -57,17 +56,14 @@ def labelled(teacher: LiveTeacher, batch: Batch, parts: int, chunk: int, corpora
     hidden_TE, loss_T, entropy_T = (torch.cat(column) for column in zip(*found))
 
     covered_T = known_B.repeat_interleave(batch.ids_BS.shape[1])
-    corpus_B = torch.as_tensor(batch.corpus_B).to(dist.device, non_blocking=True)
-    counted_BS = valid_BS & known_B[:, None]
-    sums_2B = torch.stack([(loss_T.view_as(counted_BS).double() * counted_BS).sum(1), counted_BS.sum(1).double()])
-    sums_2C = dist.sum(sums_2B.new_zeros(2, corpora).index_add_(1, corpus_B, sums_2B))
-    loss_B = (sums_2C[0] / sums_2C[1])[corpus_B].float()
+    level_B = torch.where(known_B, 0.0, torch.nan)
     no_atoms_T0 = loss_T.new_zeros(len(loss_T), 0)
     return dataclasses.replace(
         batch,
         targets=SoftTargets(no_atoms_T0.long(), no_atoms_T0, covered_T, -loss_T, entropy_T),
-        shard_loss_B=torch.where(known_B, loss_B, torch.nan),
         step_B=torch.where(known_B, teacher.step(), -1),
+        level_B=level_B,
+        end_B=level_B,
         teacher_TE=hidden_TE,
     )
 
@@ -80,7 +76,7 @@ def _label(teacher: LiveTeacher, weight_UE: Tensor, micro: Batch, chunk: int) ->
     """Hidden states [T, E], cross entropy of the labels and entropy, fp32 nats [T]."""
     labels_T = micro.labels_BS.flatten()
     hidden_TE = teacher.hidden(micro)
-    rows = Mixed(labels_T, torch.zeros(len(labels_T), device=labels_T.device), select=_entropy)
+    rows = Mixed(labels_T, fixed(torch.zeros(len(labels_T), device=labels_T.device)), select=_entropy)
     head = head_loss(hidden_TE, weight_UE, rows, chunk=chunk)
     return hidden_TE, head.parts["hard"].float(), torch.cat(head.selected).float()
 

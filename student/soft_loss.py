@@ -12,6 +12,8 @@ from losses import HeadLoss, Mixed, RowFunction, head_loss
 from losses.bucketed import Bucketed
 from losses.dense import Dense
 from losses.matching import hidden_match
+from losses.mixed import Weigh
+from student.weigher import Weigher
 
 
 class SoftLoss:
@@ -30,37 +32,47 @@ class SoftLoss:
         self._divergence = self._entry.divergence(options) if isinstance(self._entry, LossEntry) else None
         forms = {soft_losses.form_of(codec) for codec in codecs}
         self._as_mixed = config.loss == "mixed" or forms != {soft_losses.BUCKET}
+        self.is_cross_entropy = config.loss == "mixed" or (
+            self._divergence is not None and self._as_mixed and bool(codecs)
+        )
+        """Of the part `soft`: the teacher's entropy parts it from the divergence."""
         self._is_linear = soft_losses.verdict(config.loss, self._temperature, soft_losses.SAMPLED).startswith("yes")
 
     def rows(
         self,
         labels_T: Tensor,
-        w_hard_T: Tensor,
+        weigh: Weigh,
         targets: SoftTargets | None,
-        w_soft_T: Tensor,
         teacher: tuple[Tensor, Tensor] | None,
     ) -> RowFunction:
         """The row function of a micro-batch; teacher: hidden states [T, E] and unembedding [U, E] of a live one."""
         atoms = () if targets is None else (targets.ids_TK, targets.probs_TK)
         if self._divergence is None:
-            made: RowFunction = self._entry(labels_T, w_hard_T, *atoms, *([w_soft_T] if atoms else []))
+            made: RowFunction = self._entry(labels_T, weigh, *atoms)
             return made
         if not atoms:
-            return Mixed(labels_T, w_hard_T)
+            return Mixed(labels_T, weigh)
         if teacher is not None:
-            return Dense(labels_T, w_hard_T, *teacher, w_soft_T, self._divergence, self._temperature)
+            return Dense(labels_T, weigh, *teacher, self._divergence, self._temperature)
         if self._as_mixed:
             assert self._is_linear, "the configuration allows no other loss of atoms that were drawn"
-            return Mixed(labels_T, w_hard_T, *atoms, w_soft_T)
-        return Bucketed(labels_T, w_hard_T, *atoms, w_soft_T, self._divergence, self._temperature)
+            return Mixed(labels_T, weigh, *atoms)
+        return Bucketed(labels_T, weigh, *atoms, self._divergence, self._temperature)
 
     def head(
-        self, hidden_TD: Tensor, weight_VD: Tensor, rows: RowFunction, w_soft_T: Tensor, teacher_TE: Tensor | None
+        self,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        rows: RowFunction,
+        weigher: Weigher | None,
+        teacher_TE: Tensor | None,
     ) -> HeadLoss:
-        """The head's pass; with a projector also the part `hidden_match`, whose coefficient is a share of `w_soft`."""
+        """The head's pass; with a projector also the part `hidden_match`, whose coefficient is a share of the soft
+        term's weight."""
         head = head_loss(hidden_TD, weight_VD, rows, chunk=self._chunk)
-        if self._projector_ED is None or teacher_TE is None:
+        if self._projector_ED is None or teacher_TE is None or weigher is None:
             return head
+        w_soft_T = weigher.whole().soft_T
         match_T = hidden_match(hidden_TD, self._projector_ED, teacher_TE)
         loss_sum = head.loss_sum + self._match * (w_soft_T * match_T).sum()
         return head._replace(loss_sum=loss_sum, parts=head.parts | {"hidden_match": match_T.detach()})

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from distill.data.join import Batch
 from distill.model.count import flops_per_token
 from distill.model.transformer import Transformer
-from losses import HeadLoss, Mixed, head_loss
+from losses import HeadLoss, Mixed, fixed, head_loss
 from losses.mixed import Select
 from teacher.capture import Capture, MicroTargets
 
@@ -88,7 +88,7 @@ def label_rows(hidden_TD: Tensor, weight_VD: Tensor, batch: Batch, select: Selec
     """The head's pass over chunks; its part `hard` is the cross entropy against the labels, nats."""
     labels_T = batch.labels_BS.flatten()
     no_weight_T = torch.zeros(len(labels_T), device=labels_T.device)
-    return head_loss(hidden_TD, weight_VD, Mixed(labels_T, no_weight_T, select=select), chunk=chunk)
+    return head_loss(hidden_TD, weight_VD, Mixed(labels_T, fixed(no_weight_T), select=select), chunk=chunk)
 
 
 @torch.inference_mode()

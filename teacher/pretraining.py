@@ -7,7 +7,7 @@ from torch import Tensor
 
 from distill.data.join import Batch
 from distill.engine.recipe import Forward, Recipe
-from losses import Mixed, head_loss
+from losses import Mixed, fixed, head_loss
 from losses.weighting import Mean
 from teacher.capture import Capture, MicroTargets
 
@@ -26,7 +26,7 @@ class TeacherRecipe(Recipe):
         labels_T, valid_T = micro.labels_BS.flatten(), micro.valid_BS.flatten()
         select = None if self.capture is None else self.capture.selector(micro)
         head_fn = partial(
-            head_loss, row_function=Mixed(labels_T, valid_T.float(), select=select), chunk=self.head_chunk
+            head_loss, row_function=Mixed(labels_T, fixed(valid_T.float()), select=select), chunk=self.head_chunk
         )
         head, routing = model(micro.ids_BS, micro.documents_BS, head_fn, micro.images)
         hard_T = head.parts["hard"]

@@ -50,6 +50,11 @@ def first_step(number: int) -> int:
     return (number - _PER_DOUBLING * shift) << shift
 
 
+def last_steps(first_steps: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The last step of the bin that begins at each step."""
+    return np.array([first_step(bin_of(first) + 1) - 1 for first in first_steps.tolist()], np.int64)
+
+
 class LossSums:
     """Sums by teacher, source (capture, backfill or import) and bin; two are equal where all of them are."""
 

@@ -18,7 +18,7 @@ from distill.cache.header import CacheHeader
 from distill.cache.local import LocalStore
 from distill.cache.loss_curve import LossSums
 from distill.cache.open_store import open_store
-from distill.cache.origins import Origin
+from distill.cache.origins import SOURCES, Origin
 from distill.cache.put_check import whole_numbers
 from distill.cache.ranks import load_ranks
 from distill.cache.record import Decoded
@@ -40,6 +40,10 @@ class ReadResult(NamedTuple):
     """float32 nats: the teacher's mean label loss on the sample's shard when captured; nan where not covered."""
     step_B: Tensor
     """int64: the teacher's step when it made the targets; -1 where not covered."""
+    teacher_B: Tensor
+    """int64: which of `teachers` made them; -1 where not covered."""
+    teachers: tuple[tuple[str, str], ...]
+    """Identity and source (capture, backfill or import) of each teacher of the batch, once."""
 
 
 class Sample(NamedTuple):
@@ -196,7 +200,8 @@ class CacheReader:
         if len(there) < len(found.entries):
             targets = _scatter(targets, torch.from_numpy(found.there).repeat_interleave(self.header.sample_tokens))
         loss_B = np.where(found.there, found.rows["loss"], np.nan).astype(np.float32)
-        return ReadResult(targets, torch.from_numpy(loss_B), torch.from_numpy(found.steps))
+        teacher_B, teachers = _teachers(view, found)
+        return ReadResult(targets, torch.from_numpy(loss_B), torch.from_numpy(found.steps), teacher_B, teachers)
 
     def samples(self) -> Iterator[Sample]:
         """The newest record of every sample that has one, verified, shard after shard."""
@@ -277,6 +282,16 @@ class CacheReader:
                 )
             )  # fmt: skip
         return samples
+
+
+def _teachers(view: View, found: Records) -> tuple[Tensor, tuple[tuple[str, str], ...]]:
+    """Which of the returned teachers and sources made each record; -1 where there is none."""
+    keys = np.stack([found.tables, found.rows["teacher"], found.rows["source"]], axis=1).astype(np.int64)
+    numbers, places = np.full(len(keys), -1, np.int64), dict[tuple[str, str], int]()
+    for table, teacher, source in np.unique(keys[found.there], axis=0).tolist():
+        name = view.names(table).teachers[teacher], SOURCES[source]
+        numbers[(keys == (table, teacher, source)).all(1)] = places.setdefault(name, len(places))
+    return torch.from_numpy(numbers), tuple(places)
 
 
 def _scatter(targets: SoftTargets, covered_T: Tensor) -> SoftTargets:

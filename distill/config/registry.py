@@ -207,9 +207,18 @@ LOSSES: Registry[Any] = Registry(
         "alpha_beta": LossEntry(f"{_DIVERGENCES}:alpha_beta", _FLAT | {"alpha": 0.2, "beta": 0.7}),
     },
 )
-"""Losses of the student. An entry of a user's module is a row function, which takes labels, their weights, and the
-atoms' ids, probabilities and weights."""
-FACTORS: Registry[Any] = Registry("factor", {"lag": "losses.factors:Lag", "entropy": "losses.factors:Entropy"})
+"""Losses of the student. An entry of a user's module is a row function, which takes labels, what weighs them
+(`losses.mixed.Weigh`), and the atoms' ids and probabilities."""
+FACTORS: Registry[Any] = Registry(
+    "factor",
+    {
+        "lag": "losses.factors:Lag",
+        "entropy": "losses.factors:Entropy",
+        "disagreement": "losses.factors:Disagreement",
+        "variance": "losses.factors:Variance",
+        "label_gap": "losses.factors:LabelGap",
+    },
+)
 """Factors of alpha."""
 DISPATCHERS: Registry[Any] = Registry("dispatcher", {"local": "distill.model.dispatch:LocalDispatcher"})
 """Ways of the MoE layer's rows to the experts and back."""

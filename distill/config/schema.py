@@ -32,6 +32,7 @@ from distill.config.ranges import (
     Order,
     PathText,
     Positive,
+    PositiveShare,
     Seconds,
     Seed,
     Share,
@@ -216,12 +217,12 @@ class TrainConfig:
 
 @frozen
 class LagFactor:
-    """alpha falls with how much worse the teacher of a shard was than the best teacher that the student has read."""
+    """alpha falls with how much worse the teacher of a target was than the best teacher will be at its end."""
 
     enabled: bool = False
     power: Positive = 0.5
-    smoothing: Below1 = 0.98
-    """Decay of the running average of the student's own loss, per step."""
+    memory: PositiveShare = 0.01
+    """Share of the student's tokens over which student and teacher are compared: a token counts 1 / e after so many."""
 
 
 @frozen
@@ -236,8 +237,38 @@ class EntropyFactor:
 
 
 @frozen
+class DisagreementFactor:
+    """alpha rises with KL(teacher || student) of the token."""
+
+    enabled: bool = False
+    half: Positive = 0.1
+    """Nats at which the factor is one half."""
+
+
+@frozen
+class VarianceFactor:
+    """The weight of least squared error between noisy labels and biased targets."""
+
+    enabled: bool = False
+    labels: Positive = 1.0
+    """Labels that the student averages at the peak of its learning rate; more as the rate falls."""
+
+
+@frozen
+class LabelGapFactor:
+    """The soft loss counts where the teacher's loss of the token's own label was below the student's; the hard weight
+    stays."""
+
+    enabled: bool = False
+    margin: NotNegative = 0.0
+    """Nats of student's less teacher's loss at which the factor is one half."""
+    width: Positive = 1.0
+    """Nats from there to 0.73."""
+
+
+@frozen
 class WeightingConfig:
-    """alpha_T = schedule(step) x lag x entropy; loss = alpha * soft + (1 - alpha) * hard."""
+    """alpha_T = schedule(step) x the factors that are enabled; loss = alpha * soft + (1 - alpha) * hard."""
 
     schedule: Schedule = Schedule.constant
     alpha: Share = 0.5
@@ -250,6 +281,9 @@ class WeightingConfig:
     """wsd: share of the steps spent falling; step: share of the steps at final_alpha."""
     lag: LagFactor = field(default_factory=LagFactor)
     entropy: EntropyFactor = field(default_factory=EntropyFactor)
+    disagreement: DisagreementFactor = field(default_factory=DisagreementFactor)
+    variance: VarianceFactor = field(default_factory=VarianceFactor)
+    label_gap: LabelGapFactor = field(default_factory=LabelGapFactor)
     plugins: dict[str, Any] = field(default_factory=dict)
     """Further factors by the name that a module of `plugins` registered, each with a mapping of its own options."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from distill.config.errors import CacheError
 from distill.config.paths import is_url
 from distill.config.schema import OnMissing, TokenizerConfig
 from distill.data.packed import PackedCorpus, PackedSamples
+from distill.data.teacher_levels import Levels, TeacherLevels
 from distill.data.tokenizer import TOKENIZER, Tokenizer, load_tokenizer
 from distill.model.images import Images
 
@@ -42,7 +43,11 @@ class Batch:
     shard_loss_B: Tensor
     """float32 nats: the teacher's mean label loss on the sample's shard when captured; nan where not covered."""
     step_B: Tensor
-    """int64: last teacher step of the sample's shard; -1 where not covered."""
+    """int64: the teacher's step when it made the targets; -1 where not covered."""
+    level_B: Tensor
+    """float32 nats: that teacher's loss at that step on a smooth curve over its training; nan: not known."""
+    end_B: Tensor
+    """float32 nats: where the best teacher of the sample's cache ends on its curve; nan: not known."""
     images: Images | None = None
     """Tiles sample after sample; None: no sample has image tokens."""
     tile_tokens: int = 0
@@ -143,20 +148,32 @@ class Joiner:
         corpora: in the order of their numbers in the stream.
         readers: the cache of each corpus; None: no soft targets.
         on_missing: `hard`: samples without targets are not covered; `fail`: they are an error.
+        levels: of the teachers of the caches.
     """
 
-    def __init__(self, corpora: list[PackedCorpus], readers: list[CacheReader] | None, on_missing: OnMissing):
+    def __init__(
+        self,
+        corpora: list[PackedCorpus],
+        readers: list[CacheReader] | None,
+        on_missing: OnMissing,
+        levels: TeacherLevels | None = None,
+    ):
         assert readers is None or len(readers) == len(corpora), "one cache for each corpus"
         assert len({corpus.sample_tokens for corpus in corpora}) <= 1, "one length of samples"
-        self._corpora, self._readers, self._on_missing = corpora, readers, on_missing
+        self._corpora, self._readers, self._on_missing, self._levels = corpora, readers, on_missing, levels
 
     @property
     def views(self) -> list[dict[str, int]]:
         """The view of each cache's reader, in the order of corpora; empty without caches."""
         return [reader.view for reader in self._readers or []]
 
-    def batch(self, corpus_B: NDArray[np.int64], sample_ids_B: NDArray[np.int64]) -> Batch:
-        """The samples of these ids, each of its corpus, in this order.
+    @property
+    def is_live(self) -> bool:
+        """A teacher was in training when the student began to follow it."""
+        return self._levels is not None and self._levels.limit is not None
+
+    def batch(self, corpus_B: NDArray[np.int64], sample_ids_B: NDArray[np.int64], step: int = 0) -> Batch:
+        """The samples of these ids, each of its corpus, in this order, for the student's step `step`.
 
         Raises:
             CacheError: tokens are not those of the teacher, or (on_missing=fail) a sample has no targets.
@@ -170,10 +187,12 @@ class Joiner:
         samples = [self._corpora[c].take(ids) for c, ids in ids_by_corpus.items()]
         ids, documents, mask, digests = (np.concatenate(column)[back_B] for column in list(zip(*samples))[:4])
         tokens = torch.from_numpy(ids.astype(np.int64))
-        targets, shard_loss_B, step_B = None, torch.full((len(ids),), torch.nan), torch.full((len(ids),), -1)
+        unknown_B = torch.full((len(ids),), torch.nan)
+        joined = Joined(None, unknown_B, torch.full((len(ids),), -1), unknown_B, unknown_B)
         if self._readers is not None:
             results = [self._read(c, ids_by_corpus[c], part.digests) for c, part in zip(ids_by_corpus, samples)]
-            targets, shard_loss_B, step_B = _in_order(results, torch.from_numpy(back_B), tokens.shape[1] - 1)
+            levels = [self._level(step, c, result) for c, result in zip(ids_by_corpus, results)]
+            joined = _in_order(results, levels, torch.from_numpy(back_B), tokens.shape[1] - 1)
         return Batch(
             ids_BS=tokens[:, :-1],
             labels_BS=tokens[:, 1:],
@@ -182,9 +201,7 @@ class Joiner:
             sample_ids_B=sample_ids_B,
             corpus_B=corpus_B,
             digests_B=digests,
-            targets=targets,
-            shard_loss_B=shard_loss_B,
-            step_B=step_B,
+            **joined._asdict(),
             images=_images(samples, back_B),
             tile_tokens=max((part.images.tile_tokens for part in samples if part.images is not None), default=0),
         )
@@ -200,6 +217,11 @@ class Joiner:
                 f"{self._corpora[corpus].name!r}; cache.on_missing is fail (hard: train it on hard labels)"
             )
         return result
+
+    def _level(self, step: int, corpus: int, result: ReadResult) -> Levels:
+        if self._levels is None:
+            return Levels(*np.full((2, len(result.step_B)), np.nan))
+        return self._levels.of(step, corpus, result.teachers, result.teacher_B.numpy(), result.step_B.numpy())
 
 
 def _images(samples: list[PackedSamples], back_B: NDArray[np.int64]) -> Images | None:
@@ -235,21 +257,31 @@ def _rows(images: Images, start: int, stop: int, tile_tokens: int) -> Images | N
     return Images(images.tiles_NCHW[first : last + 1], torch.where(patch_BS < 0, -1, patch_BS - first * tile_tokens))
 
 
-def _in_order(results: list[ReadResult], back_B: Tensor, length: int) -> ReadResult:
+class Joined(NamedTuple):
+    """Fields of a `Batch` that come from caches."""
+
+    targets: SoftTargets | None
+    shard_loss_B: Tensor
+    step_B: Tensor
+    level_B: Tensor
+    end_B: Tensor
+
+
+def _in_order(results: list[ReadResult], levels: list[Levels], back_B: Tensor, length: int) -> Joined:
     """The targets of a batch whose row b is row `back_B[b]` of all these results; `length`: of a sample."""
-    if len(results) == 1:  # the samples of one corpus are in the batch's order already
-        return results[0]
     width = max(result.targets.ids_TK.shape[1] for result in results)
     back_T = (back_B[:, None] * length + torch.arange(length)).flatten()
 
-    def column(name: str) -> Tensor:
+    def targets(name: str) -> Tensor:
         parts = [getattr(result.targets, name) for result in results]
         if name.endswith("_TK"):
             parts = [torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts]
         return torch.cat(parts)[back_T]
 
-    return ReadResult(
-        SoftTargets(*map(column, SoftTargets._fields)),
+    return Joined(
+        # The samples of one corpus are in the batch's order already.
+        results[0].targets if len(results) == 1 else SoftTargets(*map(targets, SoftTargets._fields)),
         torch.cat([result.shard_loss_B for result in results])[back_B],
         torch.cat([result.step_B for result in results])[back_B],
+        *(torch.from_numpy(np.concatenate(column)).float()[back_B] for column in zip(*levels, strict=True)),
     )

@@ -9,7 +9,6 @@ two that holds the corpus, walked until it falls inside (Black, Rogaway: Ciphers
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -107,20 +106,34 @@ class Stream:
             raise CacheError(f"the recorded stream is not readable ({type(error).__name__}: {error!s:.200})") from error
 
 
-def replay(order: ReplayOrder, planned: int) -> Callable[[Ints], Ints]:
+class Replay:
     """Maps a student's positions to those of a teacher that had `planned`; beyond them they start over.
 
     same: the teacher's order; newest: backwards; late_first: from half-way on, then the first half; own: the stream is
     the student's own, and so are its positions.
     """
-    assert planned > 0, planned
-    late = planned // 2
-    return {
-        ReplayOrder.own: lambda positions: positions,
-        ReplayOrder.same: lambda positions: positions % planned,
-        ReplayOrder.newest: lambda positions: planned - 1 - positions % planned,
-        ReplayOrder.late_first: lambda positions: (positions % planned + late) % planned,
-    }[order]
+
+    def __init__(self, order: ReplayOrder, planned: int):
+        assert planned > 0, planned
+        self.order, self.planned = order, planned
+
+    def __call__(self, positions: Ints) -> Ints:
+        planned = self.planned
+        if self.order is ReplayOrder.own:
+            return positions
+        if self.order is ReplayOrder.newest:
+            return planned - 1 - positions % planned
+        return (positions + self._first) % planned
+
+    def furthest(self, position: int) -> int:
+        """The greatest of the teacher's positions that the student's first `position` + 1 have."""
+        if self.order in (ReplayOrder.same, ReplayOrder.late_first):
+            return min(position + self._first, self.planned - 1)
+        return self.planned - 1
+
+    @property
+    def _first(self) -> int:
+        return self.planned // 2 if self.order is ReplayOrder.late_first else 0
 
 
 def _quotas(weights: list[float], names: list[str]) -> Ints:

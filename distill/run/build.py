@@ -1,25 +1,26 @@
 """Wiring: from a run to a trainer with its model, stream, caches and recipe."""
 
 import dataclasses
+import math
 from typing import Any
-
-import numpy as np
 
 from distill.cache import CacheReader
 from distill.config.errors import ConfigError
 from distill.config.schema import OnMissing, Parametrization, ReplayOrder, TrainConfig
 from distill.data.join import Joiner
-from distill.data.stream import Stream, replay
+from distill.data.stream import Replay, Stream
+from distill.data.teacher_levels import TeacherLevels
 from distill.engine.watch import Watch
 from distill.model import Transformer
 from distill.model.hidden_projector import attach
 from distill.run import identity
 from distill.run.caches import cache_folders, open_capture
-from distill.run.feed import Feed, FollowingFeed, Positions
+from distill.run.feed import Feed, FollowingFeed
 from distill.run.identity import Lineage
 from distill.run.models import architecture, check_vision, first_model
 from distill.run.run import Run
 from distill.run.trainer import Trainer
+from losses.weighting import Setting
 from student.distilling import StudentRecipe
 from student.live_teacher import LiveTeacher
 from student.soft_loss import SoftLoss
@@ -94,7 +95,7 @@ def teacher(run: Run) -> tuple[Trainer, Capture | None]:
         planned = {**stream.describe(), "planned": steps * batch, "batch": batch}
         capture = open_capture(run, planned, cache_folders(run), lineage.base, watch)
     recipe = TeacherRecipe(part.train.head_chunk, capture)
-    feed = _feed(run, stream, replay(ReplayOrder.same, steps * batch), None, batch)
+    feed = _feed(run, stream, Replay(ReplayOrder.same, steps * batch), None, batch)
     return Trainer(run, "teacher", model, recipe, feed, watch, steps), capture
 
 
@@ -142,31 +143,39 @@ def student(
     model, _ = first_model(run, "student")
     projector_ED = attach(model, live.width, run.config.seed) if live and part.hidden_match else None
     vocab_sizes = [reader.header.vocab_size for reader in readers or []]
-    recipe = StudentRecipe(
-        part,
-        run.dist,
-        steps,
+    setting = Setting(
+        vocab_size=part.model.vocab_size,
+        teacher_vocab_size=len(live.unembedding()) if live else max(vocab_sizes, default=part.model.vocab_size),
         corpora=len(run.data.train),
-        teacher_vocab_size=len(live.unembedding()) if live else max(vocab_sizes, default=None),
-        best_teacher_loss=_best_losses(run, readers),
-        loss=SoftLoss(part, [reader.header.codec.name for reader in readers or []], projector_ED),
-        live=live,
+        tokens=steps * part.train.batch * run.config.data.sample_tokens,
+        draws=min((float(reader.codec.draws) for reader in readers or []), default=math.inf),
+        device=run.dist.device,
     )
-    feed = _feed(run, stream, replay(part.replay.order, planned), readers, part.train.batch)
+    loss = SoftLoss(part, [reader.header.codec.name for reader in readers or []], projector_ED)
+    recipe = StudentRecipe(part, run.dist, setting, steps, list(run.data.train), loss, live)
+    feed = _feed(run, stream, Replay(part.replay.order, planned), readers, part.train.batch)
     return Trainer(run, "student", model, recipe, feed, Watch(run.dist), steps), recipe
 
 
-def _best_losses(run: Run, readers: list[CacheReader] | None) -> list[float] | None:
-    """The best shard's loss in each cache, nats, where the caches are complete before the student starts."""
-    if not readers or run.config.cache.follow or run.config.job != "student":
-        return None
-    return [float(np.nanmin(reader.stats()["loss"], initial=np.inf)) for reader in readers]
+def _levels(run: Run, readers: list[CacheReader], replay: Replay, batch: int) -> TeacherLevels:
+    """The curves of the teachers that a student reads; of one in training, as far as the student's step has waited for
+    it. What had ended when the student began is known as a whole; a resumed run keeps what it began with."""
+    streams = [reader.header.stream for reader in readers]
+    lengths = [int(s["planned"]) // int(s["batch"]) if s else 0 for s in streams]
+    restored = run.restored.state["roles"].get("student") if run.restored else None
+    follows = run.config.cache.follow or run.config.job == "codistill"
+    live = restored["live"] if restored else follows and not all(reader.finished for reader in readers)
+    if not live:
+        return TeacherLevels(readers, lengths)
+    of_step = int(streams[0]["batch"])
+    return TeacherLevels(readers, lengths, lambda step: replay.furthest((step + 1) * batch - 1) // of_step + 1)
 
 
-def _feed(run: Run, stream: Stream, positions: Positions, readers: list[CacheReader] | None, batch: int) -> Feed:
+def _feed(run: Run, stream: Stream, replay: Replay, readers: list[CacheReader] | None, batch: int) -> Feed:
     on_missing = run.config.cache.on_missing if readers else OnMissing.hard
-    joiner = Joiner(list(run.data.train.values()), readers, on_missing)
-    arguments = stream, positions, joiner, batch, run.dist
+    levels = _levels(run, readers, replay, batch) if readers else None
+    joiner = Joiner(list(run.data.train.values()), readers, on_missing, levels)
+    arguments = stream, replay, joiner, batch, run.dist
     if readers and run.config.cache.follow:
         # The tracker does not exist yet: it is opened when everything has been checked.
         return FollowingFeed(readers, run.config.cache, lambda text: run.tracker.message(text), *arguments)

@@ -243,7 +243,8 @@ class Trainer:
         return row, histograms
 
     def state(self) -> dict[str, Any]:
-        return {"step": self.step, "recipe": self.recipe.state(), "views": self.feed.joiner.views}
+        joiner = self.feed.joiner
+        return {"step": self.step, "recipe": self.recipe.state(), "views": joiner.views, "live": joiner.is_live}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.step = state["step"]

@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from losses import head_loss
+from losses import fixed, head_loss
 from losses.dense import Dense
 from losses.divergences import jensen_shannon
 from tests.bench._memory import most_mb
@@ -32,7 +32,7 @@ def passes() -> dict[str, Callable[[], object]]:
     half = torch.full((T,), 0.5)
 
     def chunked() -> None:
-        rows = Dense(labels, half, *teacher, half, partial(jensen_shannon, beta=0.5))
+        rows = Dense(labels, fixed(half, half), *teacher, partial(jensen_shannon, beta=0.5))
         head_loss(*student, rows, chunk=CHUNK).loss_sum.backward()
 
     def plain() -> None:

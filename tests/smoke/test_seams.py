@@ -105,13 +105,15 @@ from losses.weighting import Mean
 class Smoothed:
     \"\"\"Row function: cross entropy with a label that has a tenth of its mass spread evenly over the vocabulary.\"\"\"
 
-    def __init__(self, labels_T, w_hard_T, ids_TK=None, probs_TK=None, w_soft_T=None):
-        self.labels_T, self.weight_T = labels_T, w_hard_T if w_soft_T is None else w_hard_T + w_soft_T
+    def __init__(self, labels_T, weigh, ids_TK=None, probs_TK=None):
+        self.labels_T, self.weigh, self.ids_TK = labels_T, weigh, ids_TK
 
     def __call__(self, logits_tV, rows, want_grad):
-        labels_t1, weight_t = self.labels_T[rows, None], self.weight_T[rows]
+        labels_t1 = self.labels_T[rows, None]
         logprobs_tV = logits_tV.log_softmax(-1)
         hard_t, even_t = -logprobs_tV.gather(-1, labels_t1).squeeze(-1), -logprobs_tV.mean(-1)
+        hard_weight_t, soft_weight_t = self.weigh(rows, hard_t, None if self.ids_TK is None else even_t)
+        weight_t = hard_weight_t if soft_weight_t is None else hard_weight_t + soft_weight_t
         target_tV = torch.full_like(logprobs_tV, 0.1 / logits_tV.shape[1])
         target_tV.scatter_add_(-1, labels_t1, torch.full_like(hard_t, 0.9)[:, None])
         grad_tV = weight_t[:, None] * (logprobs_tV.exp() - target_tV)
@@ -121,19 +123,24 @@ class Smoothed:
 class Fade:
     \"\"\"rate / (rate + steps), so that soft targets count less and less.\"\"\"
 
+    reads_label = False
+
     def __init__(self, setting, options):
-        self.rate, self.device = options["rate"], setting.best_teacher_loss_C.device
+        self.rate, self.device = options["rate"], setting.device
 
     def init(self):
         return {"steps": torch.zeros(1, device=self.device)}
 
-    def observe(self, state, signals, total, least):
+    def observe(self, state, signals, total):
         return state
 
     def value(self, state, signals):
         return (self.rate / (self.rate + state["steps"])).expand(len(signals.entropy_T))
 
-    def update(self, state, hard_loss_C):
+    def sums(self, state, signals):
+        return signals.covered_T.double().sum()[None]
+
+    def update(self, state, sums):
         return {"steps": state["steps"] + 1}
 
     def metrics(self, state, signals, value_T):

@@ -52,7 +52,9 @@ class FakeReader:
             (self.corpus + 1.0) * there_T,
         )
         loss_B = torch.where(there_B, sample_ids / 10, torch.nan)
-        return ReadResult(targets, loss_B, torch.where(there_B, sample_ids * 2, -1))
+        return ReadResult(
+            targets, loss_B, torch.where(there_B, sample_ids * 2, -1), there_B.long() - 1, (("t", "capture"),)
+        )
 
 
 def test_tokens_labels_validity_and_documents_come_from_the_right_samples(data):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from distill.config.errors import CacheError, ConfigError
 from distill.config.schema import ReplayOrder
-from distill.data.stream import PATTERN, Stream, replay
+from distill.data.stream import PATTERN, Replay, Stream
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 8, 9, 100, 1000, 4097])
@@ -129,4 +129,7 @@ def test_weights_that_cannot_be_met():
     ],
 )
 def test_replay_by_hand(order, planned, expected):
-    assert replay(order, planned)(np.arange(6)).tolist() == expected
+    replay = Replay(order, planned)
+    assert replay(np.arange(6)).tolist() == expected
+    if order in (ReplayOrder.same, ReplayOrder.late_first):  # those that follow a teacher in training
+        assert [replay.furthest(p) for p in range(6)] == np.maximum.accumulate(expected).tolist()

@@ -8,7 +8,7 @@ import torch
 from scipy.special import rel_entr
 from scipy.special import softmax as scipy_softmax
 
-from losses import divergences, head_loss
+from losses import divergences, fixed, head_loss
 from losses.bucketed import LEAST_REST, Bucketed
 from losses.dense import Dense
 
@@ -39,6 +39,14 @@ DEFINITIONS = {
 }
 LOSSES = list(DEFINITIONS)
 FINITE_AT_ZERO = [name for name in LOSSES if name not in ("reverse_kl", "alpha_beta 0 1", "alpha_beta 0 0.5")]
+
+
+def bucketed(labels, w_hard, ids, probs, w_soft, *others):
+    return Bucketed(labels, fixed(w_hard, w_soft), ids, probs, *others)
+
+
+def dense(labels, w_hard, hidden, weight, w_soft, *others):
+    return Dense(labels, fixed(w_hard, w_soft), hidden, weight, *others)
 
 
 def divergence(name):
@@ -129,7 +137,7 @@ def test_bucketed_equals_its_definition(name, temperature):
         student, _, weights, targets = problem(**shape)
         a, b = leaves(student), leaves(student)
         want = oracle_bucketed(name, b, *weights, *targets, temperature)
-        rows = Bucketed(weights[0], weights[1], *targets, weights[2], divergence(name), temperature)
+        rows = bucketed(weights[0], weights[1], *targets, weights[2], divergence(name), temperature)
         assert_same(a, b, rows, want, tolerance(name))
 
 
@@ -140,7 +148,7 @@ def test_dense_equals_its_definition(name, temperature):
         student, teacher, weights, _ = problem(**shape)
         a, b = leaves(student), leaves(student)
         want = oracle_dense(name, b, teacher, *weights, temperature)
-        rows = Dense(*weights[:2], *teacher, weights[2], divergence(name), temperature)
+        rows = dense(*weights[:2], *teacher, weights[2], divergence(name), temperature)
         assert_same(a, b, rows, want, tolerance(name))
 
 
@@ -149,9 +157,9 @@ def test_dense_equals_its_definition(name, temperature):
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradients_equal_finite_differences(name, form, temperature):
     student, teacher, (labels, w_hard, w_soft), targets = problem(tokens=4, width=2, vocab=6, atoms=3, seed=1)
-    rows = Bucketed(labels, w_hard, *targets, w_soft, divergence(name), temperature)
+    rows = bucketed(labels, w_hard, *targets, w_soft, divergence(name), temperature)
     if form == "dense":
-        rows = Dense(labels, w_hard, *teacher, w_soft, divergence(name), temperature)
+        rows = dense(labels, w_hard, *teacher, w_soft, divergence(name), temperature)
     assert torch.autograd.gradcheck(lambda *x: head_loss(*x, rows, chunk=4).loss_sum, leaves(student))
 
 
@@ -160,7 +168,7 @@ def test_a_smaller_teacher_gives_added_ids_nothing(name):
     student, (hidden, weight), weights, _ = problem()
     teacher = hidden, weight[:-3]
     a, b = leaves(student), leaves(student)
-    loss = head_loss(*a, Dense(*weights[:2], *teacher, weights[2], divergence(name)), chunk=4).loss_sum
+    loss = head_loss(*a, dense(*weights[:2], *teacher, weights[2], divergence(name)), chunk=4).loss_sum
     want = oracle_dense(name, b, teacher, *weights, 1.0)
     torch.testing.assert_close(loss, want, rtol=tolerance(name), atol=tolerance(name))
     for mine, other in zip(torch.autograd.grad(loss, a), torch.autograd.grad(want, b)):
@@ -177,8 +185,8 @@ def test_a_student_that_equals_its_teacher_has_no_soft_loss_and_no_soft_gradient
     probs, ids = torch.softmax(hidden @ weight.T, -1).topk(4, -1)
     hidden.requires_grad_()
     for rows in (
-        Bucketed(labels, none, ids, probs, ones, divergence(name), temperature),
-        Dense(labels, none, hidden.detach(), weight, ones, divergence(name), temperature),
+        bucketed(labels, none, ids, probs, ones, divergence(name), temperature),
+        dense(labels, none, hidden.detach(), weight, ones, divergence(name), temperature),
     ):
         out = head_loss(hidden, weight, rows, chunk=4)
         (gradient,) = torch.autograd.grad(out.loss_sum, hidden)
@@ -196,19 +204,19 @@ def test_extreme_logits_stay_finite_and_right_in_fp32(name, form):
     spiked[4], spiked[4, 0] = 0, 1  # all mass on one atom, the others of probability 0
     labels, w_hard, w_soft = weights
     for temperature in (1.0, 2.0):
-        rows = Bucketed(labels, w_hard, ids, spiked, w_soft, divergence(name), temperature)
+        rows = bucketed(labels, w_hard, ids, spiked, w_soft, divergence(name), temperature)
         if form == "dense":
-            rows = Dense(labels, w_hard, teacher[0] * 1e4, teacher[1], w_soft, divergence(name), temperature)
+            rows = dense(labels, w_hard, teacher[0] * 1e4, teacher[1], w_soft, divergence(name), temperature)
         a = leaves(loud)
         out = head_loss(*a, rows, chunk=4)
         gradients = torch.autograd.grad(out.loss_sum, a)
         assert out.loss_sum.isfinite() and all(part.float().isfinite().all() for part in out.parts.values())
         assert all(gradient.isfinite().all() for gradient in gradients)
         double = [x.double() for x in loud]
-        again = Bucketed(labels, w_hard.double(), ids, spiked.double(), w_soft.double(), divergence(name), temperature)
+        again = bucketed(labels, w_hard.double(), ids, spiked.double(), w_soft.double(), divergence(name), temperature)
         if form == "dense":
             loud_teacher = (teacher[0] * 1e4).double(), teacher[1].double()
-            again = Dense(labels, w_hard.double(), *loud_teacher, w_soft.double(), divergence(name), temperature)
+            again = dense(labels, w_hard.double(), *loud_teacher, w_soft.double(), divergence(name), temperature)
         # Products of 1e4 are off by 1e-3 in fp32, so a loss is right to that, of some 1e4 nats.
         torch.testing.assert_close(out.loss_sum.double(), head_loss(*double, again).loss_sum, rtol=1e-4, atol=0.1)
 
@@ -218,7 +226,7 @@ def test_an_oracle_of_another_library(name):
     student, teacher, weights, _ = problem(seed=7)
     p, q = (scipy_softmax((x @ y.T).numpy(), -1) for x, y in (teacher, student))
     want = rel_entr(p, q).sum(-1) if name == "forward_kl" else rel_entr(q, p).sum(-1)
-    out = head_loss(*student, Dense(*weights[:2], *teacher, weights[2], divergence(name)))
+    out = head_loss(*student, dense(*weights[:2], *teacher, weights[2], divergence(name)))
     torch.testing.assert_close(out.parts["soft"], torch.from_numpy(want))
 
 
@@ -227,8 +235,8 @@ def test_weights_of_zero_and_parts_are_unweighted(name):
     student, teacher, (labels, w_hard, w_soft), targets = problem(seed=3)
     none = torch.zeros_like(w_hard)
     for make in (
-        lambda h, s: Bucketed(labels, h, *targets, s, divergence(name), 2.0),
-        lambda h, s: Dense(labels, h, *teacher, s, divergence(name), 2.0),
+        lambda h, s: bucketed(labels, h, *targets, s, divergence(name), 2.0),
+        lambda h, s: dense(labels, h, *teacher, s, divergence(name), 2.0),
     ):
         a = leaves(student)
         silent = head_loss(*a, make(none, none), chunk=4)
@@ -241,7 +249,7 @@ def test_weights_of_zero_and_parts_are_unweighted(name):
         total = (w_hard * out.parts["hard"] + w_soft * out.parts["soft"]).sum()
         torch.testing.assert_close(out.loss_sum, total)
     torch.testing.assert_close(
-        head_loss(*student, Bucketed(labels, w_hard, *targets, w_soft, divergence(name))).parts["mass"],
+        head_loss(*student, bucketed(labels, w_hard, *targets, w_soft, divergence(name))).parts["mass"],
         targets[1].sum(-1),
     )
 
@@ -249,9 +257,9 @@ def test_weights_of_zero_and_parts_are_unweighted(name):
 @pytest.mark.parametrize("form", ["bucketed", "dense"])
 def test_bf16_hidden_states_give_losses_in_fp32(form):
     student, teacher, (labels, w_hard, w_soft), targets = problem(dtype=torch.bfloat16)
-    rows = Bucketed(labels, w_hard, *targets, w_soft, divergences.reverse_kl)
+    rows = bucketed(labels, w_hard, *targets, w_soft, divergences.reverse_kl)
     if form == "dense":
-        rows = Dense(labels, w_hard, *teacher, w_soft, divergences.reverse_kl)
+        rows = dense(labels, w_hard, *teacher, w_soft, divergences.reverse_kl)
     a = leaves(student)
     loss = head_loss(*a, rows).loss_sum
     assert loss.dtype == torch.float32 and torch.autograd.grad(loss, a)[0].dtype == torch.bfloat16
@@ -262,7 +270,7 @@ def test_the_bucket_is_not_one_minus_a_sum():
     hidden, weight = torch.eye(3)[:1], torch.tensor([[40.0, 0, 0], [0.0, 0, 0], [-3.0, 0, 0]])
     ids, probs = torch.tensor([[0]]), torch.tensor([[0.75]])
     out = head_loss(
-        hidden, weight, Bucketed(torch.tensor([0]), torch.zeros(1), ids, probs, torch.ones(1), divergences.forward_kl)
+        hidden, weight, bucketed(torch.tensor([0]), torch.zeros(1), ids, probs, torch.ones(1), divergences.forward_kl)
     )
     rest = 0.25 * (math.log(0.25) + 40 - math.log(1 + math.exp(-3)))
     assert out.parts["soft"].item() == pytest.approx(0.75 * math.log(0.75) + rest, rel=1e-6)

@@ -12,10 +12,13 @@ from losses.weighting import Mean
 from student.checked_factor import RUN_METRICS
 from tests.cli import TINY, rows, run, write_corpus
 from tests.unit.test_student_distilling import batch, recipe
+from tests.unit.test_student_distilling import run as forward
 
 
 class Constant:
     """`by`, by default with a metric of its own."""
+
+    reads_label = False
 
     def __init__(self, setting, options):
         self.by, self.metric = options["by"], options.get("metric", "constant")
@@ -23,13 +26,16 @@ class Constant:
     def init(self):
         return {}
 
-    def observe(self, state, signals, total, least):
+    def observe(self, state, signals, total):
         return state
 
     def value(self, state, signals):
         return torch.full((len(signals.entropy_T),), self.by) if isinstance(self.by, float) else torch.ones(self.by)
 
-    def update(self, state, hard_loss_C):
+    def sums(self, state, signals):
+        return torch.zeros(0, dtype=torch.float64)
+
+    def update(self, state, sums):
         return state
 
     def metrics(self, state, signals, value_T):
@@ -43,7 +49,7 @@ def registered(monkeypatch):
 
 def weighed(**plugins):
     student, b = recipe(plugins=plugins), batch([3.0, math.nan])
-    student.weigh(b, student.begin(b, 0))
+    forward(student, b)
     return student
 
 
@@ -82,7 +88,7 @@ def test_a_missing_option():
     )
 
 
-@pytest.mark.parametrize("name", ["alpha", "lag_factor", "grad_norm", "tokens"])
+@pytest.mark.parametrize("name", ["alpha", "two_factor", "grad_norm", "tokens"])
 def test_a_metric_of_the_run(name):
     line = problem(weighed, one={"by": 1.0, "metric": name})
     assert line == (
@@ -101,7 +107,8 @@ def test_all_metrics_of_a_run_are_taken(tmp_path):
     run(*common, "job=teacher", "teacher.train.steps=4", f"hydra.run.dir={tmp_path}/t")
     run(*common, "job=student", "student.train.steps=8", f"hydra.run.dir={tmp_path}/s", f"cache.dir={tmp_path}/t/cache",
         "student.weighting.entropy.enabled=true", "student.weighting.entropy.scale=true",
+        "student.weighting.disagreement.enabled=true",
         "student.train.balance_loss=0.01", "student.train.z_loss=0.01")  # fmt: skip
     logged = {name for row in rows(tmp_path / "s") for name in row}
-    assert len(logged) > 20 and logged <= RUN_METRICS
+    assert len(logged) > 20 and logged <= RUN_METRICS | {"lag_factor", "entropy_factor", "disagreement_factor"}
     assert json.loads((tmp_path / "s" / "summary.json").read_text())["coverage"] > 0

@@ -9,11 +9,22 @@ import pytest
 import torch
 
 from distill.cache import SoftTargets
-from distill.config.schema import EntropyFactor, LagFactor, ModelConfig, Schedule, StudentConfig, WeightingConfig
+from distill.config.schema import (
+    DisagreementFactor,
+    EntropyFactor,
+    LagFactor,
+    ModelConfig,
+    Schedule,
+    StudentConfig,
+    TrainConfig,
+    WeightingConfig,
+)  # fmt: skip
 from distill.data.join import Batch
 from distill.engine.dist import Dist
 from distill.model import Transformer
+from losses.weighting import Setting
 from student.distilling import StudentRecipe
+from student.weigher import Weigher, signals_of
 
 V, S = 32, 4
 ALONE = Dist(0, 1, torch.device("cpu"))
@@ -21,13 +32,15 @@ MODEL = ModelConfig(
     vocab_size=V, hidden_size=16, layers=1, heads=2, kv_heads=1, head_dim=8, expert_hidden=16, dense_hidden=16,
     experts=2, chunk_size=8,
 )  # fmt: skip
+torch.manual_seed(0)
+NET = Transformer(MODEL)
 
 
-def batch(shard_loss, entropy=2.0):
-    """One sample per shard loss (nan: no targets); the last position of each carries no loss."""
+def batch(levels, entropy=2.0, end=2.0):
+    """One sample per level of its teacher (nan: no targets); the last position of each carries no loss."""
     g = torch.Generator().manual_seed(0)
-    size = len(shard_loss)
-    loss_B = torch.tensor(shard_loss)
+    size = len(levels)
+    loss_B = torch.tensor(levels)
     covered_T = (~loss_B.isnan()).repeat_interleave(S)
     ids = torch.randint(V, (size * S, 2), generator=g)
     probs = torch.tensor([0.7, 0.2]).expand(size * S, 2) * covered_T[:, None]
@@ -45,33 +58,48 @@ def batch(shard_loss, entropy=2.0):
         targets=SoftTargets(ids, probs, covered_T, -full, full),
         shard_loss_B=loss_B,
         step_B=torch.zeros(size, dtype=torch.int64),
+        level_B=loss_B,
+        end_B=torch.where(loss_B.isnan(), torch.nan, end),
     )
 
 
 def recipe(corpora=1, **weighting):
-    return StudentRecipe(StudentConfig(MODEL, weighting=WeightingConfig(**weighting)), ALONE, 10, corpora)
+    config = StudentConfig(MODEL, weighting=WeightingConfig(**weighting))
+    setting = Setting(V, V, corpora, 1000, math.inf, torch.device("cpu"))
+    return StudentRecipe(config, ALONE, setting, 10, ["main", "code"][:corpora])
+
+
+def run(student, b, step=0, net=None):
+    """A forward pass of a whole step, and its end."""
+    plan = student.begin(b, step)
+    out = student.forward(net or NET, b, plan)
+    student.end(plan, [out.result])
+    return out
 
 
 def alphas(student, b, step=0):
-    plan = student.begin(b, step)
-    student.weighting_state = plan.state
-    return student.weigh(b, plan).alpha_T.view(-1, S)[:, 0].tolist()
+    """Of the first token of each sample, without moving the student's state."""
+    plan, before = student.begin(b, step), student.weighting_state
+    valid = torch.ones(b.valid_BS.numel(), dtype=torch.bool)
+    weigher = Weigher(student.weighting, plan.state, step, signals_of(b, torch.device("cpu"), 1.0), valid)
+    weigher(slice(None), torch.zeros(len(valid)), torch.zeros(len(valid)))
+    assert student.weighting_state is before
+    return weigher.whole().soft_T.view(-1, S)[:, 0].tolist()
 
 
-def lag_of(student):
-    return student.weighting_state["lag"]
+def at(*losses):
+    """The state of the lag factor of a student that is at these losses on its corpora's curves."""
+    return {"lag": {"place": torch.tensor([[loss, 1.0] for loss in losses], dtype=torch.float64)}}
 
 
 def test_uncovered_samples_fall_to_the_hard_loss():
     assert alphas(recipe(alpha=0.6), batch([3.0, math.nan])) == pytest.approx([0.6, 0.0])
 
 
-def test_lag_scales_by_the_best_shard_so_far():
+def test_lag_scales_by_the_level_of_the_teacher():
     student = recipe(alpha=0.8, lag=LagFactor(enabled=True, power=1.0))
     best = math.log(V) - 1.0
-    assert alphas(student, batch([best, best + 0.5, 9.0])) == pytest.approx([0.8, 0.4, 0.0], rel=1e-5)
-    # It counts from now on also where a batch has only worse ones.
-    assert alphas(student, batch([best + 0.5])) == pytest.approx([0.4], rel=1e-5)
+    assert alphas(student, batch([best, best + 0.5, 9.0], end=best)) == pytest.approx([0.8, 0.4, 0.0], rel=1e-5)
 
 
 def test_entropy_factor_scales_alpha():
@@ -85,66 +113,104 @@ def test_alpha_follows_its_schedule():
 
 
 def test_the_loss_is_the_weighted_sum_over_valid_tokens_and_state_survives_exactly():
-    torch.manual_seed(0)
-    net = Transformer(MODEL)
-    student, b = recipe(alpha=0.5, lag=LagFactor(enabled=True, smoothing=0.9)), batch([3.0, math.nan])
-    plan = student.begin(b, 0)
-    out = student.forward(net, b, plan)
-    logp = torch.log_softmax(net.logits(b.ids_BS).double(), -1).flatten(0, 1)
+    student, b = recipe(alpha=0.5, lag=LagFactor(enabled=True, memory=0.01)), batch([2.0, math.nan])
+    out = run(student, b, step=9)
+    logp = torch.log_softmax(NET.logits(b.ids_BS).double(), -1).flatten(0, 1)
     hard = -logp[torch.arange(2 * S), b.labels_BS.flatten()]
     soft = -(b.targets.probs_TK * logp.gather(-1, b.targets.ids_TK)).sum(-1)
     alpha = torch.tensor([0.5] * S + [0.0] * S)
-    want = ((alpha * soft + (1 - alpha) * hard) * b.valid_BS.flatten()).sum()
+    valid = b.valid_BS.flatten()
+    want = ((alpha * soft + (1 - alpha) * hard) * valid).sum()
     assert out.loss_sum.item() == pytest.approx(want.item(), rel=1e-5)
     assert out.routing.counts_LE.sum() == 2 * S
     means = {name: float(mean.sum / mean.weight) for name, mean in out.means.items()}
-    assert means["hard_loss"] == pytest.approx((hard * b.valid_BS.flatten()).sum().item() / 6, rel=1e-5)
+    first = valid & b.targets.covered_T
+    assert means["hard_loss"] == pytest.approx((hard * valid).sum().item() / 6, rel=1e-5)
     assert means["coverage"] == 0.5 and means["mass"] == pytest.approx(0.9) and means["lag_factor"] == 1.0
-    assert out.histograms["alpha"].sum() == 6
+    assert means["teacher_loss"] == 2.0 and means["lag"] == 0.0
+    assert means["teacher_lead"] == pytest.approx(hard[first].mean().item() - 2.0, rel=1e-5)
+    assert means["disagreement"] == pytest.approx(soft[first].mean().item() - 2.0, rel=1e-5)
+    assert out.histograms["alpha"].sum() == 6 and out.histograms["lag_factor"][-1] == 3
 
-    student.end(plan, [out.result])
-    mean = (hard * b.valid_BS.flatten()).sum().item() / 6
-    assert lag_of(student)["student_loss"].item() == pytest.approx(0.9 * math.log(V) + 0.1 * mean, rel=1e-6)
+    assert student.weighting_state["lag"]["place"].tolist() == [
+        [pytest.approx((hard[first] - 2.0 + 2.0).sum().item(), rel=1e-5), 3.0]
+    ]
     assert student.coverage == 0.5
     other = recipe(alpha=0.5, lag=LagFactor(enabled=True))
     other.load_state(json.loads(json.dumps(student.state())))
-    assert other.weighting_state == student.weighting_state and other.coverage == student.coverage
+    assert other.weighting_state["lag"]["place"].equal(student.weighting_state["lag"]["place"])
+    assert other.coverage == student.coverage
 
 
-def test_each_corpus_of_a_mixture_has_its_own_lag():
-    torch.manual_seed(0)
-    net = Transformer(MODEL)
+def test_norms_are_those_of_the_two_terms_gradients():
+    """At steps that are logged, against autograd on the logits, one term at a time."""
+    student, b = recipe(alpha=0.25), batch([2.0, 2.0])
+    assert "soft_grad_norm" not in run(student, b, step=3).means  # log_every is 10
+    means = {name: float(mean.sum / mean.weight) for name, mean in run(student, b, step=9).means.items()}
+    logits = NET.logits(b.ids_BS).double().flatten(0, 1).detach().requires_grad_()
+    logp = logits.log_softmax(-1)
+    hard = -logp[torch.arange(2 * S), b.labels_BS.flatten()]
+    dense = torch.zeros_like(logp).scatter_add(-1, b.targets.ids_TK, b.targets.probs_TK.double())
+    valid = b.valid_BS.flatten()
+    norms = [
+        torch.autograd.grad(term.sum(), logits, retain_graph=True)[0].norm(dim=-1)[valid]
+        for term in (hard, -(dense * logp).sum(-1))
+    ]
+    assert means["hard_grad_norm"] == pytest.approx(norms[0].mean().item(), rel=1e-5)
+    # Where a token's atoms are one id, the closed form takes them as two.
+    distinct = (b.targets.ids_TK[:, 0] != b.targets.ids_TK[:, 1]).all()
+    assert distinct and means["soft_grad_norm"] == pytest.approx(norms[1].mean().item(), rel=1e-5)
+    soft, hard = 0.25 * norms[1].sum(), 0.75 * norms[0].sum()
+    assert means["effective_weight"] == pytest.approx((soft / (soft + hard)).item(), rel=1e-5)
+
+
+def test_weights_do_not_depend_on_how_a_step_is_cut():
+    """Micro-batches and chunks of the head: the same loss, metrics and state."""
+    keys = dict(alpha=0.9, lag=LagFactor(enabled=True), disagreement=DisagreementFactor(enabled=True))
+    b = batch([2.5, 3.0, math.nan, 2.2])
+    found = []
+    for size, chunk in ((4, 4096), (4, 3), (1, 5)):
+        student = recipe(**keys)
+        student.weighting_state |= at(3.1)
+        student.config = dataclasses.replace(student.config, train=TrainConfig(head_chunk=chunk))
+        plan = student.begin(b, 0)
+        outs = [student.forward(NET, b.rows(i, i + size), plan) for i in range(0, 4, size)]
+        student.end(plan, [out.result for out in outs])
+        parts = {name: [out.means[name] for out in outs] for name in outs[0].means}
+        means = {n: sum(float(m.sum) for m in p) / sum(float(m.weight) for m in p) for n, p in parts.items()}
+        found.append(
+            [
+                sum(o.loss_sum.item() for o in outs),
+                *means.values(),
+                *student.weighting_state["lag"]["place"][0].tolist(),
+            ]
+        )
+    assert found[1] == pytest.approx(found[0], rel=1e-5) and found[2] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_each_corpus_of_a_mixture_has_its_own_place_alpha_and_loss():
     lag = {"alpha": 1.0, "lag": LagFactor(enabled=True, power=1.0)}
     student = recipe(2, **lag)
     b = dataclasses.replace(batch([3.0, 0.5, 2.0, 0.25, math.nan]), corpus_B=np.array([0, 1, 0, 1, 1]))
-    student.weighting_state = own([4.0, 1.0])
+    b = dataclasses.replace(b, end_B=torch.tensor([2.0, 0.25, 2.0, 0.25, math.nan]))
+    student.weighting_state = at(4.0, 1.0)
     assert alphas(student, b) == pytest.approx([0.5, 2 / 3, 1.0, 1.0, 0.0])  # (4-3)/(4-2), (1-0.5)/(1-0.25)
-    assert lag_of(student)["best_teacher_loss"].tolist() == [2.0, 0.25]
-    train(student, net, b)
+    out = run(student, b)
+    means = {name: float(mean.sum / mean.weight) for name, mean in out.means.items()}
+    assert means["alpha/main"] == pytest.approx(0.75) and means["alpha/code"] == pytest.approx((2 / 3 + 1) / 3)
     for corpus, samples in enumerate(([0, 2], [1, 3, 4])):
         alone = recipe(**lag)
-        alone.weighting_state = own([[4.0], [1.0]][corpus])
-        train(alone, net, dataclasses.replace(pick(b, samples), corpus_B=np.zeros(len(samples), np.int64)))
-        for name in ("student_loss", "best_teacher_loss"):
-            assert lag_of(student)[name][corpus].item() == pytest.approx(lag_of(alone)[name].item(), rel=1e-6)
-    # A batch without one of the corpora leaves its part of the state alone.
-    before = lag_of(student)["student_loss"]
-    train(student, net, pick(b, [0, 2]))
-    after = lag_of(student)["student_loss"]
-    assert after[1] == before[1] and after[0] != before[0]
+        alone.weighting_state = at([4.0, 1.0][corpus])
+        single = run(alone, dataclasses.replace(pick(b, samples), corpus_B=np.zeros(len(samples), np.int64)))
+        mine, theirs = (r.weighting_state["lag"]["place"] for r in (student, alone))
+        assert (mine[corpus, 0] / mine[corpus, 1]).item() == pytest.approx(
+            (theirs[0, 0] / theirs[0, 1]).item(), rel=0.02
+        )
+        hard = single.means["hard_loss"]
+        assert means[f"hard_loss/{['main', 'code'][corpus]}"] == pytest.approx(float(hard.sum / hard.weight), rel=1e-5)
     other = recipe(2, **lag)
     other.load_state(json.loads(json.dumps(student.state())))
-    assert all(torch.equal(lag_of(other)[name], part) for name, part in lag_of(student).items())
-
-
-def own(losses):
-    best = torch.full((len(losses),), math.inf).double()
-    return {"lag": {"student_loss": torch.tensor(losses).double(), "best_teacher_loss": best}}
-
-
-def train(student, net, b):
-    plan = student.begin(b, 0)
-    student.end(plan, [student.forward(net, b, plan).result])
+    assert other.weighting_state["lag"]["place"].equal(student.weighting_state["lag"]["place"])
 
 
 def pick(b: Batch, samples: list[int]) -> Batch:

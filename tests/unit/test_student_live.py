@@ -15,7 +15,8 @@ from distill.model import Transformer, hidden_projector
 from losses.bucketed import Bucketed
 from losses.dense import Dense
 from losses.matching import hidden_match
-from losses.mixed import Mixed
+from losses.mixed import Mixed, fixed
+from losses.weighting import Setting
 from student.distilling import StudentRecipe
 from student.live_teacher import LiveTeacher, labelled
 from student.soft_loss import SoftLoss
@@ -27,6 +28,7 @@ MODEL = ModelConfig(
     vocab_size=V, hidden_size=16, layers=1, heads=2, kv_heads=1, head_dim=8, expert_hidden=16, dense_hidden=16,
     experts=2, chunk_size=8,
 )  # fmt: skip
+SETTING = Setting(V, V, 2, 1000, math.inf, torch.device("cpu"))
 WIDE = dataclasses.replace(MODEL, hidden_size=24, layers=2)
 
 
@@ -45,6 +47,8 @@ def batch(seed=0, most=V):
         targets=None,
         shard_loss_B=torch.full((B,), math.nan),
         step_B=torch.full((B,), -1),
+        level_B=torch.full((B,), math.nan),
+        end_B=torch.full((B,), math.nan),
     )
 
 
@@ -60,25 +64,22 @@ def teacher(config=WIDE, step=7):
 def test_signals_are_those_of_the_dense_distribution():
     model, live = teacher()
     b = batch()
-    out = labelled(live, b, 1, 4096, 2, ALONE)
+    out = labelled(live, b, 1, 4096, ALONE)
     logp = model.logits(b.ids_BS, b.documents_BS).flatten(0, 1).detach().double().log_softmax(-1)
     labels = b.labels_BS.flatten()
     torch.testing.assert_close(out.targets.entropy_T, -(logp.exp() * logp).sum(-1).float(), rtol=1e-5, atol=1e-5)
     picked_T = logp[torch.arange(B * S), labels]
     torch.testing.assert_close(out.targets.label_logprob_T, picked_T.float(), rtol=1e-5, atol=1e-5)
     assert out.targets.covered_T.all() and out.step_B.tolist() == [7] * B
-    loss = -logp[torch.arange(B * S), labels].view(B, S)[:, :-1]
-    for corpus in (0, 1):
-        mean = loss[torch.from_numpy(b.corpus_B == corpus)].mean().item()
-        assert out.shard_loss_B[corpus].item() == out.shard_loss_B[corpus + 2].item() == pytest.approx(mean)
+    assert out.level_B.tolist() == out.end_B.tolist() == [0.0] * B  # it lags behind nothing
     assert out.teacher_TE.shape == (B * S, 24) and not out.teacher_TE.requires_grad
 
 
 @pytest.mark.parametrize(("parts", "chunk"), [(2, 4096), (4, 5)])
 def test_how_a_batch_is_cut_changes_no_target(parts, chunk):
     _, live = teacher()
-    a, b = labelled(live, batch(), 1, 4096, 2, ALONE), labelled(live, batch(), parts, chunk, 2, ALONE)
-    for x, y in zip((*a.targets, a.teacher_TE, a.shard_loss_B), (*b.targets, b.teacher_TE, b.shard_loss_B)):
+    a, b = labelled(live, batch(), 1, 4096, ALONE), labelled(live, batch(), parts, chunk, ALONE)
+    for x, y in zip((*a.targets, a.teacher_TE, a.level_B), (*b.targets, b.teacher_TE, b.level_B)):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
     micro = b.rows(1, 3)
     assert torch.equal(micro.teacher_TE, b.teacher_TE[S : 3 * S]) and len(micro.targets.covered_T) == 2 * S
@@ -90,9 +91,9 @@ def test_a_sample_with_an_id_that_the_teacher_lacks_has_no_target():
     b.ids_BS[1, 2] = V - 1
     b.labels_BS[2, 0] = V - 2
     b.labels_BS[3, -1] = V - 1  # carries no loss
-    out = labelled(live, b, 2, 4096, 2, ALONE)
+    out = labelled(live, b, 2, 4096, ALONE)
     assert out.targets.covered_T.view(B, S)[:, 0].tolist() == [True, False, False, True]
-    assert out.step_B.tolist() == [7, -1, -1, 7] and out.shard_loss_B.isnan().tolist() == [False, True, True, False]
+    assert out.step_B.tolist() == [7, -1, -1, 7] and out.level_B.isnan().tolist() == [False, True, True, False]
     assert torch.equal(out.ids_BS, b.ids_BS)  # the student reads its own
 
 
@@ -102,7 +103,7 @@ def recipe(live, **keys):
     torch.manual_seed(0)
     student = Transformer(MODEL)
     projector = hidden_projector.attach(student, live.width, 0) if config.hidden_match else None
-    return student, StudentRecipe(config, ALONE, 10, 2, V, loss=SoftLoss(config, (), projector), live=live)
+    return student, StudentRecipe(config, ALONE, SETTING, 10, ["a", "b"], SoftLoss(config, (), projector), live)
 
 
 def step(student, made, b, parts=1):
@@ -145,9 +146,9 @@ def test_micro_batches_add_up_to_the_step():
 
 
 def test_the_loss_of_each_form():
-    args = torch.zeros(2, dtype=torch.int64), torch.ones(2)
+    args = torch.zeros(2, dtype=torch.int64), fixed(torch.ones(2), torch.ones(2))
     _, live = teacher()
-    found = labelled(live, batch(), 1, 4096, 2, ALONE).targets
+    found = labelled(live, batch(), 1, 4096, ALONE).targets
     dense = torch.zeros(2, 3), torch.zeros(V, 3)
     for loss, codecs, teacher_, kind in (
         ("mixed", ["topk"], None, Mixed),
@@ -160,8 +161,8 @@ def test_the_loss_of_each_form():
         ("reverse_kl", [], dense, Dense),
     ):
         made = SoftLoss(StudentConfig(MODEL, loss=loss), codecs)
-        assert type(made.rows(*args, found, torch.ones(2), teacher_)) is kind, (loss, codecs)
-        assert type(made.rows(*args, None, torch.ones(2), None)) is Mixed
+        assert type(made.rows(*args, found, teacher_)) is kind, (loss, codecs)
+        assert type(made.rows(*args, None, None)) is Mixed
 
 
 def test_a_loss_that_is_not_linear_never_passes_as_the_mixed_one():

@@ -35,6 +35,8 @@ def batch_of(seed, rows=3, length=50):
         targets=None,
         shard_loss_B=torch.full((rows,), torch.nan),
         step_B=torch.full((rows,), -1),
+        level_B=torch.full((rows,), torch.nan),
+        end_B=torch.full((rows,), torch.nan),
     )
 
 

@@ -1,5 +1,6 @@
 """The interface of codecs."""
 
+import math
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
@@ -32,6 +33,8 @@ class Codec(ABC):
     """Atoms keep the mass outside of them, `rest_T`."""
     total: int = 0
     """Sum of the codes of any token; 0: there is no fixed sum."""
+    draws: float = math.inf
+    """Draws from the distribution that the noise of a token's atoms is like; inf: it has none."""
     max_atoms: int
     """Most atoms of a token."""
     max_code: int

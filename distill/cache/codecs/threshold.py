@@ -25,6 +25,7 @@ class Threshold(Codec):
 
     def __init__(self, config: CodecConfig, vocab_size: int):
         self.tau = config.tau
+        self.draws = 1.0 / self.tau
         self.max_atoms = 2 * int(1 / self.tau) + 3
         # Heads start a hair below tau, so that rounding can never make a tail interval as long as 1.
         self.code = LogCode(self.tau * (1 - 2**-16))

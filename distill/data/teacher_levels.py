@@ -1,0 +1,143 @@
+"""How good each teacher of a cache was at each of its steps, and where it ends: smooth curves through its label losses.
+
+A level is a loss of the teacher's whole text, not of the sample at hand, so that a step whose text is easy does not
+count as a better teacher. The caches keep sums of losses by bins of steps that do not depend on where shards are cut,
+so neither do levels.
+
+Of a teacher that trains while the student follows, a student's step sees the bins up to a teacher's step that is a
+function of the student's own, for which it waits anyway; the end is extrapolated to the teacher's planned length. So
+levels do not depend on what happens to be published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distill.cache import CacheReader
+from distill.cache.loss_curve import LossCurve, last_steps
+
+Floats = NDArray[np.float64]
+
+OFFSET = 0.02
+"""Steps are looked at as log(step + OFFSET x length): nearly linear at first, where a loss falls by the step."""
+WIDTH = 0.12
+"""Standard deviation of the smoothing kernel on that axis."""
+POINTS = 200
+"""Of a curve; straight between them."""
+
+
+class Trend:
+    """A teacher's smooth loss by step: local linear regression over its bins.
+
+    Args:
+        length: the teacher's planned steps.
+
+    Source: Cleveland, Robust locally weighted regression, 1979, with a Gaussian kernel and the bins' tokens as weights.
+    """
+
+    def __init__(self, curve: LossCurve, length: int):
+        first_N = curve.first_steps
+        self.length = max(length, int(first_N[-1]) + 1)
+        self._shift = OFFSET * self.length
+        x_N = np.log((first_N + np.minimum(last_steps(first_N), self.length - 1)) / 2.0 + self._shift)
+        self._x_P = np.linspace(x_N[0], x_N[-1], POINTS if len(x_N) > 1 else 1)
+        self._loss_P = np.array([_line(x_N - x, curve.losses, curve.tokens) for x in self._x_P])
+
+    def level(self, steps: NDArray[Any]) -> Floats:
+        """Nats at each step; beyond the bins that of the nearest."""
+        return np.interp(np.log(np.maximum(steps, 0) + self._shift), self._x_P, self._loss_P)
+
+    @property
+    def end(self) -> float:
+        """Nats at the planned end. Of a shorter curve, the falls of further doublings of the steps go on as a geometric
+        series, as they do on a power law."""
+        last = float(np.exp(self._x_P[-1]) - self._shift)
+        now = float(self._loss_P[-1])
+        doublings = float(np.log2(self.length / max(last, 1.0)))
+        if last < 4.0 or doublings < 0.03:
+            return now
+        quarter, half = self.level(np.array([last / 4, last / 2])).tolist()
+        fall = max(half - now, 0.0)
+        ratio = min(max(fall / max(quarter - half, 1e-9), 0.25), 1.0)
+        further = doublings if ratio == 1.0 else (1.0 - ratio**doublings) / (1.0 - ratio)
+        return now - fall * ratio * further
+
+
+def _line(x_N: Floats, y_N: Floats, tokens_N: NDArray[np.int64]) -> float:
+    """The weighted regression line's value at x = 0."""
+    w_N = tokens_N * np.exp(-0.5 * (x_N / WIDTH) ** 2)
+    w_N = w_N / w_N.sum()
+    mean_x, mean_y = w_N @ x_N, w_N @ y_N
+    spread = w_N @ (x_N - mean_x) ** 2
+    slope = w_N @ ((x_N - mean_x) * (y_N - mean_y)) / spread if spread > 1e-12 else 0.0
+    return float(mean_y - slope * mean_x)
+
+
+class Levels(NamedTuple):
+    """Of B samples, float64 nats; nan where a sample has no targets."""
+
+    level_B: Floats
+    """Of the teacher that made the targets, at the step at which it did."""
+    end_B: Floats
+    """Where the best teacher of the sample's cache ends."""
+
+
+class TeacherLevels:
+    """The curves of all teachers in the caches of a student's corpora.
+
+    Args:
+        lengths: planned steps of the teacher in training of each cache; 0: none is.
+        limit: student's step -> the teacher's step whose records are all published when the student makes it; None:
+            everything in the readers' views counts.
+    """
+
+    def __init__(
+        self, readers: Sequence[CacheReader], lengths: Sequence[int], limit: Callable[[int], int] | None = None
+    ):
+        self._readers, self._lengths, self.limit = readers, lengths, limit
+        self._made: dict[int, tuple[int | None, dict[tuple[str, str], Trend]]] = {}
+
+    def of(
+        self, step: int, corpus: int, teachers: Sequence[tuple[str, str]], teacher_B: NDArray[np.int64],
+        steps_B: NDArray[np.int64],
+    ) -> Levels:  # fmt: skip
+        """Levels of samples of one corpus.
+
+        Args:
+            step: the student's.
+            teachers: identity and source of each; teacher_B: number of each sample's, -1: no targets.
+            steps_B: the teacher's step when it made the targets.
+        """
+        trends = self._trends(step, corpus)
+        level_B = np.full(len(teacher_B), np.nan)
+        for number, teacher in enumerate(teachers):
+            mine = teacher_B == number
+            if teacher in trends:
+                level_B[mine] = trends[teacher].level(steps_B[mine])
+        end = min((trend.end for trend in trends.values()), default=np.nan)
+        return Levels(level_B, np.where(teacher_B >= 0, end, np.nan))
+
+    def _trends(self, step: int, corpus: int) -> dict[tuple[str, str], Trend]:
+        reader, length = self._readers[corpus], self._lengths[corpus]
+        limit = None if self.limit is None else self.limit(step)
+        if corpus not in self._made or self._made[corpus][0] != limit:
+            losses = reader.losses
+            trends = {}
+            for teacher in losses.teachers():
+                curve = losses.curve(*teacher)
+                if limit is not None and teacher[1] == "capture":
+                    curve = _until(curve, limit)
+                if len(curve.first_steps):
+                    trends[teacher] = Trend(curve, length if teacher[1] == "capture" else 0)
+            self._made[corpus] = limit, trends
+        return self._made[corpus][1]
+
+
+def _until(curve: LossCurve, step: int) -> LossCurve:
+    """The bins that end at or before a step."""
+    whole_N = last_steps(curve.first_steps) < step
+    return LossCurve(curve.first_steps[whole_N], curve.losses[whole_N], curve.tokens[whole_N])

@@ -1,0 +1,125 @@
+"""The weights of a micro-batch, made while its logits exist, and what is logged of them."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distill.data.join import Batch
+from losses.weighting import Mean, Signals, State, Weighting
+
+BINS = 20
+"""Of a histogram over [0, 1]."""
+
+
+def signals_of(batch: Batch, device: torch.device, lr_share: float) -> Signals:
+    """What factors read of a batch with targets, but for what the student predicts."""
+    assert batch.targets is not None
+    targets, length = batch.targets, batch.ids_BS.shape[1]
+    none = targets.entropy_T.new_empty(0)
+
+    def tokens(part_B: Tensor) -> Tensor:
+        return part_B.to(device, non_blocking=True).repeat_interleave(length)
+
+    return Signals(
+        corpus_T=tokens(torch.as_tensor(batch.corpus_B)),
+        covered_T=targets.covered_T & batch.valid_BS.flatten(),
+        entropy_T=targets.entropy_T,
+        teacher_loss_T=-targets.label_logprob_T,
+        level_T=tokens(batch.level_B),
+        end_T=tokens(batch.end_B),
+        shard_loss_T=tokens(batch.shard_loss_B),
+        lr_share=lr_share,
+        student_loss_T=none,
+        disagreement_T=none,
+    )
+
+
+class Weighed(NamedTuple):
+    """The weights of T tokens."""
+
+    signals: Signals
+    valid_T: Tensor
+    hard_T: Tensor
+    soft_T: Tensor
+    values: dict[str, Tensor]
+    """[T] of each factor."""
+
+    def means(self, parts: Mapping[str, Tensor]) -> dict[str, Mean]:
+        """Metrics of targets and weights; parts: of the loss.
+
+        On the same tokens: `teacher_lead`, nats by which the teacher's loss was below the student's, and
+        `disagreement`, KL(teacher || student). `lag`, nats by which the teacher was worse than where the best one ends;
+        `effective_weight`, the soft term's share of the norms of both terms' gradients at the logits.
+        """
+        signals, covered_T = self.signals, self.signals.covered_T
+        tokens, valid = covered_T.sum(), self.valid_T.sum()
+
+        def mean(part_T: Tensor) -> Mean:
+            return Mean(torch.where(covered_T, part_T, 0.0).sum(), tokens)
+
+        means = {
+            "alpha": Mean(self.soft_T.sum(), valid),
+            "coverage": Mean(tokens, valid),
+            "teacher_loss": mean(signals.teacher_loss_T),
+            "teacher_lead": mean(signals.student_loss_T - signals.teacher_loss_T),
+            "disagreement": mean(signals.disagreement_T),
+            "lag": mean(torch.nan_to_num(signals.level_T - signals.end_T)),
+        }
+        if "soft_norm" in parts:
+            soft, hard = (self.soft_T * parts["soft_norm"]).sum(), (self.hard_T * parts["hard_norm"]).sum()
+            means["effective_weight"] = Mean(soft, soft + hard)
+        return means
+
+    def histograms(self) -> dict[str, Tensor]:
+        """Counts of equal bins over [0, 1], of alpha over valid tokens and of each factor over tokens with targets."""
+        counted = {"alpha": (self.soft_T, self.valid_T)}
+        counted |= {f"{name}_factor": (value_T, self.signals.covered_T) for name, value_T in self.values.items()}
+        histograms = {}
+        for name, (value_T, tokens_T) in counted.items():
+            bins_T = (value_T * BINS).long().clamp(0, BINS - 1)
+            # index_add_, not bincount: that would wait for the device.
+            histograms[name] = value_T.new_zeros(BINS).index_add_(0, bins_T, tokens_T.float())
+        return histograms
+
+
+class Weigher:
+    """Weighs tokens for a row function (`losses.mixed.Weigh`), chunk after chunk, and keeps what became of them.
+
+    Args:
+        is_cross_entropy: the soft loss is a cross entropy, which the teacher's entropy parts from the divergence.
+    """
+
+    def __init__(
+        self,
+        weighting: Weighting,
+        state: dict[str, State],
+        step: int,
+        signals: Signals,
+        valid_T: Tensor,
+        is_cross_entropy: bool = True,
+    ):
+        self._weighting, self._state, self._step = weighting, state, step
+        self.signals, self._valid_T, self._is_cross_entropy = signals, valid_T, is_cross_entropy
+        self._chunks: list[Weighed] = []
+
+    def __call__(self, rows: slice, hard_t: Tensor, soft_t: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert soft_t is not None, "there are targets"
+        signals, valid_t = self.signals.rows(rows), self._valid_T[rows]
+        disagreement_t = soft_t - signals.entropy_T if self._is_cross_entropy else soft_t
+        signals = signals._replace(student_loss_T=hard_t.float(), disagreement_T=disagreement_t.float())
+        weights = self._weighting.weigh(self._state, self._step, signals)
+        weighed = Weighed(signals, valid_t, weights.hard_t * valid_t, weights.soft_t * valid_t, weights.values)
+        self._chunks.append(weighed)
+        return weighed.hard_T, weighed.soft_T
+
+    def whole(self) -> Weighed:
+        """Of all tokens, after the head's pass."""
+        signals, _, hard, soft, values = zip(*self._chunks)
+        seen = self.signals._replace(
+            student_loss_T=torch.cat([part.student_loss_T for part in signals]),
+            disagreement_T=torch.cat([part.disagreement_T for part in signals]),
+        )
+        whole = {name: torch.cat([part[name] for part in values]) for name in self._weighting.factors}
+        return Weighed(seen, self._valid_T, torch.cat(hard), torch.cat(soft), whole)

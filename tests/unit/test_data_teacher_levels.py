@@ -1,0 +1,105 @@
+"""Levels are smooth, follow the teacher's true loss, and depend on nothing but its steps."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from distill.cache.loss_curve import LossSums
+from distill.data.teacher_levels import TeacherLevels, Trend
+
+LENGTH = 4000
+T = ("teacher", "capture")
+
+
+def true_loss(steps):
+    """A power law, with the fall at the end of a warm-up-stable-decay rate."""
+    return 1.5 + 4 * (1 + steps / 40) ** -0.6 - 0.25 * np.clip((steps - 0.7 * LENGTH) / (0.3 * LENGTH), 0, 1)
+
+
+def sums(steps, noise=0.0, seed=0, tokens=64, teacher=T, offset=0.0):
+    rng = np.random.default_rng(seed)
+    found = LossSums()
+    losses = true_loss(steps)[:, None] + offset + noise * rng.standard_normal((len(steps), tokens))
+    found.add_tokens(*teacher, np.repeat(steps, tokens), losses.reshape(-1))
+    return found
+
+
+def levels(found, lengths=(LENGTH,), limit=None):
+    return TeacherLevels([SimpleNamespace(losses=found)], lengths, limit)
+
+
+def at(these, steps, step=0, teacher=T):
+    steps = np.asarray(steps)
+    return these.of(step, 0, [teacher], np.zeros(len(steps), np.int64), steps)
+
+
+def test_a_level_is_the_teachers_loss_without_its_noise():
+    steps = np.arange(LENGTH)
+    trend = Trend(sums(steps, noise=0.4, tokens=64).curve(*T), LENGTH)
+    late = steps[100:]
+    assert np.abs(trend.level(late) - true_loss(late)).max() < 0.08  # a token's own noise is 0.4, a step's 0.05
+    assert trend.end == pytest.approx(true_loss(np.array([LENGTH - 1]))[0], abs=0.02)
+    rough = np.abs(np.diff(trend.level(steps[500:])))
+    assert rough.max() < 4 * np.abs(np.diff(true_loss(steps[500:]))).max()
+
+
+def test_levels_do_not_depend_on_how_the_cache_is_cut():
+    """The same tokens in one sum, and in many small ones, in another order."""
+    steps = np.arange(0, LENGTH, 3)
+    whole = sums(steps)
+    for size in (4, 64, 256):
+        parts = [sums(steps[i : i + size]) for i in range(0, len(steps), size)]
+        cut = LossSums.total(parts[::-1])
+        a, b = (at(levels(found), steps) for found in (whole, cut))
+        assert np.array_equal(a.level_B, b.level_B) and np.array_equal(a.end_B, b.end_B)
+
+
+def test_a_teacher_in_training_is_seen_up_to_the_limit_alone():
+    """Whatever is published beyond it; its end goes on from its slope."""
+    steps = np.arange(LENGTH)
+    limits = lambda step: 100 + step  # noqa: E731
+    early, late = (levels(sums(steps[:count]), limit=limits) for count in (1200, LENGTH))
+    for step in (0, 500, 1000):
+        a, b = (at(each, [50, 90 + step], step) for each in (early, late))
+        assert np.array_equal(a.level_B, b.level_B) and np.array_equal(a.end_B, b.end_B)
+        assert a.end_B[0] < a.level_B[1] < a.level_B[0]
+    unknown = at(levels(sums(steps), limit=lambda step: 0), [3])
+    assert np.isnan(unknown.level_B).all() and np.isnan(unknown.end_B).all()
+
+
+@pytest.mark.parametrize("seen", [500, 1000, 2000])
+def test_the_end_of_a_power_law_is_extrapolated(seen):
+    """Nearer than the level at the time, by at least two thirds of the way."""
+
+    def law(steps):
+        return 2.0 + 3.0 * (1 + steps / 30) ** -0.4
+
+    steps = np.arange(seen)
+    found = LossSums()
+    found.add_tokens(*T, steps, law(steps))
+    trend = Trend(found.curve(*T), LENGTH)
+    now, end = law(np.array([seen, LENGTH]))
+    assert abs(trend.end - end) < (now - end) / 3
+
+
+def test_the_best_of_several_teachers_ends_the_lag_of_all():
+    """One that stalled, and the one that took its place, frozen at a single step."""
+    steps = np.arange(1000)
+    second = ("second", "backfill")
+    found = LossSums.total([sums(steps), sums(np.array([10**6]), tokens=512, teacher=second, offset=-0.2)])
+    these = levels(found)
+    number_B, steps_B = np.array([0, 1, 0, -1]), np.array([200, 10**6, 999, -1])
+    both = these.of(0, 0, [T, second], number_B, steps_B)
+    best = true_loss(np.array([10**6]))[0] - 0.2
+    assert both.level_B[1] == pytest.approx(best, abs=1e-5) and np.isnan(both.level_B[3])
+    assert both.end_B[:3] == pytest.approx([best] * 3, abs=1e-5) and np.isnan(both.end_B[3])
+    assert both.level_B[0] == pytest.approx(true_loss(np.array([200]))[0], abs=0.05)
+    # A teacher of which no loss is known has no level, and takes nothing from the others.
+    strange = these.of(0, 0, [("nobody", "import")], np.array([0]), np.array([5]))
+    assert np.isnan(strange.level_B).all() and strange.end_B == pytest.approx([best], abs=1e-5)
+
+
+def test_one_bin_is_a_level():
+    trend = Trend(sums(np.array([0])).curve(*T), LENGTH)
+    assert trend.level(np.array([0, 7])).tolist() == [trend.end] * 2
