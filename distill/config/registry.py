@@ -217,6 +217,7 @@ FACTORS: Registry[Any] = Registry(
         "disagreement": "losses.factors:Disagreement",
         "variance": "losses.factors:Variance",
         "label_gap": "losses.factors:LabelGap",
+        "shard_lag": "losses.shard_lag:ShardLag",
     },
 )
 """Factors of alpha."""

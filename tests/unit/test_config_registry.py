@@ -46,7 +46,7 @@ def test_a_factor_of_the_projects_own_and_an_unknown_one_below_plugins():
     assert caught.value.problems == [
         "student.weighting.plugins.lag: this factor is the project's own; its options are keys of "
         "student.weighting.lag",
-        "student.weighting.plugins.rampp is no factor; allowed: none: no module of plugins adds one",
+        "student.weighting.plugins.rampp is no factor; allowed: shard_lag",
     ]
 
 

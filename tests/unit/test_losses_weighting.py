@@ -10,6 +10,7 @@ from losses import weighting
 from losses.calibration import bin_confidence, expected_calibration_error
 from losses.factors import Disagreement, Entropy, LabelGap, Lag, Variance
 from losses.schedule import schedule
+from losses.shard_lag import ShardLag
 from losses.weighting import Setting, Signals, Weighting
 
 V = 512
@@ -217,3 +218,16 @@ def test_calibration_error_by_hand():
     correct_T = torch.tensor([True, False, True, False])
     halves = [bin_confidence(confidence_T[i : i + 2], correct_T[i : i + 2], 2) for i in (0, 2)]
     assert expected_calibration_error(sum(halves)).item() == pytest.approx((0.1 + 0.4) / 2)
+
+
+def test_the_old_lag_by_hand():
+    """The least shard met, a running average over steps; whatever had no targets counts as nothing."""
+    factor = ShardLag(setting(), {"power": 1.0, "smoothing": 0.75})
+    tokens = signals(4, shard_loss_T=[3.0, 3.5, 5.0, NAN], covered_T=[True, True, True, False])
+    s = factor.observe(factor.init(), tokens, alone) | {"student": torch.tensor([4.0]).double()}
+    assert factor.value(s, tokens).tolist() == [1.0, 0.5, 0.0, 0.0]
+    s = factor.observe(s, signals(1, shard_loss_T=[2.0]), alone)
+    assert factor.value(s, tokens).tolist() == [0.5, 0.25, 0.0, 0.0]
+    sums = factor.sums(s, tokens._replace(student_loss_T=torch.tensor([2.0, 2.0, 5.0, 9.0])))
+    assert factor.update(s, sums)["student"].item() == pytest.approx(0.75 * 4 + 0.25 * 3)
+    assert factor.update(s, torch.zeros(2).double())["student"] == 4.0
