@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 HERE = Path(__file__).parent
-ARMS = {"teacher": "#808086", "distilled": "#1f7fc4", "constant": "#c98a00", "hard": "#d55e00"}
+ARMS = {"teacher": "#808086", "distilled": "#1f7fc4", "step": "#2a9d6f", "constant": "#c98a00", "hard": "#d55e00"}
 FIRST, LAST, TICKS = 2.44, 2.62, (2.45, 2.50, 2.55, 2.60)
 """Ends of the axis and its ticks, nats per token."""
 LEFT, RIGHT, TOP, ROW = 120, 610, 78, 34
@@ -28,7 +28,7 @@ def runs(page: str) -> list[dict[str, str]]:
 def svg(rows: list[dict[str, str]]) -> str:
     """One row a run, on an axis of held-out loss: a dot for each model, and the share of the gap that is closed."""
     bottom = TOP + ROW * len(rows)
-    title = "Held-out loss of the smoke's four models (nats per token; lower is better)"
+    title = "Held-out loss of the smoke's five models (nats per token; lower is better)"
     parts = [_text(16, 22, title), *_legend()]
     parts.append(_text(RIGHT + 14, TOP - 26, "gap closed", "quiet"))
     for loss in TICKS:
@@ -55,11 +55,11 @@ def _run(y: int, row: dict[str, str]) -> list[str]:
 
 
 def _legend() -> list[str]:
-    labels = {"teacher": "teacher", "distilled": "distilled", "hard": "hard labels", "constant": "constant weight"}
+    labels = {"hard": "hard labels", "constant": "constant weight", "step": "step weight"}
     parts = []
-    for place, (arm, label) in enumerate(labels.items()):
+    for place, arm in enumerate(ARMS):
         x = LEFT + place * 112
-        parts += [f'<circle cx="{x}" cy="42" r="6" fill="{ARMS[arm]}"/>', _text(x + 12, 46, label)]
+        parts += [f'<circle cx="{x}" cy="42" r="6" fill="{ARMS[arm]}"/>', _text(x + 12, 46, labels.get(arm, arm))]
     return parts
 
 

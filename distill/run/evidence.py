@@ -39,7 +39,7 @@ SOURCES = {
     "teachers": (*_TRAINING, *_TEACHER),
 }
 """Files that decide what a student on labels alone, a student with a cache, and the teachers of a regime come to."""
-_OF_WEIGHTS = ("weighting.py", "factors.py")
+_OF_WEIGHTS = ("weighting.py", "factors.py", "shard_lag.py")
 """Which decide the result of a student with a cache alone."""
 
 Line = dict[str, Any]

@@ -25,6 +25,7 @@ _FREE = (
     "tracking.",
     "evaluate.",
     "backfill.",
+    "lab.",
     "data.dir",
     "cache.dir",
     "cache.dirs",

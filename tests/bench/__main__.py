@@ -13,7 +13,7 @@ import torch
 from distill.config import json_text
 
 HERE = Path(__file__).parent
-LONG = ("busy", "catalog", "lr_transfer", "previous", "record_bytes")
+LONG = ("busy", "catalog", "lr_transfer", "previous", "record_bytes", "weighting")
 
 
 def machine() -> dict[str, object]:
@@ -31,7 +31,8 @@ def machine() -> dict[str, object]:
 
 
 def main() -> int:
-    names = sorted(p.stem for p in HERE.glob("*.py") if not p.stem.startswith("_"))
+    places = [*HERE.glob("*.py"), *(path.parent for path in HERE.glob("*/__init__.py"))]
+    names = sorted(path.stem for path in places if not path.stem.startswith("_"))
     wanted = sys.argv[1:] or [name for name in names if name not in LONG]
     unknown = [name for name in wanted if name not in names]
     if unknown:

@@ -26,7 +26,7 @@ def data(tmp_path_factory):
 @pytest.mark.parametrize("order", ["late_first"])
 def test_a_codistillation_killed_at_random_moments_ends_bitwise_alike(tmp_path, data, order):
     arguments = [*TINY, *data, *STEPS, "job=codistill", "codistill.rounds=10", f"student.replay.order={order}",
-                 "experiment=smoke", "tracking=off", "~codistill.arms.constant",
+                 "experiment=smoke", "tracking=off", "~codistill.arms.constant", "~codistill.arms.step",
                  "student.model.parametrization=transfer", "student.model.base.hidden_size=8"]  # fmt: skip
     run(*arguments, f"hydra.run.dir={tmp_path}/whole")
     chance, folder = random.Random(0), tmp_path / "killed"

@@ -45,7 +45,7 @@ def manifest(checkpoint):
 def test_a_codistillation_stopped_between_rows_shards_and_turns_ends_bitwise_alike(tmp_path, data):
     """Rounds of eight steps, shards of five and rows of four: no stop is at the end of any."""
     arguments = [*data, "experiment=smoke", "job=codistill", "codistill.rounds=3", "cache.shard_samples=20",
-                 "tracking=off", "~codistill.arms.constant", "student.replay.order=same",
+                 "tracking=off", "~codistill.arms.constant", "~codistill.arms.step", "student.replay.order=same",
                  "teacher.train.steps=24", "student.train.steps=24", "teacher.train.log_every=4",
                  "student.train.log_every=4"]  # fmt: skip
     run(*arguments, f"hydra.run.dir={tmp_path}/whole")

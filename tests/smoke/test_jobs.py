@@ -49,7 +49,7 @@ def test_metrics_are_flat_rows_at_fixed_steps(codistilled):
         assert {r["step"] for r in found if r["job"] == job and "heldout_loss" in r} == {6, 12, 18, 24, 30, 36}
     assert all(isinstance(v, str | int | float) for r in found for v in r.values())
     student = next(r for r in found if r["job"] == "student" and r["step"] == 40)
-    for name in ("loss", "hard_loss", "soft_loss", "alpha", "coverage", "lag", "teacher_loss", "student_loss",
+    for name in ("loss", "hard_loss", "soft_loss", "alpha", "coverage", "lag", "teacher_loss", "teacher_lead",
                  "agreement", "expert_entropy", "tokens_per_second", "grad_norm", "lr"):  # fmt: skip
         assert name in student, name
     histogram = json.loads((codistilled[0] / "histograms.jsonl").read_text().splitlines()[0])

@@ -91,7 +91,11 @@ def test_a_study_that_was_killed_goes_on(done, tmp_path):
 def test_ctrl_c_ends_with_a_line(tmp_path):
     path = os.pathsep.join([str(Path(os.sys.executable).parent), os.environ.get("PATH", "")])
     process = subprocess.Popen(
-        command(*lab(tmp_path)), env=environment(PATH=path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(*lab(tmp_path, "student.train.steps=800")),
+        env=environment(PATH=path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + PATIENCE
     while not (tmp_path / "quick.jsonl").exists() and time.monotonic() < deadline:

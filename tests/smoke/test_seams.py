@@ -163,7 +163,7 @@ def test_a_loss_and_a_factor_train_are_logged_and_resumed(tmp_path, monkeypatch)
     toys = ["student.loss=smoothed", "student.weighting.plugins={fade:{rate:2}}"]
     wrong = run(*student, "student.loss=smooth", "student.weighting.plugins={fad:{}}", code=2).stderr
     assert "student.loss is smooth; allowed: mixed, " in wrong and ", smoothed\n" in wrong
-    assert "student.weighting.plugins.fad is no factor; allowed: fade" in wrong
+    assert "student.weighting.plugins.fad is no factor; allowed: shard_lag, fade" in wrong
 
     run(*student, *toys, f"hydra.run.dir={tmp_path}/s")
     kill_once(tmp_path / "killed" / "checkpoints" / "step-00000006", 1, *student, *toys,

@@ -29,7 +29,7 @@ ZERO = {
         "model.attn_scale", "model.bos_id", "model.eos_ids", "model.pad_id", "model.vision.image_token_id",
     )),
     *(f"{part}weighting.{key}" for part in ("student.", "codistill.arms.*.") for key in (
-        "alpha", "final_alpha", "warmup", "decay", "lag.smoothing", "entropy.skip")),
+        "alpha", "final_alpha", "warmup", "decay", "entropy.skip", "label_gap.margin")),
     "student.hidden_match", "student.loss_options.alpha", "student.loss_options.beta", "evaluate.needle.depths",
 }  # fmt: skip
 NO_TOKEN = {f"{role}.model.{key}" for role in ("teacher", "student") for key in ("bos_id", "eos_ids", "pad_id")}

@@ -138,6 +138,7 @@ def test_the_chart_is_drawn_from_the_table():
             run["teacher"],
             run["hard"],
             run["constant"],
-            f"**{run['distilled']}**",
+            run["step"],
+            run["distilled"],
         ]
         assert f"| {' | '.join(row)} | {run['closed by distilled']} | {run['bytes/token']} |" in readme, run

@@ -167,10 +167,10 @@ def test_the_loss_of_each_form():
 
 def test_a_loss_that_is_not_linear_never_passes_as_the_mixed_one():
     _, live = teacher()
-    found = labelled(live, batch(), 1, 4096, 2, ALONE).targets
+    found = labelled(live, batch(), 1, 4096, ALONE).targets
     made = SoftLoss(StudentConfig(MODEL, loss="reverse_kl"), ["topk", "systematic"])
     with pytest.raises(AssertionError, match="atoms that were drawn"):
-        made.rows(torch.zeros(2, dtype=torch.int64), torch.ones(2), found, torch.ones(2), None)
+        made.rows(torch.zeros(2, dtype=torch.int64), fixed(torch.ones(2), torch.ones(2)), found, None)
 
 
 def test_a_run_that_goes_on_needs_the_same_frozen_teacher():

@@ -34,7 +34,7 @@ def batch():
     valid_BS = torch.rand(3, S, generator=torch.Generator().manual_seed(2)) < 0.8
     return Batch(
         tokens[:, :-1], tokens[:, 1:], valid_BS, DOCUMENTS, IDS, np.zeros(3, np.int64), IDS.astype(np.uint64), None,
-        torch.full((3,), torch.nan), torch.full((3,), -1),
+        torch.full((3,), torch.nan), torch.full((3,), -1), torch.full((3,), torch.nan), torch.full((3,), torch.nan),
     )  # fmt: skip
 
 

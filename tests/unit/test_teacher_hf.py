@@ -63,6 +63,7 @@ def batch_of():
         tokens[:, :-1], tokens[:, 1:], torch.ones(rows, S, dtype=torch.bool),
         torch.tensor(DOCUMENTS, dtype=torch.int32), np.arange(rows), np.zeros(rows, np.int64),
         np.zeros(rows, np.uint64), None, torch.full((rows,), torch.nan), torch.full((rows,), -1),
+        torch.full((rows,), torch.nan), torch.full((rows,), torch.nan),
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@
 `alpha_over_pauses`: between students that follow a live teacher, both stopped and let go at random, and one undisturbed
 run; `alpha_live_over_finished`: between a follower and a student on the finished cache, who knows where the teacher
 ends: it is reported, not bounded. `own_order_*`: PAIRS students (environment, 8) in the teacher's order less labels
-alone, by seed of init and data, on a made-up language (conf/study/regimes.yaml): mean, upper end of the 95 % t
+alone, by seed of init and data, on a made-up language: mean, upper end of the 95 % t
 interval, nats, and the mean alpha of the students.
 """
 
@@ -25,6 +25,7 @@ from distill.run.intervals import interval
 from tests import cli
 from tests.cli import PATIENCE, TINY, command, environment, rows, write_corpus
 
+CONF = Path(__file__).parent / "conf"
 STEPS = ["teacher.train.steps=60", "student.train.steps=60", "weighting@student.weighting=lag"]
 
 
@@ -88,7 +89,14 @@ def own_order(folder: Path, pairs: int) -> dict[str, float]:
     found: dict[str, list[float]] = {"live": [], "finished": []}
     alpha: dict[str, list[float]] = {"live": [], "finished": []}
     for seed in range(pairs):
-        common = ["experiment=own_order", f"seed={seed}", "tracking=off", f"data.dir={folder}/data{seed}"]
+        common = [
+            "--config-dir",
+            str(CONF),
+            "experiment=own_order",
+            f"seed={seed}",
+            "tracking=off",
+            f"data.dir={folder}/data{seed}",
+        ]
         live, finished = folder / f"live{seed}", folder / f"finished{seed}"
         cli.run(*common, "job=codistill", f"hydra.run.dir={live}")
         cli.run(*common, "job=student", f"cache.dir={live}/cache", f"hydra.run.dir={finished}")
