@@ -55,7 +55,7 @@ def _run(y: int, row: dict[str, str]) -> list[str]:
 
 
 def _legend() -> list[str]:
-    labels = {"hard": "hard labels", "constant": "constant weight", "step": "step weight"}
+    labels = {"hard": "labels"}
     parts = []
     for place, arm in enumerate(ARMS):
         x = LEFT + place * 112
