@@ -49,6 +49,11 @@ def environment(**more: str) -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "WANDB_MODE": "offline"} | more
 
 
+def default_signals() -> None:
+    """For `preexec_fn`: a shell that starts tests in the background lets them ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def command(*arguments: str, ranks: int = 1, launcher: str = "torchrun") -> list[str]:
     start = [sys.executable, "-m"]
     if ranks > 1 and launcher == "torchrun":

@@ -1,13 +1,12 @@
 """Ctrl-C and SIGTERM end a run anywhere, and the same command ends it bitwise alike; a closed pipe ends nothing."""
 
 import json
-import signal
 import subprocess
 import sys
 
 import pytest
 
-from tests.cli import TINY, command, environment, losses, run, write_corpus
+from tests.cli import TINY, command, default_signals, environment, losses, run, write_corpus
 
 STEP = "distill.run.trainer:Trainer._train_step"
 
@@ -16,11 +15,6 @@ STEP = "distill.run.trainer:Trainer._train_step"
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     return [*TINY, write_corpus(folder, documents=60), f"data.dir={folder}/packed"]
-
-
-def default_signals():
-    """A shell that starts tests in the background lets them ignore Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def stop(place, call, number, *arguments):

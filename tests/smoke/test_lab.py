@@ -18,7 +18,7 @@ from distill.data.prepare import prepare
 from distill.run.lab_caches import folder_of
 from distill.run.lab_student import Reversed, Shuffled
 from distill.run.lab_study import Study
-from tests.cli import PATIENCE, command, environment, kill_once, run
+from tests.cli import PATIENCE, command, default_signals, environment, kill_once, run
 
 SMALL = [
     "job=lab", "study=quick", "lab.only=[size]", "lab.only_arms=[labels,new]", "engine.threads=1",
@@ -91,12 +91,9 @@ def test_a_study_that_was_killed_goes_on(done, tmp_path):
 def test_ctrl_c_ends_with_a_line(tmp_path):
     path = os.pathsep.join([str(Path(os.sys.executable).parent), os.environ.get("PATH", "")])
     process = subprocess.Popen(
-        command(*lab(tmp_path, "student.train.steps=800")),
-        env=environment(PATH=path),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+        command(*lab(tmp_path)), env=environment(PATH=path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=default_signals,
+    )  # fmt: skip
     deadline = time.monotonic() + PATIENCE
     while not (tmp_path / "quick.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -11,12 +11,13 @@ import torch
 from distill.config import stop
 from distill.engine.dist import Dist
 from distill.engine.halt import Halt
+from tests.cli import default_signals
 
 
 def script(text):
     return subprocess.run(
         [sys.executable, "-c", "import os, signal, time\nfrom distill.config import stop\n" + text],
-        capture_output=True, text=True, timeout=60, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        capture_output=True, text=True, timeout=60, preexec_fn=default_signals,
     )  # fmt: skip
 
 
