@@ -89,25 +89,24 @@ class Mixed(NamedTuple):
         if not want_grad:
             return Chunk(loss_t, parts, None, selected)
         if self.norms:
-            parts |= self._norms(probs_tV, rows)
+            square_t = probs_tV.square().sum(-1)
+            parts["hard_norm"] = _distance(square_t, probs_tV, labels_t1, lse_t.new_ones(len(lse_t), 1))
+            if soft_t is not None:
+                parts["soft_norm"] = _distance(square_t, probs_tV, ids_tK, probs_tK)
         grad_tV = probs_tV.mul_(total_t[:, None])
         grad_tV.scatter_add_(-1, labels_t1, -w_hard_t[:, None])
         if self.ids_TK is not None:
             grad_tV.scatter_add_(-1, ids_tK, -w_soft_t[:, None] * probs_tK)
         return Chunk(loss_t, parts, grad_tV, selected)
 
-    def _norms(self, probs_tV: Tensor, rows: slice) -> dict[str, Tensor]:
-        """Norms of softmax - one-hot label and of mass softmax - atoms, by their three inner products."""
-        square_t = probs_tV.square().sum(-1)
-        label_t = probs_tV.gather(-1, self.labels_T[rows, None]).squeeze(-1)
-        norms = {"hard_norm": (square_t - 2.0 * label_t + 1.0).clamp(min=0.0).sqrt()}
-        if self.ids_TK is not None and self.probs_TK is not None:
-            atoms_tK = self.probs_TK[rows].to(probs_tV.dtype)
-            mass_t = atoms_tK.sum(-1)
-            inner_t = (atoms_tK * probs_tV.gather(-1, self.ids_TK[rows])).sum(-1)
-            soft_t = mass_t.square() * square_t - 2.0 * mass_t * inner_t + atoms_tK.square().sum(-1)
-            norms["soft_norm"] = soft_t.clamp(min=0.0).sqrt()
-        return norms
+
+def _distance(square_t: Tensor, probs_tV: Tensor, ids_tK: Tensor, atoms_tK: Tensor) -> Tensor:
+    """Euclidean norm of (sum of the atoms) x softmax - atoms, [t], by its three inner products; square_t: that of the
+    softmax with itself."""
+    mass_t = atoms_tK.sum(-1)
+    inner_t = (atoms_tK * probs_tV.gather(-1, ids_tK)).sum(-1)
+    whole_t = mass_t.square() * square_t - 2.0 * mass_t * inner_t + atoms_tK.square().sum(-1)
+    return whole_t.clamp(min=0.0).sqrt()
 
 
 class MixedLoss(NamedTuple):

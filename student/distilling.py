@@ -115,7 +115,7 @@ class StudentRecipe(Recipe):
         per_corpus = {"hard_loss": head.parts["hard"]}
         if weigher is not None:
             covered_T = weigher.signals.covered_T
-            weighed = weigher.whole()
+            weighed = weigher.whole
             means |= weighed.means(head.parts)
             means |= self.weighting.metrics(plan.state, weighed.signals, weighed.values)
             histograms = weighed.histograms()

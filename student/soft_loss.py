@@ -72,7 +72,7 @@ class SoftLoss:
         head = head_loss(hidden_TD, weight_VD, rows, chunk=self._chunk)
         if self._projector_ED is None or teacher_TE is None or weigher is None:
             return head
-        w_soft_T = weigher.whole().soft_T
+        w_soft_T = weigher.whole.soft_T
         match_T = hidden_match(hidden_TD, self._projector_ED, teacher_TE)
         loss_sum = head.loss_sum + self._match * (w_soft_T * match_T).sum()
         return head._replace(loss_sum=loss_sum, parts=head.parts | {"hidden_match": match_T.detach()})

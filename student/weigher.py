@@ -1,6 +1,7 @@
 """The weights of a micro-batch, made while its logits exist, and what is logged of them."""
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -114,8 +115,9 @@ class Weigher:
         self._chunks.append(weighed)
         return weighed.hard_T, weighed.soft_T
 
+    @cached_property
     def whole(self) -> Weighed:
-        """Of all tokens, after the head's pass."""
+        """Of all tokens; asked for after the head's pass."""
         signals, _, hard, soft, values = zip(*self._chunks)
         seen = self.signals._replace(
             student_loss_T=torch.cat([part.student_loss_T for part in signals]),

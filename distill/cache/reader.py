@@ -286,11 +286,12 @@ class CacheReader:
 
 def _teachers(view: View, found: Records) -> tuple[Tensor, tuple[tuple[str, str], ...]]:
     """Which of the returned teachers and sources made each record; -1 where there is none."""
-    keys = np.stack([found.tables, found.rows["teacher"], found.rows["source"]], axis=1).astype(np.int64)
-    numbers, places = np.full(len(keys), -1, np.int64), dict[tuple[str, str], int]()
-    for table, teacher, source in np.unique(keys[found.there], axis=0).tolist():
-        name = view.names(table).teachers[teacher], SOURCES[source]
-        numbers[(keys == (table, teacher, source)).all(1)] = places.setdefault(name, len(places))
+    places = dict[tuple[str, str], int]()
+    numbers = np.full(len(found.tables), -1, np.int64)
+    columns = found.tables, found.rows["teacher"], found.rows["source"]
+    for i, (table, teacher, source) in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
+        if table >= 0:
+            numbers[i] = places.setdefault((view.names(table).teachers[teacher], SOURCES[source]), len(places))
     return torch.from_numpy(numbers), tuple(places)
 
 

@@ -187,8 +187,7 @@ class Joiner:
         samples = [self._corpora[c].take(ids) for c, ids in ids_by_corpus.items()]
         ids, documents, mask, digests = (np.concatenate(column)[back_B] for column in list(zip(*samples))[:4])
         tokens = torch.from_numpy(ids.astype(np.int64))
-        unknown_B = torch.full((len(ids),), torch.nan)
-        joined = Joined(None, unknown_B, torch.full((len(ids),), -1), unknown_B, unknown_B)
+        joined = Joined.none(len(ids))
         if self._readers is not None:
             results = [self._read(c, ids_by_corpus[c], part.digests) for c, part in zip(ids_by_corpus, samples)]
             levels = [self._level(step, c, result) for c, result in zip(ids_by_corpus, results)]
@@ -265,6 +264,12 @@ class Joined(NamedTuple):
     step_B: Tensor
     level_B: Tensor
     end_B: Tensor
+
+    @classmethod
+    def none(cls, samples: int) -> Joined:
+        """Of samples that no cache was asked for."""
+        unknown_B = torch.full((samples,), torch.nan)
+        return cls(None, unknown_B, torch.full((samples,), -1), unknown_B, unknown_B)
 
 
 def _in_order(results: list[ReadResult], levels: list[Levels], back_B: Tensor, length: int) -> Joined:

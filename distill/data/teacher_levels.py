@@ -12,6 +12,7 @@ levels do not depend on what happens to be published.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,7 +52,7 @@ class Trend:
         """Nats at each step; beyond the bins that of the nearest."""
         return np.interp(np.log(np.maximum(steps, 0) + self._shift), self._x_P, self._loss_P)
 
-    @property
+    @cached_property
     def end(self) -> float:
         """Nats at the planned end. Of a shorter curve, the falls of further doublings of the steps go on as a geometric
         series, as they do on a power law."""

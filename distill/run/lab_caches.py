@@ -8,7 +8,7 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from distill.run.backfill import backfill
 from distill.run.evidence import sources_digest, teachers_digest
 from distill.run.lab_student import held_out_measures
 from distill.run.run import Run
-from distill.run.trainer import Leg, Trainer, train
+from distill.run.trainer import to_checkpoints, train
 from distill.tools.merge import merge
 
 SHARD_BYTES = 1 << 17
@@ -56,9 +56,9 @@ def make(folder: Path, teachers: Sequence[RunConfig], untils: Sequence[float], t
     Args:
         untils: share of each teacher's steps after which it ends.
     """
+    runs = [folder / f"teacher-{number}" for number in range(len(teachers))]
     if not (folder / DONE).exists():
         began, measures = time.process_time(), {}
-        runs = [folder / f"teacher-{number}" for number in range(len(teachers))]
         for config, until, place in zip(teachers, untils, runs):
             measures = _teach(config, until, place, dist)
         if len(runs) > 1:
@@ -66,10 +66,10 @@ def make(folder: Path, teachers: Sequence[RunConfig], untils: Sequence[float], t
         write_text(folder / DONE, json_text.dumps({**measures, "seconds": time.process_time() - began}) + "\n")
     taught = json.loads((folder / DONE).read_text())
     if targets is not LabTargets.relabelled:
-        root = folder / "merged" if len(teachers) > 1 else folder / "teacher-0" / "cache"
+        root = folder / "merged" if len(runs) > 1 else runs[0] / "cache"
         return Made(str(root), taught)
     if not is_made(folder, targets):
-        _relabel(teachers[-1], folder, dist)
+        _relabel(teachers[-1], runs[-1], folder, dist)
     again = json.loads((folder / "relabelled.json").read_text())
     return Made(str(folder / "relabelled"), taught | {"relabelling": again["seconds"]})
 
@@ -81,19 +81,13 @@ def _teach(config: RunConfig, until: float, folder: Path, dist: Dist) -> dict[st
     with Run(config, folder, dist) as run:
         build.prepare(run)
         trainer, capture = build.teacher(run)
-        train(run, {"teacher": trainer}, lambda _: _legs(trainer, until))
+        last = max(1, round(trainer.steps * until))
+        train(run, {"teacher": trainer}, lambda _: to_checkpoints(trainer, last))
         measures = held_out_measures(run, trainer.engine.model)
         if capture is not None:
             capture.close()
         trainer.engine.close()
     return measures
-
-
-def _legs(trainer: Trainer, until: float) -> Iterator[Leg]:
-    last = max(1, round(trainer.steps * until))
-    every = trainer.config.checkpoint_every or last
-    while trainer.step < last:
-        yield Leg(trainer, min(last, (trainer.step // every + 1) * every))
 
 
 def _merge(config: RunConfig, runs: Sequence[Path], target: Path) -> None:
@@ -105,8 +99,9 @@ def _merge(config: RunConfig, runs: Sequence[Path], target: Path) -> None:
         merge(sources, open_store(str(target / below)), shard_bytes=SHARD_BYTES)
 
 
-def _relabel(teacher: RunConfig, folder: Path, dist: Dist) -> None:
-    began, source = time.process_time(), folder / f"teacher-{len(list(folder.glob('teacher-*'))) - 1}"
+def _relabel(teacher: RunConfig, source: Path, folder: Path, dist: Dist) -> None:
+    """By the teacher of the run in `source`."""
+    began = time.process_time()
     config = dataclasses.replace(
         teacher,
         job="backfill",

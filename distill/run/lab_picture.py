@@ -3,17 +3,12 @@
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
-from xml.sax.saxutils import escape
+
+from distill.tracking.drawing import line, page, text
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 440, 70, 690, 70, 380
 """Pixels: of the picture, and ends of the axes."""
 NEW, STATIC = "#1f7fc4", "#d55e00"
-STYLE = """
-text { font: 13px system-ui, sans-serif; fill: #24292f }
-.quiet { fill: #6e7781 }
-line { stroke: #80808666 }
-@media (prefers-color-scheme: dark) { text { fill: #e6edf3 } .quiet { fill: #8d96a0 } }
-"""
 
 
 class Point(NamedTuple):
@@ -52,29 +47,25 @@ def svg(title: str, points: Sequence[Point]) -> str:
     leads = [point.lead for point in points if math.isfinite(point.lead)]
     gains = [value for point in points for value in (point.low, point.high, point.static) if math.isfinite(value)]
     x, y = _scale([0.0, *leads], LEFT, RIGHT), _scale([0.0, *gains], BOTTOM, TOP)
-    parts = [_text(16, 24, title)]
+    parts = [text(16, 24, title)]
     for place, (label, color, fill) in enumerate((("new", NEW, NEW), ("best static", STATIC, "none"))):
-        parts += [_dot(LEFT + 8 + 90 * place, 46, color, fill), _text(LEFT + 20 + 90 * place, 50, label)]
+        parts += [_dot(LEFT + 8 + 90 * place, 46, color, fill), text(LEFT + 20 + 90 * place, 50, label)]
     for tick in x.ticks():
-        parts += [_line(x(tick), TOP, x(tick), BOTTOM), _text(x(tick), BOTTOM + 18, f"{tick:g}", "quiet", "middle")]
+        parts += [line(x(tick), TOP, x(tick), BOTTOM), text(x(tick), BOTTOM + 18, f"{tick:g}", "quiet", "middle")]
     for tick in y.ticks():
-        parts += [_line(LEFT, y(tick), RIGHT, y(tick)), _text(LEFT - 8, y(tick) + 4, f"{tick:g}", "quiet", "end")]
-    parts.append(_line(LEFT, y(0.0), RIGHT, y(0.0), 2))
-    parts.append(_text(RIGHT, BOTTOM + 40, "teacher's lead over labels at its end, nats", "quiet", "end"))
-    parts.append(_text(RIGHT, 50, "gain over labels, nats", "quiet", "end"))
+        parts += [line(LEFT, y(tick), RIGHT, y(tick)), text(LEFT - 8, y(tick) + 4, f"{tick:g}", "quiet", "end")]
+    parts.append(line(LEFT, y(0.0), RIGHT, y(0.0), 2))
+    parts.append(text(RIGHT, BOTTOM + 40, "teacher's lead over labels at its end, nats", "quiet", "end"))
+    parts.append(text(RIGHT, 50, "gain over labels, nats", "quiet", "end"))
     for point in points:
         if math.isfinite(point.lead):
             at = x(point.lead)
             ends = [end if math.isfinite(end) else point.gain for end in (point.low, point.high)]
-            parts.append(_line(at, y(ends[0]), at, y(ends[1]), 3))
+            parts.append(line(at, y(ends[0]), at, y(ends[1]), 3))
             parts += [_dot(at, y(point.static), STATIC, "none"), _dot(at, y(point.gain), NEW, NEW)]
             side, anchor = (-9, "end") if at > (LEFT + RIGHT) / 2 else (9, "start")
-            parts.append(_text(at + side, y(point.gain) - 6, point.name, "", anchor))
-    body = "\n".join(parts)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        f'role="img" aria-label="{escape(title)}">\n<style>{STYLE}</style>\n{body}\n</svg>\n'
-    )
+            parts.append(text(at + side, y(point.gain) - 6, point.name, "", anchor))
+    return page(WIDTH, HEIGHT, title, parts)
 
 
 def _scale(values: Sequence[float], begin: int, end: int) -> _Scale:
@@ -84,11 +75,3 @@ def _scale(values: Sequence[float], begin: int, end: int) -> _Scale:
 
 def _dot(x: float, y: float, color: str, fill: str) -> str:
     return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{fill}" stroke="{color}" stroke-width="2"/>'
-
-
-def _text(x: float, y: float, text: str, style: str = "", anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" class="{style}" text-anchor="{anchor}">{escape(text)}</text>'
-
-
-def _line(x: float, y: float, to_x: float, to_y: float, width: int = 1) -> str:
-    return f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{to_x:.1f}" y2="{to_y:.1f}" stroke-width="{width}"/>'

@@ -3,7 +3,6 @@
 import dataclasses
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from distill.run import build
 from distill.run.caches import open_readers
 from distill.run.evaluation import evaluate_whole, held_out
 from distill.run.run import Run
-from distill.run.trainer import Leg, Trainer, train
+from distill.run.trainer import to_checkpoints, train
 from distill.tracking import jsonl
 from distill.tracking.tracker import METRICS
 from student.excess import excess
@@ -48,7 +47,7 @@ def train_student(config: RunConfig, arm: LabArm, cache: str | None, folder: Pat
         if arm.reversed:
             factors = {name: Reversed(factor) for name, factor in recipe.weighting.factors.items()}
             recipe.weighting.factors = factors  # type: ignore[assignment]
-        train(run, {"student": trainer}, lambda _: _legs(trainer))
+        train(run, {"student": trainer}, lambda _: to_checkpoints(trainer, save_last=False))
         measures = held_out_measures(run, trainer.engine.model)
         trainer.engine.close()
         rows = [row for row in jsonl.read(folder / METRICS) if "alpha" in row]
@@ -71,14 +70,6 @@ def held_out_measures(run: Run, model: nn.Module) -> dict[str, Any]:
         found |= {"excess": result.excess, "entropy": result.entropy}
         found |= {"corpora": result.corpora} if len(result.corpora) > 1 else {}
     return found
-
-
-def _legs(trainer: Trainer) -> Iterator[Leg]:
-    """To the end, without a checkpoint unless the configuration asks for them."""
-    every = trainer.config.checkpoint_every or trainer.steps
-    while trainer.step < trainer.steps:
-        goal = min(trainer.steps, (trainer.step // every + 1) * every)
-        yield Leg(trainer, goal, save=goal < trainer.steps)
 
 
 class Shuffled:

@@ -77,11 +77,18 @@ def train(run: Run, trainers: dict[str, Trainer], legs: Callable[[str | None], I
             raise Stopped(signal.SIGTERM)
 
 
-def to_checkpoints(trainer: Trainer) -> Iterator[Leg]:
-    """The legs of a trainer that trains alone."""
-    every = trainer.config.checkpoint_every or trainer.steps
-    while trainer.step < trainer.steps:
-        yield Leg(trainer, min(trainer.steps, (trainer.step // every + 1) * every))
+def to_checkpoints(trainer: Trainer, last: int | None = None, *, save_last: bool = True) -> Iterator[Leg]:
+    """The legs of a trainer that trains alone.
+
+    Args:
+        last: the step at which it ends; None: all of its steps.
+        save_last: a checkpoint is written there, too.
+    """
+    last = trainer.steps if last is None else last
+    every = trainer.config.checkpoint_every or last
+    while trainer.step < last:
+        goal = min(last, (trainer.step // every + 1) * every)
+        yield Leg(trainer, goal, save=save_last or goal < last)
 
 
 class Update(NamedTuple):

@@ -84,7 +84,7 @@ def alphas(student, b, step=0):
     weigher = Weigher(student.weighting, plan.state, step, signals_of(b, torch.device("cpu"), 1.0), valid)
     weigher(slice(None), torch.zeros(len(valid)), torch.zeros(len(valid)))
     assert student.weighting_state is before
-    return weigher.whole().soft_T.view(-1, S)[:, 0].tolist()
+    return weigher.whole.soft_T.view(-1, S)[:, 0].tolist()
 
 
 def at(*losses):

@@ -9,7 +9,7 @@ import torch
 
 from distill.config.errors import ConfigError
 from distill.config.schema import ModelConfig, StudentConfig, Targets, WeightingConfig
-from distill.data.join import Batch
+from distill.data.join import Batch, Joined
 from distill.engine.dist import Dist
 from distill.model import Transformer, hidden_projector
 from losses.bucketed import Bucketed
@@ -44,11 +44,7 @@ def batch(seed=0, most=V):
         sample_ids_B=np.arange(B),
         corpus_B=np.array([0, 1, 0, 1]),
         digests_B=np.zeros(B, np.uint64),
-        targets=None,
-        shard_loss_B=torch.full((B,), math.nan),
-        step_B=torch.full((B,), -1),
-        level_B=torch.full((B,), math.nan),
-        end_B=torch.full((B,), math.nan),
+        **Joined.none(B)._asdict(),
     )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from distill.data.join import Batch
+from distill.data.join import Batch, Joined
 from distill.model import Transformer
 from student import positions
 from student.evaluate import evaluate
@@ -32,11 +32,7 @@ def batch_of(seed, rows=3, length=50):
         sample_ids_B=zeros,
         corpus_B=zeros,
         digests_B=zeros.astype(np.uint64),
-        targets=None,
-        shard_loss_B=torch.full((rows,), torch.nan),
-        step_B=torch.full((rows,), -1),
-        level_B=torch.full((rows,), torch.nan),
-        end_B=torch.full((rows,), torch.nan),
+        **Joined.none(rows)._asdict(),
     )
 
 

@@ -6,7 +6,7 @@ import torch
 
 from distill.cache import CacheHeader, CacheReader, CacheWriter, make_codec
 from distill.config.schema import CodecConfig
-from distill.data.join import Batch
+from distill.data.join import Batch, Joined
 from distill.model import Transformer
 from teacher.capture import Capture
 from teacher.labelling import Own, label
@@ -33,8 +33,8 @@ def batch():
     tokens = torch.randint(V, (3, S + 1), generator=torch.Generator().manual_seed(1))
     valid_BS = torch.rand(3, S, generator=torch.Generator().manual_seed(2)) < 0.8
     return Batch(
-        tokens[:, :-1], tokens[:, 1:], valid_BS, DOCUMENTS, IDS, np.zeros(3, np.int64), IDS.astype(np.uint64), None,
-        torch.full((3,), torch.nan), torch.full((3,), -1), torch.full((3,), torch.nan), torch.full((3,), torch.nan),
+        tokens[:, :-1], tokens[:, 1:], valid_BS, DOCUMENTS, IDS, np.zeros(3, np.int64), IDS.astype(np.uint64),
+        *Joined.none(3),
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from distill.config.errors import ConfigError
-from distill.data.join import Batch
+from distill.data.join import Batch, Joined
 from teacher import foreign as hf
 from tests.closeness import worst
 
@@ -62,8 +62,7 @@ def batch_of():
     return Batch(
         tokens[:, :-1], tokens[:, 1:], torch.ones(rows, S, dtype=torch.bool),
         torch.tensor(DOCUMENTS, dtype=torch.int32), np.arange(rows), np.zeros(rows, np.int64),
-        np.zeros(rows, np.uint64), None, torch.full((rows,), torch.nan), torch.full((rows,), -1),
-        torch.full((rows,), torch.nan), torch.full((rows,), torch.nan),
+        np.zeros(rows, np.uint64), *Joined.none(rows),
     )  # fmt: skip
 
 
