@@ -160,13 +160,30 @@ def test_files_build_on_ours_and_on_each_other(folder):
     ]
 
 
+STUDY = """# @package _global_
+defaults:
+  - quick
+  - _self_
+job: lab
+lab:
+  only: [mine]
+  regimes:
+    mine:
+      set: &wide
+        teacher.model.layers: 2
+    more:
+      set:
+        <<: *wide
+        teacher.train.steps: 9
+  arms:
+    new:
+      grid:
+        student.optim.lr: [1e-3]
+"""
+
+
 def test_a_study_of_one_s_own_has_paths_for_keys(folder):
-    text = (
-        LINE + "defaults:\n  - quick\n  - _self_\njob: lab\nlab:\n  only: [mine]\n  regimes:\n"
-        "    mine:\n      set: &wide\n        teacher.model.layers: 2\n    more:\n      set:\n        <<: *wide\n        teacher.train.steps: 9\n"
-        "  arms:\n    new:\n      grid:\n        student.optim.lr: [1e-3]\n"
-    )
-    path = write(folder, text, "study/mine.yaml")
+    path = write(folder, STUDY, "study/mine.yaml")
     lab = loaded(folder, "study=mine").lab
     assert lab.regimes["more"].set == {"teacher.model.layers": 2, "teacher.train.steps": 9}
     assert lab.arms["new"].grid["student.optim.lr"] == [1e-3]
