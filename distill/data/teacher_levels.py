@@ -43,6 +43,7 @@ class Trend:
     def __init__(self, curve: LossCurve, length: int):
         first_N = curve.first_steps
         self.length = max(length, int(first_N[-1]) + 1)
+        self._first = float(curve.losses[0])
         self._shift = OFFSET * self.length
         x_N = np.log((first_N + np.minimum(last_steps(first_N), self.length - 1)) / 2.0 + self._shift)
         self._x_P = np.linspace(x_N[0], x_N[-1], POINTS if len(x_N) > 1 else 1)
@@ -51,6 +52,11 @@ class Trend:
     def level(self, steps: NDArray[Any]) -> Floats:
         """Nats at each step; beyond the bins that of the nearest."""
         return np.interp(np.log(np.maximum(steps, 0) + self._shift), self._x_P, self._loss_P)
+
+    def began(self, most: float) -> bool:
+        """The curve has the teacher's beginning: its first loss is nearer to `most`, that of a uniform distribution,
+        than to its end. Else it had a head start."""
+        return self._first > (most + self.end) / 2.0
 
     @cached_property
     def end(self) -> float:
@@ -85,6 +91,9 @@ class Levels(NamedTuple):
     """Of the teacher that made the targets, at the step at which it did."""
     end_B: Floats
     """Where the best teacher of the sample's cache ends."""
+    par_B: Floats
+    """Where the best of the cache's teachers was after as many samples as the student has had: what labels alone give.
+    inf where no teacher was captured from its first steps on, or where the targets were made after its training."""
 
 
 class TeacherLevels:
@@ -92,14 +101,16 @@ class TeacherLevels:
 
     Args:
         lengths: planned steps of the teacher in training of each cache; 0: none is.
+        paces: steps of that teacher for each step of the student, at equal samples; nan: not known.
         limit: student's step -> the teacher's step whose records are all published when the student makes it; None:
             everything in the readers' views counts.
     """
 
     def __init__(
-        self, readers: Sequence[CacheReader], lengths: Sequence[int], limit: Callable[[int], int] | None = None
-    ):
-        self._readers, self._lengths, self.limit = readers, lengths, limit
+        self, readers: Sequence[CacheReader], lengths: Sequence[int], paces: Sequence[float],
+        limit: Callable[[int], int] | None = None,
+    ):  # fmt: skip
+        self._readers, self._lengths, self._paces, self.limit = readers, lengths, paces, limit
         self._made: dict[int, tuple[int | None, dict[tuple[str, str], Trend]]] = {}
 
     def of(
@@ -114,13 +125,21 @@ class TeacherLevels:
             steps_B: the teacher's step when it made the targets.
         """
         trends = self._trends(step, corpus)
-        level_B = np.full(len(teacher_B), np.nan)
+        level_B, par_B = np.full((2, len(teacher_B)), np.nan)
+        par = self._par(step, corpus, trends)
         for number, teacher in enumerate(teachers):
             mine = teacher_B == number
             if teacher in trends:
                 level_B[mine] = trends[teacher].level(steps_B[mine])
+                par_B[mine] = par if teacher[1] == "capture" else np.inf
         end = min((trend.end for trend in trends.values()), default=np.nan)
-        return Levels(level_B, np.where(teacher_B >= 0, end, np.nan))
+        return Levels(level_B, np.where(teacher_B >= 0, end, np.nan), par_B)
+
+    def _par(self, step: int, corpus: int, trends: dict[tuple[str, str], Trend]) -> float:
+        at = np.array([step * self._paces[corpus]])
+        most = np.log(self._readers[corpus].header.vocab_size)
+        captured = [trend for (_, source), trend in trends.items() if source == "capture" and trend.began(most)]
+        return min((float(trend.level(at)[0]) for trend in captured if not np.isnan(at[0])), default=np.inf)
 
     def _trends(self, step: int, corpus: int) -> dict[tuple[str, str], Trend]:
         reader, length = self._readers[corpus], self._lengths[corpus]

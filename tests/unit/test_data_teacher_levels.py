@@ -25,8 +25,9 @@ def sums(steps, noise=0.0, seed=0, tokens=64, teacher=T, offset=0.0):
     return found
 
 
-def levels(found, lengths=(LENGTH,), limit=None):
-    return TeacherLevels([SimpleNamespace(losses=found)], lengths, limit)
+def levels(found, lengths=(LENGTH,), limit=None, pace=1.0, vocab_size=256):
+    reader = SimpleNamespace(losses=found, header=SimpleNamespace(vocab_size=vocab_size))
+    return TeacherLevels([reader], lengths, [pace], limit)
 
 
 def at(these, steps, step=0, teacher=T):
@@ -98,6 +99,27 @@ def test_the_best_of_several_teachers_ends_the_lag_of_all():
     # A teacher of which no loss is known has no level, and takes nothing from the others.
     strange = these.of(0, 0, [("nobody", "import")], np.array([0]), np.array([5]))
     assert np.isnan(strange.level_B).all() and strange.end_B == pytest.approx([best], abs=1e-5)
+
+
+@pytest.mark.parametrize("pace", [0.5, 1.0, 3.0])
+def test_par_is_the_teachers_level_after_as_many_samples(pace):
+    these = levels(sums(np.arange(LENGTH)), pace=pace)
+    for step in (0, 10, 1000):
+        found = at(these, [step * pace, 3 * step * pace], step)
+        assert found.par_B[0] == found.par_B[1] == found.level_B[0]
+    assert at(these, [9], step=10**6).par_B[0] == pytest.approx(true_loss(np.array([LENGTH]))[0], abs=0.02)
+
+
+def test_par_is_that_of_teachers_whose_beginning_was_captured():
+    steps, late = np.arange(1000), np.arange(600, 1000)
+    assert np.isinf(at(levels(sums(steps), pace=np.nan), [5]).par_B).all()
+    assert np.isinf(at(levels(sums(steps, offset=-3.0)), [5]).par_B).all()  # began with weights that knew much
+    second, backfill = ("second", "capture"), ("teacher", "backfill")
+    found = LossSums.total([sums(steps), sums(late, teacher=second), sums(np.array([999]), teacher=backfill)])
+    numbers_B, steps_B = np.array([0, 1, 2, -1]), np.array([700, 700, 999, -1])
+    par_B = levels(found).of(700, 0, [T, second, backfill], numbers_B, steps_B).par_B
+    alone = at(levels(sums(steps)), [700], 700).par_B[0]
+    assert par_B[0] == par_B[1] == alone and np.isinf(par_B[2]) and np.isnan(par_B[3])
 
 
 def test_one_bin_is_a_level():
