@@ -42,6 +42,10 @@ class Lag(Stateless):
     0 where the teacher that made them was no better than the student is now, or where a sample has no targets. A
     student ahead of every teacher gives 0.
 
+    The student counts as no worse than its teacher was after as many tokens (par): labels alone give that much. Without
+    this bound a student that reads targets in the teacher's own order stays as far behind as its targets hold it, which
+    keeps their weight up: on a made-up language that cost 0.03 nats (LOG.md, 2026-11-27).
+
     Student and teacher are compared on the same tokens: the student's place on the teacher's curve is the mean, over
     the tokens that it saw last, of its loss less the teacher's loss of the same labels plus the teacher's level at that
     step. So neither easy text nor how the cache is cut moves it, and it counts tokens, not steps. Its state, fp64
@@ -59,7 +63,7 @@ class Lag(Stateless):
         return {"place": torch.zeros(self.setting.corpora, 2, dtype=torch.float64, device=self.setting.device)}
 
     def value(self, state: State, signals: Signals) -> Tensor:
-        student_T = self._place(state)[signals.corpus_T]
+        student_T = torch.minimum(self._place(state)[signals.corpus_T], signals.par_T.double())
         ahead_T = student_T - torch.minimum(signals.end_T, signals.level_T).double()
         ratio_T = (student_T - signals.level_T.double()) / ahead_T
         ratio_T = torch.where(ahead_T > 0, ratio_T.clamp(0.0, 1.0), 0.0)

@@ -46,13 +46,18 @@ class Trend:
         last_N = np.minimum(last_N, self.length - 1)
         self.last = int(last_N[-1])
         """The last step of the bins."""
-        self._trains, self._shift = trains, OFFSET * self.length
+        self._first, self._trains, self._shift = float(curve.losses[0]), trains, OFFSET * self.length
         self._x_N = np.log((first_N + last_N) / 2.0 + self._shift)
         self._loss_N = _lines(self._x_N, curve.losses, curve.tokens)
 
     def level(self, steps: NDArray[Any]) -> Floats:
         """Nats at each step; beyond the bins that of the nearest."""
         return np.interp(np.log(np.maximum(steps, 0) + self._shift), self._x_N, self._loss_N)
+
+    def began(self, most: float) -> bool:
+        """The curve has the teacher's beginning: its first loss is nearer to `most`, that of a uniform distribution,
+        than to its end. Else it had a head start."""
+        return self._first > (most + self.end) / 2.0
 
     @cached_property
     def end(self) -> float:
@@ -89,6 +94,9 @@ class Levels(NamedTuple):
     """Of the teacher that made the targets, at the step at which it did."""
     end_B: Floats
     """Where the best teacher of the sample's cache ends."""
+    par_B: Floats
+    """Where the best of the cache's teachers was after as many samples as the student has had: what labels alone give.
+    inf where no teacher was captured from its first steps on, or where the targets were made after its training."""
 
 
 class TeacherLevels:
@@ -96,14 +104,16 @@ class TeacherLevels:
 
     Args:
         lengths: planned steps of the teacher that each cache was made for; 0: there is none.
+        paces: steps of that teacher for each step of the student, at equal samples; nan: not known.
         limit: student's step -> the teacher's step whose records are all published when the student makes it; None:
             everything in the readers' views counts, and a teacher trains on if its stream there is not complete.
     """
 
     def __init__(
-        self, readers: Sequence[CacheReader], lengths: Sequence[int], limit: Callable[[int], int] | None = None
-    ):
-        self._readers, self._lengths, self.limit = readers, lengths, limit
+        self, readers: Sequence[CacheReader], lengths: Sequence[int], paces: Sequence[float],
+        limit: Callable[[int], int] | None = None,
+    ):  # fmt: skip
+        self._readers, self._lengths, self._paces, self.limit = readers, lengths, paces, limit
         self._made: dict[int, tuple[Any, dict[tuple[str, str], Trend]]] = {}
 
     def of(
@@ -118,13 +128,21 @@ class TeacherLevels:
             steps_B: the teacher's step when it made the targets.
         """
         trends = self._trends(step, corpus)
-        level_B = np.full(len(teacher_B), np.nan)
+        level_B, par_B = np.full((2, len(teacher_B)), np.nan)
+        par = self._par(step, corpus, trends)
         for number, teacher in enumerate(teachers):
             mine = teacher_B == number
             if teacher in trends:
                 level_B[mine] = trends[teacher].level(steps_B[mine])
+                par_B[mine] = par if teacher[1] == "capture" else np.inf
         end = min((trend.end for trend in trends.values()), default=np.nan)
-        return Levels(level_B, np.where(teacher_B >= 0, end, np.nan))
+        return Levels(level_B, np.where(teacher_B >= 0, end, np.nan), par_B)
+
+    def _par(self, step: int, corpus: int, trends: dict[tuple[str, str], Trend]) -> float:
+        at = np.array([step * self._paces[corpus]])
+        most = np.log(self._readers[corpus].header.vocab_size)
+        captured = [trend for (_, source), trend in trends.items() if source == "capture" and trend.began(most)]
+        return min((float(trend.level(at)[0]) for trend in captured if not np.isnan(at[0])), default=np.inf)
 
     def _trends(self, step: int, corpus: int) -> dict[tuple[str, str], Trend]:
         """By identity and source; as they were, as long as neither what counts nor the view has changed."""

@@ -25,9 +25,15 @@ def sums(steps, noise=0.0, seed=0, tokens=64, teacher=T, offset=0.0):
     return found
 
 
-def levels(found, limit=None, trains=False):
+def reader(found, **given):
+    return SimpleNamespace(
+        **{"losses": found, "view": {}, "open_streams": {}, "header": SimpleNamespace(vocab_size=256)} | given
+    )
+
+
+def levels(found, limit=None, trains=False, pace=1.0):
     streams = {"teacher-00000": None} if trains else {}
-    return TeacherLevels([SimpleNamespace(losses=found, view={}, open_streams=streams)], [LENGTH], limit)
+    return TeacherLevels([reader(found, open_streams=streams)], [LENGTH], [pace], limit)
 
 
 def at(these, steps, step=0, teacher=T):
@@ -101,6 +107,27 @@ def test_the_best_of_several_teachers_ends_the_lag_of_all():
     assert np.isnan(strange.level_B).all() and strange.end_B == pytest.approx([best], abs=1e-5)
 
 
+@pytest.mark.parametrize("pace", [0.5, 1.0, 3.0])
+def test_par_is_the_teachers_level_after_as_many_samples(pace):
+    these = levels(sums(np.arange(LENGTH)), pace=pace)
+    for step in (0, 10, 1000):
+        found = at(these, [step * pace, 3 * step * pace], step)
+        assert found.par_B[0] == found.par_B[1] == found.level_B[0]
+    assert at(these, [9], step=10**6).par_B[0] == pytest.approx(true_loss(np.array([LENGTH]))[0], abs=0.02)
+
+
+def test_par_is_that_of_teachers_whose_beginning_was_captured():
+    steps, late = np.arange(1000), np.arange(600, 1000)
+    assert np.isinf(at(levels(sums(steps), pace=np.nan), [5]).par_B).all()
+    assert np.isinf(at(levels(sums(steps, offset=-3.0)), [5]).par_B).all()  # began with weights that knew much
+    second, backfill = ("second", "capture"), ("teacher@1000", "backfill")
+    found = LossSums.total([sums(steps), sums(late, teacher=second), sums(np.array([1000]), teacher=backfill)])
+    numbers_B, steps_B = np.array([0, 1, 2, -1]), np.array([700, 700, 1000, -1])
+    par_B = levels(found).of(700, 0, [T, second, backfill], numbers_B, steps_B).par_B
+    alone = at(levels(sums(steps)), [700], 700).par_B[0]
+    assert par_B[0] == par_B[1] == alone and np.isinf(par_B[2]) and np.isnan(par_B[3])
+
+
 def test_one_bin_is_a_level():
     trend = Trend(sums(np.array([0])).curve(*T), LENGTH, trains=True)
     assert trend.level(np.array([0, 7])).tolist() == [trend.end] * 2
@@ -140,8 +167,8 @@ def test_a_frozen_teachers_level_is_that_of_its_own_curve_not_of_the_text_that_i
 def test_a_teacher_that_is_published_later_gets_a_level():
     """A student that follows, and a backfill beside it."""
     late = ("late", "backfill")
-    cache = SimpleNamespace(losses=sums(np.arange(100)), view={"streams": {"a": 1}}, open_streams={})
-    these = TeacherLevels([cache], [100])
+    cache = reader(sums(np.arange(100)), view={"streams": {"a": 1}})
+    these = TeacherLevels([cache], [100], [1.0])
     assert np.isnan(at(these, [100], teacher=late).level_B)
     cache.losses = LossSums.total([cache.losses, sums(np.array([100]), teacher=late)])
     cache.view = {"streams": {"a": 1, "b": 1}}

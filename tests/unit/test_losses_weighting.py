@@ -69,6 +69,7 @@ def signals(size, **given):
     parts = {name: torch.zeros(size) for name in Signals._fields} | {
         "corpus_T": torch.zeros(size, dtype=torch.int64),
         "covered_T": torch.ones(size, dtype=torch.bool),
+        "par_T": torch.full((size,), math.inf),
         "lr_share": 1.0,
     }
     for name, value in given.items():
@@ -107,6 +108,13 @@ def test_a_corpus_without_targets_for_long_keeps_its_place():
     ends = signals(2, corpus_T=[0, 1], level_T=[2.0, 1.5], end_T=[2.0, 1.0])
     assert factor.value(s, ends).tolist() == pytest.approx([1.0, 0.5])
     assert s["place"][0].tolist() == pytest.approx([10.0, 4.0], rel=0.05)  # what is read fades as it should
+
+
+def test_a_student_counts_as_no_worse_than_its_teacher_after_as_many_tokens():
+    """In the teacher's own order targets are as old as the student: they have nothing that labels lack."""
+    tokens = signals(4, level_T=[3.0, 3.5, 4.0, 3.5], end_T=[3.0] * 4, par_T=[3.5, 3.5, 3.5, NAN])
+    assert lag().value(place(5.0), tokens).tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert lag().value(place(3.25), signals(1, level_T=[3.125], end_T=[3.0], par_T=[3.5])).item() == 0.5
 
 
 def test_a_student_s_place_is_the_mean_difference_on_the_same_tokens():
