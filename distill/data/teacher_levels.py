@@ -79,7 +79,7 @@ def _lines(x_N: Floats, y_N: Floats, tokens_N: NDArray[np.int64]) -> Floats:
     """The value at each x of the weighted regression line around it."""
     away_NN = x_N - x_N[:, None]
     w_NN = tokens_N * np.exp(-0.5 * (away_NN / WIDTH) ** 2)
-    w_NN /= w_NN.sum(1, keepdims=True)
+    w_NN = w_NN / w_NN.sum(1, keepdims=True)
     mean_x_N, mean_y_N = (w_NN * away_NN).sum(1), w_NN @ y_N
     off_NN = away_NN - mean_x_N[:, None]
     spread_N = (w_NN * off_NN**2).sum(1)
