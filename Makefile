@@ -17,7 +17,7 @@ setup: .venv/.done ## Create .venv with everything that smoke, test and bench ne
 	$(BIN)/pip install -q $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
 	@touch $@
 
-smoke: setup ## The main job, small: teacher, captured targets, three students, a table (ARGS="seed=7 ...")
+smoke: setup ## The main job, small: teacher, captured targets, four students, a table (ARGS="seed=7 ...")
 	$(RUN) job=codistill experiment=smoke $(ARGS)
 
 demo: setup ## The main job with four times the tokens (a quarter of an hour on 2 cores)

@@ -199,7 +199,8 @@ def _heat_map(arm: Arm, name: str, unit: str) -> str:
         curve = _curve(arm, name, unit)
         rows = np.isin(arm.metrics[name].steps, list(by_step))
         mean = replace(curve, x=curve.x[rows], y=curve.y[rows])
-    frame = charts.Frame(f"{name.capitalize()} over time", f"{name}, all tokens", unit)
+    words = name.replace("_", " ")
+    frame = charts.Frame(f"{words.capitalize()} over time", f"{words}, all tokens", unit)
     return charts.heat_map(frame, arm.label, x[:-1], x[-1], counts, mean)
 
 

@@ -264,6 +264,13 @@ def test_heat_map_cells(tmp_path):
     assert "± 0.025<br>" in cells["hovertemplate"] and list(chart.curves) == ["mean"]
 
 
+def test_a_heat_map_has_its_name_in_words(tmp_path):
+    with Tracker(tmp_path, CONFIG, {}) as tracker:
+        for step in range(1, 4):
+            tracker.log("student", step, {"loss": 4.0}, {"lag_factor": [1.0, step, 0.0]})
+    assert written(tmp_path).chart("Lag factor over time")
+
+
 def test_a_heat_map_of_one_value_is_not_drawn(tmp_path):
     with Tracker(tmp_path, CONFIG, {}) as tracker:
         for step in range(1, 50):
