@@ -77,31 +77,19 @@ def test_two_ranks_train_the_same_teacher(codistilled, tmp_path):
         assert dict(a[2:]) == pytest.approx(dict(b[2:]), rel=1e-5)
 
 
-@pytest.mark.parametrize("learning", [False, True])
-def test_a_live_teacher_sees_the_pictures(codistilled, tmp_path, learning):
-    folder = codistilled[0]
-    live = [*SMALL, f"data.dir={folder}/data", "student.targets=live", "student.hidden_match=0.5",
-            "student.loss=jensen_shannon", "student.train.batch=2", "student.train.checkpoint_every=2"]  # fmt: skip
-    live += (
-        ["job=codistill", "teacher.capture=false", "codistill.rounds=2", "~codistill.arms", "teacher.train.batch=2"]
-        if learning
-        else ["job=student", f"teacher.from={folder}", "student.train.accumulation=2"]
-    )
+def test_a_live_teacher_sees_the_pictures(tmp_path):
+    common = [*SMALL, f"data.dir={tmp_path}/data", "tracking.report=false"]
+    run(*common, "job=teacher", "teacher.capture=false", "teacher.train.steps=4", f"hydra.run.dir={tmp_path}/t")
+    live = [*common, "job=student", "student.targets=live", f"teacher.from={tmp_path}/t", "student.hidden_match=0.5",
+            "student.loss=jensen_shannon", "student.train.accumulation=2", "student.train.checkpoint_every=2",
+            "student.train.steps=6"]  # fmt: skip
     run(*live, f"hydra.run.dir={tmp_path}/one")
-    found = [row for row in rows(tmp_path / "one") if row["job"] == "student" and "soft_loss" in row]
-    assert all(row["coverage"] == 1 and row["hard_loss/digits"] > 0 for row in found)
-    if learning:
-        two = [*live, "engine=zero1", f"hydra.run.dir={tmp_path}/two"]
-        run(*two, ranks=2)
-        for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
-            assert dict(a[2:]) == pytest.approx(dict(b[2:]), rel=1e-4)
-        return
-    kill_once(tmp_path / "k" / "checkpoints" / "step-00000006", 1, *live, f"hydra.run.dir={tmp_path}/k")
+    kill_once(tmp_path / "k" / "checkpoints" / "step-00000004", 1, *live, f"hydra.run.dir={tmp_path}/k")
     run(*live, f"hydra.run.dir={tmp_path}/k", "resume=true")
     assert losses(tmp_path / "k") == losses(tmp_path / "one")
-    # What the teacher sees is what it saw when it was captured: its loss of a picture's caption is its own.
-    evaluated = json.loads((folder / "summary.json").read_text())
-    assert found[-1]["teacher_loss"] == pytest.approx(evaluated["teacher_loss"], rel=0.1)
+    found = [row for row in rows(tmp_path / "one") if "soft_loss" in row]
+    assert len(found) == 3 and all(row["coverage"] == 1 and row["soft_grad_norm"] > 0 for row in found)
+    assert any("hard_loss/digits" in row for row in found)
 
 
 def test_faults_are_told_at_once(tmp_path):

@@ -147,7 +147,7 @@ def test_a_live_teacher_in_bf16_under_zero_1(made, tmp_path, learning):
     run(*live, f"hydra.run.dir={tmp_path}/one")
     run(*live, f"hydra.run.dir={tmp_path}/two", ranks=2)
     assert_close(logged(tmp_path / "one"), logged(tmp_path / "two"), 0.01)
-    killed = tmp_path / "k" / "checkpoints" / f"step-{14 if learning else 6:08d}"
+    killed = tmp_path / "k" / "checkpoints" / ("step-0000001*" if learning else "step-00000006")
     kill_once(killed, 1, *live, f"hydra.run.dir={tmp_path}/k")
     run(*live, f"hydra.run.dir={tmp_path}/k", "resume=true")
     assert losses(tmp_path / "k") == losses(tmp_path / "one")
