@@ -15,7 +15,6 @@ from torch import Tensor
 from distill.cache import record
 from distill.cache.codecs import make_codec
 from distill.cache.header import CacheHeader
-from distill.cache.local import LocalStore
 from distill.cache.loss_curve import LossSums
 from distill.cache.open_store import open_store
 from distill.cache.origins import SOURCES, Origin
@@ -81,10 +80,9 @@ class CacheReader:
         self._ids_by_rank = load_ranks(self._store, self.header).astype(np.int32)
         self._view = open_view(self._store, self.header, view)
 
-    def __reduce__(self) -> tuple[type[CacheReader], tuple[str | Path, dict[str, Any]]]:
+    def __reduce__(self) -> tuple[type[CacheReader], tuple[str, dict[str, Any]]]:
         """A pickled reader is opened anew, with the same view, in a process that may have another working folder."""
-        folder = self._store.folder if isinstance(self._store, LocalStore) else self.folder
-        return CacheReader, (folder, self.view)
+        return CacheReader, (self._store.place, self.view)
 
     def refresh(self) -> int:
         """Adds what has been published since to the view; returns the number of new shards and marks.
