@@ -61,6 +61,19 @@ def test_large_libraries_are_imported_in_their_places(sources):
     assert misplaced == set()
 
 
+def test_kinds_of_stores_differ_inside_their_classes(sources):
+    """Nothing but `open_store` names a kind."""
+    places = {f"distill/cache/{name}.py" for name in ("open_store", "local", "far")}
+    asking = {
+        path
+        for path, tree in sources.items()
+        if path.startswith(PACKAGES)
+        for node in ast.walk(tree)
+        if getattr(node, "id", getattr(node, "name", None)) in ("LocalStore", "FarStore")
+    }
+    assert asking == places
+
+
 def test_no_two_files_share_a_name(sources):
     places = defaultdict(list)
     for path in sources:
