@@ -176,10 +176,15 @@ def _walk(file: UserFile, node: Any, values: Any, prefix: str) -> None:
                 words = {*re.findall(r"\w+", str(yaml.serialize(entry)))} - {"override", "optional", "_self_"}
                 file.defaults.append((words, _place(file.path, entry.start_mark)))
             file.defaults.append(({"defaults"}, place))
-        elif isinstance(below, yaml.MappingNode) and below.value:
+        elif isinstance(below, yaml.MappingNode) and below.value and not _has_paths(values[key.value]):
             _walk(file, below, values[key.value], f"{name}.")
         else:
             file.values[name] = values[key.value], place
+
+
+def _has_paths(values: Any) -> bool:
+    """Keys of a mapping are paths within another configuration, as those of a study's arms are."""
+    return any("." in str(key) for key in values)
 
 
 def _place(path: Path, mark: Any) -> str:

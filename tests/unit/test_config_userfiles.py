@@ -160,6 +160,38 @@ def test_files_build_on_ours_and_on_each_other(folder):
     ]
 
 
+STUDY = """# @package _global_
+defaults:
+  - quick
+  - _self_
+job: lab
+lab:
+  only: [mine]
+  regimes:
+    mine:
+      set: &wide
+        teacher.model.layers: 2
+    more:
+      set:
+        <<: *wide
+        teacher.train.steps: 9
+  arms:
+    new:
+      grid:
+        student.optim.lr: [1e-3]
+"""
+
+
+def test_a_study_of_one_s_own_has_paths_for_keys(folder):
+    path = write(folder, STUDY, "study/mine.yaml")
+    lab = loaded(folder, "study=mine").lab
+    assert lab.regimes["more"].set == {"teacher.model.layers": 2, "teacher.train.steps": 9}
+    assert lab.arms["new"].grid["student.optim.lr"] == [1e-3]
+    path.write_text(LINE + "job: lab\nstudent:\n  optim.lr: 1\n")
+    (problem,) = problems(folder, "study=mine")
+    assert "Key 'optim.lr' not in 'StudentConfig'" in problem and "mine.yaml, line 3, column 1)" in problem
+
+
 def test_a_file_is_found_or_the_message_says_why_not(folder):
     (line,) = problems(folder, "experiment=mine", "job=teacher")
     assert line == "experiment is mine; allowed: demo, digits, needle, smoke"
