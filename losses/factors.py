@@ -10,6 +10,8 @@ from torch import Tensor
 from losses.weighting import Collective, Mean, Setting, Signals, State
 
 ENTROPY_BINS = 256
+LEAST = 1e-6
+"""Tokens of which a place on a curve is left at least."""
 
 
 class Stateless:
@@ -36,8 +38,13 @@ class Stateless:
 class Lag(Stateless):
     """clip((student - teacher) / (student - end), 0, 1) ** power, where losses are on the teacher's smooth curve.
 
-    1 where the targets are as good as the best teacher's will be, 0 where the teacher that made them was no better than
-    the student is now, or where a sample has no targets. A student ahead of every teacher gives 0.
+    1 where the targets are as good as the best teacher's will be, or better, as those of a teacher that diverged later;
+    0 where the teacher that made them was no better than the student is now, or where a sample has no targets. A
+    student ahead of every teacher gives 0.
+
+    The student counts as no worse than its teacher was after as many tokens (par): labels alone give that much. Without
+    this bound a student that reads targets in the teacher's own order stays as far behind as its targets hold it, which
+    keeps their weight up: on a made-up language that cost 0.03 nats (LOG.md, 2026-11-27).
 
     Student and teacher are compared on the same tokens: the student's place on the teacher's curve is the mean, over
     the tokens that it saw last, of its loss less the teacher's loss of the same labels plus the teacher's level at that
@@ -56,8 +63,8 @@ class Lag(Stateless):
         return {"place": torch.zeros(self.setting.corpora, 2, dtype=torch.float64, device=self.setting.device)}
 
     def value(self, state: State, signals: Signals) -> Tensor:
-        student_T = self._place(state)[signals.corpus_T]
-        ahead_T = student_T - signals.end_T.double()
+        student_T = torch.minimum(self._place(state)[signals.corpus_T], signals.par_T.double())
+        ahead_T = student_T - torch.minimum(signals.end_T, signals.level_T).double()
         ratio_T = (student_T - signals.level_T.double()) / ahead_T
         ratio_T = torch.where(ahead_T > 0, ratio_T.clamp(0.0, 1.0), 0.0)
         return torch.nan_to_num(ratio_T, nan=0.0).pow(self.power).float()
@@ -65,7 +72,7 @@ class Lag(Stateless):
     def _place(self, state: State) -> Tensor:
         """The student's loss on each corpus' teachers' curve; that of a uniform distribution before any token."""
         sum_C, tokens_C = state["place"].unbind(1)
-        return torch.where(tokens_C > 0, sum_C / tokens_C.clamp(min=1e-9), math.log(self.setting.vocab_size))
+        return torch.where(tokens_C > 0, sum_C / tokens_C.clamp(min=LEAST), math.log(self.setting.vocab_size))
 
     def sums(self, state: State, signals: Signals) -> Tensor:
         known_T = signals.covered_T & ~signals.level_T.isnan()
@@ -76,7 +83,9 @@ class Lag(Stateless):
 
     def update(self, state: State, sums: Tensor) -> State:
         fade = torch.exp(-sums[:, 1].sum() / (self.memory * self.setting.tokens))
-        return {"place": state["place"] * fade + sums}
+        # Not to nothing: a corpus that is rare, or has long had no targets, keeps its place.
+        fade_C1 = torch.maximum(fade, LEAST / state["place"][:, 1:]).clamp(max=1.0)
+        return {"place": state["place"] * fade_C1 + sums}
 
     def metrics(self, state: State, signals: Signals, value_T: Tensor) -> dict[str, Mean]:
         """`student_place`, nats: where the student is on the teachers' curves, mean over corpora."""

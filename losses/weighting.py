@@ -51,6 +51,8 @@ class Signals(NamedTuple):
     """float32 nats: the loss of that teacher at that step on a smooth curve over its training; nan: not known."""
     end_T: Tensor
     """float32 nats: where the best teacher of the token's corpus ends on its curve; nan: not known."""
+    par_T: Tensor
+    """float32 nats: where that teacher was after as many tokens as the student has had; inf: not known."""
     shard_loss_T: Tensor
     """float32 nats: the teacher's mean label loss on the sample's shard; it depends on how the cache is cut."""
     lr_share: float

@@ -64,6 +64,7 @@ def labelled(teacher: LiveTeacher, batch: Batch, parts: int, chunk: int, dist: D
         step_B=torch.where(known_B, teacher.step(), -1),
         level_B=level_B,
         end_B=level_B,
+        par_B=torch.where(known_B, torch.inf, torch.nan),
         teacher_TE=hidden_TE,
     )
 

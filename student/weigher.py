@@ -30,6 +30,7 @@ def signals_of(batch: Batch, device: torch.device, lr_share: float) -> Signals:
         teacher_loss_T=-targets.label_logprob_T,
         level_T=tokens(batch.level_B),
         end_T=tokens(batch.end_B),
+        par_T=tokens(batch.par_B),
         shard_loss_T=tokens(batch.shard_loss_B),
         lr_share=lr_share,
         student_loss_T=none,

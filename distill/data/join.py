@@ -48,6 +48,8 @@ class Batch:
     """float32 nats: that teacher's loss at that step on a smooth curve over its training; nan: not known."""
     end_B: Tensor
     """float32 nats: where the best teacher of the sample's cache ends on its curve; nan: not known."""
+    par_B: Tensor
+    """float32 nats: where it was after as many samples as the student has had; inf: not known, nan: no targets."""
     images: Images | None = None
     """Tiles sample after sample; None: no sample has image tokens."""
     tile_tokens: int = 0
@@ -219,7 +221,7 @@ class Joiner:
 
     def _level(self, step: int, corpus: int, result: ReadResult) -> Levels:
         if self._levels is None:
-            return Levels(*np.full((2, len(result.step_B)), np.nan))
+            return Levels(*np.full((3, len(result.step_B)), np.nan))
         return self._levels.of(step, corpus, result.teachers, result.teacher_B.numpy(), result.step_B.numpy())
 
 
@@ -264,12 +266,13 @@ class Joined(NamedTuple):
     step_B: Tensor
     level_B: Tensor
     end_B: Tensor
+    par_B: Tensor
 
     @classmethod
     def none(cls, samples: int) -> Joined:
         """Of samples that no cache was asked for."""
         unknown_B = torch.full((samples,), torch.nan)
-        return cls(None, unknown_B, torch.full((samples,), -1), unknown_B, unknown_B)
+        return cls(None, unknown_B, torch.full((samples,), -1), unknown_B, unknown_B, unknown_B)
 
 
 def _in_order(results: list[ReadResult], levels: list[Levels], back_B: Tensor, length: int) -> Joined:

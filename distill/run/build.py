@@ -162,13 +162,14 @@ def _levels(run: Run, readers: list[CacheReader], replay: Replay, batch: int) ->
     it. What had ended when the student began is known as a whole; a resumed run keeps what it began with."""
     streams = [reader.header.stream for reader in readers]
     lengths = [int(s["planned"]) // int(s["batch"]) if s else 0 for s in streams]
+    paces = [batch / int(s["batch"]) if s else math.nan for s in streams]
     restored = run.restored.state["roles"].get("student") if run.restored else None
     follows = run.config.cache.follow or run.config.job == "codistill"
     live = restored["live"] if restored else follows and not all(reader.finished for reader in readers)
     if not live:
-        return TeacherLevels(readers, lengths)
+        return TeacherLevels(readers, lengths, paces)
     of_step = int(streams[0]["batch"])
-    return TeacherLevels(readers, lengths, lambda step: replay.furthest((step + 1) * batch - 1) // of_step + 1)
+    return TeacherLevels(readers, lengths, paces, lambda step: replay.furthest((step + 1) * batch - 1) // of_step + 1)
 
 
 def _feed(run: Run, stream: Stream, replay: Replay, readers: list[CacheReader] | None, batch: int) -> Feed:

@@ -121,6 +121,7 @@ def open_readers(run: Run, role: str = "student") -> list[CacheReader]:
     """The caches of all corpora, checked against the run's own tokenizer, vocabulary, packing and corpus.
 
     A student that goes on from a checkpoint gets the view that it had: what was published since waits for a refresh.
+    All ranks have the main one's, whenever they looked.
 
     Args:
         role: whose vocabulary.
@@ -131,6 +132,8 @@ def open_readers(run: Run, role: str = "student") -> list[CacheReader]:
     readers = []
     for number, (name, folder) in enumerate(cache_folders(run).items()):
         reader = CacheReader(folder, views[number] if views else None)
+        if (view := run.dist.from_main(reader.view)) != reader.view:
+            reader = CacheReader(folder, view)
         check_cache(reader, run.data.tokenizer, run.data.train[name], vocab_size, student=True)
         reader.read(np.empty(0, np.int64), np.empty(0, np.uint64))  # loads the compiled decoder before the first step
         readers.append(reader)

@@ -69,6 +69,7 @@ def signals(size, **given):
     parts = {name: torch.zeros(size) for name in Signals._fields} | {
         "corpus_T": torch.zeros(size, dtype=torch.int64),
         "covered_T": torch.ones(size, dtype=torch.bool),
+        "par_T": torch.full((size,), math.inf),
         "lr_share": 1.0,
     }
     for name, value in given.items():
@@ -92,6 +93,28 @@ def test_lag_is_one_at_the_teachers_end_and_zero_where_the_student_is_ahead():
 def test_a_student_ahead_of_every_teacher_gets_no_soft_loss():
     assert not lag().value(place(2.5), signals(2, level_T=[3.0, 2.9], end_T=[2.9, 2.9])).any()
     assert not lag().value(place(3.0), signals(1, level_T=[3.0], end_T=[3.0])).any()
+
+
+def test_targets_from_before_a_teacher_diverged_count_until_the_student_is_at_their_level():
+    tokens = signals(2, level_T=[3.0, 7.0], end_T=[8.0, 8.0])
+    assert [lag().value(place(s), tokens).tolist() for s in (9.0, 5.0, 3.0)] == [[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]]
+
+
+def test_a_corpus_without_targets_for_long_keeps_its_place():
+    factor, s = lag(memory=0.001, corpora=2), place(3.0, 2.0)
+    tokens = signals(4, student_loss_T=[2.5] * 4)
+    for _ in range(400):  # in all 1,600 times the memory
+        s = factor.update(s, factor.sums(s, tokens))
+    ends = signals(2, corpus_T=[0, 1], level_T=[2.0, 1.5], end_T=[2.0, 1.0])
+    assert factor.value(s, ends).tolist() == pytest.approx([1.0, 0.5])
+    assert s["place"][0].tolist() == pytest.approx([10.0, 4.0], rel=0.05)  # what is read fades as it should
+
+
+def test_a_student_counts_as_no_worse_than_its_teacher_after_as_many_tokens():
+    """In the teacher's own order targets are as old as the student: they have nothing that labels lack."""
+    tokens = signals(4, level_T=[3.0, 3.5, 4.0, 3.5], end_T=[3.0] * 4, par_T=[3.5, 3.5, 3.5, NAN])
+    assert lag().value(place(5.0), tokens).tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert lag().value(place(3.25), signals(1, level_T=[3.125], end_T=[3.0], par_T=[3.5])).item() == 0.5
 
 
 def test_a_student_s_place_is_the_mean_difference_on_the_same_tokens():

@@ -60,6 +60,7 @@ def batch(levels, entropy=2.0, end=2.0):
         step_B=torch.zeros(size, dtype=torch.int64),
         level_B=loss_B,
         end_B=torch.where(loss_B.isnan(), torch.nan, end),
+        par_B=torch.where(loss_B.isnan(), torch.nan, torch.inf),
     )
 
 

@@ -70,6 +70,7 @@ def test_signals_are_those_of_the_dense_distribution():
     torch.testing.assert_close(out.targets.label_logprob_T, picked_T.float(), rtol=1e-5, atol=1e-5)
     assert out.targets.covered_T.all() and out.step_B.tolist() == [7] * B
     assert out.level_B.tolist() == out.end_B.tolist() == [0.0] * B  # it lags behind nothing
+    assert out.par_B.tolist() == [math.inf] * B
     assert out.teacher_TE.shape == (B * S, 24) and not out.teacher_TE.requires_grad
 
 
