@@ -13,7 +13,7 @@ from torch import Tensor
 
 from losses.divergences import LEAST, through_softmax
 from losses.head import Chunk
-from losses.mixed import Weigh, both_weights
+from losses.mixed import Weigh, both_weights, hard_norm
 
 Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Of `losses.divergences`, its own numbers bound."""
@@ -38,6 +38,8 @@ class Bucketed(NamedTuple):
     """1 minus their sum is the mass of all other ids."""
     divergence: Divergence
     temperature: float = 1.0
+    norms: bool = False
+    """As of `losses.mixed.Mixed`."""
 
     def __call__(self, logits_tV: Tensor, rows: slice, want_grad: bool) -> Chunk:
         dtype = logits_tV.dtype
@@ -68,13 +70,26 @@ class Bucketed(NamedTuple):
             return Chunk(loss_t, parts, None)
 
         # The derivative of temperature^2 D by the k + 1 logits sums to 0, so it is that by log q at temperature 1, too.
-        grad_tN = self.temperature * w_soft_t[:, None] * through_softmax(grad_tN, soft_tN.exp())
-        grad_tN += w_hard_t[:, None] * student_tN.exp()
+        soft_grad_tN = self.temperature * through_softmax(grad_tN, soft_tN.exp())
+        probs_tN = student_tN.exp()
+        grad_tN = w_hard_t[:, None] * probs_tN + w_soft_t[:, None] * soft_grad_tN
         # In place: of an id in the bucket it is the bucket's, by the id's share of the bucket.
-        grad_tV = logits_tV.sub_(rest_t[:, None]).exp_().mul_(grad_tN[:, -1:])
+        share_tV = logits_tV.sub_(rest_t[:, None]).exp_()
+        if self.norms:
+            share_t = share_tV.square().sum(-1)
+            parts["hard_norm"] = hard_norm(_square(probs_tN, share_t), hard_t)
+            parts["soft_norm"] = _square(soft_grad_tN, share_t).sqrt()
+        grad_tV = share_tV.mul_(grad_tN[:, -1:])
         grad_tV.scatter_add_(-1, ids_tK, torch.where(real_tK, grad_tN[:, :-1], 0.0))
         grad_tV.scatter_add_(-1, labels_t1, -w_hard_t[:, None])
         return Chunk(loss_t, parts, grad_tV)
+
+
+def _square(part_tN: Tensor, share_t: Tensor) -> Tensor:
+    """Inner product with itself, [t], of what has these values at the atoms, and at the ids of the bucket the last one
+    by their shares; share_t: inner product of the shares with themselves."""
+    square_tN = part_tN.square()
+    return square_tN[:, :-1].sum(-1) + square_tN[:, -1] * share_t
 
 
 def _tempered(logprobs_tN: Tensor, temperature: float) -> Tensor:

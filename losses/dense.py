@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from losses.bucketed import Divergence
-from losses.divergences import LEAST
+from losses.divergences import LEAST, through_softmax
 from losses.head import Chunk
-from losses.mixed import Weigh, both_weights
+from losses.mixed import Weigh, both_weights, hard_norm
 
 
 class Dense(NamedTuple):
@@ -28,6 +28,8 @@ class Dense(NamedTuple):
     """Its unembedding, U <= V; ids from U on have no probability."""
     divergence: Divergence
     temperature: float = 1.0
+    norms: bool = False
+    """As of `losses.mixed.Mixed`."""
 
     def __call__(self, logits_tV: Tensor, rows: slice, want_grad: bool) -> Chunk:
         teacher_tV = (self.hidden_TE[rows] @ self.weight_UE.T).to(logits_tV.dtype)
@@ -53,13 +55,11 @@ class Dense(NamedTuple):
         if not want_grad:
             return Chunk(loss_t, parts, None)
 
-        # In place, as in `divergences.through_softmax`: T w_soft (g - q sum g) + w_hard q at temperature 1.
-        weight_t1 = self.temperature * w_soft_t[:, None]
-        sum_t1 = soft_grad_tV.sum(-1, keepdim=True).mul_(weight_t1)
-        if student_tV is logits_tV:
-            grad_tV = logits_tV.exp_().mul_(w_hard_t[:, None] - sum_t1)
-        else:
-            grad_tV = logits_tV.exp_().mul_(w_hard_t[:, None]).sub_(student_tV.exp_().mul_(sum_t1))
-        grad_tV.add_(soft_grad_tV.mul_(weight_t1))
+        probs_tV = logits_tV.exp_()
+        soft_grad_tV = through_softmax(soft_grad_tV, probs_tV if student_tV is logits_tV else student_tV.exp_())
+        if self.norms:
+            parts["hard_norm"] = hard_norm(probs_tV.square().sum(-1), hard_t)
+            parts["soft_norm"] = self.temperature * soft_grad_tV.norm(dim=-1)
+        grad_tV = probs_tV.mul_(w_hard_t[:, None]).add_(soft_grad_tV.mul_(self.temperature * w_soft_t[:, None]))
         grad_tV.scatter_add_(-1, labels_t1, -w_hard_t[:, None])
         return Chunk(loss_t, parts, grad_tV)

@@ -77,5 +77,5 @@ def alpha_beta(teacher_tN: Tensor, student_tN: Tensor, alpha: float, beta: float
 
 
 def through_softmax(grad_tN: Tensor, q_tN: Tensor) -> Tensor:
-    """Derivative with respect to the logits of q, of what has this derivative with respect to every log q."""
-    return grad_tN - q_tN * grad_tN.sum(-1, keepdim=True)
+    """Derivative with respect to the logits of q, of what has this derivative with respect to every log q; in place."""
+    return grad_tN.addcmul_(q_tN, grad_tN.sum(-1, keepdim=True), value=-1.0)

@@ -130,7 +130,7 @@ class Entropy(Stateless):
 
 
 class Disagreement(Stateless):
-    """KL / (KL + half), of the token's divergence KL(teacher || student): tokens on which both agree need no soft loss.
+    """d / (d + half), d the divergence of the token's soft loss: tokens on which both agree need no soft loss.
 
     Where targets are drawn, the divergence is an unbiased estimate with the noise of the draws; below 0 it counts as 0.
 
@@ -142,8 +142,8 @@ class Disagreement(Stateless):
         self.half = options.half
 
     def value(self, state: State, signals: Signals) -> Tensor:
-        kl_T = signals.disagreement_T.clamp(min=0.0)
-        return kl_T / (kl_T + self.half)
+        above_T = signals.disagreement_T.clamp(min=0.0)
+        return above_T / (above_T + self.half)
 
 
 class Variance(Stateless):

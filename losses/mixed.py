@@ -90,7 +90,7 @@ class Mixed(NamedTuple):
             return Chunk(loss_t, parts, None, selected)
         if self.norms:
             square_t = probs_tV.square().sum(-1)
-            parts["hard_norm"] = _distance(square_t, probs_tV, labels_t1, lse_t.new_ones(len(lse_t), 1))
+            parts["hard_norm"] = hard_norm(square_t, hard_t)
             if soft_t is not None:
                 parts["soft_norm"] = _distance(square_t, probs_tV, ids_tK, probs_tK)
         grad_tV = probs_tV.mul_(total_t[:, None])
@@ -100,9 +100,15 @@ class Mixed(NamedTuple):
         return Chunk(loss_t, parts, grad_tV, selected)
 
 
-def _distance(square_t: Tensor, probs_tV: Tensor, ids_tK: Tensor, atoms_tK: Tensor) -> Tensor:
-    """Euclidean norm of (sum of the atoms) x softmax - atoms, [t], by its three inner products; square_t: that of the
+def hard_norm(square_t: Tensor, hard_t: Tensor) -> Tensor:
+    """Euclidean norm of the gradient of a label's cross entropy by the logits, [t]; square_t: inner product of the
     softmax with itself."""
+    return (square_t - 2.0 * hard_t.neg().exp() + 1.0).clamp(min=0.0).sqrt()
+
+
+def _distance(square_t: Tensor, probs_tV: Tensor, ids_tK: Tensor, atoms_tK: Tensor) -> Tensor:
+    """Euclidean norm of (sum of the atoms) x softmax - atoms, [t], by its three inner products; square_t: as
+    `hard_norm` takes it."""
     mass_t = atoms_tK.sum(-1)
     inner_t = (atoms_tK * probs_tV.gather(-1, ids_tK)).sum(-1)
     whole_t = mass_t.square() * square_t - 2.0 * mass_t * inner_t + atoms_tK.square().sum(-1)

@@ -60,7 +60,8 @@ class Signals(NamedTuple):
     student_loss_T: Tensor
     """float32 nats: the student's loss of the token's own label; empty before its forward pass."""
     disagreement_T: Tensor
-    """float32 nats: KL(teacher || student) of the token, an unbiased estimate where targets are drawn; empty before
+    """float32 nats: by how much the token's soft loss is above the least it can be. Of a cross entropy that is
+    KL(teacher || student), an unbiased estimate where targets are drawn; of other losses their divergence. Empty before
     the student's forward pass."""
 
     def rows(self, rows: slice) -> "Signals":

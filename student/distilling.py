@@ -15,7 +15,7 @@ from distill.data.join import Batch
 from distill.engine.dist import Dist
 from distill.engine.optim import learning_rate
 from distill.engine.recipe import Forward, Recipe
-from losses import Mixed, fixed, weighting
+from losses import fixed, weighting
 from losses.schedule import schedule
 from losses.weighting import Factor, Mean, Setting, State, Weighting
 from student.checked_factor import RUN_METRICS, CheckedFactor
@@ -100,12 +100,11 @@ class StudentRecipe(Recipe):
         weigher, teacher = None, None
         if micro.targets is not None:
             signals = signals_of(micro, valid_T.device, plan.lr_share)
-            weigher = Weigher(self.weighting, plan.state, plan.step, signals, valid_T, self._loss.is_cross_entropy)
+            least_T = self._loss.least(micro.targets)
+            weigher = Weigher(self.weighting, plan.state, plan.step, signals, valid_T, least_T)
         if self._live is not None and micro.teacher_TE is not None:
             teacher = micro.teacher_TE, self._live.unembedding()
-        rows = self._loss.rows(labels_T, weigher or fixed(valid_T.float()), micro.targets, teacher)
-        if isinstance(rows, Mixed):
-            rows = rows._replace(norms=plan.norms)
+        rows = self._loss.rows(labels_T, weigher or fixed(valid_T.float()), micro.targets, teacher, plan.norms)
         head_fn = partial(self._loss.head, rows=rows, weigher=weigher, teacher_TE=micro.teacher_TE)
         head, routing = model(micro.ids_BS, micro.documents_BS, head_fn, micro.images)
         means = {"loss": Mean(head.loss_sum.detach(), valid_T.sum())}

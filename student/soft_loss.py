@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from distill.cache import SoftTargets
@@ -30,12 +31,11 @@ class SoftLoss:
         options = soft_losses.options_of(config)
         self._temperature = options.get("temperature", 1.0)
         self._divergence = self._entry.divergence(options) if isinstance(self._entry, LossEntry) else None
-        forms = {soft_losses.form_of(codec) for codec in codecs}
-        self._as_mixed = config.loss == "mixed" or forms != {soft_losses.BUCKET}
-        self.is_cross_entropy = config.loss == "mixed" or (
+        self._exact = {soft_losses.form_of(codec) for codec in codecs} == {soft_losses.BUCKET}
+        self._as_mixed = config.loss == "mixed" or not self._exact
+        self._is_cross_entropy = config.loss == "mixed" or (
             self._divergence is not None and self._as_mixed and bool(codecs)
         )
-        """Of the part `soft`: the teacher's entropy parts it from the divergence."""
         self._is_linear = soft_losses.verdict(config.loss, self._temperature, soft_losses.SAMPLED).startswith("yes")
 
     def rows(
@@ -44,20 +44,32 @@ class SoftLoss:
         weigh: Weigh,
         targets: SoftTargets | None,
         teacher: tuple[Tensor, Tensor] | None,
+        norms: bool = False,
     ) -> RowFunction:
-        """The row function of a micro-batch; teacher: hidden states [T, E] and unembedding [U, E] of a live one."""
+        """The row function of a micro-batch; teacher: hidden states [T, E] and unembedding [U, E] of a live one; norms:
+        of gradients are among its parts, but of a module's loss only where it is a `Mixed`."""
         atoms = () if targets is None else (targets.ids_TK, targets.probs_TK)
         if self._divergence is None:
             made: RowFunction = self._entry(labels_T, weigh, *atoms)
-            return made
+            return made._replace(norms=norms) if isinstance(made, Mixed) else made
         if not atoms:
-            return Mixed(labels_T, weigh)
+            return Mixed(labels_T, weigh, norms=norms)
         if teacher is not None:
-            return Dense(labels_T, weigh, *teacher, self._divergence, self._temperature)
+            return Dense(labels_T, weigh, *teacher, self._divergence, self._temperature, norms)
         if self._as_mixed:
             assert self._is_linear, "the configuration allows no other loss of atoms that were drawn"
-            return Mixed(labels_T, weigh, *atoms)
-        return Bucketed(labels_T, weigh, *atoms, self._divergence, self._temperature)
+            return Mixed(labels_T, weigh, *atoms, norms=norms)
+        return Bucketed(labels_T, weigh, *atoms, self._divergence, self._temperature, norms)
+
+    def least(self, targets: SoftTargets) -> Tensor:
+        """The least that the part `soft` of each token can be, nats [T]; the rest of it is a divergence."""
+        if not self._is_cross_entropy:
+            return torch.zeros_like(targets.entropy_T)
+        if not self._exact:
+            return targets.entropy_T
+        # The bucket is left out: the entropy of the atoms, which need not add up to 1.
+        probs_TK, mass_T = targets.probs_TK, targets.probs_TK.sum(-1)
+        return torch.xlogy(mass_T, mass_T) - torch.xlogy(probs_TK, probs_TK).sum(-1)
 
     def head(
         self,

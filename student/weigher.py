@@ -52,8 +52,9 @@ class Weighed(NamedTuple):
         """Metrics of targets and weights; parts: of the loss.
 
         On the same tokens: `teacher_lead`, nats by which the teacher's loss was below the student's, and
-        `disagreement`, KL(teacher || student). `lag`, nats by which the teacher was worse than where the best one ends;
-        `effective_weight`, the soft term's share of the norms of both terms' gradients at the logits.
+        `disagreement`, by how much the soft loss is above the least it can be. `lag`, nats by which the teacher was
+        worse than where the best one ends; `effective_weight`, the soft term's share of the norms of both terms'
+        gradients at the logits.
         """
         signals, covered_T = self.signals, self.signals.covered_T
         tokens, valid = covered_T.sum(), self.valid_T.sum()
@@ -90,7 +91,7 @@ class Weigher:
     """Weighs tokens for a row function (`losses.mixed.Weigh`), chunk after chunk, and keeps what became of them.
 
     Args:
-        is_cross_entropy: the soft loss is a cross entropy, which the teacher's entropy parts from the divergence.
+        least_T: the least that each token's soft loss can be, nats.
     """
 
     def __init__(
@@ -100,17 +101,17 @@ class Weigher:
         step: int,
         signals: Signals,
         valid_T: Tensor,
-        is_cross_entropy: bool = True,
+        least_T: Tensor,
     ):
         self._weighting, self._state, self._step = weighting, state, step
-        self.signals, self._valid_T, self._is_cross_entropy = signals, valid_T, is_cross_entropy
+        self.signals, self._valid_T, self._least_T = signals, valid_T, least_T
         self._chunks: list[Weighed] = []
 
     def __call__(self, rows: slice, hard_t: Tensor, soft_t: Tensor | None) -> tuple[Tensor, Tensor]:
         assert soft_t is not None, "there are targets"
         signals, valid_t = self.signals.rows(rows), self._valid_T[rows]
-        disagreement_t = soft_t - signals.entropy_T if self._is_cross_entropy else soft_t
-        signals = signals._replace(student_loss_T=hard_t.float(), disagreement_T=disagreement_t.float())
+        disagreement_t = (soft_t - self._least_T[rows]).float()
+        signals = signals._replace(student_loss_T=hard_t.float(), disagreement_T=disagreement_t)
         weights = self._weighting.weigh(self._state, self._step, signals)
         weighed = Weighed(signals, valid_t, weights.hard_t * valid_t, weights.soft_t * valid_t, weights.values)
         self._chunks.append(weighed)

@@ -16,7 +16,6 @@ QUARANTINE = "quarantine"
 TEMPORARY = ".tmp"
 """Suffix of local files that are not published yet; a process that may write the file may remove a leftover."""
 
-INDEX = ("sample_ids", "digests", "checks", "ends", "steps", "atoms", "origins")
 RECORDS = "records"
 LABEL_LEVELS, LABEL_TOP = 255, 32.0
 ENTROPY_LEVELS = 255

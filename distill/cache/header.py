@@ -32,6 +32,10 @@ class NotReadableHere(CacheError):
     """A cache that may be whole: its format version is another one, or its codec is not registered."""
 
 
+class NoCache(CacheError):
+    """There is no cache.json."""
+
+
 @dataclass(frozen=True)
 class CacheHeader:
     """The identity of a cache. Two headers mean the same cache when `check` finds no difference."""
@@ -107,7 +111,7 @@ class CacheHeader:
             return dataclasses.replace(header, folder=store.root)
         except CacheError as error:
             if is_missing(error):
-                raise CacheError(f"{store.root}: no cache here ({HEADER} is missing)") from None
+                raise NoCache(f"{store.root}: no cache here ({HEADER} is missing)") from None
             raise
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CacheError(f"{path} is damaged: {error!s:.300}") from error

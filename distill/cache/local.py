@@ -39,6 +39,10 @@ class LocalStore(Store):
         self.root = str(folder)
         self._prefix = f"{self.folder}/"
 
+    @property
+    def place(self) -> str:
+        return str(self.folder)
+
     def names(self, folder: str) -> list[str]:
         with reported(self.folder / folder):
             try:
@@ -96,6 +100,10 @@ class LocalStore(Store):
     def bytes_in(self, folder: str) -> int:
         with reported(self.folder / folder):
             return sum(path.stat().st_size for path in (self.folder / folder).rglob("*") if path.is_file())
+
+    def free(self) -> float:
+        disk = os.statvfs(self.folder)
+        return disk.f_bavail * disk.f_frsize
 
     def make_folders(self, *names: str) -> None:
         for name in names:

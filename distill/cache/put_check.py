@@ -37,10 +37,7 @@ class PutCheck:
 
     def sample_ids(self, values: Any) -> NDArray[np.int64]:
         """int64 [B] of one id, or a list, array or tensor of ids; CacheError: one that the corpus does not have."""
-        ids_B = self._whole("sample_ids_B", values)
-        for bad in ids_B[(ids_B < 0) | (ids_B >= self._header.samples)][:1]:
-            raise self._error(f"sample is {bad}; sample ids must lie in 0 to {self._header.samples - 1}")
-        return ids_B.astype(np.int64)
+        return known_ids(self._whole("sample_ids_B", values), self._header, self._header.folder)
 
     def batch(
         self, ids: Any, digests: Any, atoms: Atoms, label_logprob: Any, entropy: Any, valid: Any, step: int,
@@ -214,3 +211,10 @@ def whole_numbers(values: Any) -> Array:
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"must hold whole numbers of 64 bits in a row, not {values!r:.80}") from None
     return np.atleast_1d(array) if array.size else np.empty(0, np.int64)
+
+
+def known_ids(ids_B: Array, header: CacheHeader, folder: object) -> NDArray[np.int64]:
+    """The sample ids as int64; CacheError, which names the cache's folder: one that the corpus does not have."""
+    for bad in ids_B[(ids_B < 0) | (ids_B >= header.samples)][:1]:
+        raise CacheError(f"cache {folder}: sample is {bad}; sample ids must lie in 0 to {header.samples - 1}")
+    return ids_B.astype(np.int64)

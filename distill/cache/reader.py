@@ -15,11 +15,10 @@ from torch import Tensor
 from distill.cache import record
 from distill.cache.codecs import make_codec
 from distill.cache.header import CacheHeader
-from distill.cache.local import LocalStore
 from distill.cache.loss_curve import LossSums
 from distill.cache.open_store import open_store
 from distill.cache.origins import SOURCES, Origin
-from distill.cache.put_check import whole_numbers
+from distill.cache.put_check import known_ids, whole_numbers
 from distill.cache.ranks import load_ranks
 from distill.cache.record import Decoded
 from distill.cache.shard import Shard
@@ -81,10 +80,9 @@ class CacheReader:
         self._ids_by_rank = load_ranks(self._store, self.header).astype(np.int32)
         self._view = open_view(self._store, self.header, view)
 
-    def __reduce__(self) -> tuple[type[CacheReader], tuple[str | Path, dict[str, Any]]]:
+    def __reduce__(self) -> tuple[type[CacheReader], tuple[str, dict[str, Any]]]:
         """A pickled reader is opened anew, with the same view, in a process that may have another working folder."""
-        folder = self._store.folder if isinstance(self._store, LocalStore) else self.folder
-        return CacheReader, (folder, self.view)
+        return CacheReader, (self._store.place, self.view)
 
     def refresh(self) -> int:
         """Adds what has been published since to the view; returns the number of new shards and marks.
@@ -249,12 +247,7 @@ class CacheReader:
 
     def _find(self, sample_ids: Array) -> tuple[View, Records]:
         """The view, and in it the records of samples; CacheError for an id that the corpus does not have."""
-        sample_ids = self._whole("sample_ids", sample_ids)
-        for bad in sample_ids[(sample_ids < 0) | (sample_ids >= self.header.samples)][:1]:
-            raise CacheError(
-                f"cache {self.folder}: sample is {bad}; sample ids must lie in 0 to {self.header.samples - 1}"
-            )
-        sample_ids = sample_ids.astype(np.int64)
+        sample_ids = known_ids(self._whole("sample_ids", sample_ids), self.header, self.folder)
         before = self._view
         view, records = asked(before, partial(View.find, sample_ids=sample_ids))
         self._take(before, view)

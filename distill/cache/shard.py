@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from distill.cache.format import INDEX, shard_name
+from distill.cache.format import shard_name
 from distill.cache.header import CacheHeader
-from distill.cache.origins import Origin
 from distill.cache.seal import digest
 from distill.cache.shard_header import COLUMNS, MAX_SAMPLES, WIDTH, ShardHeader, front_size, parse_front
 from distill.cache.store import Store
@@ -71,6 +71,13 @@ def index_bytes(columns: Columns, checks: Array, ends: Array) -> bytes:
     """The index of records that are known by their checks."""
     index = columns._asdict() | {"checks": checks, "ends": ends}
     return b"".join(np.ascontiguousarray(index[name], _TYPES[dtype]).tobytes() for name, (dtype, _) in COLUMNS.items())
+
+
+def verified(path: str, sample_id: int, token_digest: int, expected: int, record: bytes) -> bytes:
+    """A record; CacheError, which names its file and sample, where its check is not the expected one."""
+    if check(sample_id, token_digest, record) != expected:
+        raise CacheError(f"{path} is damaged: sample {sample_id} does not verify")
+    return record
 
 
 def check(sample_id: int, token_digest: int, record: memoryview | bytes) -> int:
@@ -192,30 +199,19 @@ class Shard:
         """File and the samples in it, for messages."""
         return f"{self.path} (samples {self.header.first_sample} to {self.header.last_sample})"
 
-    def origin(self, index: int) -> Origin:
-        return self.header.origins[self.columns.origins[index]]
-
     def span(self, first: int, end: int) -> list[bytes]:
         """The records of samples number `first` to `end` - 1 of the shard, verified, in one read.
 
         Raises:
             CacheError: names file and sample of a record that is not what was written.
         """
-        data = self.read(first, end)
         bounds = (self.bounds[first : end + 1] - self.bounds[first]).tolist()
-        return [self.verified(first + i, data[bounds[i] : bounds[i + 1]]) for i in range(end - first)]
-
-    def read(self, first: int, end: int) -> bytes:
-        """The bytes of samples number `first` to `end` - 1, not verified."""
-        start, stop = int(self.bounds[first]), int(self.bounds[end])
-        return self._store.read_at(self._name, self.records_at + start, stop - start)
-
-    def verified(self, index: int, data: bytes) -> bytes:
-        """The record of one sample; CacheError when its bytes do not have their digest."""
-        sample, token_digest = int(self.columns.sample_ids[index]), int(self.columns.digests[index])
-        if check(sample, token_digest, data) != self.checks[index]:
-            raise CacheError(f"{self.path} is damaged: sample {sample} does not verify")
-        return data
+        data = self._store.read_at(self._name, self.records_at + int(self.bounds[first]), bounds[-1])
+        columns = (each[first:end].tolist() for each in (self.columns.sample_ids, self.columns.digests, self.checks))
+        return [
+            verified(self.path, sample, token_digest, expected, data[start:stop])
+            for sample, token_digest, expected, (start, stop) in zip(*columns, pairwise(bounds), strict=True)
+        ]
 
 
 def columns_of(index: bytes, samples: int) -> dict[str, Array]:
@@ -224,5 +220,4 @@ def columns_of(index: bytes, samples: int) -> dict[str, Array]:
     for name, (dtype, width) in COLUMNS.items():
         arrays[name] = np.frombuffer(index, _TYPES[dtype], samples, start)
         start += width * samples
-    assert tuple(arrays) == INDEX
     return arrays

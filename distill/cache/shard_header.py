@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distill.cache.fields import checked
-from distill.cache.format import RECORDS
+from distill.cache.format import FORMAT, RECORDS
 from distill.cache.loss_curve import LossSums
 from distill.cache.origins import SOURCES, Origin
 from distill.cache.seal import seal, unseal
@@ -86,7 +86,7 @@ class ShardHeader:
     @classmethod
     def of(cls, record: dict[str, Any]) -> ShardHeader:
         """From JSON; raises TypeError, KeyError or ValueError when it is not a header."""
-        if record.pop("format") != 3:
+        if record.pop("format") != FORMAT:
             raise ValueError("it has another format")
         parts = {
             "origins": tuple(checked(Origin, each) for each in record["origins"]),
@@ -106,7 +106,7 @@ class ShardHeader:
 
 def front(header: ShardHeader) -> bytes:
     """The bytes in front of the index: the header of a safetensors file, whose metadata is the sealed header."""
-    record = {"format": 3} | {f.name: getattr(header, f.name) for f in dataclasses.fields(header)}
+    record = {"format": FORMAT} | {f.name: getattr(header, f.name) for f in dataclasses.fields(header)}
     record["origins"] = [dataclasses.asdict(origin) for origin in header.origins]
     record["losses"] = header.losses.json()
     record["replaces"] = [dataclasses.asdict(each) for each in header.replaces]

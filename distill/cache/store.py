@@ -5,6 +5,7 @@ moment leaves the old state or the new one.
 """
 
 import contextlib
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -25,9 +26,14 @@ class Store(ABC):
     """
 
     root: str
-    """Path or URL."""
+    """Path or URL, as it was given."""
     slow: bool
     """Requests take long: they are few and large, and many are sent at one time."""
+
+    @property
+    def place(self) -> str:
+        """Path or URL that is the same in a process with another working folder."""
+        return self.root
 
     def path(self, name: str) -> str:
         """Path or URL of a file, for messages."""
@@ -86,6 +92,10 @@ class Store(ABC):
     def is_alias(self, name: str) -> bool:
         """Whether it is a link to what is there in this store under another name."""
         return False
+
+    def free(self) -> float:
+        """Bytes that still have room; infinity where the store does not say."""
+        return math.inf
 
     def make_folders(self, *names: str) -> None:  # noqa: B027 (object stores have no folders)
         """Makes folders, where a file needs one to lie in."""

@@ -1,7 +1,7 @@
 """Atoms, which a writer takes, and soft targets, which a reader gives.
 
 Atoms are ragged, so they are kept in compressed-row form: counts per token and one flat run of values. The letter N
-stands for the atoms of all tokens together.
+counts the atoms of all tokens together.
 """
 
 from __future__ import annotations

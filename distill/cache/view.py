@@ -22,7 +22,7 @@ from distill.cache.header import CacheHeader
 from distill.cache.listing import Listing, ListingDamaged, Totals, block_cache
 from distill.cache.loss_curve import LossSums
 from distill.cache.origins import Origin, summed
-from distill.cache.shard import Shard, check
+from distill.cache.shard import Shard, verified
 from distill.cache.shard_header import ShardHeader
 from distill.cache.snapshot import Snapshot, StreamState, load_snapshot, snapshot_numbers, valid_snapshots
 from distill.cache.store import Store, is_missing
@@ -152,10 +152,10 @@ class View:
         data: list[bytes | None] = [None] * len(records.entries)
         for span, blob in zip(spans, blobs, strict=True):
             for i in span.items:
-                first = int(starts[i]) - span.start
-                data[there[i]] = self._verified(
-                    records.entries[there[i]], files[i], blob[first : first + int(sizes[i])]
-                )
+                first, entry = int(starts[i]) - span.start, records.entries[there[i]]
+                record, path = blob[first : first + int(sizes[i])], self.store.path(files[i])
+                sample, token_digest, expected = (int(entry[name]) for name in ("sample", "digest", "check"))
+                data[there[i]] = verified(path, sample, token_digest, expected, record)
         return data
 
     def _read_span(self, file: str, start: int, size: int) -> bytes:
@@ -168,12 +168,6 @@ class View:
                     "compaction cannot be read any more"
                 ) from error.__cause__
             raise
-
-    def _verified(self, entry: Any, file: str, data: bytes) -> bytes:
-        sample = int(entry["sample"])
-        if check(sample, int(entry["digest"]), data) != entry["check"]:
-            raise CacheError(f"{self.store.path(file)} is damaged: sample {sample} does not verify")
-        return data
 
     # ------------------------------------------------------------ as a whole
 

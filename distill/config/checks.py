@@ -11,7 +11,7 @@ from pathlib import Path
 from distill.config import soft_losses
 from distill.config.model import model_rules, vision_rules
 from distill.config.ranges import out_of_range
-from distill.config.registry import CODECS, FACTORS, JOBS, LOSSES
+from distill.config.registry import CODECS, FACTORS, JOBS
 from distill.config.schema import (
     IMAGE_TOKENS,
     CodecConfig,
@@ -51,8 +51,7 @@ def _rules(run: RunConfig) -> Iterator[str]:
     yield from _role("teacher", run.teacher)
     yield from _role("student", run.student)
     yield from _weighting("student.weighting", run.student.weighting)
-    if run.student.loss in LOSSES.names:
-        yield from soft_losses.option_problems(run.student)
+    yield from soft_losses.option_problems(run.student)
     for name, arm in run.codistill.arms.items():
         yield from _weighting(f"codistill.arms.{name}.weighting", arm.weighting)
     yield from _folder_names("codistill.arms", run.codistill.arms)
@@ -116,7 +115,7 @@ def codistill_rules(run: RunConfig) -> Iterator[str]:
             f"teacher.capture is false; job=codistill trains {', '.join(cached)} on what the teacher captures "
             "(student.targets=live and arms with cached=false need no capture)"
         )
-    if cached and run.cache.codec.name in CODECS.names and run.student.loss in LOSSES.names:
+    if cached and run.cache.codec.name in CODECS.names:
         form, codec = soft_losses.form_of(run.cache.codec.name), f"cache.codec.name={run.cache.codec.name}"
         codec += f", which {', '.join(cached)} would read" if live else ""
         yield from soft_losses.refusal(run.student, form, codec)

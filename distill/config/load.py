@@ -13,8 +13,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
+import yaml
 from hydra import version
 from hydra._internal.config_repository import IConfigRepository
 from hydra._internal.hydra import Hydra
@@ -40,6 +41,8 @@ from distill.config.schema import RunConfig
 from distill.config.sentences import key_of, sentence, unresolved
 from distill.config.spelling import spelt
 from distill.config.userfiles import CONF
+
+T = TypeVar("T")
 
 ConfigStore.instance().store(name="schema", node=RunConfig)
 
@@ -88,6 +91,24 @@ def to_dict(part: Any) -> dict[str, Any]:
     box = OmegaConf.to_container(OmegaConf.structured(part), resolve=True, enum_to_str=True)
     assert isinstance(box, dict)
     return {str(k): v for k, v in box.items()}
+
+
+def to_yaml(part: Any) -> str:
+    """The same as text."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(part)))
+
+
+def typed(kind: type[T], values: Any) -> T:
+    """The typed object of values that `to_dict` gave, perhaps of an older version, which had fewer keys."""
+    return cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values)))
+
+
+def read_yaml(path: Path) -> Any:
+    """The values in a file; ValueError: it is not YAML."""
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(str(error)) from error
 
 
 # ---------------------------------------------------------------- a command line

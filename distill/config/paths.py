@@ -13,7 +13,7 @@ from typing import Any
 from distill.config.ranges import IS_PATH, hints
 
 FOREIGN = "hf:"
-"""Stands before a path in teacher.from."""
+"""Before a path in teacher.from."""
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z][A-Za-z0-9+.-]*)*://")
 

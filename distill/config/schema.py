@@ -238,7 +238,7 @@ class EntropyFactor:
 
 @frozen
 class DisagreementFactor:
-    """alpha rises with KL(teacher || student) of the token."""
+    """alpha rises with the disagreement of student and teacher on the token."""
 
     enabled: bool = False
     half: Positive = 0.1

@@ -45,7 +45,9 @@ def options_of(student: StudentConfig) -> dict[str, float]:
 
 
 def option_problems(student: StudentConfig) -> Iterator[str]:
-    """Sentences about options that the loss does not read, or not in this range."""
+    """Sentences about options that the loss does not read, or not in this range; none about a name that is no loss."""
+    if student.loss not in LOSSES.names:
+        return
     key, entry = "student.loss_options", LOSSES[student.loss]
     reads = getattr(entry, "options", {})
     for name in ("temperature", "beta", "skew", "alpha"):
@@ -63,7 +65,10 @@ def option_problems(student: StudentConfig) -> Iterator[str]:
 
 
 def refusal(student: StudentConfig, form: str, source: str) -> Iterator[str]:
-    """A sentence if targets of this form are not for the student's loss, or temperature; source: what they are of."""
+    """A sentence if targets of this form are not for the student's loss, or temperature; none about a name that is no
+    loss. source: what the targets are of."""
+    if student.loss not in LOSSES.names:
+        return
     temperature = options_of(student).get("temperature", 1.0)
     found = verdict(student.loss, temperature, form)
     if not found.startswith("refused"):

@@ -13,8 +13,8 @@ from distill.config.ranges import Count, PathText, Positive, PositiveShare, Seed
 
 
 class ArmKind(Enum):
-    """labels: no soft targets; static: weights that know nothing of the teacher; new: what the study is about; control:
-    must be no better than labels; other: reported alone."""
+    """labels: no soft targets; static: weights that do not depend on the teacher; new: what the study is about;
+    control: must be no better than labels; other: reported alone."""
 
     labels = "labels"
     static = "static"

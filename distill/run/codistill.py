@@ -54,16 +54,10 @@ def codistill(run: Run) -> None:
         "agreement": result.agreement,
         "ece": result.ece,
     }
-    if "hard" in config.codistill.arms:
-        entries |= gap_closed(taught.loss, entries["hard_loss"], result.loss)
+    [share] = [row.gap_closed for row in table.outcomes(entries) if row.arm == "distilled"]
+    entries |= {} if share is None else {"gap_closed": share}
     run.tracker.message(table.render(entries | {"seconds": run.seconds}))
     run.finish(entries)
-
-
-def gap_closed(teacher: float, hard: float, distilled: float) -> dict[str, float]:
-    """Summary entry of held-out losses, nats: the share of the way from hard labels to the teacher; none where the
-    teacher is no better than hard labels."""
-    return {"gap_closed": (hard - distilled) / (hard - teacher)} if hard > teacher else {}
 
 
 def _rounds(

@@ -22,6 +22,7 @@ from distill.config import json_text
 from distill.config.files import write_all
 from distill.config.schema import RunConfig, Source
 from distill.config.study import LabArm, LabTargets
+from distill.run.identity import digest_of
 
 ROOT = Path(__file__).resolve().parents[2]
 _TRAINING = (
@@ -59,23 +60,20 @@ def config_digest(
         parts |= {"targets": targets.value, "shuffled": arm.shuffled, "reversed": arm.reversed}
     if any(corpus.source is Source.stdlib for corpus in student.data.corpora.values()):
         parts["text"] = sys.version.split()[0]
-    return _digest(parts)
+    return digest_of(parts)
 
 
 def teachers_digest(teachers: Sequence[RunConfig], untils: Sequence[float]) -> str:
     """The same of a regime's teachers; it names the folder of their caches."""
-    parts = [[_teacher(teacher), until] for teacher, until in zip(teachers, untils)]
-    return _digest(parts)
-
-
-def _digest(parts: Any) -> str:
-    text = json.dumps(parts, sort_keys=True, default=lambda member: member.value)
-    return xxhash.xxh3_64_hexdigest(text.encode())
+    return digest_of([[_teacher(teacher), until] for teacher, until in zip(teachers, untils)])
 
 
 def _common(config: RunConfig) -> dict[str, Any]:
     plain = dataclasses.asdict(config)
     del plain["data"]["dir"]
+    for role in ("teacher", "student"):
+        for key in ("log_every", "eval_every", "eval_samples", "checkpoint_every", "keep_checkpoints"):
+            del plain[role]["train"][key]
     for corpus in plain["data"]["corpora"].values():
         for source in (Source.law, Source.needle):
             if corpus["source"] is not source:
@@ -87,8 +85,6 @@ def _student(config: RunConfig) -> dict[str, Any]:
     common = _common(config)
     plain = common.pop("plain")
     student, cached = plain["student"], config.student.cached
-    for key in ("log_every", "eval_every", "eval_samples", "checkpoint_every", "keep_checkpoints"):
-        del student["train"][key]
     weighting = student.pop("weighting")
     if cached:
         student["weighting"] = {
@@ -100,8 +96,6 @@ def _student(config: RunConfig) -> dict[str, Any]:
 def _teacher(config: RunConfig) -> dict[str, Any]:
     common = _common(config)
     plain = common.pop("plain")
-    for key in ("log_every", "eval_every", "eval_samples", "checkpoint_every", "keep_checkpoints"):
-        del plain["teacher"]["train"][key]
     cache = {key: plain["cache"][key] for key in ("codec", "shard_samples")}
     return common | {"teacher": plain["teacher"], "cache": cache}
 

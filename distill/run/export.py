@@ -9,13 +9,12 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any, cast
-
-from omegaconf import OmegaConf
+from typing import Any
 
 from distill.config import owner
 from distill.config.errors import ConfigError
 from distill.config.files import write_text
+from distill.config.load import typed
 from distill.config.registry import PRECISIONS
 from distill.config.schema import DataConfig, ImageConfig, ModelConfig, RunConfig, VisionConfig
 from distill.config.units import counted
@@ -123,8 +122,7 @@ class _Home:
                     "data.tokenizer.file"
                 )
             return _Home(False, own, None, Path(own.tokenizer.file))
-        recorded = run_folder.recorded(run).data
-        data = cast(DataConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), recorded)))
+        data = typed(DataConfig, run_folder.recorded(run)["data"])
         homes = [run, run.parent.parent] if run.parent.name == "arms" else [run]  # an arm has its run's data
         packed = Path(data.dir) if data.dir else next((h / "data" for h in homes if (h / "data").is_dir()), None)
         file = next((h / TOKENIZER for h in homes if (h / TOKENIZER).exists()), None)

@@ -5,13 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from distill.config import paths
 from distill.config.errors import ConfigError
-from distill.config.load import to_dict
+from distill.config.files import write_text
+from distill.config.load import read_yaml, to_dict, to_yaml
 from distill.config.schema import RunConfig
 from distill.config.values import differences, shown
 from distill.tracking.tracker import METRICS
@@ -36,16 +33,21 @@ _FREE = (
 )
 
 
-def recorded(folder: Path) -> DictConfig:
+def record(folder: Path, config: RunConfig) -> None:
+    """Writes a run's configuration into its folder."""
+    write_text(folder / CONFIG, to_yaml(config))
+
+
+def recorded(folder: Path) -> dict[str, Any]:
     """The configuration that a run left in its folder; ConfigError: it is not there, or damaged."""
     path = folder / CONFIG
     try:
-        found = OmegaConf.load(path)
-        if not isinstance(found, DictConfig) or "job" not in found:
+        found = read_yaml(path)
+        if not isinstance(found, dict) or "job" not in found:
             raise ValueError("it is no run's configuration")
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing") from None
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path} is damaged ({reason:.120})") from error
     return found
@@ -71,7 +73,7 @@ def problems(folder: Path, config: RunConfig) -> Iterator[str]:
         yield f"hydra.run.dir is {folder}; {what}: {way_out}"
         return
     try:
-        before = OmegaConf.to_container(recorded(folder))
+        before = recorded(folder)
     except ConfigError as error:
         yield (
             f"{error}; resume=true compares with it what the run was started with: put it back, or start anew in "

@@ -5,11 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from omegaconf import OmegaConf
-
 from distill.cache import CacheHeader
 from distill.config.errors import CacheError, ConfigError
 from distill.config.registry import PRECISIONS
+from distill.config.values import flat
 from distill.data.tokenizer import TOKENIZER, load_tokenizer
 from distill.engine import checkpoint
 from distill.engine.checkpoint import Checkpoint
@@ -110,8 +109,8 @@ def _progress(trained: Checkpoint, home: Path) -> tuple[int, int]:
     steps = int(trained.state["roles"][role]["step"])
     if not (home / "config.yaml").exists():
         return steps, 0
-    config = recorded(home)
-    batch, length = OmegaConf.select(config, f"{role}.train.batch"), OmegaConf.select(config, "data.sample_tokens")
+    config = flat(recorded(home))
+    batch, length = config.get(f"{role}.train.batch"), config.get("data.sample_tokens")
     return steps, steps * int(batch or 0) * int(length or 0)
 
 

@@ -52,7 +52,12 @@ class Lineage:
 
 def base_of(parts: dict[str, Any]) -> str:
     """Sixteen hex digits over all that decides a teacher's weights: JSON-able values and enums, in any order."""
-    text = json.dumps({"format": _FORMAT, **parts}, sort_keys=True, default=lambda enum: enum.value)
+    return digest_of({"format": _FORMAT, **parts})
+
+
+def digest_of(parts: Any) -> str:
+    """Sixteen hex digits over JSON-able values and enums."""
+    text = json.dumps(parts, sort_keys=True, default=lambda enum: enum.value)
     return xxhash.xxh3_64_hexdigest(text.encode())
 
 

@@ -20,7 +20,7 @@ class Interval(NamedTuple):
     pairs: int
 
     def verdict(self, limit: float) -> str:
-        """pass: the mean is below the limit as far as the interval tells; fail: it is above; else undecided."""
+        """pass: the whole interval is below the limit; fail: it is above; else undecided."""
         return "pass" if self.high < limit else "fail" if self.low > limit else "undecided"
 
 

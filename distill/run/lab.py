@@ -9,19 +9,15 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from distill.config import owner, stop, study_plan
 from distill.config.errors import ConfigError
-from distill.config.files import write_text
-from distill.config.load import to_dict
 from distill.config.schema import ConsoleMode, RunConfig
 from distill.config.study import LabTargets
 from distill.config.units import counted, duration
 from distill.engine.dist import Dist
 from distill.run import lab_caches, lab_page
 from distill.run.evidence import measure, name_of
-from distill.run.folder import CONFIG
+from distill.run.folder import record
 from distill.run.lab_student import train_student
 from distill.run.lab_study import Cell, Study
 
@@ -36,7 +32,7 @@ def lab(config: RunConfig, folder: Path, dist: Dist) -> None:
     home.mkdir(parents=True, exist_ok=True)
     owner.own(home, "lab.dir", "job=lab")
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
+    record(folder, config)
     study = Study(config)
     say = (lambda text: None) if config.tracking.console is ConsoleMode.off else partial(print, flush=True)
     if not config.lab.summary_only:

@@ -2,14 +2,13 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from distill.config.checks import vision_problems
 from distill.config.errors import ConfigError
-from distill.config.load import to_dict
+from distill.config.load import to_dict, typed
 from distill.config.model import moe_layers, rope_layers
 from distill.config.schema import DataConfig, ModelConfig, RunConfig, VisionConfig
 from distill.config.values import differences, shown
@@ -91,8 +90,7 @@ def load_model(
 
 def _from_checkpoint(opened: Checkpoint, role: str, with_vision: bool, parts: Parts) -> Transformer:
     name = role_in(opened, role)
-    stored = OmegaConf.merge(OmegaConf.structured(ModelConfig), opened.state["models"][name])
-    config = cast(ModelConfig, OmegaConf.to_object(stored))
+    config = typed(ModelConfig, opened.state["models"][name])
     tensors = hidden_projector.without(opened.tensors(name, ("param/", "buffer/")))
     if not with_vision:
         config = dataclasses.replace(config, vision=None)

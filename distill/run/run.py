@@ -13,8 +13,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from distill.config import json_text
 from distill.config.errors import ConfigError, DataError, DivergenceError
 from distill.config.files import write_text
@@ -116,7 +114,7 @@ class Run:
         begun = self.dist.from_main((self.folder / run_folder.CONFIG).exists())
         if self.dist.is_main:
             checkpoint.clear_half_written(self.checkpoints)
-            write_text(self.folder / run_folder.CONFIG, OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
+            run_folder.record(self.folder, config)
             if self.data.train:  # job=export has no text
                 self.data.tokenizer.save(self.folder / TOKENIZER)
         steps = {role: s["step"] for role, s in self.restored.state["roles"].items()} if self.restored else {}

@@ -4,7 +4,7 @@ torch."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +16,7 @@ from distill.cache.listing import PIECE, Listing, ListingRef, block_cache
 from distill.cache.origins import SOURCES
 from distill.cache.snapshot import Snapshot, load_snapshot, snapshot_numbers
 from distill.cache.store import Store, is_missing
-from distill.cache.tail import Tail, read_tail
+from distill.cache.tail import Ranges, Tail, read_tail
 from distill.cache.view import View
 from distill.config.errors import CacheError
 from distill.tools.shard_scan import Place, Rows
@@ -46,10 +46,18 @@ class CatalogScan:
         usable = (each for each in self.snapshots if all(ref in self.listings for ref in each.listings))
         return next(usable, None)
 
-    def count(self, writer: str) -> int:
-        """How far any snapshot says that a stream goes."""
-        states = (each.streams.get(writer) for each in self.snapshots)
-        return max((state.count for state in states if state is not None), default=0)
+    def holes(self, places: Iterable[Place], gone: Ranges) -> Iterator[tuple[str, int, int]]:
+        """Writer, first and last number of shards that are not there, as `places` says, and that no other replaces.
+
+        A stream goes as far as a shard of it is there, or as any snapshot says.
+        """
+        streams: dict[str, list[int]] = {name: [] for each in self.snapshots for name in each.streams}
+        for writer, seq in places:
+            streams.setdefault(writer, []).append(seq)
+        for writer, seqs in sorted(streams.items()):
+            counts = (each.streams[writer].count for each in self.snapshots if writer in each.streams)
+            for first, last in gone.missing(writer, seqs, max([*counts, *(seq + 1 for seq in seqs)])):
+                yield writer, first, last
 
 
 def scan_catalog(store: Store, header: CacheHeader) -> CatalogScan:

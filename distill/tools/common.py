@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distill.cache.format import CATALOG, HEADER, LOCKS, QUARANTINE, SHARDS, TOOLS_LOCK, writer_lock
-from distill.cache.local import LocalStore
 from distill.cache.open_store import open_store
 from distill.cache.store import Store
 from distill.config.errors import CacheError, ConfigError
@@ -125,8 +124,6 @@ def blocked_locks(store: Store) -> list[str]:
 
 
 def check_room(store: Store, needed: int, what: str) -> None:
-    """CacheError where a local disk has less room than what is about to be written; `what` names it."""
-    if isinstance(store, LocalStore):
-        disk = os.statvfs(store.folder)
-        if (free := disk.f_bavail * disk.f_frsize) < needed:
-            raise CacheError(f"{store.root}: {what} needs {file_size(needed)}, and its disk has {file_size(free)} left")
+    """CacheError where a disk has less room than what is about to be written; `what` names it."""
+    if (free := store.free()) < needed:
+        raise CacheError(f"{store.root}: {what} needs {file_size(needed)}, and its disk has {file_size(free)} left")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from distill.cache import cataloging
-from distill.cache.header import CacheHeader
+from distill.cache.header import CacheHeader, NoCache
 from distill.cache.loss_curve import LossSums
 from distill.cache.open_store import open_store
 from distill.cache.publish import create
@@ -17,7 +17,6 @@ from distill.cache.ranks import invert, load_ranks
 from distill.cache.shard import Array
 from distill.cache.store import Store
 from distill.cache.view import View, open_view, sound_view
-from distill.config.errors import CacheError
 from distill.config.paths import home
 from distill.config.terminal import advancing
 from distill.config.units import file_size, grouped
@@ -113,9 +112,7 @@ def open_target(target: Store, source: Store, header: CacheHeader) -> CacheHeade
     """The target's header, which fits the source's, `header`; made where there is none."""
     try:
         there = CacheHeader.load(target)
-    except CacheError as error:
-        if "no cache here" not in str(error):
-            raise
+    except NoCache:
         # Any counts that fall with the rank.
         counts_V = header.vocab_size - invert(load_ranks(source, header)) if header.ranks else None
         return create(target, header, counts_V)

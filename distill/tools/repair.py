@@ -19,7 +19,7 @@ from itertools import count
 
 from distill.cache import cataloging
 from distill.cache.format import QUARANTINE, shard_name, snapshot_name
-from distill.cache.header import CacheHeader, NotReadableHere
+from distill.cache.header import CacheHeader, NoCache, NotReadableHere
 from distill.cache.publish import publish_mark
 from distill.cache.ranks import load_ranks
 from distill.cache.seal import seal, unseal
@@ -159,7 +159,7 @@ def _header(store: Store) -> CacheHeader:
         header = CacheHeader.load(store)
         load_ranks(store, header)
     except CacheError as error:
-        if isinstance(error, NotReadableHere) or ("no cache here" in str(error) and not writers_of(store)):
+        if isinstance(error, NotReadableHere) or (isinstance(error, NoCache) and not writers_of(store)):
             raise
         raise CacheError(
             f"{error}; this cannot be made again from the rest of the cache. The same job, begun in another folder, "

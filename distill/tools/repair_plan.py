@@ -165,17 +165,13 @@ class Look:
         listed = listed_rows(self.found, set(self.damaged))
         made = {place: self._salvage(place, scan.name, listed) for place, scan in self.damaged.items()}
         self.gone = self._replaced(made.values())
-        streams: dict[str, list[int]] = {name: [] for each in self.found.snapshots for name in each.streams}
-        for writer, seq in [*self.good, *self.damaged]:
-            streams.setdefault(writer, []).append(seq)
         kept = self._quarantined()
-        empty = set(kept)
-        for writer, seqs in streams.items():
-            end = max([self.found.count(writer), *(seq + 1 for seq in seqs)])
-            for first, last in self.gone.missing(writer, seqs, end) if writer not in self.live else ():
-                if last - first >= _MOST_GAPS:
-                    self._cut(writer, first, last)
-                    break
+        empty, is_cut = set(kept), set(self.live)
+        for writer, first, last in list(self.found.holes([*self.good, *self.damaged], self.gone)):
+            if writer not in is_cut and last - first >= _MOST_GAPS:
+                self._cut(writer, first, last)
+                is_cut.add(writer)
+            elif writer not in is_cut:
                 empty |= {(writer, seq) for seq in range(first, last + 1)}
         empty -= {place for place in empty if self._taken_up(place, kept.get(place, []))}
         listed = listed_rows(self.found, empty)

@@ -110,18 +110,11 @@ def _problems(
 
 def _missing(store: Store, scans: Sequence[ShardScan], found: CatalogScan, gone: Ranges) -> Iterator[str]:
     """Shards that are not there, and that no other replaces."""
-    there: dict[str, list[int]] = {}
-    for place in (each.place for each in scans):
-        if place is not None:
-            there.setdefault(place[0], []).append(place[1])
-    for writer in sorted({*there, *(name for each in found.snapshots for name in each.streams)}):
-        seqs = there.get(writer, [])
-        count = max([found.count(writer), *(seq + 1 for seq in seqs)])
-        for first, last in gone.missing(writer, seqs, count):
-            # A folder's names are not read at one moment: a new shard may be seen before the one in front of it.
-            if first < last or not store.exists(shard_name(writer, first)):
-                which = f"shards {first} to {last} of writer {writer} are" if last > first else "the shard is"
-                yield f"{store.path(shard_name(writer, first))}: {which} missing"
+    for writer, first, last in found.holes((each.place for each in scans if each.place is not None), gone):
+        # A folder's names are not read at one moment: a new shard may be seen before the one in front of it.
+        if first < last or not store.exists(shard_name(writer, first)):
+            which = f"shards {first} to {last} of writer {writer} are" if last > first else "the shard is"
+            yield f"{store.path(shard_name(writer, first))}: {which} missing"
 
 
 def catalog_problems(

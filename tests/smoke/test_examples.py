@@ -3,6 +3,7 @@
 import copy
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -150,6 +151,24 @@ def test_token_digests_are_those_of_the_bytes():
     ]
     assert token_digests(ids_BS, more_BS).tolist() == want
     assert token_digests(torch.from_numpy(ids_BS).numpy()).dtype == np.uint64
+
+
+def test_all_code_of_the_page_runs(tmp_path, monkeypatch):
+    """Block after block in one program, with what the text takes for granted."""
+    monkeypatch.setattr(registry.CODECS, "_entries", dict(registry.CODECS._entries))
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "python.md").read_text()
+    torch.manual_seed(0)
+    ids_BS, head = torch.randint(0, 40, (3, 8)), torch.nn.Linear(16, 40, bias=False)
+    given = dict(
+        V=40, S=8, data=range(3), counts_V=np.ones(40), batches=[(np.arange(3), ids_BS)], device="cpu", alpha=0.5,
+        teacher=lambda ids: torch.randn(*ids.shape, 40), model=SimpleNamespace(lm_head=head), torch=torch,
+        hidden_TD=torch.randn(24, 16, requires_grad=True), teacher_hidden_TE=torch.randn(24, 12),
+        teacher_head_UE=torch.randn(40, 12),
+    )  # fmt: skip
+    exec("\n".join(line[4:] for line in page.splitlines() if line.startswith("    ")), given)
+    assert given["result"].loss_sum > 0 and given["targets"].covered_T.sum() == 21
+    assert head.weight.grad.abs().sum() > 0
 
 
 def test_the_codec_of_the_page(tmp_path, monkeypatch):

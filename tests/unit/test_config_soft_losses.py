@@ -139,6 +139,17 @@ def test_live_targets_say_what_they_need(tmp_path):
     assert not problems("job=codistill", *live, "student.model.vocab_size=600")
 
 
+@pytest.mark.parametrize("job", ["job=codistill", "job=student"])
+@pytest.mark.parametrize("targets", ["live", "cache"])
+def test_a_name_that_is_no_loss_is_one_sentence(tmp_path, job, targets):
+    """Rules that look up the loss have nothing to say of it."""
+    needs = (
+        [f"teacher.from={tmp_path}" if targets == "live" else f"cache.dir={tmp_path}"] if job[4:] == "student" else []
+    )
+    (line,) = problems(job, *needs, "data=stdlib", f"student.targets={targets}", "student.loss=tv")
+    assert line == f"student.loss is tv; allowed: {', '.join(LOSSES.names)}"
+
+
 def test_hidden_states_are_in_no_cache():
     (line,) = problems("job=student", "cache.dir=/x", "student.hidden_match=1")
     assert line == (

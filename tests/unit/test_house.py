@@ -15,6 +15,19 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("distill", "losses", "teacher", "student")
 MOST_LINES = 400
 MOST_FUNCTION_LINES = 65
+PLACES = {
+    "hydra": ("distill/config/", "distill/__main__.py"),
+    "omegaconf": ("distill/config/", "distill/__main__.py"),
+    "rich": ("distill/config/terminal.py",),
+    "deepspeed": ("distill/engine/",),
+    "plotly": ("distill/tracking/",),
+    "wandb": ("distill/tracking/wandb_sink.py",),
+    "fsspec": ("distill/cache/far.py",),
+    "numba": ("distill/cache/",),
+    "tokenizers": ("distill/data/tokenizer.py",),
+    "transformers": ("teacher/foreign.py",),
+}
+"""Large libraries, and where alone they are imported."""
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +46,32 @@ def test_no_circle_of_imports():
     graph = grimp.build_graph(*PACKAGES, cache_dir=None)
     imports = {module: set(graph.find_modules_directly_imported_by(module)) for module in graph.modules}
     graphlib.TopologicalSorter(imports).prepare()  # raises CycleError, which names the circle
+
+
+def test_large_libraries_are_imported_in_their_places(sources):
+    misplaced = {
+        f"{path} imports {name}"
+        for path, tree in sources.items()
+        if path.startswith(PACKAGES)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in {(getattr(node, "module", None) or alias.name).split(".")[0] for alias in node.names}
+        if name in PLACES and not path.startswith(PLACES[name])
+    }
+    assert misplaced == set()
+
+
+def test_kinds_of_stores_differ_inside_their_classes(sources):
+    """Nothing but `open_store` names a kind."""
+    places = {f"distill/cache/{name}.py" for name in ("open_store", "local", "far")}
+    asking = {
+        path
+        for path, tree in sources.items()
+        if path.startswith(PACKAGES)
+        for node in ast.walk(tree)
+        if getattr(node, "id", getattr(node, "name", None)) in ("LocalStore", "FarStore")
+    }
+    assert asking == places
 
 
 def test_no_two_files_share_a_name(sources):

@@ -254,6 +254,34 @@ def test_weights_of_zero_and_parts_are_unweighted(name):
     )
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("name", LOSSES)
+def test_norms_are_those_of_the_two_terms_gradients(name, temperature):
+    """Of each token, against autograd on the logits, one term at a time and unweighted; they change nothing else."""
+    student, teacher, (labels, w_hard, w_soft), targets = problem(seed=4)
+    valid_T = (w_soft > 0) & (w_hard > 0)
+    eye = torch.eye(len(student[1]), dtype=torch.float64)
+    logits = (student[0] @ student[1].T).requires_grad_()
+    ones, zeros = torch.ones_like(w_hard), torch.zeros_like(w_hard)
+    for rows, soft in (
+        (
+            bucketed(labels, w_hard, *targets, w_soft, divergence(name), temperature),
+            oracle_bucketed(name, (logits, eye), labels, zeros, valid_T.double(), *targets, temperature),
+        ),
+        (
+            dense(labels, w_hard, *teacher, w_soft, divergence(name), temperature),
+            oracle_dense(name, (logits, eye), teacher, labels, zeros, ones, temperature),
+        ),
+    ):
+        plain, out = (head_loss(*leaves(student), each, chunk=4) for each in (rows, rows._replace(norms=True)))
+        assert out.loss_sum == plain.loss_sum and not plain.parts.keys() & {"hard_norm", "soft_norm"}
+        hard = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        for key, term in (("hard_norm", hard), ("soft_norm", soft)):
+            want_T = torch.autograd.grad(term, logits)[0].norm(dim=-1)
+            rtol = 10 * tolerance(name)
+            torch.testing.assert_close(out.parts[key][valid_T], want_T[valid_T], rtol=rtol, atol=rtol)
+
+
 @pytest.mark.parametrize("form", ["bucketed", "dense"])
 def test_bf16_hidden_states_give_losses_in_fp32(form):
     student, teacher, (labels, w_hard, w_soft), targets = problem(dtype=torch.bfloat16)

@@ -82,7 +82,9 @@ def alphas(student, b, step=0):
     """Of the first token of each sample, without moving the student's state."""
     plan, before = student.begin(b, step), student.weighting_state
     valid = torch.ones(b.valid_BS.numel(), dtype=torch.bool)
-    weigher = Weigher(student.weighting, plan.state, step, signals_of(b, torch.device("cpu"), 1.0), valid)
+    weigher = Weigher(
+        student.weighting, plan.state, step, signals_of(b, torch.device("cpu"), 1.0), valid, torch.zeros(len(valid))
+    )
     weigher(slice(None), torch.zeros(len(valid)), torch.zeros(len(valid)))
     assert student.weighting_state is before
     return weigher.whole.soft_T.view(-1, S)[:, 0].tolist()

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from distill.cache import SoftTargets
 from distill.config.errors import ConfigError
 from distill.config.schema import ModelConfig, StudentConfig, Targets, WeightingConfig
 from distill.data.join import Batch, Joined
 from distill.engine.dist import Dist
 from distill.model import Transformer, hidden_projector
+from losses import head_loss
 from losses.bucketed import Bucketed
 from losses.dense import Dense
 from losses.matching import hidden_match
@@ -160,6 +162,34 @@ def test_the_loss_of_each_form():
         made = SoftLoss(StudentConfig(MODEL, loss=loss), codecs)
         assert type(made.rows(*args, found, teacher_)) is kind, (loss, codecs)
         assert type(made.rows(*args, None, None)) is Mixed
+
+
+def test_the_least_that_a_soft_loss_can_be():
+    """Of a student that predicts just what the targets say; so what is above it is a divergence, 0 at the least."""
+    g = torch.Generator().manual_seed(3)
+    logits = torch.randn(6, V, generator=g, dtype=torch.float64)
+    p = logits.softmax(-1)
+    top, ids = p.topk(4, -1)
+    some = SoftTargets(ids, top, torch.ones(6, dtype=torch.bool), -torch.ones(6), -(p * p.log()).sum(-1))
+    nothing = some._replace(probs_TK=torch.zeros(6, 4, dtype=torch.float64))
+    rows = torch.zeros(6, dtype=torch.int64), fixed(torch.zeros(6), torch.ones(6)), some
+    sparse = torch.full_like(p, -1e4).scatter(-1, ids, top.log())
+    dense = torch.eye(V, dtype=torch.float64)
+    for loss, codecs, student, teacher_ in (
+        ("mixed", ["topk"], sparse, None),
+        ("mixed", [], logits, (logits, dense)),
+        ("forward_kl", ["topk"], logits, None),
+        ("forward_kl", [], logits, (logits, dense)),
+        ("jensen_shannon", ["topk"], logits, None),
+    ):
+        made = SoftLoss(StudentConfig(MODEL, loss=loss), codecs)
+        soft_T = head_loss(student, dense, made.rows(*rows, teacher_)).parts["soft"]
+        torch.testing.assert_close(made.least(some), soft_T, rtol=1e-9, atol=1e-9)
+        other_T = head_loss(student.flip(0), dense, made.rows(*rows, teacher_)).parts["soft"]
+        assert (other_T > made.least(some)).all()
+        assert made.least(nothing).isfinite().all()
+    drawn = SoftLoss(StudentConfig(MODEL, loss="forward_kl"), ["systematic"])
+    assert drawn.least(some) is some.entropy_T
 
 
 def test_a_loss_that_is_not_linear_never_passes_as_the_mixed_one():

@@ -101,6 +101,15 @@ def test_values_that_are_missing_or_not_finite_do_no_harm():
     assert table.render({}) == ""
 
 
+@pytest.mark.parametrize(
+    ("teacher", "distilled", "share"), [(2.0, 2.25, 0.75), (2.0, 3.5, -0.5), (3.0, 2.5, None), (3.5, 2.5, None)]
+)
+def test_the_share_of_a_gap(teacher, distilled, share):
+    """None where the teacher is no better than hard labels."""
+    *_, row = table.outcomes({"teacher_loss": teacher, "hard_loss": 3.0, "distilled_loss": distilled})
+    assert row.gap_closed == share
+
+
 def test_an_overhead_below_0_is_called_noise():
     assert table.entries({"capture_overhead": -0.055})["capture overhead"] == (
         "−5.5 % of the teacher's step; below 0 is noise of the timing"

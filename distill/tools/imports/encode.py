@@ -88,7 +88,7 @@ class SpanEncoder:
     """Encodes with one codec: `topk` for entries, any codec for whole distributions.
 
     Of entries the label's log-probability is exact where the label is among them, or the source holds it apart;
-    otherwise the bound min(residual mass, smallest kept probability) stands for it, which is never below it. The
+    otherwise the bound min(residual mass, smallest kept probability) is taken for it, which is never below it. The
     entropy is that of the entries and of the residual as one lump, which is never above it.
     """
 

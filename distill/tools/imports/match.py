@@ -35,7 +35,6 @@ class ByTokens:
 
     def __init__(self, corpus: PackedCorpus, starts: set[int], ends: set[int], truncated: int | None = None):
         self._length, self._starts, self._ends = corpus.sample_tokens, starts, np.array(sorted(ends), np.int64)
-        self._truncated = truncated
         samples, documents = _Table(), _Table()
         for start, tokens in _documents(corpus, samples):
             content, offset = self._content(tokens)
