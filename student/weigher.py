@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from distill.config.errors import ConfigError
 from distill.data.join import Batch
 from losses.weighting import Mean, Signals, State, Weighting
 
@@ -108,7 +109,8 @@ class Weigher:
         self._chunks: list[Weighed] = []
 
     def __call__(self, rows: slice, hard_t: Tensor, soft_t: Tensor | None) -> tuple[Tensor, Tensor]:
-        assert soft_t is not None, "there are targets"
+        if soft_t is None:
+            raise ConfigError("student.loss gives weigh no soft loss where there are targets; its row function has to")
         signals, valid_t = self.signals.rows(rows), self._valid_T[rows]
         disagreement_t = (soft_t - self._least_T[rows]).float()
         signals = signals._replace(student_loss_T=hard_t.float(), disagreement_T=disagreement_t)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.cli import TINY, losses, rows, run
+from tests.cli import TINY, kill_once, losses, rows, run
 from tests.shards import headers
 
 SMALL = [
@@ -75,6 +75,21 @@ def test_two_ranks_train_the_same_teacher(codistilled, tmp_path):
     run(*arguments, f"hydra.run.dir={tmp_path}/one")
     for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert dict(a[2:]) == pytest.approx(dict(b[2:]), rel=1e-5)
+
+
+def test_a_live_teacher_sees_the_pictures(tmp_path):
+    common = [*SMALL, f"data.dir={tmp_path}/data", "tracking.report=false"]
+    run(*common, "job=teacher", "teacher.capture=false", "teacher.train.steps=4", f"hydra.run.dir={tmp_path}/t")
+    live = [*common, "job=student", "student.targets=live", f"teacher.from={tmp_path}/t", "student.hidden_match=0.5",
+            "student.loss=jensen_shannon", "student.train.accumulation=2", "student.train.checkpoint_every=2",
+            "student.train.steps=6"]  # fmt: skip
+    run(*live, f"hydra.run.dir={tmp_path}/one")
+    kill_once(tmp_path / "k" / "checkpoints" / "step-00000004", 1, *live, f"hydra.run.dir={tmp_path}/k")
+    run(*live, f"hydra.run.dir={tmp_path}/k", "resume=true")
+    assert losses(tmp_path / "k") == losses(tmp_path / "one")
+    found = [row for row in rows(tmp_path / "one") if "soft_loss" in row]
+    assert len(found) == 3 and all(row["coverage"] == 1 and row["soft_grad_norm"] > 0 for row in found)
+    assert any("hard_loss/digits" in row for row in found)
 
 
 def test_faults_are_told_at_once(tmp_path):

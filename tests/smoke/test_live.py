@@ -123,6 +123,30 @@ def test_any_causal_language_model_teaches_live(made, tmp_path):
         assert f"teacher.from=hf:{tmp_path}/{name} has {said}" in wrong and "Traceback" not in wrong
 
 
+PARTS = ("loss", "soft_loss", "hidden_match", "teacher_loss", "grad_norm", "soft_grad_norm", "effective_weight")
+
+
+def assert_close(some, others, rel):
+    assert len(some) > 1
+    for one, other in zip(some, others, strict=True):
+        for key in PARTS:
+            assert other[key] == pytest.approx(one[key], rel=rel), key
+
+
+def test_a_learning_live_teacher_in_bf16_under_zero_1(made, tmp_path):
+    _, common = made
+    live = [*common, "student.targets=live", "student.hidden_match=0.3", "student.loss=skew_kl", "engine=zero1",
+            "precision=bf16", "student.loss_options.temperature=2", "student.train.log_every=2",
+            "student.train.checkpoint_every=2", "teacher.train.checkpoint_every=2", "job=codistill",
+            "teacher.capture=false", "codistill.rounds=2"]  # fmt: skip
+    run(*live, f"hydra.run.dir={tmp_path}/one")
+    run(*live, f"hydra.run.dir={tmp_path}/two", ranks=2)
+    assert_close(logged(tmp_path / "one"), logged(tmp_path / "two"), 0.01)
+    kill_once(tmp_path / "k" / "checkpoints" / "step-0000001*", 1, *live, f"hydra.run.dir={tmp_path}/k")
+    run(*live, f"hydra.run.dir={tmp_path}/k", "resume=true")
+    assert losses(tmp_path / "k") == losses(tmp_path / "one")
+
+
 @pytest.mark.parametrize("capture", [False, True])
 def test_a_learning_live_teacher(made, tmp_path, capture):
     _, common = made
@@ -140,3 +164,5 @@ def test_a_learning_live_teacher(made, tmp_path, capture):
         kill_once(tmp_path / "k" / "checkpoints" / "step-0000001*", 1, *both, f"hydra.run.dir={tmp_path}/k")
         run(*both, f"hydra.run.dir={tmp_path}/k", "resume=true")
         assert losses(tmp_path / "k") == losses(tmp_path / "s")
+        run(*both, "engine=zero1", f"hydra.run.dir={tmp_path}/two", ranks=2)
+        assert_close(found, logged(tmp_path / "two"), 1e-3)

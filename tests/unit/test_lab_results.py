@@ -246,7 +246,7 @@ def test_faults_of_a_study_are_named():
 
 
 def test_grids_of_one_study_are_of_one_size():
-    (problem,) = problems("study=quick", "lab.arms.new.grid={student.optim.lr: [1, 2, 3]}")
+    (problem,) = problems("study=quick", "lab.arms.new.grid={student.weighting.alpha: [0.1, 0.2, 0.3]}")
     assert problem.startswith("lab.arms have grids of different size (labels 2, constant 2, new")
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from distill.cache import SoftTargets
+from distill.config.errors import ConfigError
 from distill.config.schema import (
     DisagreementFactor,
     EntropyFactor,
@@ -93,6 +94,14 @@ def alphas(student, b, step=0):
 def at(*losses):
     """The state of the lag factor of a student that is at these losses on its corpora's curves."""
     return {"lag": {"place": torch.tensor([[loss, 1.0] for loss in losses], dtype=torch.float64)}}
+
+
+def test_a_row_function_that_gives_no_soft_loss_is_refused():
+    valid, student = torch.ones(S, dtype=torch.bool), recipe(alpha=0.6)
+    signals = signals_of(batch([3.0]), torch.device("cpu"), 1.0)
+    weigher = Weigher(student.weighting, student.weighting.init(), 0, signals, valid, torch.zeros(S))
+    with pytest.raises(ConfigError, match=r"student\.loss gives weigh no soft loss"):
+        weigher(slice(None), torch.zeros(S), None)
 
 
 def test_uncovered_samples_fall_to_the_hard_loss():
