@@ -48,21 +48,27 @@ def test_a_codistillation_killed_at_random_moments_ends_bitwise_alike(tmp_path, 
 
 def test_a_student_follows_a_live_teacher_and_both_may_be_killed(tmp_path, data):
     teacher = [*TINY, *data, *STEPS, "job=teacher"]
-    student = [*TINY, *data, *STEPS, "job=student", "cache.follow=true", f"cache.dir={tmp_path}/t/cache",
-               "student.replay.order=late_first"]  # fmt: skip
-    run(*teacher, f"hydra.run.dir={tmp_path}/whole")
-    run(*student[:-2], f"cache.dir={tmp_path}/whole/cache", student[-1], f"hydra.run.dir={tmp_path}/alone")
+    student = [*TINY, *data, *STEPS, "job=student", "cache.follow=true", "student.replay.order=late_first"]
 
-    following = subprocess.Popen(
-        command(*student, f"hydra.run.dir={tmp_path}/s"), env=environment(), stderr=subprocess.DEVNULL
-    )
+    def follows(cache, folder):
+        arguments = [*student, f"cache.dir={tmp_path}/{cache}/cache", f"hydra.run.dir={tmp_path}/{folder}"]
+        return subprocess.Popen(command(*arguments), env=environment(), stderr=subprocess.DEVNULL), arguments
+
+    undisturbed, _ = follows("whole", "alone")
+    run(*teacher, f"hydra.run.dir={tmp_path}/whole")
+    assert undisturbed.wait(timeout=PATIENCE) == 0
+
+    following, arguments = follows("t", "s")
     shards = tmp_path / "t" / "cache" / "shards" / "teacher-00000" / "000000" / "*.safetensors"
     kill_once(shards, 4, *teacher, f"hydra.run.dir={tmp_path}/t", "resume=true")
     restarted = subprocess.Popen(command(*teacher, f"hydra.run.dir={tmp_path}/t", "resume=true"), env=environment())
-    time.sleep(3)
+    # Not before: a student that starts when the teacher has ended is another one, that knows how it ends.
+    deadline = time.monotonic() + PATIENCE
+    while not any((tmp_path / "s" / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
     following.kill()
     following.wait()
-    run(*student, f"hydra.run.dir={tmp_path}/s", "resume=true")
+    run(*arguments, "resume=true")
     assert restarted.wait(timeout=PATIENCE) == 0
     assert losses(tmp_path / "t") == losses(tmp_path / "whole")
     assert losses(tmp_path / "s") == losses(tmp_path / "alone")
