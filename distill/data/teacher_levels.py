@@ -25,6 +25,8 @@ Floats = NDArray[np.float64]
 
 OFFSET = 0.02
 """Steps are looked at as log(step + OFFSET x length): nearly linear at first, where a loss falls by the step."""
+BEGINNING = 0.9
+"""Share of a uniform distribution's loss that a teacher has in its first steps at least."""
 WIDTH = 0.12
 """Standard deviation of the smoothing kernel on that axis."""
 
@@ -55,9 +57,9 @@ class Trend:
         return np.interp(np.log(np.maximum(steps, 0) + self._shift), self._x_N, self._loss_N)
 
     def began(self, most: float) -> bool:
-        """The curve has the teacher's beginning: its first loss is nearer to `most`, that of a uniform distribution,
-        than to its end. Else it had a head start."""
-        return self._first > (most + self.end) / 2.0
+        """The curve has the teacher's beginning: its first loss is nearly `most`, that of a uniform distribution. Else
+        it had a head start."""
+        return self._first > BEGINNING * most
 
     @cached_property
     def end(self) -> float:

@@ -64,7 +64,7 @@ def test_a_student_follows_a_live_teacher_and_both_may_be_killed(tmp_path, data)
     restarted = subprocess.Popen(command(*teacher, f"hydra.run.dir={tmp_path}/t", "resume=true"), env=environment())
     # Not before: a student that starts when the teacher has ended is another one, that knows how it ends.
     deadline = time.monotonic() + PATIENCE
-    while not any((tmp_path / "s" / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
+    while not any((tmp_path / "s" / "checkpoints").glob("step-????????")) and time.monotonic() < deadline:
         time.sleep(0.02)
     following.kill()
     following.wait()

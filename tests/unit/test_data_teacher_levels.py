@@ -116,6 +116,12 @@ def test_par_is_the_teachers_level_after_as_many_samples(pace):
     assert at(these, [9], step=10**6).par_B[0] == pytest.approx(true_loss(np.array([LENGTH]))[0], abs=0.02)
 
 
+def test_par_is_known_from_the_first_step_of_a_follower_on():
+    """Its teacher's curve ends where it begins then."""
+    these = levels(sums(np.arange(10)), limit=lambda step: step + 1)
+    assert all(np.isfinite(at(these, [step], step).par_B).all() for step in range(10))
+
+
 def test_par_is_that_of_teachers_whose_beginning_was_captured():
     steps, late = np.arange(1000), np.arange(600, 1000)
     assert np.isinf(at(levels(sums(steps), pace=np.nan), [5]).par_B).all()
