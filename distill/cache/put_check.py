@@ -37,7 +37,7 @@ class PutCheck:
 
     def sample_ids(self, values: Any) -> NDArray[np.int64]:
         """int64 [B] of one id, or a list, array or tensor of ids; CacheError: one that the corpus does not have."""
-        return known_ids(self._whole("sample_ids_B", values), self._header, self._header.folder)
+        return known_ids(self._whole("sample_ids_B", values), self._header)
 
     def batch(
         self, ids: Any, digests: Any, atoms: Atoms, label_logprob: Any, entropy: Any, valid: Any, step: int,
@@ -213,8 +213,8 @@ def whole_numbers(values: Any) -> Array:
     return np.atleast_1d(array) if array.size else np.empty(0, np.int64)
 
 
-def known_ids(ids_B: Array, header: CacheHeader, folder: object) -> NDArray[np.int64]:
-    """The sample ids as int64; CacheError, which names the cache's folder: one that the corpus does not have."""
+def known_ids(ids_B: Array, header: CacheHeader) -> NDArray[np.int64]:
+    """The sample ids as int64; CacheError: one that the corpus does not have."""
     for bad in ids_B[(ids_B < 0) | (ids_B >= header.samples)][:1]:
-        raise CacheError(f"cache {folder}: sample is {bad}; sample ids must lie in 0 to {header.samples - 1}")
+        raise CacheError(f"cache {header.folder}: sample is {bad}; sample ids must lie in 0 to {header.samples - 1}")
     return ids_B.astype(np.int64)

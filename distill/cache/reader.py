@@ -247,7 +247,7 @@ class CacheReader:
 
     def _find(self, sample_ids: Array) -> tuple[View, Records]:
         """The view, and in it the records of samples; CacheError for an id that the corpus does not have."""
-        sample_ids = known_ids(self._whole("sample_ids", sample_ids), self.header, self.folder)
+        sample_ids = known_ids(self._whole("sample_ids", sample_ids), self.header)
         before = self._view
         view, records = asked(before, partial(View.find, sample_ids=sample_ids))
         self._take(before, view)

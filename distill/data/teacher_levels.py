@@ -25,10 +25,10 @@ Floats = NDArray[np.float64]
 
 OFFSET = 0.02
 """Steps are looked at as log(step + OFFSET x length): nearly linear at first, where a loss falls by the step."""
-BEGINNING = 0.9
-"""Share of a uniform distribution's loss that a teacher has in its first steps at least."""
 WIDTH = 0.12
 """Standard deviation of the smoothing kernel on that axis."""
+BEGINNING = 0.9
+"""Share of a uniform distribution's loss that a teacher has in its first steps at least."""
 
 
 class Trend:
@@ -141,10 +141,12 @@ class TeacherLevels:
         return Levels(level_B, np.where(teacher_B >= 0, end, np.nan), par_B)
 
     def _par(self, step: int, corpus: int, trends: dict[tuple[str, str], Trend]) -> float:
-        at = np.array([step * self._paces[corpus]])
+        at = step * self._paces[corpus]
+        if np.isnan(at):
+            return np.inf
         most = np.log(self._readers[corpus].header.vocab_size)
-        captured = [trend for (_, source), trend in trends.items() if source == "capture" and trend.began(most)]
-        return min((float(trend.level(at)[0]) for trend in captured if not np.isnan(at[0])), default=np.inf)
+        captured = (trend for (_, source), trend in trends.items() if source == "capture" and trend.began(most))
+        return min((float(trend.level(np.array([at]))[0]) for trend in captured), default=np.inf)
 
     def _trends(self, step: int, corpus: int) -> dict[tuple[str, str], Trend]:
         """By identity and source; as they were, as long as neither what counts nor the view has changed."""

@@ -41,6 +41,11 @@ def repeated(places: dict[str, list[str]]) -> dict[str, list[str]]:
     return {name: paths for name, paths in places.items() if len(paths) > 1}
 
 
+def product_nodes(sources):
+    """Path and syntax node of all code that is not a test."""
+    return ((path, node) for path, tree in sources.items() if path.startswith(PACKAGES) for node in ast.walk(tree))
+
+
 def test_no_circle_of_imports():
     """Imports within functions count, and those for types alone."""
     graph = grimp.build_graph(*PACKAGES, cache_dir=None)
@@ -51,9 +56,7 @@ def test_no_circle_of_imports():
 def test_large_libraries_are_imported_in_their_places(sources):
     misplaced = {
         f"{path} imports {name}"
-        for path, tree in sources.items()
-        if path.startswith(PACKAGES)
-        for node in ast.walk(tree)
+        for path, node in product_nodes(sources)
         if isinstance(node, ast.Import | ast.ImportFrom)
         for name in {(getattr(node, "module", None) or alias.name).split(".")[0] for alias in node.names}
         if name in PLACES and not path.startswith(PLACES[name])
@@ -66,9 +69,7 @@ def test_kinds_of_stores_differ_inside_their_classes(sources):
     places = {f"distill/cache/{name}.py" for name in ("open_store", "local", "far")}
     asking = {
         path
-        for path, tree in sources.items()
-        if path.startswith(PACKAGES)
-        for node in ast.walk(tree)
+        for path, node in product_nodes(sources)
         if getattr(node, "id", getattr(node, "name", None)) in ("LocalStore", "FarStore")
     }
     assert asking == places
@@ -107,9 +108,7 @@ def test_no_function_is_long(sources):
     """Its docstring does not count."""
     long = {
         f"{path}: {node.name}"
-        for path, tree in sources.items()
-        if path.startswith(PACKAGES)
-        for node in ast.walk(tree)
+        for path, node in product_nodes(sources)
         if isinstance(node, ast.FunctionDef)
         and node.end_lineno - node.lineno - len((ast.get_docstring(node) or "").splitlines()) >= MOST_FUNCTION_LINES
     }
