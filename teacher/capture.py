@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distill.cache import Atoms, CacheWriter, Codec, Selection
+from distill.cache import Atoms, CacheWriter, Codec, Picks
 from distill.cache.pending import Pending
 from distill.data.join import Batch
 from distill.engine.watch import Watch
@@ -28,8 +28,8 @@ class MicroTargets(NamedTuple):
     batch: Batch
     hard_T: Tensor
     """Cross entropy against the labels, nats."""
-    selections: list[Selection]
-    """Atoms and entropies of the head's chunks, in order."""
+    selections: list[Picks]
+    """Of the head's chunks, in order."""
 
 
 class _StepTargets(NamedTuple):
@@ -77,23 +77,18 @@ class Capture:
 
     def selector(self, batch: Batch) -> Select:
         """Selects the targets of one micro-batch, chunk by chunk of its pass over the head."""
-        batch_size, length = batch.ids_BS.shape
-        sample_ids_T = torch.as_tensor(batch.sample_ids_B).repeat_interleave(length)
-        positions_T = torch.arange(length).repeat(batch_size)
+        (batch_size, length), device = batch.ids_BS.shape, batch.ids_BS.device
+        sample_ids_B = torch.as_tensor(batch.sample_ids_B).to(device, non_blocking=True)
+        sample_ids_T = sample_ids_B[:, None].expand(-1, length).flatten()
+        positions_T = torch.arange(length, device=device).repeat(batch_size)
 
         @torch.no_grad()
-        def select(rows: slice, logits_tV: Tensor, lse_t: Tensor) -> Selection:
+        def select(rows: slice, logits_tV: Tensor, lse_t: Tensor) -> Picks:
             began = time.perf_counter()
-            device = logits_tV.device
-            selection = self.codec.select(
-                logits_tV,
-                lse_t,
-                seed=self.seed,
-                sample_ids_T=sample_ids_T[rows].to(device),
-                positions_T=positions_T[rows].to(device),
-            )
+            where = {"sample_ids_T": sample_ids_T[rows], "positions_T": positions_T[rows]}
+            picks = self.codec.pick(logits_tV, lse_t, seed=self.seed, **where)
             self.seconds += time.perf_counter() - began
-            return selection
+            return picks
 
         return select
 
@@ -101,9 +96,9 @@ class Capture:
         """Hands a micro-batch's targets to the writers; waits or skips when their queue is full."""
         began = time.perf_counter()
         batch, hard_T, selections = targets
-        atoms = Atoms.cat([part.atoms for part in selections]).cpu()
-        entropy_T = torch.cat([part.entropy_T for part in selections]).cpu()
-        held = _StepTargets(batch, atoms, hard_T.cpu(), entropy_T, batch.valid_BS.flatten().cpu(), step)
+        picks = Picks.cat(selections).cpu()
+        atoms, valid_T = self.codec.atoms(picks), batch.valid_BS.flatten().cpu()
+        held = _StepTargets(batch, atoms, hard_T.cpu(), picks.entropy_T, valid_T, step)
         finite_T = held.hard_T.isfinite() & held.entropy_T.isfinite()
         if self._held and self._held[0].step != step:
             self._release()
