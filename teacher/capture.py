@@ -19,6 +19,7 @@ from distill.cache import Atoms, CacheWriter, Codec, Picks
 from distill.cache.pending import Pending
 from distill.data.join import Batch
 from distill.engine.watch import Watch
+from distill.model.transfer import sent
 from losses.mixed import Select
 
 
@@ -77,9 +78,9 @@ class Capture:
 
     def selector(self, batch: Batch) -> Select:
         """Selects the targets of one micro-batch, chunk by chunk of its pass over the head."""
-        (batch_size, length), device = batch.ids_BS.shape, batch.ids_BS.device
-        sample_ids_B = torch.as_tensor(batch.sample_ids_B).to(device, non_blocking=True)
-        sample_ids_T = sample_ids_B[:, None].expand(-1, length).flatten()
+        batch_size, length = batch.ids_BS.shape
+        device = batch.ids_BS.device
+        sample_ids_T = sent(torch.as_tensor(batch.sample_ids_B), device).repeat_interleave(length)
         positions_T = torch.arange(length, device=device).repeat(batch_size)
 
         @torch.no_grad()

@@ -7,8 +7,8 @@ from distill.cache.codecs import fixed_point
 from distill.cache.jit import compiled
 
 WIDTH = 128
-"""Ids of a block. What a point does not fall into is passed over by its sum; weights of the others are made again, which
-takes less than it takes to keep those of a row."""
+"""Ids of a block. One without a point is passed over by its sum; weights of the others are made again, which takes less
+than to keep those of a row."""
 _LOG2_E, _ROUND, _LN2_HIGH, _LN2_LOW, _C5, _C4, _C3, _C2, _C1, _C0, _LEAST = (
     np.float32(getattr(fixed_point, name))
     for name in ("LOG2_E", "ROUND", "LN2_HIGH", "LN2_LOW", "C5", "C4", "C3", "C2", "C1", "C0", "LEAST")
@@ -19,7 +19,7 @@ _SPREAD = fixed_point.MANTISSA + fixed_point.NATS
 
 @njit(inline="always")
 def _split(logits_V, first, top, mantissa_W, shift_W, nats_W):  # type: ignore[no-untyped-def]
-    """See `fixed_point`; returns how many logits the block has. Apart from 64-bit loops, so that both are vectorized."""
+    """See `fixed_point`; returns how many logits there are. Apart from 64-bit loops, or none is vectorized."""
     count = min(WIDTH, len(logits_V) - first)
     for i in range(count):
         below = logits_V[first + i] - top

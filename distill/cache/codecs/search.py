@@ -1,6 +1,6 @@
 """Ids at points of a row's running mass: what a sampled codec needs of the whole vocabulary.
 
-All of it is in the integers of `fixed_point`, so from equal logits a CPU (`compiled`), a GPU (`triton_search`) and
+All of it is in the integers of `fixed_point`, so from equal logits a CPU (`compiled`), a GPU (`search_kernels`) and
 operations on tensors (`by_tensors`, for every other device) give equal ids. Shapes do not depend on what is found, so
 no host waits for a device.
 """
@@ -9,32 +9,17 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from distill.cache.codecs import fixed_point
+from distill.cache.codecs.found import Found
 
 _CHUNK = 2**24
 """Weights that `by_tensors` makes at one time."""
 _THREAD_WORK = 2**19
 """Weights that are worth a thread."""
-
-
-class Found(NamedTuple):
-    """Of T rows of logits."""
-
-    entropy_T: Tensor
-    """float32 nats; NaN for a row that is not finite."""
-    top_T: Tensor
-    """float32, the greatest logit."""
-    total_T: Tensor
-    """int64, the sum of all weights; 0 for a row that is not finite."""
-    heads_TH: Tensor
-    """int32: ids whose share of the mass is at least `low`; -1 where there are no more."""
-    ids_TK: Tensor
-    """int32: the id at each point; -1 where the mass ends before."""
 
 
 def search(logits_TV: Tensor, lse_T: Tensor, points_TK: Tensor, low: float = 1.0, heads: int = 0) -> Found:
@@ -51,9 +36,9 @@ def search(logits_TV: Tensor, lse_T: Tensor, points_TK: Tensor, low: float = 1.0
     if logits_TV.device.type == "cpu":
         return _on_cpu(logits_TV, finite_T, points_TK, low, heads)
     if logits_TV.is_cuda and _has_triton():
-        from distill.cache.codecs import triton_search
+        from distill.cache.codecs import search_kernels
 
-        return triton_search.search(logits_TV, finite_T, points_TK, low, heads)
+        return search_kernels.search(logits_TV, finite_T, points_TK, low, heads)
     return by_tensors(logits_TV, finite_T, points_TK, low, heads)
 
 
@@ -77,7 +62,7 @@ def by_tensors(logits_TV: Tensor, finite_T: Tensor, points_TK: Tensor, low: floa
     weights_TV, spread_T = fixed_point.weights_and_spread(logits_TV, top_T[:, None], bits)
     weights_TV = weights_TV.masked_fill_(~finite_T[:, None], 0)
     total_T = weights_TV.sum(-1)
-    limit_T1 = least_head(total_T, low)[:, None]
+    limit_T1 = fixed_point.least_head(total_T, low)[:, None]
     values_TH, heads_TH = weights_TV.topk(heads, -1)
     heads_TH = torch.where(finite_T[:, None] & (values_TH >= limit_T1), heads_TH, -1).int()
     if heads:
@@ -87,17 +72,6 @@ def by_tensors(logits_TV: Tensor, finite_T: Tensor, points_TK: Tensor, low: floa
     ids_TK = torch.searchsorted(running_TV, points_TK, right=True)
     ids_TK = torch.where(points_TK < running_TV[:, -1:], ids_TK, -1).int()
     return Found(fixed_point.entropy(total_T, spread_T, bits), top_T, total_T, heads_TH, ids_TK)
-
-
-def share(logits_TK: Tensor, found: Found, vocab_size: int) -> Tensor:
-    """float64 [T, K]: what share of the mass of their rows some logits have; NaN where a row is not finite."""
-    weights_TK = fixed_point.weights(logits_TK, found.top_T[:, None], fixed_point.fraction_bits(vocab_size))
-    return weights_TK / found.total_T.double()[:, None]
-
-
-def least_head(total_T: Tensor, low: float) -> Tensor:
-    """int64: the least weight that is `low` of the total."""
-    return (low * total_T.double()).ceil().long()
 
 
 def _on_cpu(logits_TV: Tensor, finite_T: Tensor, points_TK: Tensor, low: float, heads: int) -> Found:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from distill.cache.codecs.base import Codec, Picks
+from distill.cache.codecs.found import share
 from distill.cache.codecs.logcode import LogCode
-from distill.cache.codecs.search import search, share
+from distill.cache.codecs.search import search
 from distill.cache.codecs.uniform import uniforms
 from distill.cache.targets import Atoms
 from distill.config.schema import CodecConfig

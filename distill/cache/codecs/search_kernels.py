@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from distill.cache.codecs import fixed_point
-from distill.cache.codecs.search import Found, least_head
+from distill.cache.codecs.found import Found
 
 WIDTH = 128
 """Ids of a block."""
@@ -14,6 +14,8 @@ _TILE = 4096
 """Logits that a program takes at one time."""
 _POINTS = 8
 """Points that a program looks for."""
+EXACT = {"enable_fp_fusion": False}
+"""Of every launch: fused, a product and a sum are rounded once, and not as everywhere else."""
 
 _LOG2_E, _ROUND, _LN2_HIGH, _LN2_LOW, _C5, _C4, _C3, _C2, _C1, _C0, _LEAST = (
     tl.constexpr(getattr(fixed_point, name))
@@ -99,13 +101,11 @@ def search(logits_TV: Tensor, finite_T: Tensor, points_TK: Tensor, low: float, h
     spread_T = torch.empty_like(mass_TB[:, 0])
     heads_TH = torch.full((tokens, heads), -1, dtype=torch.int32, device=logits_TV.device)
     ids_TK = torch.empty(tokens, points, dtype=torch.int32, device=logits_TV.device)
-    # Fused, a product and a sum would be rounded once.
-    exact = {"enable_fp_fusion": False}
     if tokens:
-        _weigh[(tokens,)](logits_TV, top_T, mass_TB, spread_T, vocab, blocks, bits, WIDTH, _TILE, num_warps=8, **exact)
+        _weigh[(tokens,)](logits_TV, top_T, mass_TB, spread_T, vocab, blocks, bits, WIDTH, _TILE, num_warps=8, **EXACT)
     total_T = mass_TB.sum(-1).masked_fill_(~finite_T, 0)
     if heads:
-        limit_T = least_head(total_T, low)
+        limit_T = fixed_point.least_head(total_T, low)
         logits_TH, found_TH = logits_TV.topk(heads)
         weights_TH = fixed_point.weights(logits_TH, top_T[:, None], bits)
         head_TH = (weights_TH >= limit_T[:, None]) & finite_T[:, None]
@@ -122,7 +122,7 @@ def search(logits_TV: Tensor, finite_T: Tensor, points_TK: Tensor, low: float, h
         grid = (tokens, triton.cdiv(points, _POINTS))
         within_TK = marks_TK - before_TK
         _locate[grid](
-            logits_TV, top_T, limit_T, block_TK, within_TK, ids_TK, vocab, bits, points, WIDTH, _POINTS, **exact
+            logits_TV, top_T, limit_T, block_TK, within_TK, ids_TK, vocab, bits, points, WIDTH, _POINTS, **EXACT
         )
     entropy_T = fixed_point.entropy(total_T, spread_T, bits)
     return Found(entropy_T, top_T, total_T, heads_TH, ids_TK.masked_fill_(~inside_TK, -1))
