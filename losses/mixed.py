@@ -18,7 +18,7 @@ from losses.head import Chunk, head_loss
 from losses.rows import Seen, Target, read, weighted, write
 
 Select = Callable[[slice, Tensor, Tensor], Any]
-"""(rows, probabilities [t, V], their logarithms [t, V]) -> what is taken out of a chunk; both tensors are read only."""
+"""(rows, logits [t, V], their log-sum-exp [t]) -> what is taken out of a chunk; both tensors are read only."""
 Weigh = Callable[[slice, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 """(rows, cross entropy against the label [t], against the soft target [t]; both in nats) -> weights of the hard and of
 the soft term [t], constants for the gradient; no soft ones where there are no soft targets. An invalid token has 0."""
@@ -60,11 +60,6 @@ class Mixed(NamedTuple):
     entropy: bool = False
     """Whether `entropy` is among the parts."""
 
-    @property
-    def tensors(self) -> int:
-        """[t, V] tensors that live at one time: the logits, with a selection their probabilities and what it makes."""
-        return 1 if self.select is None else 4
-
     def __call__(self, logits_tV: Tensor, rows: slice, want_grad: torch.dtype | None) -> Chunk:
         dtype = logits_tV.dtype
         labels_t, ids_tK, probs_tK = self.labels_T[rows], None, None
@@ -90,11 +85,7 @@ class Mixed(NamedTuple):
         else:
             w_hard_t, w_soft_t = both_weights(self.weigh, rows, hard_t, soft_t)
             loss_t = weighted(w_hard_t, hard_t) + weighted(w_soft_t, soft_t)
-        selected = None
-        if self.select is not None:
-            logprobs_tV = logits_tV.sub_(lse_t[:, None])
-            lse_t = torch.zeros_like(lse_t)  # of the logarithms of probabilities, which the logits are now
-            selected = self.select(rows, logprobs_tV.exp(), logprobs_tV)
+        selected = None if self.select is None else self.select(rows, logits_tV, lse_t)
         if want_grad is None:
             return Chunk(loss_t, parts, None, selected)
         target = Target(labels_t, w_hard_t, ids_tK, probs_tK, w_soft_t)

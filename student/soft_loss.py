@@ -11,7 +11,7 @@ from distill.config.registry import LOSSES, LossEntry
 from distill.config.schema import StudentConfig
 from losses import HeadLoss, Mixed, RowFunction, head_loss
 from losses.bucketed import Bucketed
-from losses.checks import Checked
+from losses.checked import Checked
 from losses.dense import Dense
 from losses.matching import hidden_match
 from losses.mixed import Weigh

@@ -9,7 +9,7 @@ from torch import Tensor
 from distill.data.join import Batch
 from distill.engine.recipe import Forward, Recipe
 from losses import Mixed, RowFunction, fixed, head_loss
-from losses.checks import Checked
+from losses.checked import Checked
 from losses.weighting import Mean
 from teacher.capture import Capture, MicroTargets
 
