@@ -16,7 +16,7 @@ from torch import Tensor
 from losses.head import Chunk, head_loss
 
 Select = Callable[[slice, Tensor, Tensor], Any]
-"""(rows, probabilities [t, V], their logarithms [t, V]) -> what is taken out of a chunk; both tensors are read only."""
+"""(rows, logits [t, V], their log-sum-exp [t]) -> what is taken out of a chunk; both tensors are read only."""
 Weigh = Callable[[slice, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 """(rows, cross entropy against the label [t], against the soft target [t]; both in nats) -> weights of the hard and of
 the soft term [t], constants for the gradient; no soft ones where there are no soft targets. An invalid token has 0."""
@@ -76,18 +76,12 @@ class Mixed(NamedTuple):
             w_hard_t, w_soft_t = both_weights(self.weigh, rows, hard_t, soft_t)
             loss_t = w_hard_t * hard_t + w_soft_t * soft_t
             total_t = w_hard_t + w_soft_t * mass_t
-        if not want_grad and self.select is None:
-            return Chunk(loss_t, parts, None)
-
-        # In place: the logits are spent, and but for a selection this chunk needs no second [t, V] tensor.
-        logprobs_tV, selected = logits_tV.sub_(lse_t[:, None]), None
-        if self.select is None:
-            probs_tV = logprobs_tV.exp_()
-        else:
-            probs_tV = logprobs_tV.exp()
-            selected = self.select(rows, probs_tV, logprobs_tV)
+        selected = None if self.select is None else self.select(rows, logits_tV, lse_t)
         if not want_grad:
             return Chunk(loss_t, parts, None, selected)
+
+        # In place: the logits are spent, and this chunk needs no second [t, V] tensor.
+        probs_tV = logits_tV.sub_(lse_t[:, None]).exp_()
         if self.norms:
             square_t = probs_tV.square().sum(-1)
             parts["hard_norm"] = hard_norm(square_t, hard_t)

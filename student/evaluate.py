@@ -119,9 +119,9 @@ class _Prediction(NamedTuple):
 def _predict(model: nn.Module, batch: Batch) -> _Prediction:
     labels_T, valid_T = batch.labels_BS.flatten(), batch.valid_BS.flatten()
 
-    def best(rows: slice, probs_tV: Tensor, logprobs_tV: Tensor) -> tuple[Tensor, Tensor]:
-        logprob_t, ids_t = logprobs_tV.max(-1)
-        return ids_t, logprob_t.exp()
+    def best(rows: slice, logits_tV: Tensor, lse_t: Tensor) -> tuple[Tensor, Tensor]:
+        logit_t, ids_t = logits_tV.max(-1)
+        return ids_t, (logit_t - lse_t).exp()
 
     head_fn = partial(head_loss, row_function=Mixed(labels_T, fixed(valid_T.float()), select=best))
     head, _ = model(batch.ids_BS, batch.documents_BS, head_fn, batch.images)

@@ -70,10 +70,10 @@ def _sums(model: nn.Module, batch: Batch, law: Law, alphabet: Alphabet, device: 
     number_T = torch.cumsum(spoken_T, 0) - 1
     ids_N = torch.from_numpy(alphabet.ids_N).to(device)
 
-    def distance(rows: slice, probs_tV: Tensor, logprobs_tV: Tensor) -> tuple[Tensor]:
+    def distance(rows: slice, logits_tV: Tensor, lse_t: Tensor) -> tuple[Tensor]:
         mine_t = spoken_T[rows]
         truth_sN = law_sN[number_T[rows][mine_t].to(device)]
-        model_sN = logprobs_tV[mine_t.to(device)][:, ids_N].double()
+        model_sN = (logits_tV[mine_t.to(device)][:, ids_N] - lse_t[mine_t.to(device), None]).double()
         return ((truth_sN.exp() * (truth_sN - model_sN)).sum(-1),)
 
     moved = batch.to(device)

@@ -82,6 +82,7 @@ def _label(teacher: LiveTeacher, weight_UE: Tensor, micro: Batch, chunk: int) ->
     return hidden_TE, head.parts["hard"].float(), torch.cat(head.selected).float()
 
 
-def _entropy(rows: slice, probs_tU: Tensor, logprobs_tU: Tensor) -> Tensor:
+def _entropy(rows: slice, logits_tU: Tensor, lse_t: Tensor) -> Tensor:
+    logprobs_tU = logits_tU - lse_t[:, None]
     # Without the bound an id of no probability would give 0 * -inf.
-    return -(logprobs_tU.clamp(min=torch.finfo(logprobs_tU.dtype).min) * probs_tU).sum(-1)
+    return -(logprobs_tU.exp() * logprobs_tU.clamp(min=torch.finfo(logprobs_tU.dtype).min)).sum(-1)

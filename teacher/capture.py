@@ -82,12 +82,12 @@ class Capture:
         positions_T = torch.arange(length).repeat(batch_size)
 
         @torch.no_grad()
-        def select(rows: slice, probs_tV: Tensor, logprobs_tV: Tensor) -> Selection:
+        def select(rows: slice, logits_tV: Tensor, lse_t: Tensor) -> Selection:
             began = time.perf_counter()
-            device = probs_tV.device
-            selection = self.codec.select_probs(
-                probs_tV,
-                logprobs_tV,
+            device = logits_tV.device
+            selection = self.codec.select(
+                logits_tV,
+                lse_t,
                 seed=self.seed,
                 sample_ids_T=sample_ids_T[rows].to(device),
                 positions_T=positions_T[rows].to(device),

@@ -132,11 +132,11 @@ class Foreign:
             logits_NLV = self._rows(self.model, ids_T, group).logits
             logits_tV = torch.cat([row_LV[: d.length] for row_LV, d in zip(logits_NLV, group)])
             logits_tV = logits_tV.to(torch.promote_types(logits_tV.dtype, torch.float32))
-            logprobs_tV, start = logits_tV.log_softmax(-1), group[0].start
+            lse_t, start = logits_tV.logsumexp(-1), group[0].start
             if select is not None:
-                selections.append(select(slice(start, start + len(logprobs_tV)), logprobs_tV.exp(), logprobs_tV))
-            labels_t1 = labels_T[start : start + len(logprobs_tV), None]
-            hard.append(-logprobs_tV.gather(-1, labels_t1).squeeze(-1))
+                selections.append(select(slice(start, start + len(lse_t)), logits_tV, lse_t))
+            labels_t1 = labels_T[start : start + len(lse_t), None]
+            hard.append(lse_t - logits_tV.gather(-1, labels_t1).squeeze(-1))
         return MicroTargets(batch, torch.cat(hard), selections)
 
     def _has_plain_head(self, ids_T: Tensor, documents: list[_Document]) -> bool:

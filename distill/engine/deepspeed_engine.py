@@ -95,6 +95,8 @@ class Engine:
         """
         optim.set_learning_rate(self._ds.optimizer, lr)
         self._ds.step()
+        # DeepSpeed may write weights through views, which autograd does not see; casts of weights are kept until then.
+        torch.autograd.graph.increment_version([*self.layout.trainable.values()])
         return self.layout.norm()
 
     @contextmanager

@@ -38,13 +38,26 @@ def in_fp32(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return wide
 
 
+MOST_ELEMENTS = 2**31 - 1
+"""Rows times columns of one call; kernels of grouped products count them in 32 bits."""
+
+
+def in_pieces(product: GroupedFn, x: Tensor, weight: Tensor, ends_E: Tensor) -> Tensor:
+    """A grouped product in as many calls as its rows need; pieces start at multiples of 16 rows."""
+    most = MOST_ELEMENTS // max(weight.shape[1:]) // 16 * 16
+    if len(x) <= most:
+        return product(x, weight, ends_E)
+    pieces = enumerate(x.split(most))
+    return torch.cat([product(piece, weight, (ends_E - i * most).clamp(0, len(piece))) for i, piece in pieces])
+
+
 def grouped_mm(x: Tensor, weight: Tensor, ends_E: Tensor) -> Tensor:
     """The plain `GroupedFn`: one product per expert in x's dtype; an expert without rows gets a zero gradient."""
     if x.shape[-1] * x.element_size() % 16 or weight.shape[-1] * x.element_size() % 16:
         # The kernel takes no such rows; only toy models have them.
         counts = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
         return torch.cat([rows @ one for rows, one in zip(x.split(counts), weight.unbind())])
-    return F.grouped_mm(x, weight, offs=ends_E)
+    return in_pieces(lambda piece, weight, ends_E: F.grouped_mm(piece, weight, offs=ends_E), x, weight, ends_E)
 
 
 class Linear(nn.Module):

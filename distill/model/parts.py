@@ -26,7 +26,9 @@ class Parts(NamedTuple):
     @staticmethod
     def of(numerics: Numerics, dispatcher: str = "local") -> Parts:
         """The parts of a precision (`distill.model.precision.numerics_of`) and the key `engine.dispatcher`."""
-        return Parts(numerics.linear_fn, numerics.grouped_fn, DISPATCHERS[dispatcher](), numerics.plain)
+        way = DISPATCHERS[dispatcher]()
+        way.row_multiple = numerics.row_multiple
+        return Parts(numerics.linear_fn, numerics.grouped_fn, way, numerics.plain)
 
 
 PLAIN = Parts()

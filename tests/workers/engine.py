@@ -111,8 +111,10 @@ def micro_batch(index):
 
 
 def one_step_in_bf16(dist, zero):
-    """The state after a step of plain gradient descent, lr 1, of many micro-batches; and as the other stage loads it."""
-    config = OptimConfig(optimizer=OptimizerName.sgd, lr=1.0, betas=[0.0, 0.0], clip=0.0, weight_decay=WeightDecay(0, 0, 0, 0, 0))
+    """The state after a step of gradient descent, lr 1, of many micro-batches; and as the other stage loads it."""
+    config = OptimConfig(
+        optimizer=OptimizerName.sgd, lr=1.0, betas=[0.0, 0.0], clip=0.0, weight_decay=WeightDecay(0, 0, 0, 0, 0)
+    )
     engine = Engine(model("sgd"), config, EngineConfig(zero=zero), torch.bfloat16, dist)
     for index in range(dist.rank, MICRO, dist.world):
         engine.backward(micro_loss(micro_batch(index))(engine.training_model), torch.tensor(1))
