@@ -111,7 +111,7 @@ class _Head(torch.autograd.Function):
         want_grad = products.operand if want_hidden or want_weight else None
         grad_hidden_TD = torch.empty_like(hidden_TD) if want_hidden else None
         # The sum over chunks is kept in at least fp32; one rounding to the weight's dtype comes at the end.
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=products.sum) if want_weight else None
+        grad_weight_VD = torch.empty_like(weight_VD, dtype=products.sum) if want_weight else None
         loss_sum = hidden_TD.new_zeros((), dtype=products.sum)
         parts: dict[str, list[Tensor]] = {}
         memory_tV = hidden_TD.new_empty(min(chunk, len(hidden_TD)), len(weight_VD), dtype=products.sum)

@@ -236,7 +236,7 @@ def _check(run: Run, teacher: Teacher, loss: float, captures: list[Capture]) -> 
         sample = next((found[0] for found in run.dist.gather(broken) if found), None)
         raise DivergenceError(
             f"teacher {teacher.name}: its log-probabilities of sample {sample} are not finite in precision="
-            f"{run.config.precision}; what it had labelled before is finite and stays"
+            f"{run.config.precision.name}; what it had labelled before is finite and stays"
         )
 
 
@@ -273,7 +273,7 @@ def _label_all(run: Run, teacher: Teacher, places: list[Place], plan: Plan, mine
 
     def batch(index: int) -> Batch:
         corpus, ids, _ = pieces[index]
-        return joiners[corpus].batch(np.zeros(len(ids), np.int64), ids)
+        return joiners[corpus].batch(np.zeros(len(ids), np.int64), ids).pinned(dist.device)
 
     done = sum(place.done for place in places)
     totals = torch.zeros(2, dtype=torch.float64, device=dist.device)
