@@ -208,8 +208,8 @@ class TrainConfig:
     """Keep only each layer's input for the backward pass and compute the rest again: less memory, a third more time."""
     freeze: Freeze = Freeze.none
     """Keep the vision tower and its adapter, or the whole text model, as they are; needs model.vision."""
-    head_chunk: Count = 4096
-    """Tokens whose logits live at one time."""
+    head_chunk: Count | None = None
+    """Tokens whose logits live at one time; null: by bytes, 256 MiB of them on a CPU and 2 GiB on a GPU."""
 
 
 # ---------------------------------------------------------------- weighting, replay
@@ -536,6 +536,18 @@ class EngineConfig:
     """torch.distributed backend; null: nccl on GPUs, else gloo."""
     timeout: Seconds = 1800.0
     """Seconds after which a collective that one rank never joins is an error."""
+    debug: bool = False
+    """Check ids, probabilities, mass and weights that the loss is given; every step waits for the device."""
+
+
+@frozen
+class PrecisionConfig:
+    name: PrecisionName = "auto"
+    """In which weights and activations are stored and multiplied; auto: bf16 on a GPU, else fp32, settled when a run
+    starts."""
+    native: bool = False
+    """Of bf16 on a CPU: multiply in bf16 itself, which few processors do fast; else the same operands are multiplied
+    in fp32."""
 
 
 @frozen
@@ -577,8 +589,8 @@ class BackfillConfig:
     """Samples of a forward pass on each rank."""
     unit_samples: Count = 256
     """Samples of a unit of work: the ranks take units in turns, and a logged row covers one."""
-    head_chunk: Count = 4096
-    """Tokens whose logits live at one time."""
+    head_chunk: Count | None = None
+    """Tokens whose logits live at one time; null: by bytes, 256 MiB of them on a CPU and 2 GiB on a GPU."""
     dry_run: bool = False
     """Print the plan and what it would cost; label nothing."""
 
@@ -647,7 +659,7 @@ class RunConfig:
     lab: LabConfig = field(default_factory=LabConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
-    precision: PrecisionName = "fp32"
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     plugins: list[str] = field(default_factory=list)
     """Modules that are imported first, from the Python path or the working folder: they register jobs, losses,
     factors, codecs, dispatchers and precisions (distill/config/registry.py)."""

@@ -15,6 +15,7 @@ from distill.model import Transformer
 from distill.model.hidden_projector import attach
 from distill.run import identity
 from distill.run.caches import cache_folders, open_capture
+from distill.run.chosen_precision import decisive
 from distill.run.feed import Feed, FollowingFeed
 from distill.run.identity import Lineage
 from distill.run.models import architecture, check_vision, first_model
@@ -94,7 +95,7 @@ def teacher(run: Run) -> tuple[Trainer, Capture | None]:
     if part.capture:
         planned = {**stream.describe(), "planned": steps * batch, "batch": batch}
         capture = open_capture(run, planned, cache_folders(run), lineage.base, watch)
-    recipe = TeacherRecipe(part.train.head_chunk, capture)
+    recipe = TeacherRecipe(part.train.head_chunk, capture, run.config.engine.debug)
     feed = _feed(run, stream, Replay(ReplayOrder.same, steps * batch), None, batch)
     return Trainer(run, "teacher", model, recipe, feed, watch, steps), capture
 
@@ -119,7 +120,7 @@ def lineage_of(run: Run, model: Transformer, is_loaded: bool, steps: int, stream
         "optim": dataclasses.asdict(part.optim),
         "train": {name: getattr(part.train, name) for name in deciding},
         "steps": steps,
-        "precision": run.config.precision,
+        "precision": decisive(run.config.precision),
         "stream": [stream.seed, [[name, corpora[name].digest, share] for name, share in stream.shares.items()]],
     }
     digests = [corpus.digest for corpus in corpora.values()]
@@ -151,7 +152,7 @@ def student(
         draws=min((float(reader.codec.draws) for reader in readers or []), default=math.inf),
         device=run.dist.device,
     )
-    loss = SoftLoss(part, [reader.header.codec.name for reader in readers or []], projector_ED)
+    loss = SoftLoss(part, [reader.header.codec.name for reader in readers or []], projector_ED, run.config.engine.debug)
     recipe = StudentRecipe(part, run.dist, setting, steps, list(run.data.train), loss, live)
     feed = _feed(run, stream, Replay(part.replay.order, planned), readers, part.train.batch)
     return Trainer(run, "student", model, recipe, feed, Watch(run.dist), steps), recipe
