@@ -15,7 +15,7 @@ from distill.cache.codecs import fixed_point
 from distill.cache.codecs.search import by_tensors, search
 from distill.config.registry import CODECS
 from distill.config.schema import CodecConfig
-from tests.found_rows import CASES, assert_same, hard_rows
+from tests.hard_rows import CASES, assert_same, hard_rows
 
 NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 

@@ -11,7 +11,7 @@ import triton
 
 from distill.cache.codecs import search_kernels as kernels
 from distill.cache.codecs.search import search
-from tests.found_rows import CASES, assert_same, hard_rows
+from tests.hard_rows import CASES, assert_same, hard_rows
 
 POINTERS = {"logits_TV": "*fp32", "top_T": "*fp32", "ids_TK": "*i32"}
 LOCATE = ("logits_TV", "top_T", "limit_T", "block_TK", "within_TK", "ids_TK", "vocab", "bits", "points")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distill.cache.codecs import fixed_point
-from distill.cache.codecs.found import Found
+from distill.cache.codecs.findings import Findings
 
 _CHUNK = 2**24
 """Weights that `by_tensors` makes at one time."""
@@ -22,7 +22,7 @@ _THREAD_WORK = 2**19
 """Weights that are worth a thread."""
 
 
-def search(logits_TV: Tensor, lse_T: Tensor, points_TK: Tensor, low: float = 1.0, heads: int = 0) -> Found:
+def search(logits_TV: Tensor, lse_T: Tensor, points_TK: Tensor, low: float = 1.0, heads: int = 0) -> Findings:
     """Ids at `points_TK` of the running mass.
 
     Args:
@@ -47,7 +47,7 @@ def _has_triton() -> bool:
     return torch.cuda.is_available() and find_spec("triton") is not None
 
 
-def by_tensors(logits_TV: Tensor, finite_T: Tensor, points_TK: Tensor, low: float, heads: int) -> Found:
+def by_tensors(logits_TV: Tensor, finite_T: Tensor, points_TK: Tensor, low: float, heads: int) -> Findings:
     """`search` on any device, by operations on whole tensors."""
     tokens, vocab = logits_TV.shape
     size = max(1, _CHUNK // vocab)
@@ -56,7 +56,7 @@ def by_tensors(logits_TV: Tensor, finite_T: Tensor, points_TK: Tensor, low: floa
             by_tensors(logits_TV[rows], finite_T[rows], points_TK[rows], low, heads)
             for rows in (slice(t, t + size) for t in range(0, tokens, size))
         ]
-        return Found(*map(torch.cat, zip(*parts, strict=True)))
+        return Findings(*map(torch.cat, zip(*parts, strict=True)))
     bits = fixed_point.fraction_bits(vocab)
     top_T = logits_TV.amax(-1)
     weights_TV, spread_T = fixed_point.weights_and_spread(logits_TV, top_T[:, None], bits)
@@ -71,10 +71,10 @@ def by_tensors(logits_TV: Tensor, finite_T: Tensor, points_TK: Tensor, low: floa
     points_TK = (points_TK * total_T.double()[:, None]).long()
     ids_TK = torch.searchsorted(running_TV, points_TK, right=True)
     ids_TK = torch.where(points_TK < running_TV[:, -1:], ids_TK, -1).int()
-    return Found(fixed_point.entropy(total_T, spread_T, bits), top_T, total_T, heads_TH, ids_TK)
+    return Findings(fixed_point.entropy(total_T, spread_T, bits), top_T, total_T, heads_TH, ids_TK)
 
 
-def _on_cpu(logits_TV: Tensor, finite_T: Tensor, points_TK: Tensor, low: float, heads: int) -> Found:
+def _on_cpu(logits_TV: Tensor, finite_T: Tensor, points_TK: Tensor, low: float, heads: int) -> Findings:
     from distill.cache.codecs import compiled  # loads numba, which a GPU does not need
 
     tokens, vocab = logits_TV.shape
@@ -85,7 +85,7 @@ def _on_cpu(logits_TV: Tensor, finite_T: Tensor, points_TK: Tensor, low: float, 
     ids_TK = torch.full(points_TK.shape, -1, dtype=torch.int32)
     arrays = [x.numpy() for x in (logits_TV, top_T, finite_T, points_TK, total_T, spread_T, heads_TH, ids_TK)]
     _in_threads(lambda rows: compiled.find(*(x[rows] for x in arrays), low, bits), tokens, vocab)
-    return Found(fixed_point.entropy(total_T, spread_T, bits), top_T, total_T, heads_TH, ids_TK)
+    return Findings(fixed_point.entropy(total_T, spread_T, bits), top_T, total_T, heads_TH, ids_TK)
 
 
 def _in_threads(work: Callable[[slice], object], tokens: int, vocab: int) -> None:

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from distill.cache.codecs import fixed_point
-from distill.cache.codecs.found import Found
+from distill.cache.codecs.findings import Findings
 
 WIDTH = 128
 """Ids of a block."""
@@ -92,7 +92,7 @@ def _locate(  # type: ignore[no-untyped-def]
     tl.store(ids_TK + row * points + place, (block * WIDTH + passed).to(tl.int32), mask=asked)
 
 
-def search(logits_TV: Tensor, finite_T: Tensor, points_TK: Tensor, low: float, heads: int) -> Found:
+def search(logits_TV: Tensor, finite_T: Tensor, points_TK: Tensor, low: float, heads: int) -> Findings:
     """See `search.search`."""
     (tokens, vocab), points = logits_TV.shape, points_TK.shape[1]
     bits, blocks = fixed_point.fraction_bits(vocab), triton.cdiv(vocab, WIDTH)
@@ -125,4 +125,4 @@ def search(logits_TV: Tensor, finite_T: Tensor, points_TK: Tensor, low: float, h
             logits_TV, top_T, limit_T, block_TK, within_TK, ids_TK, vocab, bits, points, WIDTH, _POINTS, **EXACT
         )
     entropy_T = fixed_point.entropy(total_T, spread_T, bits)
-    return Found(entropy_T, top_T, total_T, heads_TH, ids_TK.masked_fill_(~inside_TK, -1))
+    return Findings(entropy_T, top_T, total_T, heads_TH, ids_TK.masked_fill_(~inside_TK, -1))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distill.cache.codecs.base import Codec, Picks
-from distill.cache.codecs.found import share
+from distill.cache.codecs.findings import share
 from distill.cache.codecs.logcode import LogCode
 from distill.cache.codecs.search import search
 from distill.cache.codecs.uniform import uniforms

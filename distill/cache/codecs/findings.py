@@ -7,7 +7,7 @@ from torch import Tensor
 from distill.cache.codecs import fixed_point
 
 
-class Found(NamedTuple):
+class Findings(NamedTuple):
     """Of T rows of logits."""
 
     entropy_T: Tensor
@@ -22,7 +22,7 @@ class Found(NamedTuple):
     """int32: the id at each point; -1 where the mass ends before."""
 
 
-def share(logits_TK: Tensor, found: Found, vocab_size: int) -> Tensor:
+def share(logits_TK: Tensor, found: Findings, vocab_size: int) -> Tensor:
     """float64 [T, K]: what share of the mass of their rows some logits have; NaN where a row is not finite."""
     weights_TK = fixed_point.weights(logits_TK, found.top_T[:, None], fixed_point.fraction_bits(vocab_size))
     return weights_TK / found.total_T.double()[:, None]
