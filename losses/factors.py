@@ -112,8 +112,9 @@ class Entropy(Stateless):
     def observe(self, state: State, signals: Signals, total: Collective) -> State:
         if not self.skip:
             return state
-        bins_T = self._bin(signals.entropy_T)[signals.covered_T]
-        counts = total(torch.bincount(bins_T, minlength=ENTROPY_BINS).double().to(self._device))
+        # Not a mask and bincount: these wait for the device.
+        counts = torch.zeros(ENTROPY_BINS, dtype=torch.float64, device=self._device)
+        counts = total(counts.index_add_(0, self._bin(signals.entropy_T), signals.covered_T.double()))
         return {"first_kept": (counts.cumsum(0) <= self.skip * counts.sum()).sum()[None]}
 
     def value(self, state: State, signals: Signals) -> Tensor:

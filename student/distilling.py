@@ -15,6 +15,7 @@ from distill.data.join import Batch
 from distill.engine.dist import Dist
 from distill.engine.optim import learning_rate
 from distill.engine.recipe import Forward, Recipe
+from distill.model.transfer import sent
 from losses import fixed, weighting
 from losses.schedule import schedule
 from losses.weighting import Factor, Mean, Setting, State, Weighting
@@ -90,7 +91,7 @@ class StudentRecipe(Recipe):
         lr_share = learning_rate(self.config.optim, step, self.steps) / self.config.optim.lr
         state = self.weighting_state
         if batch.targets is not None:
-            signals = signals_of(batch, batch.valid_BS.device, lr_share)
+            signals = signals_of(batch, self.dist.device, lr_share)
             state = self.weighting.observe(state, signals, self.dist.sum)
         return StepPlan(step, state, lr_share, (step + 1) % self.config.train.log_every == 0)
 
@@ -110,7 +111,7 @@ class StudentRecipe(Recipe):
         means = {"loss": Mean(head.loss_sum.detach(), valid_T.sum())}
         histograms: dict[str, Tensor] = {}
         sums, covered_T = dict[str, Tensor](), torch.zeros_like(valid_T)
-        corpus_B = torch.as_tensor(micro.corpus_B).to(valid_T.device, non_blocking=True)
+        corpus_B = sent(torch.as_tensor(micro.corpus_B), valid_T.device)
         per_corpus = {"hard_loss": head.parts["hard"]}
         if weigher is not None:
             covered_T = weigher.signals.covered_T

@@ -80,15 +80,19 @@ def evaluate(
             agreed, taught = (theirs.best_T == ours.best_T) & valid_T, theirs.loss_sum
         sums = (ours.loss_sum, valid_T, hit_T & valid_T, agreed, taught)
         sums_C5[corpus] += torch.stack([x.sum().double() for x in sums])
-        calibration_C3B[corpus] += bin_confidence(ours.confidence_T[valid_T], hit_T[valid_T], bins)
+        calibration_C3B[corpus] += bin_confidence(ours.confidence_T, hit_T, valid_T, bins)
         positions.add(by_position_C2N[corpus], ours.hard_T, valid_T, batch.documents_BS)
     model.train(training)
-    parts = [dist.sum(part) for part in (sums_C5, calibration_C3B, by_position_C2N)]
+    parts = [_on_host(dist.sum(part)) for part in (sums_C5, calibration_C3B, by_position_C2N)]
     if not parts[0][:, 1].sum():
         raise DataError("no label of the held-out samples carries loss: evaluate more samples, or mask less of them")
     agrees = teacher is not None
     corpora = {name: _evaluation(agrees, {}, *part) for name, *part in zip(names, *parts) if part[0][1]}
     return _evaluation(agrees, corpora, *(part.sum(0) for part in parts))
+
+
+def _on_host(sums: Tensor) -> Tensor:
+    return sums.cpu()
 
 
 def _evaluation(

@@ -35,7 +35,7 @@ class LiveTeacher:
 
 @torch.no_grad()
 def labelled(teacher: LiveTeacher, batch: Batch, parts: int, chunk: int, dist: Dist) -> Batch:
-    """This rank's batch of an optimizer step, on the device, with the teacher's targets.
+    """This rank's batch of an optimizer step, on the device but for its images, with the teacher's targets.
 
     A sample with an id that the teacher lacks has none. Levels are 0: the teacher of the moment is the best there is.
 
@@ -43,16 +43,20 @@ def labelled(teacher: LiveTeacher, batch: Batch, parts: int, chunk: int, dist: D
         parts: equal numbers of samples that go through the teacher at a time.
         chunk: tokens whose logits live at one time.
     """
-    batch = batch.to(dist.device)
-    size, weight_UE = len(batch.ids_BS) // parts, teacher.unembedding()
+    on_host, size, weight_UE = batch, len(batch.ids_BS) // parts, teacher.unembedding()
+    batch = dataclasses.replace(batch, images=None).to(dist.device)
     vocab_size = len(weight_UE)
     valid_BS = batch.valid_BS
     known_B = (batch.ids_BS < vocab_size).all(1) & ((batch.labels_BS < vocab_size) | ~valid_BS).all(1)
     readable = dataclasses.replace(
         batch, ids_BS=_within(batch.ids_BS, vocab_size), labels_BS=_within(batch.labels_BS, vocab_size)
     )
-    rows = [readable.rows(start, start + size) for start in range(0, len(batch.ids_BS), size)]
-    found = [_label(teacher, weight_UE, micro, chunk) for micro in rows]
+    found = []
+    for start in range(0, len(batch.ids_BS), size):
+        # Images are cut on the host, where it reads which tiles the rows have.
+        images = on_host.rows(start, start + size).to(dist.device).images
+        micro = dataclasses.replace(readable.rows(start, start + size), images=images)
+        found.append(_label(teacher, weight_UE, micro, chunk))
     hidden_TE, loss_T, entropy_T = (torch.cat(column) for column in zip(*found))
 
     covered_T = known_B.repeat_interleave(batch.ids_BS.shape[1])
@@ -60,6 +64,7 @@ def labelled(teacher: LiveTeacher, batch: Batch, parts: int, chunk: int, dist: D
     no_atoms_T0 = loss_T.new_zeros(len(loss_T), 0)
     return dataclasses.replace(
         batch,
+        images=on_host.images,
         targets=SoftTargets(no_atoms_T0.long(), no_atoms_T0, covered_T, -loss_T, entropy_T),
         step_B=torch.where(known_B, teacher.step(), -1),
         level_B=level_B,

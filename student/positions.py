@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from distill.model.segments import document_starts
+from distill.model.transfer import sent
 
 STARTS = [0, *sorted({round(2 ** (step / 4)) for step in range(4 * 26)})]
 """First position of each bin: four for each doubling; powers of two begin one, as they begin a chunk."""
@@ -32,8 +33,8 @@ def positions(documents_BS: Tensor) -> Tensor:
 
 def add(sums_2N: Tensor, loss_T: Tensor, valid_T: Tensor, documents_BS: Tensor) -> None:
     """Adds each valid token's loss, and 1, to its position's bin; sums_2N: fp64 [2, bins]."""
-    position_T = positions(documents_BS).flatten().to(sums_2N.device)
-    starts_N = torch.tensor(STARTS, device=sums_2N.device)
+    position_T = sent(positions(documents_BS).flatten(), sums_2N.device)
+    starts_N = sent(torch.tensor(STARTS), sums_2N.device)
     bin_T = torch.bucketize(position_T, starts_N, right=True) - 1
     weight_T = valid_T.to(sums_2N.dtype)
     sums_2N.index_add_(1, bin_T, torch.stack([loss_T.to(sums_2N.dtype) * weight_T, weight_T]))

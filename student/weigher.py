@@ -9,6 +9,7 @@ from torch import Tensor
 
 from distill.config.errors import ConfigError
 from distill.data.join import Batch
+from distill.model.transfer import sent
 from losses.weighting import Mean, Signals, State, Weighting
 
 BINS = 20
@@ -18,17 +19,17 @@ BINS = 20
 def signals_of(batch: Batch, device: torch.device, lr_share: float) -> Signals:
     """What factors read of a batch with targets, but for what the student predicts."""
     assert batch.targets is not None
-    targets, length = batch.targets, batch.ids_BS.shape[1]
-    none = targets.entropy_T.new_empty(0)
+    _, _, covered_T, label_logprob_T, entropy_T = (sent(column, device) for column in batch.targets)
+    length, none = batch.ids_BS.shape[1], entropy_T.new_empty(0)
 
     def tokens(part_B: Tensor) -> Tensor:
-        return part_B.to(device, non_blocking=True).repeat_interleave(length)
+        return sent(part_B, device).repeat_interleave(length)
 
     return Signals(
         corpus_T=tokens(torch.as_tensor(batch.corpus_B)),
-        covered_T=targets.covered_T & batch.valid_BS.flatten(),
-        entropy_T=targets.entropy_T,
-        teacher_loss_T=-targets.label_logprob_T,
+        covered_T=covered_T & sent(batch.valid_BS, device).flatten(),
+        entropy_T=entropy_T,
+        teacher_loss_T=-label_logprob_T,
         level_T=tokens(batch.level_B),
         end_T=tokens(batch.end_B),
         par_T=tokens(batch.par_B),

@@ -19,6 +19,7 @@ from distill.cache import Atoms, CacheWriter, Codec, Selection
 from distill.cache.pending import Pending
 from distill.data.join import Batch
 from distill.engine.watch import Watch
+from distill.model.transfer import sent
 from losses.mixed import Select
 
 
@@ -78,19 +79,19 @@ class Capture:
     def selector(self, batch: Batch) -> Select:
         """Selects the targets of one micro-batch, chunk by chunk of its pass over the head."""
         batch_size, length = batch.ids_BS.shape
-        sample_ids_T = torch.as_tensor(batch.sample_ids_B).repeat_interleave(length)
-        positions_T = torch.arange(length).repeat(batch_size)
+        device = batch.ids_BS.device
+        sample_ids_T = sent(torch.as_tensor(batch.sample_ids_B), device).repeat_interleave(length)
+        positions_T = torch.arange(length, device=device).repeat(batch_size)
 
         @torch.no_grad()
         def select(rows: slice, logits_tV: Tensor, lse_t: Tensor) -> Selection:
             began = time.perf_counter()
-            device = logits_tV.device
             selection = self.codec.select(
                 logits_tV,
                 lse_t,
                 seed=self.seed,
-                sample_ids_T=sample_ids_T[rows].to(device),
-                positions_T=positions_T[rows].to(device),
+                sample_ids_T=sample_ids_T[rows],
+                positions_T=positions_T[rows],
             )
             self.seconds += time.perf_counter() - began
             return selection

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from distill.data.packed import PackedCorpus, PackedSamples
 from distill.data.teacher_levels import Levels, TeacherLevels
 from distill.data.tokenizer import TOKENIZER, Tokenizer, load_tokenizer
 from distill.model.images import Images
+from distill.model.transfer import pinned, sent
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,19 @@ class Batch:
         parts = {name: getattr(self, name)[start:stop] for name in others}
         return replace(self, **parts, targets=targets, teacher_TE=teacher_TE, images=images)
 
-    def to(self, device: torch.device | str) -> Batch:
-        """The same with its tensors on `device`, but for documents_BS, with which the model plans on the CPU."""
+    def pinned(self, device: torch.device) -> Batch:
+        """The same in memory from which `to` copies at once (`distill.model.transfer`)."""
+        return self._moved(lambda part: pinned(part, device))
 
+    def to(self, device: torch.device) -> Batch:
+        """The same with its tensors on `device`, but for documents_BS, with which the model plans on the CPU."""
+        return self._moved(lambda part: sent(part, device))
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
         def moved(part: Any) -> Any:
             if isinstance(part, SoftTargets | Images):
                 return type(part)(*map(moved, part))
-            return part.to(device, non_blocking=True) if isinstance(part, Tensor) else part
+            return move(part) if isinstance(part, Tensor) else part
 
         return replace(self, **{f.name: moved(getattr(self, f.name)) for f in fields(self) if f.name != "documents_BS"})
 

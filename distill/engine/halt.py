@@ -8,6 +8,7 @@ from torch import Tensor
 
 from distill.config import stop
 from distill.engine.dist import Dist
+from distill.model.transfer import sent
 
 _ORDER = (signal.SIGINT, signal.SIGTERM)
 
@@ -26,9 +27,9 @@ class Halt:
     def sum(self, value: Tensor) -> Tensor:
         """The sum over ranks of an integer scalar; collective."""
         if self.dist.world == 1:
-            return value.to(self.dist.device)
+            return sent(value, self.dist.device)
         votes = [stop.asked() is number for number in _ORDER]
-        summed_3 = self.dist.sum(torch.stack([value, *torch.tensor(votes).to(value)]).to(self.dist.device))
+        summed_3 = self.dist.sum(sent(torch.stack([value, *torch.tensor(votes).to(value)]), self.dist.device))
         self._earlier, self._latest = self._latest, _on_host(summed_3[1:])
         return summed_3[0]
 

@@ -123,7 +123,10 @@ class Partitioned(Layout):
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def norm(self) -> Tensor:
-        return torch.as_tensor(self.engine.get_global_grad_norm()).float()
+        norm = self.engine.get_global_grad_norm()
+        if isinstance(norm, Tensor):
+            return norm.float()
+        return torch.full((), norm, device=next(iter(self.trainable.values())).device)
 
     def whole(self, parameter: nn.Parameter, key: str) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state

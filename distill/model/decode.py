@@ -13,6 +13,7 @@ from distill.model.attention import AttentionPlan, Plans
 from distill.model.images import Images
 from distill.model.kv import KV, Slots
 from distill.model.segments import Block, SegmentPlan, Segments
+from distill.model.transfer import sent
 from distill.model.transformer import Transformer
 
 
@@ -49,19 +50,27 @@ def generate(
     decoder = Decoder(model, len(prompts), max(map(len, prompts)) + max_new_tokens)
     logits_BV = decoder.prefill(prompts, images)
     ends = model.config.eos_ids if eos_ids is None else eos_ids
-    eos_N = torch.tensor(list(ends), dtype=torch.int64, device=logits_BV.device)
+    eos_N = sent(torch.tensor(list(ends), dtype=torch.int64), logits_BV.device)
     new: list[Tensor] = []
     ended: list[Tensor] = []
     while True:
         ids_B = sample(logits_BV, temperature, top_p, generator)
         new.append(ids_B)
         ended.append(torch.isin(ids_B, eos_N) | (ended[-1] if ended else False))
-        if len(new) == max_new_tokens or bool(ended[-1].all()):
+        if len(new) == max_new_tokens or (len(eos_N) and _all(ended[-1])):
             break
         logits_BV = decoder.extend(ids_B[:, None])[:, -1]
-    # A row that has ended goes on beside the others; what comes after its end is cut off.
-    kept_B = (~torch.stack(ended)).sum(0) + 1
-    return [row_n[:kept] for row_n, kept in zip(torch.stack(new, 1), kept_B.tolist())]
+    return _cut(torch.stack(new, 1), torch.stack(ended))
+
+
+def _all(ended_B: Tensor) -> bool:
+    return bool(ended_B.all())
+
+
+def _cut(ids_Bn: Tensor, ended_nB: Tensor) -> list[Tensor]:
+    """The ids of each row up to its end; a row that has ended goes on beside the others."""
+    kept_B = (~ended_nB).sum(0) + 1
+    return [row_n[:kept] for row_n, kept in zip(ids_Bn, kept_B.tolist())]
 
 
 class Decoder:
@@ -104,8 +113,8 @@ class Decoder:
         tail_N = (position_T >= (length_B // self.chunk * self.chunk)[row_T]).nonzero().squeeze(1)
         rope = rope._replace(slots=self._kept(tail_N, row_T, position_T % self.chunk, rope))
         nope = nope._replace(slots=self._kept(torch.arange(len(row_T)), row_T, position_T, nope))
-        last_B = (length_B.cumsum(0) - 1).to(self.device)
-        ids_1T = torch.cat([prompt.to(self.device) for prompt in prompts])[None]
+        last_B = sent(length_B.cumsum(0) - 1, self.device)
+        ids_1T = torch.cat([sent(prompt, self.device) for prompt in prompts])[None]
         hidden_TD = self.model.embedded(ids_1T, images)
         logits_BV, _ = self.model.through_layers(
             hidden_TD, Plans(rope, nope), lambda h_TD, w_VD: F.linear(h_TD[last_B], w_VD), self.caches
@@ -114,10 +123,10 @@ class Decoder:
 
     def _kept(self, token_N: Tensor, row_T: Tensor, slot_T: Tensor, plan: AttentionPlan) -> Slots:
         """Slots of the tokens (indices, CPU) whose keys are kept."""
-        source_N, scatter_T = token_N.to(self.device), plan.segments.scatter_T
+        source_N, scatter_T = sent(token_N, self.device), plan.segments.scatter_T
         if scatter_T is not None:
             source_N = scatter_T[source_N]
-        return Slots(row_T[token_N].to(self.device), slot_T[token_N].to(self.device), source_N, None)
+        return Slots(sent(row_T[token_N], self.device), sent(slot_T[token_N], self.device), source_N, None)
 
     @torch.no_grad()
     def extend(self, ids_Bn: Tensor) -> Tensor:
@@ -137,7 +146,7 @@ class Decoder:
         row_P = torch.arange(rows, device=self.device).repeat_interleave(new)
 
         def plan(starts: list[int]) -> tuple[SegmentPlan, Slots]:
-            position_Bn = torch.tensor(starts, device=self.device)[:, None] + offset_n
+            position_Bn = sent(torch.tensor(starts), self.device)[:, None] + offset_n
             longest = max(starts) + new
             visible_BnS = torch.arange(longest, device=self.device) <= position_Bn[..., None]
             slots = Slots(row_P, position_Bn.flatten(), None, visible_BnS)

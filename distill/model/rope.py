@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from distill.config.schema import ModelConfig, RopeScaling
+from distill.model.transfer import sent
 
 
 class Rotation(NamedTuple):
@@ -54,7 +55,7 @@ class RopeTable:
     def _grow(self, positions: int, device: torch.device) -> None:
         angle_SP = torch.arange(positions, dtype=torch.float32, device="cpu")[:, None] * self.frequencies
         cos_SC, sin_SC = cos_sin(angle_SP)
-        self.cos_SC, self.sin_SC = cos_SC.to(device), sin_SC.to(device)
+        self.cos_SC, self.sin_SC = sent(cos_SC, device), sent(sin_SC, device)
 
 
 def cos_sin(angle_SP: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from distill.model.transfer import sent
+
 CALL, ROW = 4096, 64
 """What one more attention call, and one padded row to project, cost in query-key pairs (measured on CPU, small)."""
 
@@ -39,8 +41,8 @@ class SegmentPlan(NamedTuple):
     """Tokens of the longest segment."""
 
     def to(self, device: torch.device) -> SegmentPlan:
-        gather_P, scatter_T = (index if index is None else index.to(device) for index in self[1:3])
-        return self._replace(position_P=self.position_P.to(device), gather_P=gather_P, scatter_T=scatter_T)
+        gather_P, scatter_T = (index if index is None else sent(index, device) for index in self[1:3])
+        return self._replace(position_P=sent(self.position_P, device), gather_P=gather_P, scatter_T=scatter_T)
 
 
 def document_starts(documents_BS: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from distill.config.schema import VisionConfig
 from distill.model.images import Images
 from distill.model.linear import Linear
 from distill.model.rope import Rotation, cos_sin, frequencies, rotate
+from distill.model.transfer import sent
 
 
 class Affine(Linear):
@@ -127,7 +128,7 @@ class VisionModel(nn.Module):
         cos, sin = self._rotation
         if cos.device != device:
             with torch.inference_mode(False):  # kept, and may be saved for a later backward pass
-                self._rotation = Rotation(cos.to(device), sin.to(device))
+                self._rotation = Rotation(sent(cos, device), sent(sin, device))
         return self._rotation
 
 

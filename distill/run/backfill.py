@@ -273,7 +273,7 @@ def _label_all(run: Run, teacher: Teacher, places: list[Place], plan: Plan, mine
 
     def batch(index: int) -> Batch:
         corpus, ids, _ = pieces[index]
-        return joiners[corpus].batch(np.zeros(len(ids), np.int64), ids)
+        return joiners[corpus].batch(np.zeros(len(ids), np.int64), ids).pinned(dist.device)
 
     done = sum(place.done for place in places)
     totals = torch.zeros(2, dtype=torch.float64, device=dist.device)

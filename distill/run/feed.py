@@ -39,7 +39,7 @@ class Feed:
         share = self.size // self.dist.world
         first = step * self.size + self.dist.rank * share
         corpus_B, sample_ids_B = self.stream.at(self.positions(np.arange(first, first + share)))
-        return self.joiner.batch(corpus_B, sample_ids_B, step)
+        return self.joiner.batch(corpus_B, sample_ids_B, step).pinned(self.dist.device)
 
     def reach(self, step: int, goal: int) -> int | None:
         """The step up to which a trainer at `step` may go now, at most `goal`; None: SIGTERM came first."""

@@ -263,7 +263,7 @@ def test_batches_of_any_order_and_mixture_and_their_micro_batches(data):
         assert told(part.rows(0, 1).images, 1) == want[start : start + 1]
         if batch.images is not None:
             assert batch.images.tiles_NCHW.dtype == torch.uint8 and batch.images.patch_BS.dtype == torch.int64
-            assert batch.to("meta").images.patch_BS.device.type == "meta"
+            assert batch.to(torch.device("meta")).images.patch_BS.device.type == "meta"
     assert joiner.batch(np.zeros(3, np.int64), np.arange(3)).images is None
 
 

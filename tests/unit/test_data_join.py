@@ -110,7 +110,7 @@ def test_rows_and_devices(data):
         assert np.array_equal(getattr(rows, name), getattr(part, name)), name
     for ours, theirs in zip(rows.targets, part.targets):
         assert torch.equal(ours, theirs)
-    moved = rows.to("meta")
+    moved = rows.to(torch.device("meta"))
     assert moved.documents_BS.device.type == "cpu"
     assert {moved.ids_BS.device.type, moved.targets.probs_TK.device.type, moved.step_B.device.type} == {"meta"}
     assert Joiner(list(data.train.values()), None, OnMissing.hard).batch(corpus_B, ids_B).rows(1, 3).targets is None

@@ -239,7 +239,10 @@ def test_calibration_error_by_hand():
     # Two bins: [0, .5) has confidence 0.4, hits 1 of 2; [.5, 1] has 0.9, hits 1 of 2.
     confidence_T = torch.tensor([0.4, 0.4, 0.9, 0.9])
     correct_T = torch.tensor([True, False, True, False])
-    halves = [bin_confidence(confidence_T[i : i + 2], correct_T[i : i + 2], 2) for i in (0, 2)]
+    halves = [
+        bin_confidence(confidence_T[i : i + 2], correct_T[i : i + 2], torch.ones(2, dtype=torch.bool), 2)
+        for i in (0, 2)
+    ]
     assert expected_calibration_error(sum(halves)).item() == pytest.approx((0.1 + 0.4) / 2)
 
 
