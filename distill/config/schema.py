@@ -538,6 +538,31 @@ class EngineConfig:
     """Seconds after which a collective that one rank never joins is an error."""
 
 
+class Fp8Recipe(Enum):
+    rowwise = "rowwise"
+    tensor = "tensor"
+
+
+class Fp8GradWeight(Enum):
+    high = "high"
+    fp8 = "fp8"
+
+
+@frozen
+class PrecisionConfig:
+    name: PrecisionName = "auto"
+    """In which weights and activations are stored and multiplied; auto: bf16 on a GPU, else fp32, settled when a run
+    starts."""
+    native: bool = False
+    """Of bf16 on a CPU: multiply in bf16 itself, which few processors do fast; else the same operands are multiplied
+    in fp32."""
+    recipe: Fp8Recipe = Fp8Recipe.rowwise
+    """Of fp8: a scale for each row of an operand, or one for the whole of it, with which narrow models are faster.
+    Experts have one for each row in either."""
+    grad_weight: Fp8GradWeight = Fp8GradWeight.high
+    """Of fp8: gradients of weights are products in bf16, or in fp8 too."""
+
+
 @frozen
 class TrackingConfig:
     wandb: WandbMode = WandbMode.off
@@ -647,7 +672,7 @@ class RunConfig:
     lab: LabConfig = field(default_factory=LabConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
-    precision: PrecisionName = "fp32"
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     plugins: list[str] = field(default_factory=list)
     """Modules that are imported first, from the Python path or the working folder: they register jobs, losses,
     factors, codecs, dispatchers and precisions (distill/config/registry.py)."""

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from distill.config.errors import ConfigError
+from distill.config.schema import PrecisionConfig
 from distill.model import Transformer, casts, fp8, linear, scaled
 from distill.model.dispatch import LocalDispatcher, filled
 from distill.model.fp8 import Fp8
 from distill.model.fp8_format import E4M3, E5M2
-from distill.model.parts import Parts
-from distill.model.precision import FP32
+from distill.model.parts import PLAIN, Parts
 from tests.closeness import worst
 from tests.unit.test_model_attention import config_of
 
@@ -190,6 +191,16 @@ def test_widths_that_the_hardware_refuses_are_refused_on_a_cpu_too(x, weight):
         Fp8(False, True).linear(torch.randn(x), torch.randn(weight))
 
 
+def test_a_model_of_such_widths_is_refused_by_name():
+    parts = Parts.of(fp8.numerics(PrecisionConfig("fp8"), torch.device("cpu")))
+    assert parts.dispatcher.row_multiple == 16
+    with pytest.raises(ConfigError) as refused:
+        Transformer(config_of(expert_hidden=24, head_dim=12), parts)
+    assert [line.split(" is ")[0] for line in refused.value.problems] == [
+        "the model's expert_hidden", "the model's kv_heads"
+    ]  # fmt: skip
+
+
 def test_a_product_of_many_rows_is_several_calls(monkeypatch):
     calls = []
     monkeypatch.setattr(linear, "MOST_ELEMENTS", 48 * 40)
@@ -245,7 +256,7 @@ def test_a_model_with_filled_rows_computes_the_same():
         dispatcher = LocalDispatcher()
         dispatcher.row_multiple = multiple
         torch.manual_seed(0)
-        return Transformer(config_of(), Parts(FP32.linear_fn, FP32.grouped_fn, dispatcher))
+        return Transformer(config_of(), PLAIN._replace(dispatcher=dispatcher))
 
     ids_BS = torch.randint(0, 64, (2, 9))
     plain, full = model(1), model(16)
