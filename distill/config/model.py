@@ -182,8 +182,8 @@ def width_rules(m: ModelConfig, where: str, multiple: int, precision: str) -> It
     for name, heads in (("heads", m.heads), ("kv_heads", m.kv_heads)):
         if heads * m.head_dim % multiple:
             yield (
-                f"{where}{name} is {heads}, {heads} x {m.head_dim} with head_dim; products of {precision} take multiples "
-                f"of {multiple}"
+                f"{where}{name} is {heads}, {heads} x {m.head_dim} with head_dim; products of {precision} take "
+                f"multiples of {multiple}"
             )
 
 
