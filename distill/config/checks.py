@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from distill.config import soft_losses
-from distill.config.model import model_rules, vision_rules
+from distill.config.model import model_rules, vision_rules, width_rules
 from distill.config.ranges import out_of_range
 from distill.config.registry import CODECS, FACTORS, JOBS, PRECISIONS
 from distill.config.schema import (
@@ -62,6 +62,7 @@ def _rules(run: RunConfig) -> Iterator[str]:
     yield from _evaluation(run)
     yield from _sources(run)
     yield from _precision(run.precision)
+    yield from _fp8(run)
     if run.job in JOBS.names:
         yield from JOBS[run.job].problems(run)
 
@@ -358,6 +359,26 @@ def _precision(p: PrecisionConfig) -> Iterator[str]:
                 f"precision.{field.name} is {shown(value)} with precision.name {p.name}; of the precisions only "
                 f"{readers} reads it"
             )
+
+
+def _fp8(run: RunConfig) -> Iterator[str]:
+    name, source = run.precision.name, run.teacher.from_
+    if name in PRECISIONS.names and run.job in JOBS.names:
+        multiple = getattr(PRECISIONS[name], "multiple", 1)
+        for role in JOBS[run.job].trains:
+            yield from width_rules(getattr(run, role).model, f"{role}.model.", multiple, f"precision {name}")
+    if name != "fp8" or source is None:
+        return
+    if source.startswith("hf:"):
+        yield (
+            f"precision.name is fp8 with teacher.from {source}; only the project's own models compute in it: label "
+            "with precision=bf16 or fp32"
+        )
+    elif run.job == "student":
+        yield (
+            f"precision.name is fp8 with teacher.from {source}; a frozen teacher's targets would lose what bf16 keeps: "
+            "label with job=backfill precision=bf16, then train on the cache"
+        )
 
 
 def _folder_names(key: str, names: Iterable[str]) -> Iterator[str]:

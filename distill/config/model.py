@@ -168,6 +168,25 @@ def model_rules(m: ModelConfig, where: str, name: Callable[[str], str] = str) ->
         yield from scaling_rules(m.rope_scaling, f"{where}{name('rope_scaling')}.")
 
 
+def width_rules(m: ModelConfig, where: str, multiple: int, precision: str) -> Iterator[str]:
+    """A sentence for each width that the products of a precision do not take, of projections and experts."""
+    moe = len(moe_layers(m))
+    widths = {
+        "hidden_size": m.hidden_size,
+        "expert_hidden": m.expert_hidden if moe else 0,
+        "dense_hidden": m.dense_hidden if moe < m.layers else 0,
+    }
+    for name, width in widths.items():
+        if width % multiple:
+            yield f"{where}{name} is {width}; products of {precision} take multiples of {multiple}"
+    for name, heads in (("heads", m.heads), ("kv_heads", m.kv_heads)):
+        if heads * m.head_dim % multiple:
+            yield (
+                f"{where}{name} is {heads}, {heads} x {m.head_dim} with head_dim; products of {precision} take "
+                f"multiples of {multiple}"
+            )
+
+
 def scaling_rules(scaling: RopeScaling, where: str, name: Callable[[str], str] = str) -> Iterator[str]:
     """The same for the scaling of RoPE."""
     low, high = scaling.low_freq_factor, scaling.high_freq_factor

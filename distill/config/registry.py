@@ -236,6 +236,8 @@ class PrecisionEntry:
     """Keys of `precision` that it reads beside the name."""
     capability: tuple[int, int] = (0, 0)
     """Least compute capability of a GPU that has it."""
+    multiple: int = 1
+    """Widths of projections and experts must be multiples of it."""
 
 
 _NUMERICS = "distill.model.precision"
@@ -246,6 +248,7 @@ PRECISIONS: Registry[Any] = Registry(
         "auto": PrecisionEntry(f"{_NUMERICS}:auto"),
         "fp32": PrecisionEntry(f"{_NUMERICS}:fp32"),
         "bf16": PrecisionEntry(f"{_NUMERICS}:bf16", ("native",), (8, 0)),
+        "fp8": PrecisionEntry("distill.model.fp8:numerics", ("recipe", "grad_weight"), (9, 0), 16),
     },
 )
 """An entry of a user's module may be a `distill.model.precision.Numerics` itself."""

@@ -540,6 +540,16 @@ class EngineConfig:
     """Check ids, probabilities, mass and weights that the loss is given; every step waits for the device."""
 
 
+class Fp8Recipe(Enum):
+    rowwise = "rowwise"
+    tensor = "tensor"
+
+
+class Fp8GradWeight(Enum):
+    high = "high"
+    fp8 = "fp8"
+
+
 @frozen
 class PrecisionConfig:
     name: PrecisionName = "auto"
@@ -548,6 +558,11 @@ class PrecisionConfig:
     native: bool = False
     """Of bf16 on a CPU: multiply in bf16 itself, which few processors do fast; else the same operands are multiplied
     in fp32."""
+    recipe: Fp8Recipe = Fp8Recipe.rowwise
+    """Of fp8: a scale for each row of an operand, or one for the whole of it, with which narrow models are faster.
+    Experts have one for each row in either."""
+    grad_weight: Fp8GradWeight = Fp8GradWeight.high
+    """Of fp8: gradients of weights are products in bf16, or in fp8 too."""
 
 
 @frozen

@@ -51,10 +51,12 @@ def _cast(x, BELOW: tl.constexpr, INTERPRETED: tl.constexpr):
         base = tl.full(x.shape, step, tl.float32).to(tl.int32, bitcast=True)
         code = tl.where(size < (least << 23), added - base, normal)
         code = tl.where(size > 0x7F800000, 0x7F, code) | ((bits >> 24) & 0x80)
-        return code.to(tl.uint8)
-    if BELOW == 8:
-        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-    return x.to(tl.float8e5).to(tl.uint8, bitcast=True)
+        result = code.to(tl.uint8)
+    elif BELOW == 8:
+        result = x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        result = x.to(tl.float8e5).to(tl.uint8, bitcast=True)
+    return result
 
 
 @triton.jit

@@ -18,10 +18,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from distill.config.schema import Fp8GradWeight, Fp8Recipe, PrecisionConfig
 from distill.model.casts import Cast, columns, columns_of_groups, rows, scale_of_all
-from distill.model.fp8_format import E4M3, E5M2
+from distill.model.fp8_format import ALIGNED, E4M3, E5M2
 from distill.model.linear import in_pieces
+from distill.model.precision import Numerics, bf16
 from distill.model.scaled import Operand, operand, product
+
+
+def numerics(config: PrecisionConfig, device: torch.device) -> Numerics:
+    """Like bf16 in all but projections and experts."""
+    product = Fp8(config.recipe is Fp8Recipe.tensor, config.grad_weight is Fp8GradWeight.high)
+    return bf16(config, device)._replace(linear_fn=product.linear, grouped_fn=product.grouped, multiple=ALIGNED)
 
 
 class Fp8:

@@ -22,13 +22,15 @@ class Parts(NamedTuple):
     dispatcher: LocalDispatcher = LocalDispatcher()
     plain: Plain = NATIVE
     """Products of vision, attention scores, and logits outside of a loss. Router logits are always fp32."""
+    multiple: int = 1
+    """The first two take widths that are multiples of it."""
 
     @staticmethod
     def of(numerics: Numerics, dispatcher: str = "local") -> Parts:
         """The parts of a precision (`distill.model.precision.numerics_of`) and the key `engine.dispatcher`."""
         way = DISPATCHERS[dispatcher]()
-        way.row_multiple = numerics.row_multiple
-        return Parts(numerics.linear_fn, numerics.grouped_fn, way, numerics.plain)
+        way.row_multiple = numerics.multiple
+        return Parts(numerics.linear_fn, numerics.grouped_fn, way, numerics.plain, numerics.multiple)
 
 
 PLAIN = Parts()

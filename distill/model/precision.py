@@ -25,8 +25,8 @@ class Numerics(NamedTuple):
     """Of the routed experts."""
     plain: Plain = NATIVE
     """All others."""
-    row_multiple: int = 1
-    """Each expert's rows are filled up to a multiple of it."""
+    multiple: int = 1
+    """Widths that the first two take, and each expert's rows, are multiples of it."""
 
 
 def fp32(config: PrecisionConfig, device: torch.device) -> Numerics:

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from distill.config.errors import DataError
-from distill.config.model import moe_layers, rope_layers
+from distill.config.errors import ConfigError, DataError
+from distill.config.model import moe_layers, rope_layers, width_rules
 from distill.config.schema import ModelConfig
 from distill.model.attention import Attention, AttentionPlan, Plans, temperature
 from distill.model.experts import MoE, Routed
@@ -105,6 +105,8 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, parts: Parts = PLAIN):
         super().__init__()
+        if refused := list(width_rules(config, "the model's ", parts.multiple, "the run's precision")):
+            raise ConfigError(*refused)
         self.config = config
         self.linear = parts.plain.linear
         self.activation_checkpointing = False

@@ -319,3 +319,32 @@ def test_no_attribute_of_a_configuration_can_be_set_or_deleted():
             below = value.values() if isinstance(value, dict) else [value]
             parts += [each for each in below if dataclasses.is_dataclass(each)]
     assert len(parts) > 25
+
+
+def test_fp8_refuses_widths_and_teachers_by_name(tmp_path):
+    narrow = ["teacher.model.hidden_size=72", "teacher.model.dense_hidden=24", "student.model.expert_hidden=24",
+              "student.model.kv_heads=1", "student.model.head_dim=24", "student.model.heads=2"]  # fmt: skip
+    found = problems("job=codistill", "precision=fp8", *narrow)
+    take = "products of precision fp8 take multiples of 16"
+    assert found == [
+        f"teacher.model.hidden_size is 72; {take}",  # the teacher has no dense layer
+        f"student.model.expert_hidden is 24; {take}",
+        f"student.model.kv_heads is 1, 1 x 24 with head_dim; {take}",
+    ]
+    assert len(problems("job=teacher", "precision=fp8", *narrow)) == 1
+    loaded("job=codistill", "precision=bf16", *narrow)
+    fp8 = ["precision=fp8", "precision.recipe=tensor", "precision.grad_weight=fp8"]
+    config = loaded("job=codistill", *fp8).precision
+    assert (config.recipe.value, config.grad_weight.value) == ("tensor", "fp8")
+    (line,) = problems("job=teacher", "precision=bf16", "precision.recipe=tensor")
+    assert "of the precisions only fp8 reads it" in line
+    (line,) = problems("job=teacher", "precision=fp8", "precision.recipe=blockwise")
+    assert "rowwise" in line and "tensor" in line
+    (line,) = problems("job=backfill", "precision=fp8", f"teacher.from=hf:{tmp_path}")
+    assert line.startswith(f"precision.name is fp8 with teacher.from hf:{tmp_path}; only the project's own models")
+    live = ["job=student", "student.targets=live"]
+    (line,) = problems(*live, "precision=fp8", f"teacher.from={tmp_path}")
+    assert line.startswith(f"precision.name is fp8 with teacher.from {tmp_path}; a frozen teacher's targets")
+    (line,) = problems(*live, "precision=fp8", f"teacher.from=hf:{tmp_path}")
+    assert "only the project's own models" in line
+    loaded("job=backfill", "precision=fp8", f"init_from={tmp_path}")

@@ -1,6 +1,5 @@
 """Casts to FP8: bits against a table of all codes, and the kernels against the same functions in plain torch."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -95,9 +94,9 @@ def test_columns_of_groups_are_columns_of_each_group():
             assert torch.equal(casts.value(found)[:, start:end], casts.value(own))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install triton")
 def test_the_kernels_give_the_same_bits():
     """In Triton's interpreter, which is chosen before Triton is imported."""
+    pytest.importorskip("triton", reason="the extra `kernels` is not installed")
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.workers.cast_bits"]
     found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -64,7 +64,7 @@ def test_parts_follow_from_the_names_of_a_run(monkeypatch):
 
     DISPATCHERS.add("toy", Toy)
     PRECISIONS.add("toy", Numerics(torch.float32, double, product))
-    linear_fn, grouped_fn, dispatcher, _ = Parts.of(numerics_of(PrecisionConfig("toy"), cpu), "toy")
+    linear_fn, grouped_fn, dispatcher, *_ = Parts.of(numerics_of(PrecisionConfig("toy"), cpu), "toy")
     assert (linear_fn, grouped_fn, type(dispatcher)) == (double, product, Toy)
 
 

@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from distill.config.errors import ConfigError
+from distill.config.schema import PrecisionConfig
 from distill.model import Transformer, casts, fp8, linear, scaled
 from distill.model.dispatch import LocalDispatcher, filled
 from distill.model.fp8 import Fp8
 from distill.model.fp8_format import E4M3, E5M2
-from distill.model.parts import PLAIN
+from distill.model.parts import PLAIN, Parts
 from tests.closeness import worst
 from tests.unit.test_model_attention import config_of
 
@@ -187,6 +189,16 @@ def test_public_names_are_those_of_the_version_from_which_they_are_used():
 def test_widths_that_the_hardware_refuses_are_refused_on_a_cpu_too(x, weight):
     with pytest.raises(AssertionError):
         Fp8(False, True).linear(torch.randn(x), torch.randn(weight))
+
+
+def test_a_model_of_such_widths_is_refused_by_name():
+    parts = Parts.of(fp8.numerics(PrecisionConfig("fp8"), torch.device("cpu")))
+    assert parts.dispatcher.row_multiple == 16
+    with pytest.raises(ConfigError) as refused:
+        Transformer(config_of(expert_hidden=24, head_dim=12), parts)
+    assert [line.split(" is ")[0] for line in refused.value.problems] == [
+        "the model's expert_hidden", "the model's kv_heads"
+    ]  # fmt: skip
 
 
 def test_a_product_of_many_rows_is_several_calls(monkeypatch):

@@ -118,7 +118,10 @@ def one_step_in_bf16(dist, zero):
     engine = Engine(model("sgd"), config, EngineConfig(zero=zero), torch.bfloat16, dist)
     for index in range(dist.rank, MICRO, dist.world):
         engine.backward(micro_loss(micro_batch(index))(engine.training_model), torch.tensor(1))
+    before = [p._version for p in engine.model.parameters()]
     engine.update(1.0)
+    # Casts that are kept of a weight go by it.
+    assert all(p._version > version for p, version in zip(engine.model.parameters(), before))
     found = collect(engine)
     rounded = {f"rounded/{name}": p.detach().clone() for name, p in engine.model.named_parameters()}
     tensors = found | {"optimizer_steps": torch.tensor(1.0)}
