@@ -11,7 +11,7 @@ from pathlib import Path
 from distill.config import soft_losses
 from distill.config.model import model_rules, vision_rules
 from distill.config.ranges import out_of_range
-from distill.config.registry import CODECS, FACTORS, JOBS
+from distill.config.registry import CODECS, FACTORS, JOBS, PRECISIONS
 from distill.config.schema import (
     IMAGE_TOKENS,
     CodecConfig,
@@ -22,6 +22,7 @@ from distill.config.schema import (
     OptimConfig,
     OptimizerName,
     Parametrization,
+    PrecisionConfig,
     ReplayOrder,
     RunConfig,
     Schedule,
@@ -60,8 +61,7 @@ def _rules(run: RunConfig) -> Iterator[str]:
     yield from _cache(run)
     yield from _evaluation(run)
     yield from _sources(run)
-    if run.precision == "bf16" and run.engine.zero == 0 and run.job != "backfill":
-        yield "precision is bf16 with engine.zero 0; fp32 master weights need engine.zero 1"
+    yield from _precision(run.precision)
     if run.job in JOBS.names:
         yield from JOBS[run.job].problems(run)
 
@@ -344,6 +344,20 @@ def _sources(run: RunConfig) -> Iterator[str]:
             f"teacher.from is {run.teacher.from_} with job={run.job}; only job=backfill labels with a frozen teacher, "
             "and job=student with student.targets=live"
         )
+
+
+def _precision(p: PrecisionConfig) -> Iterator[str]:
+    if p.name not in PRECISIONS.names:
+        return
+    read = {name: getattr(PRECISIONS[name], "options", ()) for name in PRECISIONS.names}
+    for field in dataclasses.fields(p):
+        value = getattr(p, field.name)
+        if field.name != "name" and value != field.default and field.name not in read[p.name]:
+            readers = ", ".join(name for name, options in read.items() if field.name in options)
+            yield (
+                f"precision.{field.name} is {shown(value)} with precision.name {p.name}; of the precisions only "
+                f"{readers} reads it"
+            )
 
 
 def _folder_names(key: str, names: Iterable[str]) -> Iterator[str]:

@@ -44,14 +44,14 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         """The part of a name that `problem` accepts."""
-        return _loaded(self._entries[name])
+        return loaded(self._entries[name])
 
     def problem(self, key: str, value: str) -> str | None:
         """A sentence about a value that is no name of a part."""
         return None if value in self._entries else f"{key} is {value}; allowed: {', '.join(self._entries)}"
 
 
-def _loaded(entry: Any) -> Any:
+def loaded(entry: Any) -> Any:
     """An entry, or what is at the place that it names."""
     if not isinstance(entry, str):
         return entry
@@ -89,10 +89,10 @@ class Job:
     """Of a run that was stopped before its first checkpoint; `again` is the command that resumes it."""
 
     def run(self, *arguments: Any) -> None:
-        _loaded(self.function)(*arguments)
+        loaded(self.function)(*arguments)
 
     def problems(self, config: Any) -> Iterator[str]:
-        yield from _loaded(self.rules)(config) if self.rules else ()
+        yield from loaded(self.rules)(config) if self.rules else ()
 
 
 _RULES = "distill.config.checks"
@@ -158,10 +158,10 @@ class CodecEntry:
 
     def make(self, config: Any, vocab_size: int) -> Any:
         options = Options("cache.codec.options", config.options)
-        return _loaded(self.codec)(dataclasses.replace(config, options=options), vocab_size)
+        return loaded(self.codec)(dataclasses.replace(config, options=options), vocab_size)
 
     def problems(self, config: Any, vocab_size: int) -> Iterator[str]:
-        yield from _loaded(self.rules)(config, vocab_size) if self.rules else ()
+        yield from loaded(self.rules)(config, vocab_size) if self.rules else ()
 
 
 CODECS: Registry[CodecEntry] = Registry(
@@ -189,7 +189,7 @@ class LossEntry:
     def divergence(self, options: Mapping[str, float]) -> Callable[..., Any]:
         """The divergence with its options, of those that the loss reads."""
         own = {name: value for name, value in options.items() if name != "temperature"}
-        return functools.partial(_loaded(self.place), **own)
+        return functools.partial(loaded(self.place), **own)
 
 
 _DIVERGENCES = "losses.divergences"
@@ -223,6 +223,29 @@ FACTORS: Registry[Any] = Registry(
 """Factors of alpha."""
 DISPATCHERS: Registry[Any] = Registry("dispatcher", {"local": "distill.model.dispatch:LocalDispatcher"})
 """Ways of the MoE layer's rows to the experts and back."""
+
+
+@dataclass(frozen=True)
+class PrecisionEntry:
+    """A row of the table of precisions."""
+
+    numerics: str | Callable[..., Any]
+    """Makes a `distill.model.precision.Numerics`, given (PrecisionConfig, device); an entry is a place,
+    `module:name`."""
+    options: tuple[str, ...] = ()
+    """Keys of `precision` that it reads beside the name."""
+    capability: tuple[int, int] = (0, 0)
+    """Least compute capability of a GPU that has it."""
+
+
+_NUMERICS = "distill.model.precision"
+
 PRECISIONS: Registry[Any] = Registry(
-    "precision", {"fp32": "distill.model.precision:FP32", "bf16": "distill.model.precision:BF16"}
+    "precision",
+    {
+        "auto": PrecisionEntry(f"{_NUMERICS}:auto"),
+        "fp32": PrecisionEntry(f"{_NUMERICS}:fp32"),
+        "bf16": PrecisionEntry(f"{_NUMERICS}:bf16", ("native",), (8, 0)),
+    },
 )
+"""An entry of a user's module may be a `distill.model.precision.Numerics` itself."""

@@ -539,6 +539,16 @@ class EngineConfig:
 
 
 @frozen
+class PrecisionConfig:
+    name: PrecisionName = "auto"
+    """In which weights and activations are stored and multiplied; auto: bf16 on a GPU, else fp32, settled when a run
+    starts."""
+    native: bool = False
+    """Of bf16 on a CPU: multiply in bf16 itself, which few processors do fast; else the same operands are multiplied
+    in fp32."""
+
+
+@frozen
 class TrackingConfig:
     wandb: WandbMode = WandbMode.off
     project: str = "codistill"
@@ -647,7 +657,7 @@ class RunConfig:
     lab: LabConfig = field(default_factory=LabConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
-    precision: PrecisionName = "fp32"
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     plugins: list[str] = field(default_factory=list)
     """Modules that are imported first, from the Python path or the working folder: they register jobs, losses,
     factors, codecs, dispatchers and precisions (distill/config/registry.py)."""

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from distill.config.errors import CheckpointError
-from distill.config.registry import PRECISIONS
 from distill.config.schema import EngineConfig, OptimConfig
 from distill.engine import optim
 from distill.engine.dist import Dist
@@ -28,6 +27,8 @@ class Engine:
     Args:
         model: on the CPU, in fp32; moved and cast here. Parameters without gradient have no optimizer state and
             stay as they are; a checkpoint holds them all the same (in bf16 as cast at the start).
+        dtype: of the model's weights and activations. What the optimizer moves, its moments, and a step's sum of
+            gradients are fp32.
         tensors: what `state` gave at a checkpoint, whole and by name; None starts afresh.
     """
 
@@ -36,7 +37,7 @@ class Engine:
         model: Transformer,
         optim_config: OptimConfig,
         config: EngineConfig,
-        precision: str,
+        dtype: torch.dtype,
         dist: Dist,
         tensors: dict[str, Tensor] | None = None,
     ):
@@ -46,7 +47,7 @@ class Engine:
             load_weights(model, tensors)
         model.to(dist.device)
         optimizer = optim.build(model, optim_config)
-        self.layout = LAYOUTS[config.zero](optimizer, optim.moments(optim_config), optim_config.clip)
+        self.layout = LAYOUTS[config.zero](optimizer, optim.moments(optim_config), optim_config.clip, dtype)
         self._ds, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -55,7 +56,6 @@ class Engine:
                 # One engine.step() is one update, whatever the number of backward passes before it.
                 "managed_gradient_accumulation": False,
                 "zero_allow_untested_optimizer": True,
-                "bf16": {"enabled": PRECISIONS[precision].dtype is torch.bfloat16},
                 "steps_per_print": None,
                 **self.layout.config(),
             },
@@ -152,9 +152,12 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 def _deepspeed() -> Any:
     import deepspeed
     import deepspeed.ops
+    from deepspeed.runtime import bf16_optimizer
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    # It would print the memory in use, after a collection of garbage, twice for every group of parameters.
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
     if not torch.cuda.is_available():
         # Otherwise DeepSpeed compiles a shared-memory collective in C++ for a minute at the first start.
         deepspeed.ops.__compatible_ops__ = {}

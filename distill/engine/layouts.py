@@ -18,6 +18,7 @@ class Layout(ABC):
     Args:
         moments: names of the optimizer's state tensors that have their parameter's shape.
         clip: largest global gradient norm; 0: any.
+        dtype: of the model's own weights; the optimizer moves fp32 ones.
 
     Attributes:
         trainable: parameters that have optimizer state, by name.
@@ -25,8 +26,8 @@ class Layout(ABC):
 
     stage: int
 
-    def __init__(self, optimizer: torch.optim.Optimizer, moments: tuple[str, ...], clip: float):
-        self.optimizer, self.moments, self.clip = optimizer, moments, clip
+    def __init__(self, optimizer: torch.optim.Optimizer, moments: tuple[str, ...], clip: float, dtype: torch.dtype):
+        self.optimizer, self.moments, self.clip, self.dtype = optimizer, moments, clip, dtype
         self.trainable: dict[str, nn.Parameter] = {}
 
     def config(self) -> dict[str, Any]:
@@ -75,14 +76,33 @@ class Layout(ABC):
 
 
 class Replicated(Layout):
-    """ZeRO 0: everything is on every rank. DeepSpeed does not return the gradient norm here, so this class clips."""
+    """ZeRO 0: everything is on every rank.
+
+    DeepSpeed does not return the gradient norm here, so this class clips. In bf16 DeepSpeed would also sum the
+    gradients of micro-batches in bf16; so to DeepSpeed the model is in fp32, and this class casts it afterwards: the
+    model's weights collect gradients in fp32, and the optimizer moves fp32 copies of them.
+    """
 
     stage = 0
 
-    def __init__(self, optimizer: torch.optim.Optimizer, moments: tuple[str, ...], clip: float):
-        super().__init__(optimizer, moments, clip)
+    def __init__(self, optimizer: torch.optim.Optimizer, moments: tuple[str, ...], clip: float, dtype: torch.dtype):
+        super().__init__(optimizer, moments, clip, dtype)
         self._norm = torch.zeros(())
+        self._masters: dict[nn.Parameter, Tensor] = {}
         optimizer.register_step_pre_hook(self._clip_gradients)  # there gradients are already summed over ranks
+        optimizer.register_step_post_hook(self._round_masters)
+
+    def bind(self, engine: Any, steps: float) -> None:
+        parameters = list(engine.module.parameters())
+        self._masters = {p: p for p in parameters if p.requires_grad}
+        if self.dtype is not torch.float32:
+            for p in parameters:
+                p.data = p.data.to(self.dtype)
+                p.grad_dtype = torch.float32
+            self._masters = {p: p.detach().float() for p in self._masters}
+            for group in self.optimizer.param_groups:
+                group["params"] = [self._masters[p] for p in group["params"]]
+        super().bind(engine, steps)
 
     def config(self) -> dict[str, Any]:
         return super().config() | {"gradient_clipping": 0.0}
@@ -91,30 +111,48 @@ class Replicated(Layout):
         return self._norm
 
     def whole(self, parameter: nn.Parameter, key: str) -> Tensor:
-        return parameter.detach() if key == "param" else self._state()[parameter][key]
+        master = self._masters[parameter]
+        return master.detach() if key == "param" else self._state()[master][key]
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         for name, parameter in self.trainable.items():
+            master = self._masters[parameter]
+            master.detach().copy_(tensors[f"param/{name}"])
             for key in self.moments:
-                self._state()[parameter][key].copy_(tensors[f"{key}/{name}"])
+                self._state()[master][key].copy_(tensors[f"{key}/{name}"])
 
     def _optimized(self) -> list[Tensor]:
-        return list(self.trainable.values())
+        return list(self._masters.values())
 
     def _state(self) -> dict[Tensor, dict[str, Tensor]]:
         return self.engine.optimizer.state
 
     def _clip_gradients(self, *_: Any) -> None:
-        parameters: list[Any] = list(self.trainable.values())
-        self._norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        for parameter, master in self._masters.items():
+            master.grad = parameter.grad
+        masters = self._optimized()
+        self._norm = nn.utils.get_total_norm([master.grad for master in masters if master.grad is not None])
         if self.clip > 0:
-            nn.utils.clip_grads_with_norm_(parameters, self.clip, self._norm)
+            nn.utils.clip_grads_with_norm_(masters, self.clip, self._norm)
+
+    def _round_masters(self, *_: Any) -> None:
+        for parameter, master in self._masters.items():
+            if master is not parameter:
+                parameter.detach().copy_(master)
+                master.grad = None
 
 
 class Partitioned(Layout):
     """ZeRO 1: each rank optimizes its part of the fp32 weights."""
 
     stage = 1
+
+    def config(self) -> dict[str, Any]:
+        if self.dtype is torch.float32:
+            return super().config()
+        # By default gradients would be summed in bf16, over micro-batches and then over ranks.
+        fp32 = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+        return super().config() | fp32 | {"bf16": {"enabled": True}}
 
     def bind(self, engine: Any, steps: float) -> None:
         # DeepSpeed links partitions to their parameters once, after the step of the first parameter group, when the
@@ -144,7 +182,9 @@ class Partitioned(Layout):
             safe_set_full_fp32_param(parameter, tensors[f"param/{name}"].to(parameter.device))
 
     def _optimized(self) -> list[Tensor]:
-        return list(self.engine.optimizer.single_partition_of_fp32_groups)
+        optimizer = self.engine.optimizer  # DeepSpeed has one of its own for each dtype
+        fp32 = self.dtype is torch.float32
+        return list(optimizer.single_partition_of_fp32_groups if fp32 else optimizer.fp32_groups_flat_partition)
 
     def _state(self) -> dict[Tensor, dict[str, Tensor]]:
         return self.engine.optimizer.optimizer.state

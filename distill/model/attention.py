@@ -3,13 +3,13 @@
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.config.schema import ModelConfig
 from distill.model.kv import KV, Slots
-from distill.model.linear import Linear, LinearFn
+from distill.model.linear import Linear
 from distill.model.norm import rms_norm
+from distill.model.parts import Parts
 from distill.model.rope import Rotation, rotate
 from distill.model.segments import Block, SegmentPlan
 
@@ -46,8 +46,9 @@ def temperature(plan: SegmentPlan, floor_scale: float, attn_scale: float) -> Ten
 class Attention(nn.Module):
     """Causal within each segment; keys and values have fewer heads than queries, each shared by H / G of them."""
 
-    def __init__(self, config: ModelConfig, rope: bool, linear_fn: LinearFn):
+    def __init__(self, config: ModelConfig, rope: bool, parts: Parts):
         super().__init__()
+        linear_fn, self.attend = parts.linear_fn, parts.plain.attend
         self.head_dim = config.head_dim
         self.qk_norm_eps = config.norm_eps if rope and config.qk_norm else None
         width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
@@ -71,20 +72,19 @@ class Attention(nn.Module):
         if kv is not None and slots is not None:
             kv.write(k_PGC, v_PGC, slots)
         if kv is not None and slots is not None and slots.visible_BnS is not None:
-            mixed_PD = kv.attend(q_PHC, slots.visible_BnS)
+            mixed_PD = kv.attend(q_PHC, slots.visible_BnS, self.attend)
         else:
-            mixed_PD = _attend(q_PHC, k_PGC, v_PGC, segments.blocks)
+            mixed_PD = self._attend(q_PHC, k_PGC, v_PGC, segments.blocks)
         if segments.scatter_T is not None:
             mixed_PD = mixed_PD.index_select(0, segments.scatter_T)
         return self.o_proj(mixed_PD)
 
-
-def _attend(q_PHC: Tensor, k_PGC: Tensor, v_PGC: Tensor, blocks: tuple[Block, ...]) -> Tensor:
-    """One attention call per block; [P, H * C]."""
-    sizes = [block.segments * block.length for block in blocks]
-    mixed = []
-    for block, *qkv in zip(blocks, q_PHC.split(sizes), k_PGC.split(sizes), v_PGC.split(sizes)):
-        q, k, v = (x.unflatten(0, block).transpose(1, 2) for x in qkv)  # [segments, heads, length, C]
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        mixed.append(y.transpose(1, 2).flatten(2).flatten(0, 1))
-    return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+    def _attend(self, q_PHC: Tensor, k_PGC: Tensor, v_PGC: Tensor, blocks: tuple[Block, ...]) -> Tensor:
+        """One attention call per block; [P, H * C]."""
+        sizes = [block.segments * block.length for block in blocks]
+        mixed = []
+        for block, *qkv in zip(blocks, q_PHC.split(sizes), k_PGC.split(sizes), v_PGC.split(sizes)):
+            q, k, v = (x.unflatten(0, block).transpose(1, 2) for x in qkv)  # [segments, heads, length, C]
+            y = self.attend(q, k, v, is_causal=True, enable_gqa=True)
+            mixed.append(y.transpose(1, 2).flatten(2).flatten(0, 1))
+        return mixed[0] if len(mixed) == 1 else torch.cat(mixed)

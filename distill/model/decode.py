@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from distill.config.errors import ConfigError, DataError
@@ -117,7 +116,7 @@ class Decoder:
         ids_1T = torch.cat([sent(prompt, self.device) for prompt in prompts])[None]
         hidden_TD = self.model.embedded(ids_1T, images)
         logits_BV, _ = self.model.through_layers(
-            hidden_TD, Plans(rope, nope), lambda h_TD, w_VD: F.linear(h_TD[last_B], w_VD), self.caches
+            hidden_TD, Plans(rope, nope), lambda h_TD, w_VD: self.model.linear(h_TD[last_B], w_VD), self.caches
         )
         return logits_BV
 
@@ -156,7 +155,7 @@ class Decoder:
         chunked, chunk = plan([length % self.chunk for length in self.lengths])
         rope, nope = self.model.plans(Segments(full, chunked))
         plans = Plans(rope._replace(slots=chunk), nope._replace(slots=everything))
-        logits_PV, _ = self.model.through_layers(self.model.embedded(ids_Bn), plans, F.linear, self.caches)
+        logits_PV, _ = self.model.through_layers(self.model.embedded(ids_Bn), plans, self.model.linear, self.caches)
         self.lengths = [length + new for length in self.lengths]
         return logits_PV.unflatten(0, (rows, new))
 

@@ -5,9 +5,9 @@ room for one chunk: a token goes to slot position % chunk, over a token of the c
 another, so the slots up to a token's own are those of its chunk.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -38,11 +38,11 @@ class KV:
             new_NGC = new_PGC if slots.source_N is None else new_PGC.index_select(0, slots.source_N)
             cache_BGSC[slots.row_N, :, slots.slot_N] = new_NGC
 
-    def attend(self, q_PHC: Tensor, visible_BnS: Tensor) -> Tensor:
+    def attend(self, q_PHC: Tensor, visible_BnS: Tensor, attend: Callable[..., Tensor]) -> Tensor:
         """n queries of each row, row after row, over its visible slots; [P, H * C] with P = B * n."""
         rows, new, slots = visible_BnS.shape
         q_BHnC = q_PHC.unflatten(0, (rows, new)).transpose(1, 2)
         keys_BGSC, values_BGSC = self.keys_BGSC[:, :, :slots], self.values_BGSC[:, :, :slots]
         mask_B1nS = visible_BnS.unsqueeze(1)
-        y = F.scaled_dot_product_attention(q_BHnC, keys_BGSC, values_BGSC, attn_mask=mask_B1nS, enable_gqa=True)
+        y = attend(q_BHnC, keys_BGSC, values_BGSC, attn_mask=mask_B1nS, enable_gqa=True)
         return y.transpose(1, 2).flatten(2).flatten(0, 1)

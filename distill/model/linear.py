@@ -1,6 +1,8 @@
-"""The two kinds of matrix products that a precision may replace, and the modules that own 2-D weights."""
+"""The kinds of products that a precision may replace, and the modules that own 2-D weights."""
 
+import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,30 @@ LinearFn = Callable[[Tensor, Tensor], Tensor]
 """(x [..., in], weight [out, in]) -> [..., out]."""
 GroupedFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x [R, in], weight [E, in, out], ends [E] int32, last = R) -> [R, out]; rows ends[e-1]:ends[e] times weight[e]."""
+
+
+class Plain(NamedTuple):
+    """Products that stay in the model's dtype where a precision has lower ones for projections and experts."""
+
+    linear: Callable[..., Tensor] = F.linear
+    """As `F.linear`: of the vision tower, and of logits outside of a loss."""
+    attend: Callable[..., Tensor] = F.scaled_dot_product_attention
+    """As `F.scaled_dot_product_attention`."""
+
+
+NATIVE = Plain()
+
+
+def in_fp32(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A product whose floating-point operands, and in the backward pass gradients, are multiplied in fp32; the results
+    are rounded to the dtype of the first operand."""
+
+    @functools.wraps(product)
+    def wide(first: Tensor, *others: Any, **options: Any) -> Tensor:
+        operands = [x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in (first, *others)]
+        return product(*operands, **options).type_as(first)
+
+    return wide
 
 
 MOST_ELEMENTS = 2**31 - 1
@@ -37,7 +63,7 @@ def grouped_mm(x: Tensor, weight: Tensor, ends_E: Tensor) -> Tensor:
 class Linear(nn.Module):
     """x -> x weight^T through the function it was built with."""
 
-    def __init__(self, inputs: int, outputs: int, linear_fn: LinearFn = F.linear):
+    def __init__(self, inputs: int, outputs: int, linear_fn: Callable[..., Tensor] = F.linear):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.linear_fn = linear_fn

@@ -1,4 +1,4 @@
-"""The exchangeable parts that a Transformer is built of: two matrix products and the dispatcher of its experts."""
+"""The exchangeable parts that a Transformer is built of: its products and the dispatcher of its experts."""
 
 from __future__ import annotations
 
@@ -6,25 +6,29 @@ from typing import NamedTuple
 
 import torch.nn.functional as F
 
-from distill.config.registry import DISPATCHERS, PRECISIONS
+from distill.config.registry import DISPATCHERS
 from distill.model.dispatch import LocalDispatcher
-from distill.model.linear import GroupedFn, LinearFn, grouped_mm
+from distill.model.linear import NATIVE, GroupedFn, LinearFn, Plain, grouped_mm
+from distill.model.precision import Numerics
 
 
 class Parts(NamedTuple):
     """One value for every place that builds a model; the defaults are plain products in one process."""
 
     linear_fn: LinearFn = F.linear
-    """Product of attention projections and feed-forwards; router, embedding, head and vision never use it."""
+    """Product of attention projections and feed-forwards."""
     grouped_fn: GroupedFn = grouped_mm
     """Product of the routed experts."""
     dispatcher: LocalDispatcher = LocalDispatcher()
+    plain: Plain = NATIVE
+    """Products of vision, attention scores, and logits outside of a loss. Router logits are always fp32."""
 
     @staticmethod
-    def of(precision: str, dispatcher: str = "local") -> Parts:
-        """The parts that a run's keys `precision` and `engine.dispatcher` name."""
-        numerics = PRECISIONS[precision]
-        return Parts(numerics.linear_fn, numerics.grouped_fn, DISPATCHERS[dispatcher]())
+    def of(numerics: Numerics, dispatcher: str = "local") -> Parts:
+        """The parts of a precision (`distill.model.precision.numerics_of`) and the key `engine.dispatcher`."""
+        way = DISPATCHERS[dispatcher]()
+        way.row_multiple = numerics.row_multiple
+        return Parts(numerics.linear_fn, numerics.grouped_fn, way, numerics.plain)
 
 
 PLAIN = Parts()

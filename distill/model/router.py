@@ -24,15 +24,14 @@ class Router(nn.Module):
         self.active = active
 
     def forward(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Router logits [T, E], selected experts int64 [T, A] and their weights [T, A]."""
-        logits_TE = F.linear(hidden_TD, self.weight)
+        """Router logits [T, E] in fp32, selected experts int64 [T, A] and their weights [T, A]."""
+        logits_TE = F.linear(hidden_TD.float(), self.weight.float())
         with torch.no_grad():
-            plain_TE = logits_TE.float()
             # Not sigmoid alone: it saturates, and ties would change the released routing. A tensor condition, so that
             # the host need not wait for the device to read whether the bias is zero.
-            key_TE = torch.where(self.bias.any(), plain_TE.sigmoid() + self.bias, plain_TE)
+            key_TE = torch.where(self.bias.any(), logits_TE.sigmoid() + self.bias, logits_TE)
             experts_TA = key_TE.topk(self.active, dim=-1).indices
-        weight_TA = logits_TE.gather(-1, experts_TA).float().sigmoid().type_as(logits_TE)
+        weight_TA = logits_TE.gather(-1, experts_TA).sigmoid().type_as(hidden_TD)
         return logits_TE, experts_TA, weight_TA
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

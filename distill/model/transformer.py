@@ -46,7 +46,7 @@ class Layer(nn.Module):
         super().__init__()
         self.rope = rope
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.self_attn = Attention(config, rope, parts.linear_fn)
+        self.self_attn = Attention(config, rope, parts)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.feed_forward: MoE | SwiGLU = (
             MoE(config, parts) if moe else SwiGLU(config.hidden_size, config.dense_hidden, parts.linear_fn)
@@ -96,7 +96,7 @@ class Transformer(nn.Module):
 
     Args:
         config: a configuration that passed `distill.config`'s checks.
-        parts: matrix products and dispatcher; a run's are `Parts.of(precision, dispatcher)`.
+        parts: products and dispatcher; a run's are `Parts.of(numerics, dispatcher)`.
 
     Attributes:
         activation_checkpointing: keep only each layer's input (the vision tower's too) for the backward pass and
@@ -106,6 +106,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, parts: Parts = PLAIN):
         super().__init__()
         self.config = config
+        self.linear = parts.plain.linear
         self.activation_checkpointing = False
         moe, rope = set(moe_layers(config)), rope_layers(config)
         self.embed = Embedding(config.vocab_size, config.hidden_size)
@@ -118,8 +119,8 @@ class Transformer(nn.Module):
                 nn.init.normal_(parameter, std=config.init_std * scales(config, name).init)
         self.vision_model: VisionModel | None = None
         if config.vision is not None:
-            self.vision_model = VisionModel(config.vision, config.init_std)
-            self.multi_modal_projector = projector(config.vision, config.hidden_size, config.init_std)
+            self.vision_model = VisionModel(config.vision, config.init_std, parts.plain)
+            self.multi_modal_projector = projector(config.vision, config.hidden_size, config.init_std, parts.plain)
 
     @property
     def routers(self) -> list[Router]:
@@ -194,7 +195,7 @@ class Transformer(nn.Module):
         self, ids_BS: Tensor, documents_BS: Tensor | Segments | None = None, images: Images | None = None
     ) -> Tensor:
         """Next-token logits [B, S, V] in the model's dtype; arguments as in `forward`."""
-        logits_TV, _ = self(ids_BS, documents_BS, F.linear, images)
+        logits_TV, _ = self(ids_BS, documents_BS, self.linear, images)
         return logits_TV.unflatten(0, ids_BS.shape)
 
     def plans(self, segments: Segments) -> Plans:

@@ -1,11 +1,13 @@
 """Vision by early fusion: tiles through a vision tower, an adapter and a projector, into rows of the embedding.
 
 N tiles of G x G patches; Q = G * G + 1 rows of the tower, patch after patch, row-major, the class token last; P tokens
-per tile after the pixel shuffle; O channels out of the adapter. All products are plain `F.linear`: the functions handed
-to the Transformer (FP8) are for the text model alone.
+per tile after the pixel shuffle; O channels out of the adapter. All products are a precision's `Plain` ones: those in
+FP8 are for the text model alone.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from distill.config.errors import DataError
 from distill.config.schema import VisionConfig
 from distill.model.images import Images
-from distill.model.linear import Linear
+from distill.model.linear import Linear, Plain
 from distill.model.rope import Rotation, cos_sin, frequencies, rotate
 from distill.model.transfer import sent
 
@@ -24,37 +26,37 @@ from distill.model.transfer import sent
 class Affine(Linear):
     """x -> x weight^T + bias."""
 
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__(inputs, outputs)
+    def __init__(self, inputs: int, outputs: int, plain: Plain):
+        super().__init__(inputs, outputs, plain.linear)
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return self.linear_fn(x, self.weight, self.bias)
 
 
 class VisionAttention(nn.Module):
     """Every row of a tile attends to every other; q and k are rotated by their patch's column and row."""
 
-    def __init__(self, config: VisionConfig):
+    def __init__(self, config: VisionConfig, plain: Plain):
         super().__init__()
-        self.heads = config.heads
-        self.q_proj = Affine(config.hidden_size, config.hidden_size)
-        self.k_proj = Affine(config.hidden_size, config.hidden_size)
-        self.v_proj = Affine(config.hidden_size, config.hidden_size)
-        self.o_proj = Affine(config.hidden_size, config.hidden_size)
+        self.heads, self.attend = config.heads, plain.attend
+        self.q_proj = Affine(config.hidden_size, config.hidden_size, plain)
+        self.k_proj = Affine(config.hidden_size, config.hidden_size, plain)
+        self.v_proj = Affine(config.hidden_size, config.hidden_size, plain)
+        self.o_proj = Affine(config.hidden_size, config.hidden_size, plain)
 
     def forward(self, hidden_NQD: Tensor, rotation: Rotation) -> Tensor:
         q_NQHC = rotate(self.q_proj(hidden_NQD).unflatten(-1, (self.heads, -1)), *rotation)
         k_NQHC = rotate(self.k_proj(hidden_NQD).unflatten(-1, (self.heads, -1)), *rotation)
         v_NQHC = self.v_proj(hidden_NQD).unflatten(-1, (self.heads, -1))
         q, k, v = (x.transpose(1, 2) for x in (q_NQHC, k_NQHC, v_NQHC))
-        return self.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.o_proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class VisionMLP(nn.Module):
     """fc2(gelu(fc1 x)), both with bias in the tower, without in the adapter."""
 
-    def __init__(self, inputs: int, hidden: int, outputs: int, layer: type[Affine | Linear]):
+    def __init__(self, inputs: int, hidden: int, outputs: int, layer: Callable[[int, int], Affine | Linear]):
         super().__init__()
         self.fc1, self.fc2 = layer(inputs, hidden), layer(hidden, outputs)
 
@@ -65,12 +67,12 @@ class VisionMLP(nn.Module):
 class VisionBlock(nn.Module):
     """Pre-norm attention, then a pre-norm feed-forward."""
 
-    def __init__(self, config: VisionConfig):
+    def __init__(self, config: VisionConfig, plain: Plain):
         super().__init__()
         self.input_layernorm = nn.LayerNorm(config.hidden_size, config.norm_eps)
-        self.self_attn = VisionAttention(config)
+        self.self_attn = VisionAttention(config, plain)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, config.norm_eps)
-        self.mlp = VisionMLP(config.hidden_size, config.mlp_hidden, config.hidden_size, Affine)
+        self.mlp = VisionMLP(config.hidden_size, config.mlp_hidden, config.hidden_size, partial(Affine, plain=plain))
 
     def forward(self, hidden_NQD: Tensor, rotation: Rotation) -> Tensor:
         hidden_NQD = hidden_NQD + self.self_attn(self.input_layernorm(hidden_NQD), rotation)
@@ -89,18 +91,19 @@ class VisionModel(nn.Module):
     normal with hidden_size ** -0.5, biases 0, norms 1.
     """
 
-    def __init__(self, config: VisionConfig, init_std: float):
+    def __init__(self, config: VisionConfig, init_std: float, plain: Plain):
         super().__init__()
         self.config = config
         size, grid = config.hidden_size, config.tile_size // config.patch_size
         self.class_embedding = nn.Parameter(torch.empty(size))
         self.positional_embedding_vlm = nn.Parameter(torch.empty(grid * grid + 1, size))
-        self.patch_embedding = named(linear=Linear(3 * config.patch_size**2, size))
+        self.patch_embedding = named(linear=Linear(3 * config.patch_size**2, size, plain.linear))
         self.layernorm_pre = nn.LayerNorm(size, config.norm_eps)
-        self.model = nn.ModuleDict({"layers": nn.ModuleList(VisionBlock(config) for _ in range(config.layers))})
+        self.model = nn.ModuleDict({"layers": nn.ModuleList(VisionBlock(config, plain) for _ in range(config.layers))})
         self.layernorm_post = nn.LayerNorm(size, config.norm_eps)
         shuffled = size * config.shuffle**2
-        self.vision_adapter = named(mlp=VisionMLP(shuffled, config.adapter_hidden, config.adapter_out, Linear))
+        layer = partial(Linear, linear_fn=plain.linear)
+        self.vision_adapter = named(mlp=VisionMLP(shuffled, config.adapter_hidden, config.adapter_out, layer))
         self._rotation = grid_rotation(grid, size // config.heads, config.rope_theta)
         for name, parameter in self.named_parameters():
             if name in ("class_embedding", "positional_embedding_vlm"):
@@ -132,9 +135,9 @@ class VisionModel(nn.Module):
         return self._rotation
 
 
-def projector(config: VisionConfig, size: int, init_std: float) -> nn.Module:
+def projector(config: VisionConfig, size: int, init_std: float, plain: Plain) -> nn.Module:
     """The matrix, without bias, from the adapter's channels to the text model's."""
-    linear = Linear(config.adapter_out, size)
+    linear = Linear(config.adapter_out, size, plain.linear)
     nn.init.normal_(linear.weight, std=init_std)
     return named(linear_1=linear)
 

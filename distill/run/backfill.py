@@ -236,7 +236,7 @@ def _check(run: Run, teacher: Teacher, loss: float, captures: list[Capture]) -> 
         sample = next((found[0] for found in run.dist.gather(broken) if found), None)
         raise DivergenceError(
             f"teacher {teacher.name}: its log-probabilities of sample {sample} are not finite in precision="
-            f"{run.config.precision}; what it had labelled before is finite and stays"
+            f"{run.config.precision.name}; what it had labelled before is finite and stays"
         )
 
 

@@ -15,6 +15,7 @@ from distill.model import Transformer
 from distill.model.hidden_projector import attach
 from distill.run import identity
 from distill.run.caches import cache_folders, open_capture
+from distill.run.chosen_precision import decisive
 from distill.run.feed import Feed, FollowingFeed
 from distill.run.identity import Lineage
 from distill.run.models import architecture, check_vision, first_model
@@ -119,7 +120,7 @@ def lineage_of(run: Run, model: Transformer, is_loaded: bool, steps: int, stream
         "optim": dataclasses.asdict(part.optim),
         "train": {name: getattr(part.train, name) for name in deciding},
         "steps": steps,
-        "precision": run.config.precision,
+        "precision": decisive(run.config.precision),
         "stream": [stream.seed, [[name, corpora[name].digest, share] for name, share in stream.shares.items()]],
     }
     digests = [corpus.digest for corpus in corpora.values()]

@@ -13,6 +13,7 @@ from distill.config.errors import ConfigError, DataError, DivergenceError
 from distill.config.schema import TrainConfig
 from distill.data.join import Batch, Joiner
 from distill.model import Transformer
+from distill.model.precision import numerics_of
 from distill.run.models import check_vision, load_model, parts_of
 from distill.run.run import Run, as_job
 from student import evaluate as student_evaluate
@@ -25,10 +26,10 @@ def evaluate(run: Run) -> None:
     """job=evaluate: loss, perplexity, calibration, accuracy, agreement; loss by position, needles in haystacks."""
     config = run.config
     assert config.init_from is not None
-    model = load_model(Path(config.init_from), "student", parts=parts_of(config))
+    model = load_model(Path(config.init_from), "student", parts=parts_of(run))
     teacher = None
     if config.evaluate.teacher_from is not None:
-        teacher = load_model(Path(config.evaluate.teacher_from), "teacher", parts=parts_of(config))
+        teacher = load_model(Path(config.evaluate.teacher_from), "teacher", parts=parts_of(run))
     run.prepare(config.student.model.vocab_size)
     for folder, part in ((config.init_from, model), (config.evaluate.teacher_from, teacher)):
         if part is not None:
@@ -38,7 +39,7 @@ def evaluate(run: Run) -> None:
                     f"{part.config.vocab_size}: set data.tokenizer.file to its tokenizer"
                 )
             check_vision(f"vision of the model in {folder}", part.config.vision, config.data, run.data.tokenizer)
-            part.to(run.dist.device)
+            part.to(run.dist.device, numerics_of(config.precision, run.dist.device).dtype)
     run.start()
     result = evaluate_whole(run, model, teacher)
     measured = held_out_metrics(run, result) | {k: v for k, v in result.metrics().items() if k != "loss"}

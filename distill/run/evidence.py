@@ -22,6 +22,7 @@ from distill.config import json_text
 from distill.config.files import write_all
 from distill.config.schema import RunConfig, Source
 from distill.config.study import LabArm, LabTargets
+from distill.run.chosen_precision import decisive
 from distill.run.identity import digest_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,7 +79,8 @@ def _common(config: RunConfig) -> dict[str, Any]:
         for source in (Source.law, Source.needle):
             if corpus["source"] is not source:
                 del corpus[source.value]
-    return {key: plain[key] for key in ("seed", "data", "precision", "plugins")} | {"plain": plain}
+    common = {key: plain[key] for key in ("seed", "data", "plugins")} | {"precision": decisive(config.precision)}
+    return common | {"plain": plain}
 
 
 def _student(config: RunConfig) -> dict[str, Any]:

@@ -11,12 +11,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distill.config import owner
 from distill.config.errors import ConfigError
 from distill.config.files import write_text
 from distill.config.load import typed
-from distill.config.registry import PRECISIONS
-from distill.config.schema import DataConfig, ImageConfig, ModelConfig, RunConfig, VisionConfig
+from distill.config.schema import DataConfig, ImageConfig, ModelConfig, RunConfig, VisionConfig, WeightDtype
 from distill.config.units import counted
 from distill.data.prepare import Prepared, prepare, reopen
 from distill.data.tokenizer import TOKENIZER, Tokenizer, load_tokenizer
@@ -78,7 +79,7 @@ def export(config: RunConfig, folder: Path, dist: Dist) -> None:
     report = hf.save(
         model,
         e.dir,
-        dtype=PRECISIONS[e.dtype.value].dtype,
+        dtype={WeightDtype.fp32: torch.float32, WeightDtype.bf16: torch.bfloat16}[e.dtype],
         drop_router_bias=biased,
         heldout_loss=(lambda m: evaluate_whole(run, m).loss) if biased else None,
         max_shard_bytes=int(e.max_shard_gb * 1e9),

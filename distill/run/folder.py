@@ -9,7 +9,7 @@ from distill.config import paths
 from distill.config.errors import ConfigError
 from distill.config.files import write_text
 from distill.config.load import read_yaml, to_dict, to_yaml
-from distill.config.schema import RunConfig
+from distill.config.schema import PrecisionConfig, RunConfig
 from distill.config.values import differences, shown
 from distill.tracking.tracker import METRICS
 
@@ -50,6 +50,8 @@ def recorded(folder: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path} is damaged ({reason:.120})") from error
+    if isinstance(found.get("precision"), str):  # as version 0.1 wrote it
+        found["precision"] = {**to_dict(PrecisionConfig()), "name": found["precision"]}
     return found
 
 

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 from distill.cache import CacheHeader
 from distill.config.errors import CacheError, ConfigError
-from distill.config.registry import PRECISIONS
 from distill.config.values import flat
 from distill.data.tokenizer import TOKENIZER, load_tokenizer
 from distill.engine import checkpoint
 from distill.engine.checkpoint import Checkpoint
+from distill.model.precision import numerics_of
 from distill.run import identity
 from distill.run.folder import recorded, run_of
 from distill.run.identity import Lineage
@@ -51,7 +51,7 @@ def load_teacher(run: Run, prepare: Callable[[int], None] | None = None) -> Teac
         source = source or config.teacher.init_from or config.init_from
     assert source is not None
     folder = Path(source.removeprefix("hf:"))
-    dtype = PRECISIONS[config.precision].dtype
+    dtype = numerics_of(config.precision, run.dist.device).dtype
     trained: Checkpoint | None = None
     model: Frozen
     if source.startswith("hf:"):
@@ -62,7 +62,7 @@ def load_teacher(run: Run, prepare: Callable[[int], None] | None = None) -> Teac
     else:
         if not (folder / "config.json").exists():
             trained = checkpoint.find(folder)
-        own = load_model(folder, "teacher", parts=parts_of(config), opened=trained)
+        own = load_model(folder, "teacher", parts=parts_of(run), opened=trained)
         model, longest, vision = Own(own), own.config.max_positions, own.config.vision
     name, origin = run.dist.from_main(_identity(model, folder, trained) if run.dist.is_main else None)
     if isinstance(model, Own):  # transformers keeps some parts in fp32

@@ -16,6 +16,7 @@ from distill.config.study import LabTargets
 from distill.config.units import counted, duration
 from distill.engine.dist import Dist
 from distill.run import lab_caches, lab_page
+from distill.run.chosen_precision import settled
 from distill.run.evidence import measure, name_of
 from distill.run.folder import record
 from distill.run.lab_student import train_student
@@ -28,6 +29,7 @@ GUESS, TEACHER_GUESS = 8.0, 25.0
 def lab(config: RunConfig, folder: Path, dist: Dist) -> None:
     if dist.world > 1:
         raise ConfigError(f"job=lab takes one process; there are {dist.world}: share a study by lab.only")
+    config = settled(config, folder, dist)
     home = Path(config.lab.dir)
     home.mkdir(parents=True, exist_ok=True)
     owner.own(home, "lab.dir", "job=lab")

@@ -10,7 +10,7 @@ from distill.config.checks import vision_problems
 from distill.config.errors import ConfigError
 from distill.config.load import to_dict, typed
 from distill.config.model import moe_layers, rope_layers
-from distill.config.schema import DataConfig, ModelConfig, RunConfig, VisionConfig
+from distill.config.schema import DataConfig, ModelConfig, VisionConfig
 from distill.config.values import differences, shown
 from distill.data.tokenizer import Tokenizer
 from distill.engine import checkpoint
@@ -20,12 +20,13 @@ from distill.model import Transformer, hf, hidden_projector
 from distill.model.balance import degenerate_routers
 from distill.model.freeze import freeze
 from distill.model.parts import PLAIN, Parts
+from distill.model.precision import numerics_of
 from distill.run.run import Run
 
 
-def parts_of(config: RunConfig) -> Parts:
+def parts_of(run: Run) -> Parts:
     """What the models of a run are built of."""
-    return Parts.of(config.precision, config.engine.dispatcher)
+    return Parts.of(numerics_of(run.config.precision, run.dist.device), run.config.engine.dispatcher)
 
 
 def first_model(run: Run, role: str) -> tuple[Transformer, Path | None]:
@@ -33,7 +34,7 @@ def first_model(run: Run, role: str) -> tuple[Transformer, Path | None]:
 
     Of a run that goes on from a checkpoint the weights are any; `engine_of` loads them.
     """
-    part, parts = getattr(run.config, role), parts_of(run.config)
+    part, parts = getattr(run.config, role), parts_of(run)
     # The same student for every arm of a seed; another stream than the teacher's.
     torch.manual_seed(run.config.seed * 2 + (role == "student"))
     source = part.init_from or (run.config.init_from if len(run.roles) == 1 else None)
@@ -54,7 +55,8 @@ def engine_of(run: Run, role: str, model: Transformer) -> Engine:
     tensors = None if run.restored is None else run.restored.tensors(role)
     model.activation_checkpointing = part.train.activation_checkpointing
     freeze(model, part.train.freeze)
-    return Engine(model, part.optim, run.config.engine, run.config.precision, run.dist, tensors)
+    dtype = numerics_of(run.config.precision, run.dist.device).dtype
+    return Engine(model, part.optim, run.config.engine, dtype, run.dist, tensors)
 
 
 def load_model(

@@ -24,6 +24,7 @@ from distill.data.tokenizer import TOKENIZER
 from distill.engine import checkpoint
 from distill.engine.dist import Dist
 from distill.run import folder as run_folder
+from distill.run.chosen_precision import settled
 from distill.run.identity import LINEAGES, Lineage
 from distill.tracking import report
 from distill.tracking.tracker import Tracker
@@ -46,7 +47,8 @@ class Run:
     """
 
     def __init__(self, config: RunConfig, folder: Path, dist: Dist):
-        self.config, self.folder, self.dist = config, folder, dist
+        self.config = config = settled(config, folder, dist)
+        self.folder, self.dist = folder, dist
         self.began = time.perf_counter()
         self.summary_path = folder / run_folder.SUMMARY
         self.checkpoints = folder / run_folder.CHECKPOINTS

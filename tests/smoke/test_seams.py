@@ -232,8 +232,8 @@ def test_a_job_a_precision_and_a_dispatcher_train_are_logged_and_resumed(tmp_pat
     found = {}
     for name, keys in (
         ("plain", []),
-        ("rounded", ["precision=rounded"]),
-        ("silent", ["engine.dispatcher=silent", "precision=rounded"]),
+        ("rounded", ["precision.name=rounded"]),
+        ("silent", ["engine.dispatcher=silent", "precision.name=rounded"]),
     ):
         run(*common, *keys, f"hydra.run.dir={tmp_path}/{name}")
         found[name] = [row["loss"] for row in rows(tmp_path / name) if "loss" in row]

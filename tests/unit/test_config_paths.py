@@ -21,7 +21,7 @@ from distill.tools.commands import COMMANDS
 NO_PATHS = {
     "data.corpora.*.text_key", "data.corpora.*.mask_key", "data.corpora.*.image_key", "data.tokenizer.bos",
     "data.tokenizer.eos", "evaluate.accuracy_on", "backfill.corpora.*", "engine.backend", "tracking.project",
-    "tracking.name", "job", "cache.codec.name", "precision", "engine.dispatcher", "student.loss", "plugins.*",
+    "tracking.name", "job", "cache.codec.name", "precision.name", "engine.dispatcher", "student.loss", "plugins.*",
     "lab.name", "lab.only.*", "lab.only_arms.*", "lab.regimes.*.curve", "lab.arms.*.like",
 }  # fmt: skip
 """Keys that hold a text of another kind. A new key must be put here, or among the paths."""

@@ -105,6 +105,26 @@ def test_resume_is_bitwise_alike_and_close_in_another_world_or_stage(results, na
             assert worst(value, whole[key]) < 5e-5, key
 
 
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("zero", [0, 1])
+def test_in_bf16_weights_and_sums_of_micro_batches_are_fp32_and_another_stage_loads_them(results, world, zero):
+    net = worker.model("sgd").bfloat16()
+    sums = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in net.named_parameters()}
+    for index in range(worker.MICRO):
+        net.zero_grad()
+        worker.micro_loss(worker.micro_batch(index))(net).backward()
+        for name, p in net.named_parameters():
+            sums[name] += p.grad.double()
+    found = {k.removeprefix(f"bf16/{zero}/"): v for k, v in results[f"cut-{world}"].items() if k.startswith("bf16/")}
+    for name, before in worker.model("sgd").named_parameters():
+        after = found[f"param/{name}"]
+        assert after.dtype == torch.float32
+        assert worst(before.detach().bfloat16().double() - after.double(), sums[name]) < 1e-5, name
+        assert torch.equal(found[f"rounded/{name}"], after.bfloat16()), name
+    kept = {key for key in found if key.startswith(("param/", "momentum_buffer/"))}
+    assert all(torch.equal(found[f"moved/{key}"], found[key]) for key in kept) and len(kept) == 2 * len(sums)
+
+
 @pytest.mark.parametrize(
     ("kind", "step", "want"),
     [

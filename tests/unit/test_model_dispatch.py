@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from distill.config.registry import DISPATCHERS, PRECISIONS
+from distill.config.schema import PrecisionConfig
 from distill.model import Transformer
 from distill.model.dispatch import LocalDispatcher
 from distill.model.parts import PLAIN, Parts
-from distill.model.precision import Numerics
+from distill.model.precision import Numerics, numerics_of
 from tests.closeness import worst
 from tests.unit.test_model_attention import config_of
 from tests.workers import expert_parallel
@@ -52,8 +53,8 @@ def test_the_dispatcher_handed_in_serves_every_moe_layer():
 
 
 def test_parts_follow_from_the_names_of_a_run(monkeypatch):
-    assert Parts.of("fp32")[:2] == Parts.of("bf16", "local")[:2] == PLAIN[:2]
-    assert [PRECISIONS[name].dtype for name in ("fp32", "bf16")] == [torch.float32, torch.bfloat16]
+    cpu = torch.device("cpu")
+    assert Parts.of(numerics_of(PrecisionConfig("fp32"), cpu), "local")[:2] == PLAIN[:2]
     for registry in (DISPATCHERS, PRECISIONS):
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     double, product = (lambda x, weight: x @ weight.T * 2), (lambda x, weight, ends_E: x)
@@ -63,7 +64,7 @@ def test_parts_follow_from_the_names_of_a_run(monkeypatch):
 
     DISPATCHERS.add("toy", Toy)
     PRECISIONS.add("toy", Numerics(torch.float32, double, product))
-    linear_fn, grouped_fn, dispatcher = Parts.of("toy", "toy")
+    linear_fn, grouped_fn, dispatcher, _ = Parts.of(numerics_of(PrecisionConfig("toy"), cpu), "toy")
     assert (linear_fn, grouped_fn, type(dispatcher)) == (double, product, Toy)
 
 

@@ -13,8 +13,7 @@ from distill.model import Transformer, casts, fp8, linear, scaled
 from distill.model.dispatch import LocalDispatcher, filled
 from distill.model.fp8 import Fp8
 from distill.model.fp8_format import E4M3, E5M2
-from distill.model.parts import Parts
-from distill.model.precision import FP32
+from distill.model.parts import PLAIN
 from tests.closeness import worst
 from tests.unit.test_model_attention import config_of
 
@@ -245,7 +244,7 @@ def test_a_model_with_filled_rows_computes_the_same():
         dispatcher = LocalDispatcher()
         dispatcher.row_multiple = multiple
         torch.manual_seed(0)
-        return Transformer(config_of(), Parts(FP32.linear_fn, FP32.grouped_fn, dispatcher))
+        return Transformer(config_of(), PLAIN._replace(dispatcher=dispatcher))
 
     ids_BS = torch.randint(0, 64, (2, 9))
     plain, full = model(1), model(16)

@@ -32,6 +32,8 @@ MODEL = ModelConfig(
 )  # fmt: skip
 BASE = BaseSizes(hidden_size=8, layers=1, expert_hidden=4, dense_hidden=8)
 STEPS, BATCH, LENGTH = 4, 4, 12
+MICRO = 64
+"""Micro-batches of the step in bf16, over all ranks; their gradients are about alike, so that a sum in bf16 stalls."""
 BALANCE, Z = 0.3, 0.1  # large, so that a gradient that is lost or scaled shows
 
 
@@ -97,9 +99,34 @@ def optim_lr(engine, step):
 def build(dist, zero, name, tensors=None, activation_checkpointing=False):
     net = model(name)
     net.activation_checkpointing = activation_checkpointing
-    engine = Engine(net, optim(name), EngineConfig(zero=zero), "fp32", dist, tensors)
+    engine = Engine(net, optim(name), EngineConfig(zero=zero), torch.float32, dist, tensors)
     engine.base_lr = optim(name).lr
     return engine
+
+
+def micro_batch(index):
+    g = torch.Generator().manual_seed(index)
+    ids, labels = torch.randint(64, (2, 1, LENGTH), generator=g)
+    return ids, labels, torch.ones(1, LENGTH, dtype=torch.bool)
+
+
+def one_step_in_bf16(dist, zero):
+    """The state after a step of gradient descent, lr 1, of many micro-batches; and as the other stage loads it."""
+    config = OptimConfig(
+        optimizer=OptimizerName.sgd, lr=1.0, betas=[0.0, 0.0], clip=0.0, weight_decay=WeightDecay(0, 0, 0, 0, 0)
+    )
+    engine = Engine(model("sgd"), config, EngineConfig(zero=zero), torch.bfloat16, dist)
+    for index in range(dist.rank, MICRO, dist.world):
+        engine.backward(micro_loss(micro_batch(index))(engine.training_model), torch.tensor(1))
+    engine.update(1.0)
+    found = collect(engine)
+    rounded = {f"rounded/{name}": p.detach().clone() for name, p in engine.model.named_parameters()}
+    tensors = found | {"optimizer_steps": torch.tensor(1.0)}
+    engine.close()
+    engine = Engine(model("sgd"), config, EngineConfig(zero=1 - zero), torch.bfloat16, dist, tensors)
+    moved = {f"moved/{key}": value for key, value in collect(engine).items()}
+    engine.close()
+    return found | rounded | moved
 
 
 def collect(engine):
@@ -112,6 +139,7 @@ def main():
     found = {}
     if mode == "cut":
         for zero in (0, 1):
+            found |= {f"bf16/{zero}/{key}": value for key, value in one_step_in_bf16(dist, zero).items()}
             for name in ("adamw", "sgd"):
                 for accumulation in (1, 2):
                     engine = build(dist, zero, name, activation_checkpointing=accumulation == 2)

@@ -38,7 +38,7 @@ STEPS, BATCH, LENGTH = 4, 4, 12
 DECAY = WeightDecay(matrices=0.1, embedding=0.2, head=0.3, router=0.4, norms=0.5)  # whatever moves must not move
 OPTIM = OptimConfig(lr=1e-2, eps=1e-3, clip=1.2, weight_decay=DECAY)
 SETTINGS = [(f"{zero}/{what.name}/fp32", zero, what) for zero in (0, 1) for what in Freeze]
-SETTINGS += [(f"1/{what.name}/bf16", 1, what) for what in Freeze]
+SETTINGS += [(f"{zero}/{what.name}/bf16", zero, what) for zero in (0, 1) for what in Freeze]
 
 
 def model(what):
@@ -91,15 +91,15 @@ def main():
     dist = engine_dist.start(EngineConfig(threads=1))
     found = {}
     for name, zero, what in SETTINGS:
-        precision = name.rsplit("/", 1)[1]
-        engine = Engine(model(what), OPTIM, EngineConfig(zero=zero), precision, dist)
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name.rsplit("/", 1)[1]]
+        engine = Engine(model(what), OPTIM, EngineConfig(zero=zero), dtype, dist)
         train(engine, dist, 0, 2)
         checkpoint.save(out / f"ck-{dist.world}", 2, {"m": engine}, {}, dist, 1)
         train(engine, dist, 2, STEPS)
         found |= {f"{name}/whole/{key}": value for key, value in collect(engine).items()}
         engine.close()
         tensors = checkpoint.newest(out / f"ck-{dist.world}").tensors("m")
-        engine = Engine(model(what), OPTIM, EngineConfig(zero=zero), precision, dist, tensors)
+        engine = Engine(model(what), OPTIM, EngineConfig(zero=zero), dtype, dist, tensors)
         train(engine, dist, 2, STEPS)
         found |= {f"{name}/resumed/{key}": value for key, value in collect(engine).items()}
         engine.close()
