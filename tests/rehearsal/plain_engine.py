@@ -1,6 +1,6 @@
 """What stands for DeepSpeed in a rehearsal: the same few methods over plain autograd and a plain optimizer.
 
-The backward pass walks the graph in Python: autograd's own engine asks the CUDA runtime, which is not there, for streams.
+The backward pass walks the graph in Python: autograd's own engine asks the CUDA runtime for streams, and there is none.
 So whatever is wrong raises in this thread, under the line that asked for it.
 """
 
@@ -16,10 +16,8 @@ class PlainDeepSpeed:
     """One model in training."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]):
+        assert config["zero_optimization"]["stage"] == 0, "at other stages DeepSpeed holds the weights"
         self.module, self.optimizer, self.global_steps = model, optimizer, 0
-        if config["bf16"]["enabled"]:
-            for parameter in model.parameters():
-                parameter.data = parameter.data.bfloat16()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
@@ -31,7 +29,7 @@ class PlainDeepSpeed:
 
     def step(self) -> None:
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.module.zero_grad()
         self.global_steps += 1
 
 
@@ -61,7 +59,8 @@ def backward(loss: Tensor) -> None:
             if grad is not None:
                 held = grads.setdefault(below, [None] * max(len(below._input_metadata), number + 1))
                 meta = below._input_metadata[number]
-                grad = grad.sum_to_size(meta.shape).to(meta.dtype)  # as autograd's engine does
+                dtype = getattr(getattr(below, "variable", None), "grad_dtype", meta.dtype)
+                grad = grad.sum_to_size(meta.shape).to(dtype)  # as autograd's engine does
                 held[number] = grad if (before := held[number]) is None else before + grad
             waiting[below] -= 1
             if not waiting[below]:

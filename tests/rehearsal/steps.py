@@ -120,7 +120,7 @@ def capture_of(config: RunConfig, watch: Watch | None) -> Capture:
     return Capture(codec, [NoWriter() for _ in CORPORA], 0, "teacher", lambda step: step, watch)  # type: ignore[misc]
 
 
-def _run(config: RunConfig) -> Any:
+def run_of(config: RunConfig) -> Any:
     return SimpleNamespace(config=config, dist=ALONE, restored=None, tracker=mock.Mock())
 
 
@@ -128,13 +128,13 @@ def teacher_trainer(config: RunConfig) -> Trainer:
     part, watch = config.teacher, Watch(ALONE)
     recipe = TeacherRecipe(part.train.head_chunk, capture_of(config, watch) if part.capture else None)
     return Trainer(
-        _run(config), "teacher", Transformer(part.model, parts_of(config)), recipe, mock.Mock(), watch, STEPS
+        run_of(config), "teacher", Transformer(part.model, parts_of(run_of(config))), recipe, mock.Mock(), watch, STEPS
     )
 
 
 def student_trainer(config: RunConfig, codec: str = "", live: Own | None = None) -> Trainer:
     part = config.student
-    model, projector_ED, teacher = Transformer(part.model, parts_of(config)), None, None
+    model, projector_ED, teacher = Transformer(part.model, parts_of(run_of(config))), None, None
     if live is not None:
         teacher = LiveTeacher(live.hidden, lambda: live.unembedding, live.unembedding.shape[1], lambda: 0, "x")
         if part.hidden_match:
@@ -142,7 +142,7 @@ def student_trainer(config: RunConfig, codec: str = "", live: Own | None = None)
     setting = Setting(V, V, len(CORPORA), 10_000, math.inf, DEVICE)
     loss = SoftLoss(part, [codec] if codec else [], projector_ED)
     recipe = StudentRecipe(part, ALONE, setting, STEPS, CORPORA, loss, teacher)
-    trainer = Trainer(_run(config), "student", model, recipe, mock.Mock(), Watch(ALONE), STEPS)
+    trainer = Trainer(run_of(config), "student", model, recipe, mock.Mock(), Watch(ALONE), STEPS)
     if projector_ED is not None:  # a move to a real device keeps the parameter, one to a fake device replaces it
         loss._projector_ED = model.get_parameter(f"{NAME}.weight")
     return trainer

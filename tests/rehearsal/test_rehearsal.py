@@ -12,6 +12,7 @@ from distill.config.schema import OptimizerName
 from distill.engine import checkpoint
 from distill.model import Transformer
 from distill.model.decode import generate
+from distill.model.precision import numerics_of
 from distill.run.models import parts_of
 from student.evaluate import evaluate
 from teacher.labelling import Own, label
@@ -23,6 +24,7 @@ from tests.rehearsal.steps import (
     capture_of,
     configured,
     rehearsed,
+    run_of,
     student_trainer,
     teacher_trainer,
     train,
@@ -52,7 +54,8 @@ def of(role, values):
 
 def frozen(config, part):
     """A model of a configuration on the card, as it is loaded there."""
-    return Transformer(part.model, parts_of(config)).to(PRECISIONS[config.precision].dtype).to(DEVICE)
+    dtype = numerics_of(config.precision, DEVICE).dtype
+    return Transformer(part.model, parts_of(run_of(config))).to(dtype).to(DEVICE)
 
 
 def one_corpus(batch):
@@ -60,7 +63,7 @@ def one_corpus(batch):
 
 
 def teach(*arguments, steps=1, **values):
-    config = configured(*arguments, **{"precision": "bf16"} | values)
+    config = configured(*arguments, **{"precision__name": "bf16"} | values)
     with rehearsed() as card:
         trainer = teacher_trainer(config)
         train(card, trainer, one_corpus(a_batch(config.teacher.model.vision)), steps)
@@ -69,7 +72,7 @@ def teach(*arguments, steps=1, **values):
 
 def learn(*arguments, codec="systematic", live=False, **values):
     """A student's step; codec: of the cache that it reads, "": none."""
-    config = configured(*arguments, **{"precision": "bf16"} | values)
+    config = configured(*arguments, **{"precision__name": "bf16"} | values)
     with rehearsed() as card:
         teacher = Own(frozen(config, config.teacher)) if live else None
         trainer = student_trainer(config, codec, teacher)
@@ -88,7 +91,7 @@ def test_a_teacher_captures_a_fixed_number_of_atoms():
 
 @pytest.mark.parametrize("precision", PRECISION_NAMES)
 def test_a_teacher_in_every_precision(precision):
-    assert teach(precision=precision) == {SELECTION, HAND_OVER, *ROW}
+    assert teach(precision__name=precision) == {SELECTION, HAND_OVER, *ROW}
 
 
 def test_a_teacher_that_accumulates_balances_and_checkpoints_activations():
@@ -110,7 +113,7 @@ def test_a_student_of_every_weighting(weighting):
 
 @pytest.mark.parametrize("precision", PRECISION_NAMES)
 def test_a_student_whose_weight_is_the_product_of_all_factors(precision):
-    assert learn(precision=precision, **ALL_FACTORS) == ROW
+    assert learn(precision__name=precision, **ALL_FACTORS) == ROW
 
 
 def test_a_student_with_a_factor_of_its_user():
@@ -142,7 +145,7 @@ def test_a_student_beside_a_live_teacher():
 
 @pytest.mark.parametrize("precision", PRECISION_NAMES)
 def test_an_evaluation_waits_at_its_end(precision):
-    config = configured(precision=precision)
+    config = configured(precision__name=precision)
     with rehearsed() as card:
         model, teacher = frozen(config, config.student), frozen(config, config.teacher)
         batch = one_corpus(a_batch())
@@ -152,7 +155,7 @@ def test_an_evaluation_waits_at_its_end(precision):
 
 
 def test_a_backfill_waits_for_its_targets_alone():
-    config = configured(precision="bf16")
+    config = configured(precision__name="bf16")
     with rehearsed() as card:
         teacher, capture = Own(frozen(config, config.teacher)), capture_of(config, None)
         batch = one_corpus(a_batch())
@@ -162,7 +165,7 @@ def test_a_backfill_waits_for_its_targets_alone():
 
 
 def test_a_generation_waits_at_its_end_and_to_see_whether_all_rows_have_ended():
-    config = configured(precision="bf16")
+    config = configured(precision__name="bf16")
     prompts = [torch.arange(70), torch.arange(5)]
     with rehearsed() as card:
         model = frozen(config, config.student)
@@ -176,7 +179,7 @@ def test_a_generation_waits_at_its_end_and_to_see_whether_all_rows_have_ended():
 
 def test_a_checkpoint_of_what_is_on_the_card(tmp_path):
     with rehearsed() as card:
-        trainer = teacher_trainer(configured(precision="bf16"))
+        trainer = teacher_trainer(configured(precision__name="bf16"))
         with card.step():
             checkpoint.save(tmp_path, 1, {"teacher": trainer.engine}, {}, ALONE, 1, trainer.hand_over())
     assert card.waited == {"distill/engine/checkpoint.py:_on_host", PUBLISHING}
