@@ -32,7 +32,11 @@ needle: setup ## A tiny student learns retrieval, then is tried within and beyon
 lab-quick: setup ## Weightings compared on a language whose law is known: two regimes, four arms, two pairs (at most 10 minutes)
 	$(RUN) job=lab study=quick lab.evidence=runs/lab/quick.jsonl $(ARGS)
 
-test: setup lint ## Linters, types, import contracts, all tests (ARGS for pytest)
+.venv/.kernels: .venv/.done
+	$(BIN)/pip install -q $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[kernels]'
+	@touch $@
+
+test: setup .venv/.kernels lint ## Linters, types, import contracts, all tests (ARGS for pytest)
 	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 fuzz: setup ## Random search: tests that draw their input, with new input until the time is up (MINUTES=5 SEED=0 ONLY=name)

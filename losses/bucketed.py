@@ -14,6 +14,7 @@ from torch import Tensor
 from losses.divergences import LEAST, through_softmax
 from losses.head import Chunk
 from losses.mixed import Weigh, both_weights, hard_norm
+from losses.rows import silence, weighted
 
 Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Of `losses.divergences`, its own numbers bound."""
@@ -41,7 +42,12 @@ class Bucketed(NamedTuple):
     norms: bool = False
     """As of `losses.mixed.Mixed`."""
 
-    def __call__(self, logits_tV: Tensor, rows: slice, want_grad: bool) -> Chunk:
+    @property
+    def tensors(self) -> int:
+        """[t, V] tensors that live at one time; the log-sum-exp of the bucket makes a second one."""
+        return 2
+
+    def __call__(self, logits_tV: Tensor, rows: slice, want_grad: torch.dtype | None) -> Chunk:
         dtype = logits_tV.dtype
         labels_t1, ids_tK, probs_tK = self.labels_T[rows, None], self.ids_TK[rows], self.probs_TK[rows].to(dtype)
         mass_t, real_tK = probs_tK.sum(-1), probs_tK > 0
@@ -65,8 +71,8 @@ class Bucketed(NamedTuple):
         hard_t, soft_t = lse_t - label_t, self.temperature**2 * loss_t
         parts = {"hard": hard_t, "soft": soft_t, "mass": mass_t, "agreement": agreement_t}
         w_hard_t, w_soft_t = both_weights(self.weigh, rows, hard_t, soft_t)
-        loss_t = w_hard_t * hard_t + w_soft_t * soft_t
-        if not want_grad:
+        loss_t = weighted(w_hard_t, hard_t) + weighted(w_soft_t, soft_t)
+        if want_grad is None:
             return Chunk(loss_t, parts, None)
 
         # The derivative of temperature^2 D by the k + 1 logits sums to 0, so it is that by log q at temperature 1, too.
@@ -82,7 +88,7 @@ class Bucketed(NamedTuple):
         grad_tV = share_tV.mul_(grad_tN[:, -1:])
         grad_tV.scatter_add_(-1, ids_tK, torch.where(real_tK, grad_tN[:, :-1], 0.0))
         grad_tV.scatter_add_(-1, labels_t1, -w_hard_t[:, None])
-        return Chunk(loss_t, parts, grad_tV)
+        return Chunk(loss_t, parts, silence(grad_tV, (w_hard_t != 0) | (w_soft_t != 0)))
 
 
 def _square(part_tN: Tensor, share_t: Tensor) -> Tensor:

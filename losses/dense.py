@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -9,6 +10,8 @@ from losses.bucketed import Divergence
 from losses.divergences import LEAST, through_softmax
 from losses.head import Chunk
 from losses.mixed import Weigh, both_weights, hard_norm
+from losses.products import Products
+from losses.rows import silence, weighted
 
 
 class Dense(NamedTuple):
@@ -31,8 +34,13 @@ class Dense(NamedTuple):
     norms: bool = False
     """As of `losses.mixed.Mixed`."""
 
-    def __call__(self, logits_tV: Tensor, rows: slice, want_grad: bool) -> Chunk:
-        teacher_tV = (self.hidden_TE[rows] @ self.weight_UE.T).to(logits_tV.dtype)
+    @property
+    def tensors(self) -> int:
+        """[t, V] tensors that live at one time: both models' logits, the divergence's and its derivative's."""
+        return 5
+
+    def __call__(self, logits_tV: Tensor, rows: slice, want_grad: torch.dtype | None) -> Chunk:
+        teacher_tV = Products(self.hidden_TE, self.weight_UE).logits(rows).to(logits_tV.dtype)
         agreement_t = logits_tV.argmax(-1) == teacher_tV.argmax(-1)
         if teacher_tV.shape[1] < logits_tV.shape[1]:
             teacher_tV = F.pad(teacher_tV, (0, logits_tV.shape[1] - teacher_tV.shape[1]), value=-float("inf"))
@@ -51,8 +59,8 @@ class Dense(NamedTuple):
         soft_t = self.temperature**2 * loss_t
         parts = {"hard": hard_t, "soft": soft_t, "mass": teacher_tV.new_ones(len(hard_t)), "agreement": agreement_t}
         w_hard_t, w_soft_t = both_weights(self.weigh, rows, hard_t, soft_t)
-        loss_t = w_hard_t * hard_t + w_soft_t * soft_t
-        if not want_grad:
+        loss_t = weighted(w_hard_t, hard_t) + weighted(w_soft_t, soft_t)
+        if want_grad is None:
             return Chunk(loss_t, parts, None)
 
         probs_tV = logits_tV.exp_()
@@ -62,4 +70,4 @@ class Dense(NamedTuple):
             parts["soft_norm"] = self.temperature * soft_grad_tV.norm(dim=-1)
         grad_tV = probs_tV.mul_(w_hard_t[:, None]).add_(soft_grad_tV.mul_(self.temperature * w_soft_t[:, None]))
         grad_tV.scatter_add_(-1, labels_t1, -w_hard_t[:, None])
-        return Chunk(loss_t, parts, grad_tV)
+        return Chunk(loss_t, parts, silence(grad_tV, (w_hard_t != 0) | (w_soft_t != 0)))

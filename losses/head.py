@@ -10,6 +10,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from losses.products import Products, narrowed
+
+MOST_ROWS = 4096
+"""Of a chunk that is chosen by bytes; products are no faster with more."""
+_BYTES = {"cuda": 2 << 30, "cpu": 256 << 20}
+"""Of the [t, V] tensors of a chunk. Each chunk costs a pass over the gradient of the unembedding in fp32, which these
+sizes keep small beside the products."""
+
 
 class Chunk(NamedTuple):
     """What a row function makes of the logits of t tokens."""
@@ -19,19 +27,21 @@ class Chunk(NamedTuple):
     parts: dict[str, Tensor]
     """Per-token results [t] for meters and weighting, detached; the same names for every chunk."""
     grad_tV: Tensor | None
-    """Gradient of the sum of `loss_t` with respect to the logits; None without `want_grad`."""
+    """Gradient of the sum of `loss_t` with respect to the logits, in their dtype or in `want_grad`; None without."""
     selected: Any = None
-    """Whatever else was taken out of the chunk."""
+    """Whatever else was taken out of the chunk; no view of the logits."""
 
 
 class RowFunction(Protocol):
     """A loss on rows of logits; it holds the labels, weights and targets of all T tokens."""
 
-    def __call__(self, logits_tV: Tensor, rows: slice, want_grad: bool) -> Chunk:
+    def __call__(self, logits_tV: Tensor, rows: slice, want_grad: torch.dtype | None) -> Chunk:
         """
         Args:
-            logits_tV: in at least fp32; may be overwritten, by the gradient for instance.
+            logits_tV: in at least fp32; may be overwritten, by the gradient for instance. The next chunk's lie in the
+                same memory, so what is kept of them is a copy.
             rows: which of the T tokens these are.
+            want_grad: the dtype that the products take the gradient in; None: no gradient is wanted.
         """
         ...
 
@@ -47,20 +57,40 @@ class HeadLoss(NamedTuple):
     """Of each chunk, in order."""
 
 
-def head_loss(hidden_TD: Tensor, weight_VD: Tensor, row_function: RowFunction, *, chunk: int = 4096) -> HeadLoss:
+def head_loss(hidden_TD: Tensor, weight_VD: Tensor, row_function: RowFunction, *, chunk: int | None = None) -> HeadLoss:
     """A row function over the logits of all tokens.
+
+    Beside the gradients it holds the logits of one chunk, and the unembedding's gradient once, summed in fp32.
 
     Args:
         hidden_TD: normed hidden states; the head's input.
         weight_VD: unembedding.
-        chunk: tokens whose logits live at one time; the result does not depend on it beyond rounding.
+        chunk: tokens whose logits live at one time; None: by bytes, `rows_by_bytes`. The result does not depend on it
+            beyond rounding.
+
+    Raises:
+        ValueError: `chunk` is below 1.
 
     Source: gradients formed in the forward pass of each chunk, as in Liger-Kernel's chunked losses.
     """
+    if chunk is None:
+        tensors = getattr(row_function, "tensors", 1)
+        chunk = rows_by_bytes(len(hidden_TD), len(weight_VD), hidden_TD.device, tensors)
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}; at least 1 token")
     names: list[str] = []
     selected: list[Any] = []
     loss_sum, *parts = _Head.apply(hidden_TD, weight_VD, row_function, chunk, names, selected)  # type: ignore[no-untyped-call]
     return HeadLoss(loss_sum, dict(zip(names, parts, strict=True)), selected)
+
+
+def rows_by_bytes(tokens: int, vocab_size: int, device: torch.device, tensors: int = 1) -> int:
+    """Rows of a chunk: chunks are alike, and so many fp32 tensors [t, V] fit the bytes of the device's kind."""
+    room = _BYTES.get(device.type, _BYTES["cpu"]) // (4 * vocab_size * tensors)
+    most = min(max(room, 1), MOST_ROWS)
+    chunks = max(-(-tokens // most), 1)
+    alike = -(-tokens // chunks)
+    return max(min(-(-alike // 64) * 64, most), 1)
 
 
 class _Head(torch.autograd.Function):
@@ -76,32 +106,27 @@ class _Head(torch.autograd.Function):
         names: list[str],
         selected: list[Any],
     ) -> tuple[Tensor, ...]:
-        dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
+        products = Products(hidden_TD, weight_VD)
         want_hidden, want_weight = ctx.needs_input_grad[:2]
+        want_grad = products.operand if want_hidden or want_weight else None
         grad_hidden_TD = torch.empty_like(hidden_TD) if want_hidden else None
         # The sum over chunks is kept in at least fp32; one rounding to the weight's dtype comes at the end.
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=dtype) if want_weight else None
-        loss_sum = hidden_TD.new_zeros((), dtype=dtype)
+        grad_weight_VD = torch.empty_like(weight_VD, dtype=products.sum) if want_weight else None
+        loss_sum = hidden_TD.new_zeros((), dtype=products.sum)
         parts: dict[str, list[Tensor]] = {}
+        memory_tV = hidden_TD.new_empty(min(chunk, len(hidden_TD)), len(weight_VD), dtype=products.sum)
         for start in range(0, max(len(hidden_TD), 1), chunk):
-            rows = slice(start, start + chunk)
-            hidden_tD = hidden_TD[rows]
-            logits_tV = (hidden_tD @ weight_VD.T).to(dtype)
-            done = row_function(logits_tV, rows, want_hidden or want_weight)
+            rows = slice(start, min(start + chunk, len(hidden_TD)))
+            logits_tV = products.logits(rows, memory_tV[: rows.stop - start])
+            done = row_function(logits_tV, rows, want_grad)
             loss_sum += done.loss_t.sum()
             selected.append(done.selected)
             for name, part_t in done.parts.items():
                 parts.setdefault(name, []).append(part_t)
-            if done.grad_tV is None:
-                continue
-            grad_tV = done.grad_tV.to(hidden_TD.dtype)
-            if grad_hidden_TD is not None:
-                torch.mm(grad_tV, weight_VD, out=grad_hidden_TD[rows])
-            if grad_weight_VD is not None:
-                grad_weight_VD += grad_tV.T @ hidden_tD
-        if grad_weight_VD is not None:
-            grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
+            if done.grad_tV is not None:
+                products.backward(rows, done.grad_tV, grad_hidden_TD, grad_weight_VD)
         ctx.save_for_backward(grad_hidden_TD, grad_weight_VD)
+        ctx.dtype = weight_VD.dtype
         names += parts
         whole = [torch.cat(pieces) for pieces in parts.values()]
         ctx.mark_non_differentiable(*whole)
@@ -110,6 +135,12 @@ class _Head(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
-        scaled = [None if g is None else g * grad.to(g.dtype) for g in (grad_hidden_TD, grad_weight_VD)]
-        return (*scaled, None, None, None, None)
+        # What a second pass may ask for again is copied; else the gradients are scaled and rounded where they are.
+        kept = torch._C._autograd._get_current_graph_task_keep_graph()
+        grad_hidden_TD, grad_weight_VD = (
+            None if g is None else (g * grad.to(g.dtype) if kept else g.mul_(grad.to(g.dtype)))
+            for g in ctx.saved_tensors
+        )
+        if grad_weight_VD is not None:
+            grad_weight_VD = narrowed(grad_weight_VD, ctx.dtype)
+        return grad_hidden_TD, grad_weight_VD, None, None, None, None

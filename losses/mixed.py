@@ -11,9 +11,11 @@ M is not assumed to be 1: the mass of a sampled row is 1 only on average.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from losses.head import Chunk, head_loss
+from losses.rows import Seen, Target, read, weighted, write
 
 Select = Callable[[slice, Tensor, Tensor], Any]
 """(rows, logits [t, V], their log-sum-exp [t]) -> what is taken out of a chunk; both tensors are read only."""
@@ -39,8 +41,8 @@ class Mixed(NamedTuple):
 
     Its parts are `hard`, cross entropy against the label, and with atoms `soft`, cross entropy against them (both
     unweighted, nats), `mass`, the sum of the stored probabilities, and `agreement`, whether the most probable id of the
-    model is that of the atoms. With `norms` also `hard_norm` and `soft_norm`, Euclidean norms of both terms' gradients
-    with respect to the logits, unweighted.
+    atoms is one of the model's. With `norms` also `hard_norm` and `soft_norm`, Euclidean norms of both terms' gradients
+    with respect to the logits, unweighted; with `entropy` that of the model's distribution, nats.
 
     Source: for one weight, the merged target of sparse distillation (arXiv 2503.16870, appendix).
     """
@@ -54,44 +56,48 @@ class Mixed(NamedTuple):
     select: Select | None = None
     """Called without gradient on every chunk; its result is the chunk's selection."""
     norms: bool = False
-    """Costs one more pass over the logits; atoms of a token have distinct ids then."""
+    """Atoms of a token have distinct ids then."""
+    entropy: bool = False
+    """Whether `entropy` is among the parts."""
 
-    def __call__(self, logits_tV: Tensor, rows: slice, want_grad: bool) -> Chunk:
+    def __call__(self, logits_tV: Tensor, rows: slice, want_grad: torch.dtype | None) -> Chunk:
         dtype = logits_tV.dtype
-        lse_t = logits_tV.logsumexp(-1)
-        labels_t1 = self.labels_T[rows, None]
-        hard_t = lse_t - logits_tV.gather(-1, labels_t1).squeeze(-1)
-        parts, soft_t = {"hard": hard_t}, None
+        labels_t, ids_tK, probs_tK = self.labels_T[rows], None, None
         if self.ids_TK is not None:
             assert self.probs_TK is not None, "atoms come with probabilities"
             ids_tK, probs_tK = self.ids_TK[rows], self.probs_TK[rows].to(dtype)
-            mass_t = probs_tK.sum(-1)
-            soft_t = mass_t * lse_t - (probs_tK * logits_tV.gather(-1, ids_tK)).sum(-1)
-            best_t = ids_tK.gather(-1, probs_tK.argmax(-1, keepdim=True)).squeeze(-1)
-            parts |= {"soft": soft_t, "mass": mass_t, "agreement": (logits_tV.argmax(-1) == best_t) & (mass_t > 0)}
+        seen = read(logits_tV, labels_t, ids_tK, self.entropy, self.norms)
+        lse_t, hard_t, soft_t = seen.lse_t, seen.lse_t - seen.label_t, None
+        parts = {"hard": hard_t}
+        if probs_tK is not None:
+            parts |= _of_atoms(seen, probs_tK)
+            soft_t = parts["soft"]
+        if seen.entropy_t is not None:
+            parts["entropy"] = seen.entropy_t
+        if seen.square_t is not None:
+            parts["hard_norm"] = hard_norm(seen.square_t, hard_t)
+            if probs_tK is not None:
+                parts["soft_norm"] = _distance(seen, probs_tK)
+
         if soft_t is None:
-            w_hard_t = total_t = self.weigh(rows, hard_t, None)[0].to(dtype)
-            loss_t = w_hard_t * hard_t
+            w_hard_t, w_soft_t = self.weigh(rows, hard_t, None)[0].to(dtype), None
+            loss_t = weighted(w_hard_t, hard_t)
         else:
             w_hard_t, w_soft_t = both_weights(self.weigh, rows, hard_t, soft_t)
-            loss_t = w_hard_t * hard_t + w_soft_t * soft_t
-            total_t = w_hard_t + w_soft_t * mass_t
+            loss_t = weighted(w_hard_t, hard_t) + weighted(w_soft_t, soft_t)
         selected = None if self.select is None else self.select(rows, logits_tV, lse_t)
-        if not want_grad:
+        if want_grad is None:
             return Chunk(loss_t, parts, None, selected)
+        target = Target(labels_t, w_hard_t, ids_tK, probs_tK, w_soft_t)
+        return Chunk(loss_t, parts, write(logits_tV, lse_t, target, want_grad), selected)
 
-        # In place: the logits are spent, and this chunk needs no second [t, V] tensor.
-        probs_tV = logits_tV.sub_(lse_t[:, None]).exp_()
-        if self.norms:
-            square_t = probs_tV.square().sum(-1)
-            parts["hard_norm"] = hard_norm(square_t, hard_t)
-            if soft_t is not None:
-                parts["soft_norm"] = _distance(square_t, probs_tV, ids_tK, probs_tK)
-        grad_tV = probs_tV.mul_(total_t[:, None])
-        grad_tV.scatter_add_(-1, labels_t1, -w_hard_t[:, None])
-        if self.ids_TK is not None:
-            grad_tV.scatter_add_(-1, ids_tK, -w_soft_t[:, None] * probs_tK)
-        return Chunk(loss_t, parts, grad_tV, selected)
+
+def _of_atoms(seen: Seen, probs_tK: Tensor) -> dict[str, Tensor]:
+    assert seen.atoms_tK is not None
+    mass_t = probs_tK.sum(-1)
+    soft_t = mass_t * seen.lse_t - weighted(probs_tK, seen.atoms_tK).sum(-1)
+    best_t = seen.atoms_tK.gather(-1, probs_tK.argmax(-1, keepdim=True)).squeeze(-1)
+    return {"soft": soft_t, "mass": mass_t, "agreement": (best_t >= seen.most_t) & (mass_t > 0)}
 
 
 def hard_norm(square_t: Tensor, hard_t: Tensor) -> Tensor:
@@ -100,12 +106,12 @@ def hard_norm(square_t: Tensor, hard_t: Tensor) -> Tensor:
     return (square_t - 2.0 * hard_t.neg().exp() + 1.0).clamp(min=0.0).sqrt()
 
 
-def _distance(square_t: Tensor, probs_tV: Tensor, ids_tK: Tensor, atoms_tK: Tensor) -> Tensor:
-    """Euclidean norm of (sum of the atoms) x softmax - atoms, [t], by its three inner products; square_t: as
-    `hard_norm` takes it."""
+def _distance(seen: Seen, atoms_tK: Tensor) -> Tensor:
+    """Euclidean norm of (sum of the atoms) x softmax - atoms, [t], by its three inner products."""
+    assert seen.atoms_tK is not None and seen.square_t is not None
     mass_t = atoms_tK.sum(-1)
-    inner_t = (atoms_tK * probs_tV.gather(-1, ids_tK)).sum(-1)
-    whole_t = mass_t.square() * square_t - 2.0 * mass_t * inner_t + atoms_tK.square().sum(-1)
+    inner_t = weighted(atoms_tK, (seen.atoms_tK - seen.lse_t[:, None]).exp()).sum(-1)
+    whole_t = mass_t.square() * seen.square_t - 2.0 * mass_t * inner_t + atoms_tK.square().sum(-1)
     return whole_t.clamp(min=0.0).sqrt()
 
 
@@ -130,7 +136,7 @@ def mixed_loss(
     probs_TK: Tensor | None = None,
     w_soft_T: Tensor | None = None,
     *,
-    chunk: int = 4096,
+    chunk: int | None = None,
     select: Select | None = None,
 ) -> MixedLoss:
     """`head_loss` of `Mixed`: sum over tokens of w_hard CE(label) + w_soft CE(atoms), and its unweighted parts.

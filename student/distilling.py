@@ -172,7 +172,10 @@ class StudentRecipe(Recipe):
         means = dict[str, Mean]()
         for number, corpus in enumerate(self.corpora):
             mine_T = valid_T & (corpus_T == number)
-            means |= {f"{name}/{corpus}": Mean((part_T * mine_T).sum(), mine_T.sum()) for name, part_T in parts.items()}
+            means |= {
+                f"{name}/{corpus}": Mean(torch.where(mine_T, part_T, 0.0).sum(), mine_T.sum())
+                for name, part_T in parts.items()
+            }
         return means
 
 
@@ -203,6 +206,6 @@ def _means(parts: Mapping[str, Tensor], valid_T: Tensor, covered_T: Tensor) -> d
     """Metrics of the loss' parts, each over the tokens that it is defined on."""
     tokens_T = {name: covered_T if name in COVERED else valid_T for name in parts}
     return {
-        METRIC_NAMES.get(name, name): Mean((part_T * tokens_T[name]).sum(), tokens_T[name].sum())
+        METRIC_NAMES.get(name, name): Mean(torch.where(tokens_T[name], part_T, 0.0).sum(), tokens_T[name].sum())
         for name, part_T in parts.items()
     }

@@ -34,14 +34,14 @@ class LiveTeacher:
 
 
 @torch.no_grad()
-def labelled(teacher: LiveTeacher, batch: Batch, parts: int, chunk: int, dist: Dist) -> Batch:
+def labelled(teacher: LiveTeacher, batch: Batch, parts: int, chunk: int | None, dist: Dist) -> Batch:
     """This rank's batch of an optimizer step, on the device but for its images, with the teacher's targets.
 
     A sample with an id that the teacher lacks has none. Levels are 0: the teacher of the moment is the best there is.
 
     Args:
         parts: equal numbers of samples that go through the teacher at a time.
-        chunk: tokens whose logits live at one time.
+        chunk: tokens whose logits live at one time; None: by bytes.
     """
     on_host, size, weight_UE = batch, len(batch.ids_BS) // parts, teacher.unembedding()
     batch = dataclasses.replace(batch, images=None).to(dist.device)
@@ -78,16 +78,10 @@ def _within(ids_BS: Tensor, vocab_size: int) -> Tensor:
     return torch.where(ids_BS < vocab_size, ids_BS, 0)
 
 
-def _label(teacher: LiveTeacher, weight_UE: Tensor, micro: Batch, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+def _label(teacher: LiveTeacher, weight_UE: Tensor, micro: Batch, chunk: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states [T, E], cross entropy of the labels and entropy, fp32 nats [T]."""
     labels_T = micro.labels_BS.flatten()
     hidden_TE = teacher.hidden(micro)
-    rows = Mixed(labels_T, fixed(torch.zeros(len(labels_T), device=labels_T.device)), select=_entropy)
+    rows = Mixed(labels_T, fixed(torch.zeros(len(labels_T), device=labels_T.device)), entropy=True)
     head = head_loss(hidden_TE, weight_UE, rows, chunk=chunk)
-    return hidden_TE, head.parts["hard"].float(), torch.cat(head.selected).float()
-
-
-def _entropy(rows: slice, logits_tU: Tensor, lse_t: Tensor) -> Tensor:
-    logprobs_tU = logits_tU - lse_t[:, None]
-    # Without the bound an id of no probability would give 0 * -inf.
-    return -(logprobs_tU.exp() * logprobs_tU.clamp(min=torch.finfo(logprobs_tU.dtype).min)).sum(-1)
+    return hidden_TE, head.parts["hard"].float(), head.parts["entropy"].float()

@@ -11,6 +11,7 @@ from distill.config.registry import LOSSES, LossEntry
 from distill.config.schema import StudentConfig
 from losses import HeadLoss, Mixed, RowFunction, head_loss
 from losses.bucketed import Bucketed
+from losses.checked import Checked
 from losses.dense import Dense
 from losses.matching import hidden_match
 from losses.mixed import Weigh
@@ -23,11 +24,18 @@ class SoftLoss:
     Args:
         codecs: of the caches that are read; empty: none.
         projector_ED: what projects hidden states to the teacher's; None: they are not matched.
+        debug: labels, atoms and weights are checked.
     """
 
-    def __init__(self, config: StudentConfig, codecs: Sequence[str] = (), projector_ED: nn.Parameter | None = None):
+    def __init__(
+        self,
+        config: StudentConfig,
+        codecs: Sequence[str] = (),
+        projector_ED: nn.Parameter | None = None,
+        debug: bool = False,
+    ):
         self._entry, self._match, self._projector_ED = LOSSES[config.loss], config.hidden_match, projector_ED
-        self._chunk = config.train.head_chunk
+        self._chunk, self._debug = config.train.head_chunk, debug
         options = soft_losses.options_of(config)
         self._temperature = options.get("temperature", 1.0)
         self._divergence = self._entry.divergence(options) if isinstance(self._entry, LossEntry) else None
@@ -81,7 +89,7 @@ class SoftLoss:
     ) -> HeadLoss:
         """The head's pass; with a projector also the part `hidden_match`, whose coefficient is a share of the soft
         term's weight."""
-        head = head_loss(hidden_TD, weight_VD, rows, chunk=self._chunk)
+        head = head_loss(hidden_TD, weight_VD, Checked(rows) if self._debug else rows, chunk=self._chunk)
         if self._projector_ED is None or teacher_TE is None or weigher is None:
             return head
         w_soft_T = weigher.whole.soft_T

@@ -10,6 +10,7 @@ from torch import Tensor
 from distill.config.errors import ConfigError
 from distill.data.join import Batch
 from distill.model.transfer import sent
+from losses.rows import weighted
 from losses.weighting import Mean, Signals, State, Weighting
 
 BINS = 20
@@ -73,7 +74,8 @@ class Weighed(NamedTuple):
             "lag": mean(torch.nan_to_num(signals.level_T - signals.end_T)),
         }
         if "soft_norm" in parts:
-            soft, hard = (self.soft_T * parts["soft_norm"]).sum(), (self.hard_T * parts["hard_norm"]).sum()
+            soft = weighted(self.soft_T, parts["soft_norm"]).sum()
+            hard = weighted(self.hard_T, parts["hard_norm"]).sum()
             means["effective_weight"] = Mean(soft, soft + hard)
         return means
 
@@ -116,7 +118,9 @@ class Weigher:
         disagreement_t = (soft_t - self._least_T[rows]).float()
         signals = signals._replace(student_loss_T=hard_t.float(), disagreement_T=disagreement_t)
         weights = self._weighting.weigh(self._state, self._step, signals)
-        weighed = Weighed(signals, valid_t, weights.hard_t * valid_t, weights.soft_t * valid_t, weights.values)
+        # Not a product: factors may make NaN of what an invalid token holds.
+        hard_t, soft_t = (torch.where(valid_t, w_t, 0.0) for w_t in (weights.hard_t, weights.soft_t))
+        weighed = Weighed(signals, valid_t, hard_t, soft_t, weights.values)
         self._chunks.append(weighed)
         return weighed.hard_T, weighed.soft_T
 

@@ -24,6 +24,7 @@ from distill.config.files import LFS_CURE, is_lfs_pointer
 from distill.data.join import Batch
 from distill.model.finite import is_finite
 from distill.model.segments import document_starts
+from losses.head import rows_by_bytes
 from losses.mixed import Select
 from teacher.capture import MicroTargets
 from teacher.labelling import label_rows
@@ -120,9 +121,11 @@ class Foreign:
             self._plain_head = self._head.plain and self._has_plain_head(ids_T, few)
         return self._plain_head
 
-    def label(self, batch: Batch, select: Select | None, head_chunk: int) -> MicroTargets:
+    def label(self, batch: Batch, select: Select | None, head_chunk: int | None) -> MicroTargets:
         ids_T, labels_T = batch.ids_BS.flatten(), batch.labels_BS.flatten()
         documents = _documents(batch.documents_BS)
+        if head_chunk is None:
+            head_chunk = rows_by_bytes(len(ids_T), self.vocab_size, ids_T.device, tensors=3)  # copied twice
         if self._is_plain(ids_T, documents, head_chunk):
             hidden_TD = self._hidden(ids_T, documents, room=len(ids_T))
             head = label_rows(hidden_TD, self.unembedding, batch, select, head_chunk)

@@ -41,8 +41,8 @@ class Frozen(Protocol):
         """[V, E]; ConfigError as `hidden`."""
         ...
 
-    def label(self, batch: Batch, select: Select | None, head_chunk: int) -> MicroTargets:
-        """Selects from the probabilities of every token, at most `head_chunk` at a time and in order.
+    def label(self, batch: Batch, select: Select | None, head_chunk: int | None) -> MicroTargets:
+        """Selects from the probabilities of every token, at most `head_chunk` (None: by bytes) at a time and in order.
 
         select: None: nothing is selected.
         """
@@ -66,7 +66,7 @@ class Own:
     def unembedding(self) -> Tensor:
         return self.model.head.weight
 
-    def label(self, batch: Batch, select: Select | None, head_chunk: int) -> MicroTargets:
+    def label(self, batch: Batch, select: Select | None, head_chunk: int | None) -> MicroTargets:
         def head_fn(hidden_TD: Tensor, weight_VD: Tensor) -> HeadLoss:
             return label_rows(hidden_TD, weight_VD, batch, select, head_chunk)
 
@@ -84,7 +84,9 @@ def own_hidden(model: Transformer, batch: Batch) -> Tensor:
     return hidden_TE
 
 
-def label_rows(hidden_TD: Tensor, weight_VD: Tensor, batch: Batch, select: Select | None, chunk: int) -> HeadLoss:
+def label_rows(
+    hidden_TD: Tensor, weight_VD: Tensor, batch: Batch, select: Select | None, chunk: int | None
+) -> HeadLoss:
     """The head's pass over chunks; its part `hard` is the cross entropy against the labels, nats."""
     labels_T = batch.labels_BS.flatten()
     no_weight_T = torch.zeros(len(labels_T), device=labels_T.device)
@@ -92,7 +94,9 @@ def label_rows(hidden_TD: Tensor, weight_VD: Tensor, batch: Batch, select: Selec
 
 
 @torch.inference_mode()
-def label(teacher: Frozen, batch: Batch, head_chunk: int, capture: Capture | None = None, step: int = 0) -> Tensor:
+def label(
+    teacher: Frozen, batch: Batch, head_chunk: int | None, capture: Capture | None = None, step: int = 0
+) -> Tensor:
     """Labels a batch on the teacher's device and hands its targets to the writers of the capture, if there is one.
 
     Args:
@@ -105,4 +109,4 @@ def label(teacher: Frozen, batch: Batch, head_chunk: int, capture: Capture | Non
     if capture is not None:
         capture.put(targets, step)
     valid_T = batch.valid_BS.flatten()
-    return torch.stack([(targets.hard_T.double() * valid_T).sum(), valid_T.sum().double()])
+    return torch.stack([torch.where(valid_T, targets.hard_T.double(), 0.0).sum(), valid_T.sum().double()])

@@ -3,6 +3,7 @@
 Random search is a command of its own: `make fuzz`.
 """
 
+import os
 import random
 
 import numpy as np
@@ -10,6 +11,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, register_random, settings
 from hypothesis.internal.conjecture import providers
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined
 
 settings.register_profile(
     "fixed",

@@ -208,8 +208,8 @@ class TrainConfig:
     """Keep only each layer's input for the backward pass and compute the rest again: less memory, a third more time."""
     freeze: Freeze = Freeze.none
     """Keep the vision tower and its adapter, or the whole text model, as they are; needs model.vision."""
-    head_chunk: Count = 4096
-    """Tokens whose logits live at one time."""
+    head_chunk: Count | None = None
+    """Tokens whose logits live at one time; null: by bytes, 256 MiB of them on a CPU and 2 GiB on a GPU."""
 
 
 # ---------------------------------------------------------------- weighting, replay
@@ -536,6 +536,8 @@ class EngineConfig:
     """torch.distributed backend; null: nccl on GPUs, else gloo."""
     timeout: Seconds = 1800.0
     """Seconds after which a collective that one rank never joins is an error."""
+    debug: bool = False
+    """Check ids, probabilities, mass and weights that the loss is given; every step waits for the device."""
 
 
 @frozen
@@ -587,8 +589,8 @@ class BackfillConfig:
     """Samples of a forward pass on each rank."""
     unit_samples: Count = 256
     """Samples of a unit of work: the ranks take units in turns, and a logged row covers one."""
-    head_chunk: Count = 4096
-    """Tokens whose logits live at one time."""
+    head_chunk: Count | None = None
+    """Tokens whose logits live at one time; null: by bytes, 256 MiB of them on a CPU and 2 GiB on a GPU."""
     dry_run: bool = False
     """Print the plan and what it would cost; label nothing."""
 

@@ -95,7 +95,7 @@ def teacher(run: Run) -> tuple[Trainer, Capture | None]:
     if part.capture:
         planned = {**stream.describe(), "planned": steps * batch, "batch": batch}
         capture = open_capture(run, planned, cache_folders(run), lineage.base, watch)
-    recipe = TeacherRecipe(part.train.head_chunk, capture)
+    recipe = TeacherRecipe(part.train.head_chunk, capture, run.config.engine.debug)
     feed = _feed(run, stream, Replay(ReplayOrder.same, steps * batch), None, batch)
     return Trainer(run, "teacher", model, recipe, feed, watch, steps), capture
 
@@ -152,7 +152,7 @@ def student(
         draws=min((float(reader.codec.draws) for reader in readers or []), default=math.inf),
         device=run.dist.device,
     )
-    loss = SoftLoss(part, [reader.header.codec.name for reader in readers or []], projector_ED)
+    loss = SoftLoss(part, [reader.header.codec.name for reader in readers or []], projector_ED, run.config.engine.debug)
     recipe = StudentRecipe(part, run.dist, setting, steps, list(run.data.train), loss, live)
     feed = _feed(run, stream, Replay(part.replay.order, planned), readers, part.train.batch)
     return Trainer(run, "student", model, recipe, feed, Watch(run.dist), steps), recipe
