@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distill.cache import Atoms, CacheWriter, Codec, Selection
+from distill.cache import Atoms, CacheWriter, Codec, Picks
 from distill.cache.pending import Pending
 from distill.data.join import Batch
 from distill.engine.watch import Watch
@@ -29,8 +29,8 @@ class MicroTargets(NamedTuple):
     batch: Batch
     hard_T: Tensor
     """Cross entropy against the labels, nats."""
-    selections: list[Selection]
-    """Atoms and entropies of the head's chunks, in order."""
+    selections: list[Picks]
+    """Of the head's chunks, in order."""
 
 
 class _StepTargets(NamedTuple):
@@ -84,17 +84,12 @@ class Capture:
         positions_T = torch.arange(length, device=device).repeat(batch_size)
 
         @torch.no_grad()
-        def select(rows: slice, logits_tV: Tensor, lse_t: Tensor) -> Selection:
+        def select(rows: slice, logits_tV: Tensor, lse_t: Tensor) -> Picks:
             began = time.perf_counter()
-            selection = self.codec.select(
-                logits_tV,
-                lse_t,
-                seed=self.seed,
-                sample_ids_T=sample_ids_T[rows],
-                positions_T=positions_T[rows],
-            )
+            where = {"sample_ids_T": sample_ids_T[rows], "positions_T": positions_T[rows]}
+            picks = self.codec.pick(logits_tV, lse_t, seed=self.seed, **where)
             self.seconds += time.perf_counter() - began
-            return selection
+            return picks
 
         return select
 
@@ -102,9 +97,9 @@ class Capture:
         """Hands a micro-batch's targets to the writers; waits or skips when their queue is full."""
         began = time.perf_counter()
         batch, hard_T, selections = targets
-        atoms = Atoms.cat([part.atoms for part in selections]).cpu()
-        entropy_T = torch.cat([part.entropy_T for part in selections]).cpu()
-        held = _StepTargets(batch, atoms, hard_T.cpu(), entropy_T, batch.valid_BS.flatten().cpu(), step)
+        picks = Picks.cat(selections).cpu()
+        atoms, valid_T = self.codec.atoms(picks), batch.valid_BS.flatten().cpu()
+        held = _StepTargets(batch, atoms, hard_T.cpu(), picks.entropy_T, valid_T, step)
         finite_T = held.hard_T.isfinite() & held.entropy_T.isfinite()
         if self._held and self._held[0].step != step:
             self._release()

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distill.cache.codecs import Codec, Selection, make_codec
+    from distill.cache.codecs import Codec, Picks, Selection, make_codec
     from distill.cache.header import CacheHeader, is_created
     from distill.cache.reader import CacheReader, ReadResult
     from distill.cache.tail import is_written
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from distill.config.schema import CodecConfig
 
 __all__ = [
-    "Atoms", "CacheHeader", "CacheReader", "CacheWriter", "Codec", "CodecConfig", "ReadResult", "Selection",
-    "SoftTargets", "is_created", "is_written", "make_codec", "token_digests",
+    "Atoms", "CacheHeader", "CacheReader", "CacheWriter", "Codec", "CodecConfig", "Picks", "ReadResult",
+    "Selection", "SoftTargets", "is_created", "is_written", "make_codec", "token_digests",
 ]  # fmt: skip
 
 _HOMES = {
@@ -29,6 +29,7 @@ _HOMES = {
     "CacheReader": "reader",
     "CacheWriter": "writer",
     "Codec": "codecs",
+    "Picks": "codecs",
     "ReadResult": "reader",
     "Selection": "codecs",
     "SoftTargets": "targets",

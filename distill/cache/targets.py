@@ -26,6 +26,14 @@ class Atoms(NamedTuple):
     """uint8 code of the mass outside the atoms; empty where the codec keeps none."""
 
     @classmethod
+    def of(cls, ids_TK: Tensor, codes_TK: Tensor, rest_T: Tensor | None = None) -> Atoms:
+        """Atoms in K places a token, on the CPU; a place with id -1 has none."""
+        keep_TK = ids_TK >= 0
+        rest_T = torch.empty(0, dtype=torch.uint8) if rest_T is None else rest_T
+        ids_N, codes_N = ids_TK.masked_select(keep_TK).int(), codes_TK.masked_select(keep_TK).int()
+        return cls(keep_TK.sum(-1, dtype=torch.int32), ids_N, codes_N, rest_T)
+
+    @classmethod
     def cat(cls, parts: Sequence[Atoms]) -> Atoms:
         """Atoms of the tokens of all parts, in order."""
         return cls(*(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -35,9 +43,6 @@ class Atoms(NamedTuple):
         keep_N = keep_T.repeat_interleave(self.counts_T.long())
         rest_T = self.rest_T[keep_T] if len(self.rest_T) else self.rest_T
         return Atoms(self.counts_T[keep_T], self.ids_N[keep_N], self.codes_N[keep_N], rest_T)
-
-    def cpu(self) -> Atoms:
-        return Atoms(*(column.cpu() for column in self))
 
 
 class SoftTargets(NamedTuple):

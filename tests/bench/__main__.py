@@ -13,7 +13,7 @@ import torch
 from distill.config import json_text
 
 HERE = Path(__file__).parent
-LONG = ("busy", "catalog", "lr_transfer", "previous", "record_bytes", "weighting")
+LONG = ("busy", "catalog", "lr_transfer", "precision", "previous", "record_bytes", "weighting")
 
 
 def machine() -> dict[str, object]:

@@ -18,7 +18,7 @@ from tests.cli import TINY, kill_once, losses, rows, run, write_corpus
 TOY_CODEC = """
 import torch
 
-from distill.cache import Atoms, Codec
+from distill.cache import Atoms, Codec, Picks
 from distill.config.registry import CODECS, CodecEntry
 
 
@@ -31,11 +31,12 @@ class Coarse(Codec):
     def __init__(self, config, vocab_size):
         self.max_atoms = config.options["keep"]
 
-    def _select(self, p_TV, seed, sample_ids_T, positions_T):
-        p_TK, ids_TK = p_TV.topk(self.max_atoms)
-        counts_T = torch.full((len(p_TV),), self.max_atoms, dtype=torch.int32)
-        codes_N = (10_000 * p_TK.nan_to_num()).round().flatten().int()
-        return Atoms(counts_T, ids_TK.flatten().int(), codes_N, torch.empty(0, dtype=torch.uint8))
+    def _pick(self, logits_TV, lse_T, keys_T):
+        p_TK, ids_TK = (logits_TV - lse_T[:, None]).exp().topk(self.max_atoms)
+        return Picks(ids_TK.int(), p_TK, keys_T, self.entropy(logits_TV, lse_T))
+
+    def atoms(self, picks):
+        return Atoms.of(picks.ids_TK, (10_000 * picks.values_TH.nan_to_num()).round())
 
     def probs(self, atoms):
         return atoms.codes_N / 10_000

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from distill.cache import Atoms, make_codec
-from distill.cache.codecs import blocks, drawn
 from distill.config.errors import CacheError
 from distill.config.schema import CodecConfig
 
@@ -229,34 +228,3 @@ def test_one_certain_id(config):
 def test_what_cannot_be_stored_is_refused(config, found):
     with pytest.raises(CacheError, match=found):
         make_codec(config, 100)
-
-
-@pytest.mark.parametrize("scale", [0.0, 1.0, 8.0, 40.0])
-@pytest.mark.parametrize("config", CODECS[2:5], ids=str)
-def test_a_cpu_draws_what_a_gpu_draws(config, scale):
-    """Compiled for the one, by operations on tensors for the other."""
-    logits_TV = scale * torch.randn(70, 203, generator=torch.Generator().manual_seed(6))
-    logits_TV[5], logits_TV[6, 9:] = torch.nan, -torch.inf
-    p_TV = blocks.whole_blocks(logits_TV.softmax(-1))
-    mass_TB = blocks.cumulate(p_TV)
-    points_TN = make_codec(config, 203)._points(torch.arange(70) * 12345) * mass_TB[:, -1:]
-    points_TN[11] = mass_TB[11, -1] * (1 + 1e-13)
-    points_TN[12] = mass_TB[12, 3]
-    for one, other in zip(drawn._compiled(p_TV, mass_TB, points_TN), drawn.by_tensors(p_TV, mass_TB, points_TN)):
-        assert one.dtype == other.dtype and torch.equal(one, other)
-
-
-@pytest.mark.parametrize("scale", [0.0, 1.0, 8.0, 40.0])
-def test_the_compiled_search_finds_what_the_sums_of_tensors_find(scale):
-    g = torch.Generator().manual_seed(5)
-    logits_TV = scale * torch.randn(50, 203, generator=g)
-    p_TV = blocks.whole_blocks(logits_TV.softmax(-1))
-    mass = p_TV.view(-1, blocks.WIDTH).double().sum(1)
-    block = torch.randint(len(mass), (3000,), generator=g).sort().values
-    block = block[mass[block] > 0]
-    within = mass[block] * torch.rand(len(block), generator=g, dtype=torch.float64)
-    within[:40] = 0.0
-    within[40:80] = mass[block[40:80]] * (1 + 1e-12)
-    found = blocks.locate(p_TV, block, within)
-    assert torch.equal(found, blocks.locate_by_sums(p_TV, block, within))
-    assert (p_TV.view(-1)[found] > 0).all() and torch.equal(found // blocks.WIDTH, block)

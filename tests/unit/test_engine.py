@@ -26,6 +26,7 @@ def launch(world, *arguments):
     command = [*start, "tests.workers.engine", *map(str, arguments)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert " GB" not in done.stdout  # DeepSpeed's bf16 optimizer would print the memory in use
 
 
 @pytest.fixture(scope="module")

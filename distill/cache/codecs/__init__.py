@@ -1,12 +1,12 @@
 """Codecs, made by the name that `distill.config.registry` has them under."""
 
-from distill.cache.codecs.base import Codec, Selection
+from distill.cache.codecs.base import Codec, Picks, Selection
 from distill.config.errors import CacheError
 from distill.config.ranges import out_of_range
 from distill.config.registry import CODECS
 from distill.config.schema import CodecConfig
 
-__all__ = ["Codec", "Selection", "make_codec"]
+__all__ = ["Codec", "Picks", "Selection", "make_codec"]
 
 
 def make_codec(config: CodecConfig, vocab_size: int) -> Codec:

@@ -1,27 +1,55 @@
 """The interface of codecs."""
 
+from __future__ import annotations
+
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from distill.cache.codecs.blocks import whole_blocks
+from distill.cache.codecs.search import search
+from distill.cache.codecs.uniform import token_keys
 from distill.cache.targets import Atoms
 from distill.config.schema import CodecConfig
 
 _CPU_CHUNK = 2**22
-"""Probabilities computed at one time on a CPU. Their memory (16 MiB) is used again; a larger block would be paged in
-anew each time, at three times the cost of computing it."""
+"""Logits taken at one time on a CPU. Memory of that size (16 MiB) is used again; a larger copy would be paged in anew
+each time, at three times the cost of making it."""
 
 
 class Selection(NamedTuple):
-    """Atoms and entropies of dense distributions of T tokens."""
+    """Atoms and entropies of dense distributions of T tokens, on the CPU."""
 
     atoms: Atoms
     entropy_T: Tensor
     """float32 nats, of the dense distribution."""
+
+
+class Picks(NamedTuple):
+    """What a codec takes out of dense distributions of T tokens, on their device.
+
+    Shapes do not depend on the distributions, so no host waits for a device; `Codec.atoms` makes the rest of it.
+    """
+
+    ids_TK: Tensor
+    """int32; -1 where a place has no id."""
+    values_TH: Tensor
+    """What the codec makes the codes of some ids from; H may be 0."""
+    keys_T: Tensor
+    """int64, of the token's random numbers."""
+    entropy_T: Tensor
+    """float32 nats, of the dense distribution; NaN for a row that is not finite."""
+
+    @classmethod
+    def cat(cls, parts: Sequence[Picks]) -> Picks:
+        """Picks of the tokens of all parts, in order."""
+        return cls(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def cpu(self) -> Picks:
+        return Picks(*(column.cpu() for column in self))
 
 
 class Codec(ABC):
@@ -44,39 +72,37 @@ class Codec(ABC):
     def __init__(self, config: CodecConfig, vocab_size: int):
         """Takes those of the configuration's fields, all in their ranges, that its entry in `CODECS` names."""
 
-    @torch.no_grad()
     def select(
         self, logits_TV: Tensor, lse_T: Tensor, *, seed: int, sample_ids_T: Tensor, positions_T: Tensor
     ) -> Selection:
-        """Atoms and entropy of exp(logits - lse), on the device of the logits.
-
-        logits_TV: any float type; lse_T: log-sum-exp of the whole row; sample_ids_T and positions_T (within the
-        sample): integers that, with the seed, fix all randomness. A row with NaN gets no sampled atoms.
-        """
-        parts = []
-        for rows in _chunks(logits_TV):
-            logprobs_TV = torch.sub(logits_TV[rows].float(), lse_T[rows].float()[:, None])
-            where = {"sample_ids_T": sample_ids_T[rows], "positions_T": positions_T[rows]}
-            parts.append(self.select_probs(logprobs_TV.exp(), logprobs_TV, seed=seed, **where))
-        if len(parts) == 1:
-            return parts[0]
-        return Selection(Atoms.cat([part.atoms for part in parts]), torch.cat([part.entropy_T for part in parts]))
+        """Atoms and entropy of exp(logits - lse): `pick` and `atoms` in one, for callers that may wait."""
+        picks = self.pick(logits_TV, lse_T, seed=seed, sample_ids_T=sample_ids_T, positions_T=positions_T).cpu()
+        return Selection(self.atoms(picks), picks.entropy_T)
 
     @torch.no_grad()
-    def select_probs(
-        self, probs_TV: Tensor, logprobs_TV: Tensor, *, seed: int, sample_ids_T: Tensor, positions_T: Tensor
-    ) -> Selection:
-        """`select` from probabilities and their logarithms, which are not changed."""
-        entropy_T = probs_TV.new_empty(len(probs_TV), dtype=torch.float32)
-        least = torch.finfo(logprobs_TV.dtype).min
-        for rows in _chunks(probs_TV):
-            # Without the bound an id of no probability would give 0 * -inf.
-            torch.sum(logprobs_TV[rows].clamp(min=least).mul_(probs_TV[rows]), -1, out=entropy_T[rows])
-        return Selection(self._select(whole_blocks(probs_TV), seed, sample_ids_T, positions_T), entropy_T.neg_())
+    def pick(self, logits_TV: Tensor, lse_T: Tensor, *, seed: int, sample_ids_T: Tensor, positions_T: Tensor) -> Picks:
+        """What `atoms` needs of rows of logits, on their device.
+
+        logits_TV: any float type, read only; lse_T: log-sum-exp of the whole row; sample_ids_T and positions_T (within
+        the sample): integers that, with the seed, fix all randomness. A row with NaN gets no sampled atoms.
+        """
+        keys_T = token_keys(seed, sample_ids_T, positions_T)
+        chunks = _chunks(logits_TV)
+        parts = [self._pick(logits_TV[rows].float().contiguous(), lse_T[rows], keys_T[rows]) for rows in chunks]
+        return parts[0] if len(parts) == 1 else Picks.cat(parts)
 
     @abstractmethod
-    def _select(self, p_TV: Tensor, seed: int, sample_ids_T: Tensor, positions_T: Tensor) -> Atoms:
-        """Atoms of probabilities float32 [T, V], V padded to whole blocks."""
+    def _pick(self, logits_TV: Tensor, lse_T: Tensor, keys_T: Tensor) -> Picks:
+        """`pick` of some rows: logits float32 and contiguous; of `keys_T` come all random numbers (`uniforms`)."""
+
+    @staticmethod
+    def entropy(logits_TV: Tensor, lse_T: Tensor) -> Tensor:
+        """`Picks.entropy_T` of float32 logits, for codecs that do not `search`."""
+        return search(logits_TV, lse_T, logits_TV.new_empty(len(logits_TV), 0, dtype=torch.float64)).entropy_T
+
+    @abstractmethod
+    def atoms(self, picks: Picks) -> Atoms:
+        """Atoms of what `pick` took, once it is on the CPU."""
 
     @abstractmethod
     def probs(self, atoms: Atoms) -> Tensor:

@@ -11,10 +11,11 @@ Of all unbiased codecs with that average number of atoms this has the least expe
 import torch
 from torch import Tensor
 
-from distill.cache.codecs import blocks
-from distill.cache.codecs.base import Codec
+from distill.cache.codecs.base import Codec, Picks
+from distill.cache.codecs.findings import share
 from distill.cache.codecs.logcode import LogCode
-from distill.cache.codecs.uniform import token_keys, uniforms
+from distill.cache.codecs.search import search
+from distill.cache.codecs.uniform import uniforms
 from distill.cache.targets import Atoms
 from distill.config.schema import CodecConfig
 
@@ -29,38 +30,24 @@ class Threshold(Codec):
         self.max_atoms = 2 * int(1 / self.tau) + 3
         # Heads start a hair below tau, so that rounding can never make a tail interval as long as 1.
         self.code = LogCode(self.tau * (1 - 2**-16))
+        self.low = float(self.code.levels[0])
+        self.heads = min(int(1 / self.low), vocab_size)
 
-    def _select(self, p_TV: Tensor, seed: int, sample_ids_T: Tensor, positions_T: Tensor) -> Atoms:
-        tokens, width = p_TV.shape
-        keys_T = token_keys(seed, sample_ids_T, positions_T)
+    def _pick(self, logits_TV: Tensor, lse_T: Tensor, keys_T: Tensor) -> Picks:
+        tail = torch.arange(int(1 / self.tau) + 2, device=keys_T.device)
+        points_TK = (tail + uniforms(keys_T[:, None], 0)) * self.tau
+        found = search(logits_TV, lse_T, points_TK, self.low, self.heads)
+        ids_TH = found.heads_TH.clamp(min=0).long()
+        shares_TH = share(logits_TV.gather(1, ids_TH), found, logits_TV.shape[1])
+        return Picks(torch.cat([found.heads_TH, found.ids_TK], 1), shares_TH, keys_T, found.entropy_T)
 
-        head = blocks.at_least(p_TV, float(self.code.levels[0]))
-        codes = 1 + self.code.unbiased(p_TV.view(-1)[head], uniforms(keys_T[head // width], head % width + 1)).int()
-        p_TV = p_TV.clone()
-        p_TV.view(-1)[head] = 0.0
-
-        # Points below each running mass; their differences are the points in each block.
-        mass = blocks.cumulate(p_TV) / self.tau
-        offset_T = uniforms(keys_T, 0)
-        points = (mass - offset_T[:, None]).ceil_().clamp_(min=0)
-        tails_T = points[:, -1].long()
-        total = int(tails_T.sum())
-        in_block = points.diff(dim=-1, prepend=points.new_zeros(tokens, 1)).long().view(-1)
-        block = torch.arange(len(in_block), device=p_TV.device).repeat_interleave(in_block, output_size=total)
-        first = (tails_T.cumsum(0) - tails_T).double() - offset_T
-        token = block // mass.shape[1]
-        point = torch.arange(total, device=p_TV.device) - first[token]
-        before = torch.where(block % mass.shape[1] > 0, mass.view(-1)[(block - 1).clamp(min=0)], 0.0)
-        tail = blocks.locate(p_TV, block, (point - before) * self.tau)
-
-        # Heads and tails of a token side by side; both are in order of token and id already.
-        flat, order = torch.cat([head, tail]).sort()
-        return Atoms(
-            counts_T=torch.bincount(flat // width, minlength=tokens).int(),
-            ids_N=(flat % width).int(),
-            codes_N=torch.cat([codes, codes.new_zeros(len(tail))])[order],
-            rest_T=codes.new_empty(0, dtype=torch.uint8),
-        )
+    def atoms(self, picks: Picks) -> Atoms:
+        codes_TK = torch.zeros_like(picks.ids_TK)
+        heads_TH = picks.ids_TK[:, : self.heads]
+        head_TH = heads_TH >= 0
+        dice_N = uniforms(picks.keys_T[:, None], heads_TH.long() + 1)[head_TH]
+        codes_TK[:, : self.heads][head_TH] = 1 + self.code.unbiased(picks.values_TH[head_TH].float(), dice_N).int()
+        return Atoms.of(picks.ids_TK, codes_TK)
 
     def probs(self, atoms: Atoms) -> Tensor:
         heads = self.code.decode((atoms.codes_N - 1).clamp(min=0))

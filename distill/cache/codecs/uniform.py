@@ -5,7 +5,6 @@ with a state made by its own finalizer from the first three, asked for its draw-
 arithmetic of torch, which is the same on every device.
 """
 
-import torch
 from torch import Tensor
 
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
@@ -25,9 +24,17 @@ def mix(bits: Tensor) -> Tensor:
     return _shift(bits, 31).bitwise_xor_(bits)
 
 
+def _mixed(bits: int) -> int:
+    """`mix` of one number, as a signed one."""
+    bits = ((bits >> 30) ^ bits) * _MUL_1 % 2**64
+    bits = ((bits >> 27) ^ bits) * _MUL_2 % 2**64
+    bits = (bits >> 31) ^ bits
+    return bits - 2**64 if bits >= 2**63 else bits
+
+
 def token_keys(seed: int, sample_ids_T: Tensor, positions_T: Tensor) -> Tensor:
     """One int64 key for each token; equal for equal (seed, sample id, position) and otherwise unrelated."""
-    start = mix(torch.tensor([seed % 2**63])).item()
+    start = _mixed(seed % 2**63)
     return mix(mix(sample_ids_T.long() * GOLDEN + start) + positions_T.long() * GOLDEN)
 
 
