@@ -96,12 +96,9 @@ def test_columns_of_groups_are_columns_of_each_group():
 
 def worker(name, **more):
     pytest.importorskip("triton", reason="the extra `kernels` is not installed")
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command, environment = (
-        [sys.executable, "-m", f"tests.workers.{name}"],
-        environment | {"OMP_NUM_THREADS": "1"} | more,
-    )
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", f"tests.workers.{name}"]
+    return subprocess.run(command, env=kept | more, capture_output=True, text=True, timeout=300)
 
 
 def test_the_kernels_give_the_same_bits():
