@@ -9,7 +9,7 @@ from student.weigher import Weigher
 
 
 def test_a_weigher_gives_an_invalid_token_weights_of_0_whatever_its_losses_are():
-    class Reads:
+    class ReadsLoss:
         reads_label = False
 
         def value(self, state, signals):
@@ -21,7 +21,7 @@ def test_a_weigher_gives_an_invalid_token_weights_of_0_whatever_its_losses_are()
     valid_T, ones = torch.tensor([True, False, True]), torch.ones(3)
     none = torch.empty(0)
     signals = Signals(ones.long(), valid_T, *[ones] * 6, 1.0, none, none)
-    weighting = Weighting(lambda step: 0.5, {"reads": Reads()})
+    weighting = Weighting(lambda step: 0.5, {"reads": ReadsLoss()})
     weigher = Weigher(weighting, {"reads": {}}, 0, signals, valid_T, 0 * ones)
     losses_T = torch.tensor([2.0, math.nan, 2.0])
     w_hard_T, w_soft_T = weigher(slice(0, 3), losses_T, losses_T)
