@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from distill.config.registry import PRECISIONS
+from distill.config.registry import CODECS, PRECISIONS
 from distill.config.schema import OptimizerName
 from distill.engine import checkpoint
 from distill.model import Transformer
@@ -30,7 +30,7 @@ from tests.rehearsal.steps import (
     train,
 )
 
-SELECTION, HAND_OVER = "teacher/capture.py:Capture.selector.<locals>.select", "teacher/capture.py:Capture.put"
+HAND_OVER = "teacher/capture.py:Capture.put"
 PUBLISHING = "teacher/capture.py:Capture._release"
 ROW = {"distill/tracking/meters.py:Meters.flush", "distill/engine/watch.py:Watch.problem"}
 PICTURES = ("vision@teacher.model.vision=tiny", "vision@student.model.vision=tiny")
@@ -80,26 +80,22 @@ def learn(*arguments, codec="systematic", live=False, **values):
     return card.waited
 
 
-@pytest.mark.parametrize("codec", ["systematic", "multinomial", "threshold"])
+@pytest.mark.parametrize("codec", CODECS.names)
 def test_a_teacher_captures(codec):
-    assert teach(cache__codec__name=codec, steps=2) == {SELECTION, HAND_OVER, PUBLISHING, *ROW}
-
-
-def test_a_teacher_captures_a_fixed_number_of_atoms():
-    assert teach(cache__codec__name="topk", steps=2) == {HAND_OVER, PUBLISHING, *ROW}
+    assert teach(cache__codec__name=codec, steps=2) == {HAND_OVER, PUBLISHING, *ROW}
 
 
 @pytest.mark.parametrize("precision", PRECISION_NAMES)
 def test_a_teacher_in_every_precision(precision):
-    assert teach(precision__name=precision) == {SELECTION, HAND_OVER, *ROW}
+    assert teach(precision__name=precision) == {HAND_OVER, *ROW}
 
 
 def test_a_teacher_that_accumulates_balances_and_checkpoints_activations():
-    assert teach(**of("teacher", SEVERAL)) == {SELECTION, HAND_OVER, *ROW}
+    assert teach(**of("teacher", SEVERAL)) == {HAND_OVER, *ROW}
 
 
 def test_a_teacher_that_sees_pictures():
-    assert teach(*PICTURES, teacher__train__accumulation=2) == {SELECTION, HAND_OVER, *ROW}
+    assert teach(*PICTURES, teacher__train__accumulation=2) == {HAND_OVER, *ROW}
 
 
 def test_a_teacher_without_capture_waits_for_its_row_of_metrics_alone():
@@ -161,7 +157,7 @@ def test_a_backfill_waits_for_its_targets_alone():
         batch = one_corpus(a_batch())
         with card.step():
             label(teacher, batch.to(DEVICE), 4096, capture)
-    assert card.waited == {SELECTION, HAND_OVER}
+    assert card.waited == {HAND_OVER}
 
 
 def test_a_generation_waits_at_its_end_and_to_see_whether_all_rows_have_ended():
