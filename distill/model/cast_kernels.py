@@ -88,8 +88,9 @@ def _columns_kernel(
     e * by_group + c * by_column + its first row on, `padded` long."""
     group = tl.program_id(0).to(tl.int64)
     if GROUPED:
-        start = tl.load(ends_ptr + group - 1, mask=group > 0, other=0).to(tl.int64)
-        end = tl.load(ends_ptr + group).to(tl.int64)
+        # Said, so that 16 codes are written at a time.
+        start = tl.multiple_of(tl.load(ends_ptr + group - 1, mask=group > 0, other=0).to(tl.int64), 16)
+        end = tl.multiple_of(tl.load(ends_ptr + group).to(tl.int64), 16)
         last = end
     else:
         start = group * rows

@@ -8,6 +8,7 @@ it exchanges the sorted rows between processes after `dispatch` and before `comb
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -75,8 +76,7 @@ def filled(ends_E: Tensor, rows: int, multiple: int) -> tuple[Tensor, Tensor, in
     """
     counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
     filled_E = ((counts_E + multiple - 1) // multiple * multiple).cumsum(0, dtype=ends_E.dtype)
-    later_E = (filled_E - ends_E).roll(1)
-    later_E[0] = 0
+    later_E = F.pad((filled_E - ends_E)[:-1], (1, 0))
     most = (rows + len(ends_E) * (multiple - 1)) // multiple * multiple
-    filled_E[-1] = most
+    filled_E[-1:].fill_(most)
     return filled_E, later_E, most

@@ -47,10 +47,13 @@ class Fp8:
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [..., in] times weight [out, in] transposed."""
-        return _Product.apply(x.flatten(0, -2), weight, None, self).unflatten(0, x.shape[:-1])
+        return self._in_pieces(x.flatten(0, -2), weight, None).unflatten(0, x.shape[:-1])
 
     def grouped(self, x: Tensor, weight: Tensor, ends_E: Tensor) -> Tensor:
         """x [R, in] by group times weight [E, in, out]; groups end at multiples of 16."""
+        return self._in_pieces(x, weight, ends_E)
+
+    def _in_pieces(self, x: Tensor, weight: Tensor, ends_E: Tensor | None) -> Tensor:
         return in_pieces(lambda *piece: _Product.apply(*piece, self), x, weight, ends_E)
 
     def rows(self, x: Tensor) -> Operand:

@@ -39,16 +39,19 @@ def in_fp32(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 MOST_ELEMENTS = 2**31 - 1
-"""Rows times columns of one call; kernels of grouped products count them in 32 bits."""
+"""Rows times columns of one call; kernels of grouped and of scaled products count them in 32 bits."""
 
 
-def in_pieces(product: GroupedFn, x: Tensor, weight: Tensor, ends_E: Tensor) -> Tensor:
-    """A grouped product in as many calls as its rows need; pieces start at multiples of 16 rows."""
-    most = MOST_ELEMENTS // max(weight.shape[1:]) // 16 * 16
+def in_pieces(product: Callable[..., Tensor], x: Tensor, weight: Tensor, ends_E: Tensor | None) -> Tensor:
+    """A product, grouped or (ends_E None) not, in as many calls as its rows need; they start at multiples of 16."""
+    most = MOST_ELEMENTS // max(weight.shape[-2:]) // 16 * 16
     if len(x) <= most:
         return product(x, weight, ends_E)
-    pieces = enumerate(x.split(most))
-    return torch.cat([product(piece, weight, (ends_E - i * most).clamp(0, len(piece))) for i, piece in pieces])
+    done = []
+    for i, piece in enumerate(x.split(most)):
+        ends = None if ends_E is None else (ends_E - i * most).clamp(0, len(piece))
+        done.append(product(piece, weight, ends))
+    return torch.cat(done)
 
 
 def grouped_mm(x: Tensor, weight: Tensor, ends_E: Tensor) -> Tensor:

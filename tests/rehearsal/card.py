@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from types import FrameType
@@ -81,6 +81,14 @@ def _register_guard() -> None:
         ctypes.CDLL(str(library))
 
 
+KERNELS = {
+    "distill.model.casts._triton": lambda: None,
+    "distill.cache.codecs.search._has_triton": lambda: False,
+    "losses.rows._HAS_TRITON": False,
+}
+"""Triton's kernels need values; the same in torch, which stands for them here, does not."""
+
+
 @contextmanager
 def inserted() -> Iterator["Card"]:
     """A card for the code within; `DEVICE` is its device."""
@@ -88,7 +96,11 @@ def inserted() -> Iterator["Card"]:
     card = Card()
     runtime = mock.patch.multiple(torch.cuda, synchronize=card.synchronize, Event=card.event)
     numpy = mock.patch.object(FakeTensor, "numpy", lambda tensor, **_: tensor.cpu().numpy(), create=True)
-    with FakeTensorMode(allow_non_fake_inputs=True), runtime, numpy, card:
+    with ExitStack() as stack:
+        for place, stand_in in KERNELS.items():
+            stack.enter_context(mock.patch(place, stand_in))
+        for part in (FakeTensorMode(allow_non_fake_inputs=True), runtime, numpy, card):
+            stack.enter_context(part)
         yield card
 
 

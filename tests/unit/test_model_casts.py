@@ -94,10 +94,19 @@ def test_columns_of_groups_are_columns_of_each_group():
             assert torch.equal(casts.value(found)[:, start:end], casts.value(own))
 
 
+def worker(name, **more):
+    pytest.importorskip("triton", reason="the extra `kernels` is not installed")
+    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", f"tests.workers.{name}"]
+    return subprocess.run(command, env=kept | more, capture_output=True, text=True, timeout=300)
+
+
 def test_the_kernels_give_the_same_bits():
     """In Triton's interpreter, which is chosen before Triton is imported."""
-    pytest.importorskip("triton", reason="the extra `kernels` is not installed")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.workers.cast_bits"]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    found = worker("cast_bits", TRITON_INTERPRET="1")
     assert found.returncode == 0 and "16 casts" in found.stdout, found.stdout + found.stderr
+
+
+def test_the_kernels_compile_for_an_h100_and_move_16_bytes_at_a_time(tmp_path):
+    found = worker("cast_compiled", TRITON_CACHE_DIR=str(tmp_path))
+    assert found.returncode == 0 and "compiled" in found.stdout, found.stdout + found.stderr

@@ -204,8 +204,13 @@ def test_a_model_of_such_widths_is_refused_by_name():
 def test_a_product_of_many_rows_is_several_calls(monkeypatch):
     calls = []
     monkeypatch.setattr(linear, "MOST_ELEMENTS", 48 * 40)
-    for function in (Fp8(False, True).grouped, linear.grouped_mm):
-        x, weight = operands(96, 32), operands(4, 32, 48)
+    product, experts = Fp8(False, True), (4, 32, 48)
+    for function, shape in (
+        (product.grouped, experts),
+        (linear.grouped_mm, experts),
+        (lambda x, weight, _: product.linear(x, weight), (48, 32)),
+    ):
+        x, weight = operands(96, 32), operands(*shape)
         y = function(x, weight, ENDS)
         g = torch.randn_like(y)
         y.backward(g)
@@ -216,8 +221,8 @@ def test_a_product_of_many_rows_is_several_calls(monkeypatch):
             expected.backward(g)
         assert torch.equal(y, expected) and torch.equal(x.grad, again.grad)
         assert worst(weight.grad, once.grad) < 1e-6
-    linear.in_pieces(lambda x, *_: calls.append(len(x)) or x, x, weight, ENDS)
-    assert calls == [32, 32, 32]
+        linear.in_pieces(lambda x, *_: calls.append(len(x)) or x, x, weight, None)
+    assert calls == [32, 32, 32] * 3
 
 
 # ---------------------------------------------------------------- rows of experts
