@@ -90,6 +90,10 @@ def test_a_teacher_in_every_precision(precision):
     assert teach(precision__name=precision) == {HAND_OVER, *ROW}
 
 
+def test_fp8_by_tensor_with_all_products_in_it():
+    assert teach(precision__name="fp8", precision__recipe="tensor", precision__grad_weight="fp8") > ROW
+
+
 def test_a_teacher_that_accumulates_balances_and_checkpoints_activations():
     assert teach(**of("teacher", SEVERAL)) == {HAND_OVER, *ROW}
 

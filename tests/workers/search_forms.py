@@ -10,7 +10,8 @@ import sys
 import triton
 
 from distill.cache.codecs import search_kernels as kernels
-from distill.cache.codecs.search import search
+from distill.cache.codecs.findings import Findings
+from distill.cache.codecs.search import search, search_rows
 from tests.hard_rows import CASES, assert_same, hard_rows
 
 POINTERS = {"logits_TV": "*fp32", "top_T": "*fp32", "ids_TK": "*i32"}
@@ -31,8 +32,8 @@ def interpreted():
 
 def compare(logits_TV, points_TK, *heads):
     lse_T = logits_TV.logsumexp(-1)
-    found = kernels.search(logits_TV, lse_T.isfinite(), points_TK, *heads)
-    assert_same(found, search(logits_TV, lse_T, points_TK, *heads))
+    found = search_rows(logits_TV, lse_T.isfinite(), points_TK, *heads)
+    assert_same(Findings(*found), search(logits_TV, lse_T, points_TK, *heads))
 
 
 def compiled():

@@ -7,7 +7,6 @@ no host waits for a device.
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from distill.cache.codecs import fixed_point
 from distill.cache.codecs.findings import Findings
 
+_HAS_TRITON = find_spec("triton") is not None
 _CHUNK = 2**24
 """Weights that `by_tensors` makes at one time."""
 _THREAD_WORK = 2**19
@@ -35,16 +35,29 @@ def search(logits_TV: Tensor, lse_T: Tensor, points_TK: Tensor, low: float = 1.0
     finite_T = lse_T.isfinite()
     if logits_TV.device.type == "cpu":
         return _on_cpu(logits_TV, finite_T, points_TK, low, heads)
-    if logits_TV.is_cuda and _has_triton():
-        from distill.cache.codecs import search_kernels
-
-        return search_kernels.search(logits_TV, finite_T, points_TK, low, heads)
+    if logits_TV.is_cuda and _HAS_TRITON:
+        return Findings(*search_rows(logits_TV, finite_T, points_TK, low, heads))
     return by_tensors(logits_TV, finite_T, points_TK, low, heads)
 
 
-@cache
-def _has_triton() -> bool:
-    return torch.cuda.is_available() and find_spec("triton") is not None
+@torch.library.custom_op("codistill::search_rows", mutates_args=())
+def search_rows(
+    logits_TV: Tensor, finite_T: Tensor, points_TK: Tensor, low: float, heads: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`Findings` of the kernels."""
+    from distill.cache.codecs import search_kernels
+
+    found = search_kernels.search(logits_TV, finite_T, points_TK, low, heads)
+    return found.entropy_T, found.top_T, found.total_T, found.heads_TH, found.ids_TK
+
+
+@search_rows.register_fake
+def _(
+    logits_TV: Tensor, finite_T: Tensor, points_TK: Tensor, low: float, heads: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tokens, top_T = len(logits_TV), logits_TV.new_empty(len(logits_TV))
+    ids_TK = top_T.new_empty(points_TK.shape, dtype=torch.int32)
+    return top_T, top_T.clone(), ids_TK.new_empty(tokens, dtype=torch.int64), ids_TK.new_empty(tokens, heads), ids_TK
 
 
 def by_tensors(logits_TV: Tensor, finite_T: Tensor, points_TK: Tensor, low: float, heads: int) -> Findings:

@@ -6,8 +6,8 @@ below 0.005. `<precision>_target_error` and `codec_target_error`: mean squared d
 of models trained in fp32, of those that the same weights give in a precision, and of what the default codec stores.
 
 One line a student in docs/evidence/precision.jsonl, found again by configuration and sources, so the same command goes
-on after any end. In the environment SEEDS is how many (6), STALE=keep takes lines of other sources. On a CPU both
-precisions are emulated.
+on after any end; all of them take half an hour on 2 cores. In the environment SEEDS is how many (6), STALE=keep takes
+lines of other sources. On a CPU both precisions are emulated.
 """
 
 from __future__ import annotations
