@@ -44,8 +44,8 @@ class Products:
             grad_tV: by the logits; may be rounded in place.
             weight_grad_VD: in the dtype of sums.
         """
-        if self._native:
-            grad_tV = grad_tV.to(self.operand)
+        if self._native or grad_tV.dtype != self.sum:
+            grad_tV = self._ready(grad_tV)
         elif self.operand != self.sum:
             for part in pieces(grad_tV):  # no second tensor of the chunk's size
                 grad_tV[part] = grad_tV[part].to(self.operand)

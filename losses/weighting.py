@@ -158,7 +158,7 @@ class Weighting:
         """Of a micro-batch: each factor's mean over covered tokens, `<name>_factor`, and its own metrics."""
         means, covered = dict[str, Mean](), signals.covered_T.sum()
         for name, factor in self.factors.items():
-            means[f"{name}_factor"] = Mean((values[name] * signals.covered_T).sum(), covered)
+            means[f"{name}_factor"] = Mean(torch.where(signals.covered_T, values[name], 0.0).sum(), covered)
             means |= factor.metrics(state[name], signals, values[name])
         return means
 

@@ -25,7 +25,7 @@ T, D, V, CHUNK = 256, 256, 202_048, 64
 def passes() -> dict[str, Callable[[], object]]:
     """Forward and backward of either form, on the same problem."""
     g = torch.Generator().manual_seed(0)
-    student, teacher = ([torch.randn(n, D, generator=g) * 0.1 for n in (T, V)] for _ in range(2))
+    student, teacher = ([torch.randn(n, D, generator=g).mul_(0.1) for n in (T, V)] for _ in range(2))
     for leaf in student:
         leaf.requires_grad_()
     labels = torch.randint(V, (T,), generator=g)
