@@ -61,9 +61,11 @@ def read(
     label_t = logits_tV.gather(-1, labels_t[:, None]).squeeze(-1)
     atoms_tK = None if ids_tK is None else logits_tV.gather(-1, ids_tK)
     most_t, sum_t, entropy_t, square_t = (logits_tV.new_empty(len(logits_tV)) for _ in range(4))
+    scratch_rV = torch.empty_like(logits_tV[next(pieces(logits_tV), slice(0))])
     for rows in pieces(logits_tV):
-        most_r = torch.amax(logits_tV[rows], -1, out=most_t[rows])
-        exp_rV = logits_tV[rows] - most_r[:, None]
+        part_rV = logits_tV[rows]
+        most_r = torch.amax(part_rV, -1, out=most_t[rows])
+        exp_rV = torch.sub(part_rV, most_r[:, None], out=scratch_rV[: len(part_rV)])
         lower_rV = exp_rV.clamp(min=_LEAST) if entropy else exp_rV
         torch.sum(exp_rV.exp_(), -1, out=sum_t[rows])
         if entropy:

@@ -83,8 +83,7 @@ def _register_guard() -> None:
 
 KERNELS = {
     "distill.model.casts._triton": lambda: None,
-    "distill.cache.codecs.search._has_triton": lambda: False,
-    "losses.rows._HAS_TRITON": False,
+    "distill.cache.codecs.search._HAS_TRITON": False,
 }
 """Triton's kernels need values; the same in torch, which stands for them here, does not."""
 
