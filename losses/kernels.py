@@ -22,7 +22,7 @@ class Launch(NamedTuple):
     warps: int
 
 
-READ = Launch(depth=4, lanes=1024, warps=8)
+READ = Launch(depth=8, lanes=512, warps=4)
 WRITE = Launch(depth=1, lanes=4096, warps=8)
 NUMBERS = 5
 """Log-sum-exp, largest logit, label's logit, entropy, square; in the order of `losses.rows.Seen`."""

@@ -14,8 +14,8 @@ from distill.model.fp8_format import ALIGNED, BELOW, FLOOR
 
 IN_INTERPRETER = bool(triton.knobs.runtime.interpret)
 _FLOOR = tl.constexpr(FLOOR)
-_WIDTH = 32
-"""Columns that a program casts."""
+# Columns that a program casts, and rows of them that it reads at a time: the fastest of six cuts of each (LOG.md).
+_OF_WEIGHTS, _OF_GROUPS, _OF_ONE = (64, 128), (32, 128), (32, 256)
 
 
 @triton.jit
@@ -145,10 +145,11 @@ def launch_columns(x: Tensor, ends_E: Tensor | None, scale: Tensor | None, below
     by_group = width * padded - rows if ends_E is None else 0
     heads = batch if ends_E is None else [groups]
     found = x.new_empty((*heads, width), dtype=torch.float32) if scale is None else scale
-    _columns_kernel[(groups, triton.cdiv(width, _WIDTH))](
+    wide, tall = _OF_GROUPS if ends_E is not None else _OF_WEIGHTS if batch else _OF_ONE
+    _columns_kernel[(groups, triton.cdiv(width, wide))](
         x, codes, found.view(torch.int32), ends_E, rows, padded, width, by_group, padded,
         GROUPED=ends_E is not None, GIVEN=scale is not None, BELOW=below, INTERPRETED=IN_INTERPRETER,
-        ROWS=128, WIDTH=_WIDTH, num_warps=8,
+        ROWS=tall, WIDTH=wide, num_warps=8,
     )  # fmt: skip
     return codes, found
 

@@ -33,10 +33,13 @@ def main():
         for given in (False, True):
             own = {"GIVEN": given, "BELOW": below}
             made = [code(kernels._rows_kernel, ROWS, own | {"ROWS": 1, "WIDTH": 8192})]
-            wide = own | {"ROWS": 128, "WIDTH": kernels._WIDTH}
-            made.append(code(kernels._columns_kernel, COLUMNS, wide | {"GROUPED": False, "ends_ptr": None}))
+            for wide, tall in (kernels._OF_WEIGHTS, kernels._OF_ONE):
+                cut = own | {"ROWS": tall, "WIDTH": wide, "GROUPED": False, "ends_ptr": None}
+                made.append(code(kernels._columns_kernel, COLUMNS, cut))
             if not given:
-                made.append(code(kernels._columns_kernel, COLUMNS, wide | {"GROUPED": True, "by_group": 0}))
+                wide, tall = kernels._OF_GROUPS
+                cut = own | {"ROWS": tall, "WIDTH": wide, "GROUPED": True, "by_group": 0}
+                made.append(code(kernels._columns_kernel, COLUMNS, cut))
             for ptx in made:
                 # To the nearest by the hardware; 16 bytes at a time but for scales.
                 assert set(re.findall(r"cvt\.\S*e[45]m\S*", ptx)) == {f"cvt.rn.satfinite.{name}.f32"}, ptx
