@@ -78,7 +78,7 @@ class Bucketed(NamedTuple):
         # The derivative of temperature^2 D by the k + 1 logits sums to 0, so it is that by log q at temperature 1, too.
         soft_grad_tN = self.temperature * through_softmax(grad_tN, soft_tN.exp())
         probs_tN = student_tN.exp()
-        grad_tN = w_hard_t[:, None] * probs_tN + w_soft_t[:, None] * soft_grad_tN
+        grad_tN = w_hard_t[:, None] * probs_tN + weighted(w_soft_t[:, None], soft_grad_tN)
         # In place: of an id in the bucket it is the bucket's, by the id's share of the bucket.
         share_tV = logits_tV.sub_(rest_t[:, None]).exp_()
         if self.norms:

@@ -55,6 +55,7 @@ class Dense(NamedTuple):
             student_tV = logits_tV
         else:
             student_tV.sub_(student_tV.logsumexp(-1, keepdim=True))
+        student_tV.clamp_(min=LEAST)
         loss_t, soft_grad_tV = self.divergence(teacher_tV, student_tV)
         soft_t = self.temperature**2 * loss_t
         parts = {"hard": hard_t, "soft": soft_t, "mass": teacher_tV.new_ones(len(hard_t)), "agreement": agreement_t}
@@ -68,6 +69,7 @@ class Dense(NamedTuple):
         if self.norms:
             parts["hard_norm"] = hard_norm(probs_tV.square().sum(-1), hard_t)
             parts["soft_norm"] = self.temperature * soft_grad_tV.norm(dim=-1)
-        grad_tV = probs_tV.mul_(w_hard_t[:, None]).add_(soft_grad_tV.mul_(self.temperature * w_soft_t[:, None]))
+        soft_grad_tV.mul_(self.temperature * w_soft_t[:, None])
+        grad_tV = probs_tV.mul_(w_hard_t[:, None]).add_(silence(soft_grad_tV, w_soft_t != 0))
         grad_tV.scatter_add_(-1, labels_t1, -w_hard_t[:, None])
         return Chunk(loss_t, parts, silence(grad_tV, (w_hard_t != 0) | (w_soft_t != 0)))

@@ -95,16 +95,16 @@ def _read(
         base = tl.where(high == none, 0.0, high)
         lower = z - base[None, :]
         e = tl.exp(lower)
-        moved = tl.where(most == none, 0.0, most - base)
         shrink = tl.exp(most - base)
+        moved = tl.where(shrink == 0.0, 0.0, most - base)
         inner = shrink * (inner + moved * total) + tl.sum(tl.where(e == 0.0, 0.0, e * lower), 0)
         total = shrink * total + tl.sum(e, 0)
         square = shrink * shrink * square + tl.sum(e * e, 0)
         most = high
     high = tl.max(most, 0)
     base = tl.where(high == none, 0.0, high)
-    moved = tl.where(most == none, 0.0, most - base)
     shrink = tl.exp(most - base)
+    moved = tl.where(shrink == 0.0, 0.0, most - base)
     inner = tl.sum(shrink * (inner + moved * total), 0)
     square = tl.sum(shrink * shrink * square, 0)
     total = tl.sum(shrink * total, 0)

@@ -31,6 +31,8 @@ class Products:
 
     def logits(self, rows: slice, out_tV: Tensor | None = None) -> Tensor:
         hidden_tD = self._ready(self._hidden_TD[rows])
+        if out_tV is None:  # a product without one is rounded by autocast
+            out_tV = hidden_tD.new_empty(len(hidden_tD), len(self._weight_VD), dtype=self.sum)
         if self._native:
             return torch.mm(hidden_tD, self._weight_VD.T, out_dtype=self.sum, out=out_tV)
         return torch.mm(hidden_tD, self._weight_VD.T, out=out_tV)
@@ -42,7 +44,7 @@ class Products:
 
         Args:
             grad_tV: by the logits; may be rounded in place.
-            weight_grad_VD: in the dtype of sums.
+            hidden_grad_TD, weight_grad_VD: in the dtype of sums.
         """
         if self._native or grad_tV.dtype != self.sum:
             grad_tV = self._ready(grad_tV)
@@ -50,10 +52,10 @@ class Products:
             for part in pieces(grad_tV):  # no second tensor of the chunk's size
                 grad_tV[part] = grad_tV[part].to(self.operand)
         if hidden_grad_TD is not None:
-            if hidden_grad_TD.dtype == self._weight_VD.dtype:
-                torch.mm(grad_tV, self._weight_VD, out=hidden_grad_TD[rows])
+            if self._native:
+                torch.mm(grad_tV, self._weight_VD, out_dtype=self.sum, out=hidden_grad_TD[rows])
             else:
-                hidden_grad_TD[rows] = grad_tV @ self._weight_VD
+                torch.mm(grad_tV, self._weight_VD, out=hidden_grad_TD[rows])
         if weight_grad_VD is not None:
             # A row that counts has no gradient without NaN if its hidden state is not finite; one that does not count
             # adds nothing.
@@ -78,9 +80,9 @@ def _(sum_VD: Tensor, grad_tV: Tensor, hidden_tD: Tensor, fresh: bool) -> None:
 
 
 def narrowed(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """The contiguous matrix in a dtype of at most its width, in its own memory, which is overwritten."""
-    if matrix.dtype == dtype:
-        return matrix
+    """The contiguous matrix in another dtype; in a narrower one in its own memory, which is overwritten."""
+    if dtype.itemsize >= matrix.dtype.itemsize:
+        return matrix.to(dtype)
     wide, narrow = matrix.view(-1), matrix.view(-1).view(dtype)[: matrix.numel()]
     narrow[:1] = wide[:1].clone()
     done = 1

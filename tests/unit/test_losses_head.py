@@ -69,6 +69,99 @@ def test_a_token_that_counts_shows_its_nan(kind):
     assert out.loss_sum.isnan() and all(grad.isnan().any() for grad in grads)
 
 
+@pytest.mark.parametrize("kind", ["mixed", "bucketed", "dense"])
+def test_a_soft_term_of_weight_0_adds_nothing_to_any_gradient_whatever_its_target_holds(kind):
+    hidden, weight, labels, ids, probs = problem()
+    w_hard, w_soft, made = torch.full((T,), 0.5), torch.full((T,), 0.5), []
+    w_soft[4] = 0
+    for value in (0.25, math.nan):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        probs[4, 0] = value
+        rows = problem_rows(kind, labels, fixed(w_hard, w_soft), ids, probs, hidden, weight)
+        if kind == "dense":
+            rows.hidden_TE[4, 0] = value
+        out = head_loss(*leaves, rows, chunk=5)
+        made.append([out.loss_sum, *torch.autograd.grad(out.loss_sum, leaves)])
+    torch.testing.assert_close(*made)
+
+
+def test_an_id_that_the_student_cannot_give_makes_no_nan_of_a_whole_distribution():
+    """The teacher has no probability for it either, since its vocabulary is smaller."""
+    hidden, weight, labels, *_ = problem()
+    w, logits = torch.full((T,), 0.5), torch.randn(T, V)
+    logits[:, 30:] = -math.inf
+    rows = Dense(labels % 30, fixed(w, w), hidden, weight[:30], divergences.forward_kl)
+    whole = rows(logits.clone(), slice(0, T), torch.float32)
+    part = rows(logits[:, :30].clone(), slice(0, T), torch.float32)
+    torch.testing.assert_close(whole.loss_t, part.loss_t)
+    torch.testing.assert_close(whole.grad_tV[:, :30], part.grad_tV)
+    assert not whole.grad_tV[:, 30:].any()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_none_is_made(mode):
+    """An evaluation would pay for two more products, and for a gradient of the unembedding's size."""
+    hidden, weight, labels, *_ = problem()
+    asked, rows = [], Mixed(labels, fixed(torch.ones(T)))
+
+    def watched(logits_tV, part, want_grad):
+        asked.append(want_grad)
+        return rows(logits_tV, part, want_grad)
+
+    with mode():
+        head_loss(hidden.requires_grad_(), weight.requires_grad_(), watched, chunk=5)
+    assert asked == [None] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["transposed", "every second", "wider"])
+def test_any_layout_and_width_of_the_operands(layout, dtype):
+    hidden, weight, labels, ids, probs = problem()
+    half, plain = torch.full((T,), 0.5), [x.to(dtype) for x in (hidden, weight)]
+    laid = {
+        "transposed": lambda x: x.T.contiguous().T,
+        "every second": lambda x: x.repeat_interleave(2, -1)[:, ::2],
+        "wider": lambda x: x if len(x) == T else x.double(),
+    }[layout]
+    made = []
+    for operands in (plain, map(laid, plain)):
+        leaves = [x.detach().requires_grad_() for x in operands]
+        loss = mixed_loss(*leaves, labels, half, ids, probs, half, chunk=5).loss_sum
+        made.append((leaves, [loss, *torch.autograd.grad(loss, leaves)]))
+    (_, want), (leaves, found) = made
+    assert [x.dtype for x in leaves] == [x.dtype for x in found[1:]]
+    for mine, other in zip(found, want):
+        torch.testing.assert_close(mine.double(), other.double(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("tokens", [3, 257, 32_867])
+def test_gradients_of_a_mean_are_rounded_once(tokens):
+    """Multiplied by 1 / 257 in bf16, hidden states' gradients all come out a fifth of a percent short."""
+    g = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(64, 64, generator=g).bfloat16(), torch.randn(200, 64, generator=g).bfloat16()]
+    exact = [x.double().requires_grad_() for x in leaves]
+    leaves, labels = [x.requires_grad_() for x in leaves], torch.randint(200, (64,), generator=g)
+    (mixed_loss(*leaves, labels, torch.ones(64)).loss_sum * torch.tensor(1 / tokens)).backward()
+    torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, labels, reduction="sum").div(tokens).backward()
+    for mine, want in zip(leaves, exact):
+        assert ((mine.grad.double() * want.grad).sum() / want.grad.square().sum() - 1).abs() < 6e-4
+
+
+@pytest.mark.parametrize("kind", ["mixed", "bucketed", "dense"])
+def test_autocast_rounds_operands_and_no_logits(kind):
+    g = torch.Generator().manual_seed(0)
+    hidden, weight, *teacher = (torch.randn(n, 64, generator=g).bfloat16().float() for n in (T, V, T, V))
+    _, _, labels, ids, probs = problem()
+    half = torch.full((T,), 0.5)
+    rows = problem_rows(kind, labels, fixed(half, half), ids, probs, *teacher)
+    if kind == "dense":
+        rows = rows._replace(hidden_TE=teacher[0])
+    want = head_loss(hidden, weight, rows, chunk=5).parts
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head_loss(hidden, weight, rows, chunk=5).parts
+    assert all(torch.equal(found[name], want[name]) for name in want)
+
+
 @pytest.mark.parametrize("chunk", [3, None])
 def test_of_bf16_operands_loss_and_gradients_are_those_of_fp64(chunk):
     """Losses within 1e-4 nats and gradients within half a percent, at logits with a standard deviation of 10."""

@@ -112,6 +112,15 @@ def test_huge_logits_stay_right(form):
     torch.testing.assert_close(out.parts["entropy"].double(), entropy, rtol=1e-3, atol=1e-4)
 
 
+def test_the_entropy_of_logits_whose_differences_overflow(form):
+    given = problem(vocab=9001)
+    low, high = -3.4e38, 3.4e38
+    for logits, entropy in (([low, high], 0.0), ([high, low, high], math.log(2))):
+        given[0][:] = low
+        given[0][:, 0::4096][:, : len(logits)] = torch.tensor(logits)
+        torch.testing.assert_close(through(*given, entropy=True).parts["entropy"], torch.full((5,), entropy))
+
+
 @pytest.mark.parametrize("what", [math.nan, math.inf, -math.inf])
 def test_a_masked_row_adds_exactly_nothing_whatever_it_holds(form, what):
     logits, labels, w_hard, ids, probs, w_soft = problem()
