@@ -68,7 +68,7 @@ def _is_composite(func: Any) -> bool:
 
 
 @cache
-def _register_guard() -> None:
+def register_guard() -> None:
     """Lets a build of torch without CUDA take a CUDA device for fake tensors."""
     if torch.backends.cuda.is_built():
         return  # FakeTensorMode does it
@@ -97,7 +97,7 @@ TIMELINES = (
 @contextmanager
 def inserted() -> Iterator["Card"]:
     """A card for the code within; `DEVICE` is its device."""
-    _register_guard()
+    register_guard()
     card = Card()
     of_values = {
         "numpy": lambda tensor, **_: tensor.cpu().numpy(),
