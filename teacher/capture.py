@@ -96,10 +96,9 @@ class Capture:
     def put(self, targets: MicroTargets, step: int) -> None:
         """Hands a micro-batch's targets to the writers; waits or skips when their queue is full."""
         began = time.perf_counter()
-        batch, hard_T, selections = targets
-        picks = Picks.cat(selections).cpu()
-        atoms, valid_T = self.codec.atoms(picks), batch.valid_BS.flatten().cpu()
-        held = _StepTargets(batch, atoms, hard_T.cpu(), picks.entropy_T, valid_T, step)
+        batch = targets.batch
+        picks, hard_T, valid_T = _on_host(Picks.cat(targets.selections), targets.hard_T, batch.valid_BS.flatten())
+        held = _StepTargets(batch, self.codec.atoms(picks), hard_T, picks.entropy_T, valid_T, step)
         finite_T = held.hard_T.isfinite() & held.entropy_T.isfinite()
         if self._held and self._held[0].step != step:
             self._release()
@@ -184,3 +183,7 @@ class Capture:
         """Closes the writers; after `flush`."""
         for writer in self.writers:
             writer.close()
+
+
+def _on_host(picks: Picks, hard_T: Tensor, valid_T: Tensor) -> tuple[Picks, Tensor, Tensor]:
+    return picks.cpu(), hard_T.cpu(), valid_T.cpu()

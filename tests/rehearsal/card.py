@@ -68,7 +68,7 @@ def _is_composite(func: Any) -> bool:
 
 
 @cache
-def _register_guard() -> None:
+def register_guard() -> None:
     """Lets a build of torch without CUDA take a CUDA device for fake tensors."""
     if torch.backends.cuda.is_built():
         return  # FakeTensorMode does it
@@ -87,18 +87,33 @@ KERNELS = {
 }
 """Triton's kernels need values; the same in torch, which stands for them here, does not."""
 
+SYNCHRONIZE = ("torch.cuda.synchronize", "torch.accelerator.synchronize")
+TIMELINES = (
+    *(f"torch.cuda.{name}" for name in ("Event", "Stream", "current_stream", "default_stream")),
+    "torch.accelerator.current_stream",
+)  # fmt: skip
+
 
 @contextmanager
 def inserted() -> Iterator["Card"]:
     """A card for the code within; `DEVICE` is its device."""
-    _register_guard()
+    register_guard()
     card = Card()
-    runtime = mock.patch.multiple(torch.cuda, synchronize=card.synchronize, Event=card.event)
-    numpy = mock.patch.object(FakeTensor, "numpy", lambda tensor, **_: tensor.cpu().numpy(), create=True)
+    of_values = {
+        "numpy": lambda tensor, **_: tensor.cpu().numpy(),
+        "__format__": lambda tensor, spec: format(repr(tensor) if tensor.ndim else tensor.item(), spec),
+        "__repr__": lambda tensor, **_: card.shown(tensor),
+    }
     with ExitStack() as stack:
         for place, stand_in in KERNELS.items():
             stack.enter_context(mock.patch(place, stand_in))
-        for part in (FakeTensorMode(allow_non_fake_inputs=True), runtime, numpy, card):
+        for name, stand_in in of_values.items():
+            stack.enter_context(mock.patch.object(FakeTensor, name, stand_in, create=True))
+        for place in SYNCHRONIZE:
+            stack.enter_context(mock.patch(place, card.synchronize))
+        for place in TIMELINES:
+            stack.enter_context(mock.patch(place, card.timeline))
+        for part in (FakeTensorMode(allow_non_fake_inputs=True), card):
             stack.enter_context(part)
         yield card
 
@@ -218,11 +233,16 @@ class Card(TorchDispatchMode):
     def synchronize(self, *_: Any) -> None:
         self._wait("a synchronization with the device")
 
-    def event(self, *_: Any, **__: Any) -> Any:
-        event = mock.Mock()
-        event.synchronize = lambda: self._wait("a wait for an event of the device")
-        event.query = lambda: True
-        return event
+    def timeline(self, *_: Any, **__: Any) -> Any:
+        """An event or a stream."""
+        made = mock.Mock()
+        made.synchronize = lambda: self._wait("a wait for an event or a stream of the device")
+        made.query = lambda: True
+        return made
+
+    def shown(self, tensor: FakeTensor) -> str:
+        self._wait("a value is printed")
+        return f"{type(tensor).__name__}({tuple(tensor.shape)}, {tensor.dtype}, {tensor.device})"
 
     def _error(self, what: str) -> RehearsalError:
         for frame in _frames():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from distill.cache import Picks
 from distill.engine.waits import MAY_WAIT
 from distill.tracking.meters import Meters
 from tests.rehearsal import test_rehearsal as steps
@@ -54,7 +55,12 @@ WAITS = {
     "bincount": lambda x: torch.bincount(x.long()),
     "repeats": lambda x: x.repeat_interleave(x.long()),
     "synchronize": lambda x: torch.cuda.synchronize(),
+    "synchronize by its other name": lambda x: torch.accelerator.synchronize(),
     "event": lambda x: torch.cuda.Event().synchronize(),
+    "stream": lambda x: torch.cuda.current_stream().synchronize(),
+    "printed": lambda x: print(x),
+    "in a text": lambda x: f"{x}",
+    "a number in a text": lambda x: f"{x.sum():.3f}",
     "pageable": lambda x: HOST.to(DEVICE),
     "pageable, not blocking": lambda x: HOST.to(DEVICE, non_blocking=True),
     "pinned, blocking": _pinned_copy,
@@ -121,6 +127,18 @@ def test_a_fault_in_the_backward_pass():
 def test_a_whole_step_finds_a_planted_fault(place, fault, line):
     with mock.patch(place, fault), pytest.raises(RehearsalError, match=line):
         steps.learn()
+
+
+def test_a_capture_waits_for_its_targets_and_for_nothing_beside_them():
+    cat = Picks.cat
+
+    def fault(selections):
+        picks = cat(selections)
+        picks.entropy_T[picks.entropy_T > 0]
+        return picks
+
+    with mock.patch.object(Picks, "cat", fault), pytest.raises(RehearsalError, match=r"capture\.py"):
+        steps.teach()
 
 
 def test_a_fault_is_none_where_the_host_may_wait():

@@ -30,7 +30,7 @@ from tests.rehearsal.steps import (
     train,
 )
 
-HAND_OVER = "teacher/capture.py:Capture.put"
+HAND_OVER = "teacher/capture.py:_on_host"
 PUBLISHING = "teacher/capture.py:Capture._release"
 ROW = {"distill/tracking/meters.py:Meters.flush", "distill/engine/watch.py:Watch.problem"}
 PICTURES = ("vision@teacher.model.vision=tiny", "vision@student.model.vision=tiny")

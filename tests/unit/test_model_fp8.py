@@ -17,6 +17,7 @@ from distill.model.fp8 import Fp8
 from distill.model.fp8_format import E4M3, E5M2
 from distill.model.parts import PLAIN, Parts
 from tests.closeness import worst
+from tests.rehearsal.card import register_guard
 from tests.unit.test_model_attention import config_of
 
 RECIPES = [(whole, high) for whole in (False, True) for high in (True, False)]
@@ -153,6 +154,7 @@ def test_the_calls_on_a_gpu_are_ones_that_torch_accepts_there(monkeypatch, whole
         counted = lambda *a, name=name, real=real, **k: calls.append(name) or real(*a, **k)  # noqa: E731
         monkeypatch.setattr(place, name, counted)
     product = Fp8(whole, high)
+    register_guard()
     with FakeTensorMode(), torch.device("cuda"):
         for ends, shapes in ((None, ((37, 64), (48, 64))), (torch.empty(4).int(), ((96, 32), (4, 32, 48)))):
             x, weight = (torch.empty(shape, dtype=torch.bfloat16) for shape in shapes)
