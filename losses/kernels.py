@@ -24,30 +24,31 @@ class Launch(NamedTuple):
 
 READ = Launch(depth=8, lanes=512, warps=4)
 WRITE = Launch(depth=1, lanes=4096, warps=8)
-NUMBERS = 5
-"""Log-sum-exp, largest logit, label's logit, entropy, square; in the order of `losses.rows.Seen`."""
+NUMBERS = 6
+"""Log-sum-exp, largest logit, their difference, label's logit, entropy, square; in the order of `losses.rows.Seen`."""
 
 
 def read(logits_tV: Tensor, labels_t: Tensor, ids_tK: Tensor | None, launch: Launch = READ) -> tuple[Tensor, Tensor]:
     """As `losses.rows.read_rows`."""
     tokens, width = logits_tV.shape
     atoms = 0 if ids_tK is None else ids_tK.shape[1]
-    numbers_5t = logits_tV.new_empty(NUMBERS, tokens)
+    numbers_6t = logits_tV.new_empty(NUMBERS, tokens)
     found_tK = logits_tV.new_empty(tokens, atoms)
     labels_t = labels_t.contiguous()
     ids = labels_t if ids_tK is None else ids_tK.contiguous()
     if tokens:
         _read[(tokens,)](
-            logits_tV, labels_t, ids, numbers_5t, found_tK, tokens, width, logits_tV.stride(0),
+            logits_tV, labels_t, ids, numbers_6t, found_tK, tokens, width, logits_tV.stride(0),
             ATOMS=atoms, ROOM=triton.next_power_of_2(max(atoms, 1)),
             DEPTH=launch.depth, LANES=launch.lanes, num_warps=launch.warps,
         )  # fmt: skip
-    return numbers_5t, found_tK
+    return numbers_6t, found_tK
 
 
 def write(
     logits_tV: Tensor,
-    lse_t: Tensor,
+    most_t: Tensor,
+    log_t: Tensor,
     labels_t: Tensor,
     w_hard_t: Tensor,
     ids_tK: Tensor | None,
@@ -59,7 +60,7 @@ def write(
     """As `losses.rows.write_rows`."""
     tokens, width = logits_tV.shape
     atoms = 0 if ids_tK is None else ids_tK.shape[1]
-    lse_t, labels_t, w_hard_t = lse_t.contiguous(), labels_t.contiguous(), w_hard_t.contiguous()
+    most_t, log_t, labels_t, w_hard_t = (x.contiguous() for x in (most_t, log_t, labels_t, w_hard_t))
     ids, probs, w_soft = (
         like if part is None else part.contiguous()
         for part, like in ((ids_tK, labels_t), (probs_tK, w_hard_t), (w_soft_t, w_hard_t))
@@ -67,7 +68,7 @@ def write(
     grad_tV = logits_tV.view(dtype)
     if tokens:
         _write[(tokens,)](
-            logits_tV, grad_tV, lse_t, labels_t, w_hard_t, ids, probs, w_soft, width,
+            logits_tV, grad_tV, most_t, log_t, labels_t, w_hard_t, ids, probs, w_soft, width,
             logits_tV.stride(0), grad_tV.stride(0),
             ATOMS=atoms, ROOM=triton.next_power_of_2(max(atoms, 1)),
             BLOCK=launch.depth * launch.lanes, num_warps=launch.warps,
@@ -115,9 +116,10 @@ def _read(
     numbers += row
     tl.store(numbers, high + log)
     tl.store(numbers + tokens, high)
-    tl.store(numbers + 2 * tokens, at_label)
-    tl.store(numbers + 3 * tokens, log - inner / total)
-    tl.store(numbers + 4 * tokens, square / (total * total))
+    tl.store(numbers + 2 * tokens, log)
+    tl.store(numbers + 3 * tokens, at_label)
+    tl.store(numbers + 4 * tokens, log - inner / total)
+    tl.store(numbers + 5 * tokens, square / (total * total))
     if ATOMS > 0:
         k = tl.arange(0, ROOM)
         atom = tl.load(ids + row * ATOMS + k, mask=k < ATOMS, other=-1)
@@ -127,13 +129,13 @@ def _read(
 
 @triton.jit
 def _write(
-    logits, grads, lses, labels, w_hards, ids, probs, w_softs, width, stride, grad_stride,
+    logits, grads, mosts, logs, labels, w_hards, ids, probs, w_softs, width, stride, grad_stride,
     ATOMS: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     grads += row * grad_stride
-    lse = tl.load(lses + row)
+    most = tl.load(mosts + row)
     w_hard = tl.load(w_hards + row)
     counts = w_hard != 0.0
     total = w_hard
@@ -155,16 +157,19 @@ def _write(
         same = atom[:, None] == atom[None, :]
         atom_less = tl.sum(tl.where(same, mass[None, :], 0.0), 1) + tl.where(atom == label, w_hard, 0.0)
         label_less += tl.sum(tl.where(atom == label, mass, 0.0), 0)
-        atom_grad = total * tl.exp(at_atom - lse) - atom_less
-        atom_grad = tl.where(counts, atom_grad, 0.0)
-    label_grad = tl.where(counts, total * tl.exp(at_label - lse) - label_less, 0.0)
+        # An atom with the label's id writes the same sum, but maybe with another last bit: one of them writes.
+        label_fits = label_fits & (tl.sum((atom == label).to(tl.int32), 0) == 0)
+    scale = total * tl.exp(-tl.load(logs + row))
+    if ATOMS > 0:
+        atom_grad = tl.where(counts, scale * tl.exp(at_atom - most) - atom_less, 0.0)
+    label_grad = tl.where(counts, scale * tl.exp(at_label - most) - label_less, 0.0)
 
     places = tl.arange(0, BLOCK)
     readable = tl.where(counts, width, 0)
     for start in range(0, width, BLOCK):
         at = start + places
         z = tl.load(logits + at, mask=at < readable, other=0.0).to(tl.float32)
-        grad = tl.where(counts, total * tl.exp(z - lse), 0.0)
+        grad = tl.where(counts, scale * tl.exp(z - most), 0.0)
         # A narrower gradient lies over logits of this block and earlier ones: all lanes have read theirs.
         tl.debug_barrier()
         tl.store(grads + at, grad.to(grads.dtype.element_ty), mask=at < width)

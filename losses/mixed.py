@@ -67,7 +67,8 @@ class Mixed(NamedTuple):
             assert self.probs_TK is not None, "atoms come with probabilities"
             ids_tK, probs_tK = self.ids_TK[rows], self.probs_TK[rows].to(dtype)
         seen = read(logits_tV, labels_t, ids_tK, self.entropy, self.norms)
-        lse_t, hard_t, soft_t = seen.lse_t, seen.lse_t - seen.label_t, None
+        # In this order, as the largest logit and the label's may be large and close.
+        hard_t, soft_t = (seen.most_t - seen.label_t) + seen.log_t, None
         parts = {"hard": hard_t}
         if probs_tK is not None:
             parts |= _of_atoms(seen, probs_tK)
@@ -85,17 +86,17 @@ class Mixed(NamedTuple):
         else:
             w_hard_t, w_soft_t = both_weights(self.weigh, rows, hard_t, soft_t)
             loss_t = weighted(w_hard_t, hard_t) + weighted(w_soft_t, soft_t)
-        selected = None if self.select is None else self.select(rows, logits_tV, lse_t)
+        selected = None if self.select is None else self.select(rows, logits_tV, seen.lse_t)
         if want_grad is None:
             return Chunk(loss_t, parts, None, selected)
         target = Target(labels_t, w_hard_t, ids_tK, probs_tK, w_soft_t)
-        return Chunk(loss_t, parts, write(logits_tV, lse_t, target, want_grad), selected)
+        return Chunk(loss_t, parts, write(logits_tV, seen, target, want_grad), selected)
 
 
 def _of_atoms(seen: Seen, probs_tK: Tensor) -> dict[str, Tensor]:
     assert seen.atoms_tK is not None
     mass_t = probs_tK.sum(-1)
-    soft_t = mass_t * seen.lse_t - weighted(probs_tK, seen.atoms_tK).sum(-1)
+    soft_t = weighted(probs_tK, seen.most_t[:, None] - seen.atoms_tK).sum(-1) + mass_t * seen.log_t
     best_t = seen.atoms_tK.gather(-1, probs_tK.argmax(-1, keepdim=True)).squeeze(-1)
     return {"soft": soft_t, "mass": mass_t, "agreement": (best_t >= seen.most_t) & (mass_t > 0)}
 
@@ -110,7 +111,8 @@ def _distance(seen: Seen, atoms_tK: Tensor) -> Tensor:
     """Euclidean norm of (sum of the atoms) x softmax - atoms, [t], by its three inner products."""
     assert seen.atoms_tK is not None and seen.square_t is not None
     mass_t = atoms_tK.sum(-1)
-    inner_t = weighted(atoms_tK, (seen.atoms_tK - seen.lse_t[:, None]).exp()).sum(-1)
+    probs_tK = (seen.atoms_tK - seen.most_t[:, None] - seen.log_t[:, None]).exp()
+    inner_t = weighted(atoms_tK, probs_tK).sum(-1)
     whole_t = mass_t.square() * seen.square_t - 2.0 * mass_t * inner_t + atoms_tK.square().sum(-1)
     return whole_t.clamp(min=0.0).sqrt()
 

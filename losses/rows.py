@@ -29,6 +29,8 @@ class Seen(NamedTuple):
     """Log-sum-exp, nats."""
     most_t: Tensor
     """The largest logit."""
+    log_t: Tensor
+    """Log-sum-exp less the largest logit: what is left of it where logits are so large that their last digit counts."""
     label_t: Tensor
     """The label's logit."""
     atoms_tK: Tensor | None
@@ -54,10 +56,11 @@ def read(
 ) -> Seen:
     """The pass that reads; `entropy`, `square`: whether they are wanted."""
     if _fused(logits_tV, ids_tK):
-        numbers_5t, atoms_tK = read_rows(logits_tV, labels_t, ids_tK)
-        lse_t, most_t, label_t, entropy_t, square_t = numbers_5t.unbind()
+        numbers_6t, atoms_tK = read_rows(logits_tV, labels_t, ids_tK)
+        lse_t, most_t, log_t, label_t, entropy_t, square_t = numbers_6t.unbind()
         found_tK = None if ids_tK is None else atoms_tK
-        return Seen(lse_t, most_t, label_t, found_tK, entropy_t if entropy else None, square_t if square else None)
+        entropy_t, square_t = entropy_t if entropy else None, square_t if square else None
+        return Seen(lse_t, most_t, log_t, label_t, found_tK, entropy_t, square_t)
     label_t = logits_tV.gather(-1, labels_t[:, None]).squeeze(-1)
     atoms_tK = None if ids_tK is None else logits_tV.gather(-1, ids_tK)
     most_t, sum_t, entropy_t, square_t = (logits_tV.new_empty(len(logits_tV)) for _ in range(4))
@@ -74,10 +77,11 @@ def read(
             torch.sum(exp_rV.square_(), -1, out=square_t[rows])
     log_t = sum_t.log()
     entropy_t = log_t - entropy_t / sum_t if entropy else None
-    return Seen(most_t + log_t, most_t, label_t, atoms_tK, entropy_t, square_t / sum_t.square() if square else None)
+    square_t = square_t / sum_t.square() if square else None
+    return Seen(most_t + log_t, most_t, log_t, label_t, atoms_tK, entropy_t, square_t)
 
 
-def write(logits_tV: Tensor, lse_t: Tensor, target: Target, dtype: torch.dtype) -> Tensor:
+def write(logits_tV: Tensor, seen: Seen, target: Target, dtype: torch.dtype) -> Tensor:
     """The gradient, M softmax - target with M the target's sum, in the memory of the logits, which are spent.
 
     A row whose weights are 0 has gradient 0, whatever its logits are.
@@ -87,7 +91,7 @@ def write(logits_tV: Tensor, lse_t: Tensor, target: Target, dtype: torch.dtype) 
     """
     labels_t, w_hard_t, ids_tK, probs_tK, w_soft_t = target
     if _fused(logits_tV, ids_tK):
-        write_rows(logits_tV, lse_t, labels_t, w_hard_t, ids_tK, probs_tK, w_soft_t, dtype)
+        write_rows(logits_tV, seen.most_t, seen.log_t, labels_t, w_hard_t, ids_tK, probs_tK, w_soft_t, dtype)
         # A row's gradient lies at the start of what was the row: no second tensor, and a plain stride for the products.
         return logits_tV.view(dtype).narrow(1, 0, logits_tV.shape[1])
     total_t, counts_t, atoms_tK = w_hard_t, w_hard_t != 0, None
@@ -95,8 +99,9 @@ def write(logits_tV: Tensor, lse_t: Tensor, target: Target, dtype: torch.dtype) 
         assert probs_tK is not None and w_soft_t is not None, "atoms come with probabilities and a weight"
         atoms_tK = weighted(w_soft_t[:, None], probs_tK)
         total_t, counts_t = total_t + atoms_tK.sum(-1), counts_t | (w_soft_t != 0)
+    scale_t = total_t * seen.log_t.neg().exp()
     for rows in pieces(logits_tV):
-        logits_tV[rows].sub_(lse_t[rows, None]).exp_().mul_(total_t[rows, None])
+        logits_tV[rows].sub_(seen.most_t[rows, None]).exp_().mul_(scale_t[rows, None])
         silence(logits_tV[rows], counts_t[rows])
     logits_tV.scatter_add_(-1, labels_t[:, None], -w_hard_t[:, None])
     if ids_tK is not None and atoms_tK is not None:
@@ -131,7 +136,7 @@ def _fused(logits_tV: Tensor, ids_tK: Tensor | None) -> bool:
 
 @torch.library.custom_op("codistill::read_rows", mutates_args=())
 def read_rows(logits_tV: Tensor, labels_t: Tensor, ids_tK: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp, largest, label's logit, entropy and square [5, t], and logits of the atoms [t, K]."""
+    """Log-sum-exp, largest, their difference, label's logit, entropy, square [6, t]; logits of the atoms [t, K]."""
     from losses.kernels import read
 
     return read(logits_tV, labels_t, ids_tK)
@@ -140,13 +145,14 @@ def read_rows(logits_tV: Tensor, labels_t: Tensor, ids_tK: Tensor | None) -> tup
 @read_rows.register_fake
 def _(logits_tV: Tensor, labels_t: Tensor, ids_tK: Tensor | None) -> tuple[Tensor, Tensor]:
     tokens, atoms = len(logits_tV), 0 if ids_tK is None else ids_tK.shape[1]
-    return logits_tV.new_empty(5, tokens), logits_tV.new_empty(tokens, atoms)
+    return logits_tV.new_empty(6, tokens), logits_tV.new_empty(tokens, atoms)
 
 
 @torch.library.custom_op("codistill::write_rows", mutates_args=("logits_tV",))
 def write_rows(
     logits_tV: Tensor,
-    lse_t: Tensor,
+    most_t: Tensor,
+    log_t: Tensor,
     labels_t: Tensor,
     w_hard_t: Tensor,
     ids_tK: Tensor | None,
@@ -157,13 +163,14 @@ def write_rows(
     """The gradient over the logits; in a narrower dtype it lies at the start of each row's memory."""
     from losses.kernels import write
 
-    write(logits_tV, lse_t, labels_t, w_hard_t, ids_tK, probs_tK, w_soft_t, dtype)
+    write(logits_tV, most_t, log_t, labels_t, w_hard_t, ids_tK, probs_tK, w_soft_t, dtype)
 
 
 @write_rows.register_fake
 def _(
     logits_tV: Tensor,
-    lse_t: Tensor,
+    most_t: Tensor,
+    log_t: Tensor,
     labels_t: Tensor,
     w_hard_t: Tensor,
     ids_tK: Tensor | None,

@@ -107,9 +107,22 @@ def test_huge_logits_stay_right(form):
     given = problem(scale=1e4)
     want, grad, entropy = oracle(*given)
     out = through(*given, entropy=True)
-    torch.testing.assert_close(out.loss_t.double(), want, rtol=1e-5, atol=1e-2)
-    torch.testing.assert_close(out.grad_tV.double(), grad, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(out.parts["entropy"].double(), entropy, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(out.loss_t.double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.grad_tV.double(), grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(out.parts["entropy"].double(), entropy, rtol=1e-4, atol=1e-5)
+
+
+def test_what_all_logits_of_a_row_have_in_common_costs_no_digits(form):
+    """Their differences are exact; the log-sum-exp itself has steps of 1/16 there."""
+    given = list(problem(vocab=5000))
+    given[0] = (given[0] + 1e6).round()
+    want, grad, _ = oracle(*given)
+    out = through(*given, norms=True)
+    torch.testing.assert_close(out.loss_t.double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.grad_tV.double(), grad, rtol=1e-4, atol=1e-7)
+    q = torch.softmax(given[0].double(), -1)
+    onehot = torch.nn.functional.one_hot(given[1], 5000)
+    torch.testing.assert_close(out.parts["hard_norm"].double(), (q - onehot).norm(dim=-1), rtol=1e-4, atol=1e-4)
 
 
 def test_the_entropy_of_logits_whose_differences_overflow(form):

@@ -13,8 +13,8 @@ from losses import kernels
 
 READ = {"logits": "*fp32", "labels": "*i64", "ids": "*i64", "numbers": "*fp32", "found": "*fp32"}
 READ |= {"tokens": "i32", "width": "i32", "stride": "i32"}
-WRITE = {"logits": "*fp32", "grads": "*bf16", "lses": "*fp32", "labels": "*i64", "w_hards": "*fp32", "ids": "*i64"}
-WRITE |= {"probs": "*fp32", "w_softs": "*fp32", "width": "i32", "stride": "i32", "grad_stride": "i32"}
+WRITE = {"logits": "*fp32", "grads": "*bf16", "mosts": "*fp32", "logs": "*fp32", "labels": "*i64", "w_hards": "*fp32"}
+WRITE |= {"ids": "*i64", "probs": "*fp32", "w_softs": "*fp32", "width": "i32", "stride": "i32", "grad_stride": "i32"}
 
 
 def code(kernel, signature, constants, warps):
