@@ -99,8 +99,12 @@ def to_yaml(part: Any) -> str:
 
 
 def typed(kind: type[T], values: Any) -> T:
-    """The typed object of values that `to_dict` gave, perhaps of an older version, which had fewer keys."""
-    return cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values)))
+    """The typed object of values that `to_dict` gave, perhaps of an older version, which had fewer keys; ValueError:
+    they are not of that kind."""
+    try:
+        return cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values)))
+    except OmegaConfBaseException as error:
+        raise ValueError(str(error)) from error
 
 
 def read_yaml(path: Path) -> Any:

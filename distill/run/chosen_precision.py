@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.config.errors import ConfigError
+from distill.config.load import typed
 from distill.config.registry import PRECISIONS
 from distill.config.schema import PrecisionConfig, RunConfig
 from distill.engine.dist import Dist
@@ -13,20 +14,20 @@ from distill.run.folder import recorded
 
 
 def settled(config: RunConfig, folder: Path, dist: Dist) -> RunConfig:
-    """The configuration with what `precision.name=auto` means: on this device, or where the run in the folder, if it
-    is resumed, was started. Collective.
+    """The configuration with what `precision.name=auto` means: on this device, or, if the run in the folder is resumed,
+    what it was started with, options too. Collective.
 
     Raises:
         ConfigError: a device lacks the precision.
     """
-    name = config.precision.name
-    if name == "auto":
+    precision = config.precision
+    if precision.name == "auto":
         before = _recorded(folder) if config.resume and dist.is_main else None
-        name = dist.from_main(before or automatic(dist.device))
-    problems = [problem for problem in dist.gather(lacking(name, dist.device)) if problem is not None]
+        precision = dist.from_main(before or dataclasses.replace(precision, name=automatic(dist.device)))
+    problems = [problem for problem in dist.gather(lacking(precision.name, dist.device)) if problem is not None]
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
-    return dataclasses.replace(config, precision=dataclasses.replace(config.precision, name=name))
+    return dataclasses.replace(config, precision=precision)
 
 
 def decisive(precision: PrecisionConfig) -> str | dict[str, Any]:
@@ -40,9 +41,9 @@ def decisive(precision: PrecisionConfig) -> str | dict[str, Any]:
     return {"name": precision.name, **changed} if changed else precision.name
 
 
-def _recorded(folder: Path) -> str | None:
+def _recorded(folder: Path) -> PrecisionConfig | None:
     try:
-        name: str = recorded(folder)["precision"]["name"]
-    except (ConfigError, KeyError, TypeError):  # a resume says of a damaged one what is wrong
+        before = typed(PrecisionConfig, recorded(folder)["precision"])
+    except (ConfigError, KeyError, ValueError):  # a resume says of a damaged one what is wrong
         return None
-    return name
+    return before if before.name in PRECISIONS.names else None

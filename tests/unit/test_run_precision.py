@@ -79,6 +79,29 @@ def test_auto_is_settled_at_the_start_and_kept_by_a_resume(tmp_path, gpu):
     ]
 
 
+@pytest.mark.parametrize(
+    "chosen", [("precision=fp8", "precision.recipe=tensor"), ("precision=bf16", "precision.native=true")]
+)
+def test_auto_keeps_the_options_of_a_resumed_run_too(tmp_path, chosen):
+    run_folder.record(tmp_path, settled(resolve(["job=teacher", *chosen]), tmp_path, CPU))
+    again = settled(resolve(["job=teacher", "resume=true"]), tmp_path, CPU)
+    assert (
+        not list(run_folder.problems(tmp_path, again))
+        and again.precision == resolve(["job=teacher", *chosen]).precision
+    )
+
+
+@pytest.mark.parametrize("damaged", [None, {"name": "fp7"}, {"name": "fp8", "recipe": "x"}, [1], {"nam": "fp8"}])
+def test_a_damaged_record_of_a_precision_is_compared_not_taken_over(tmp_path, damaged):
+    run_folder.record(tmp_path, resolve(["job=teacher", "precision=fp32"]))
+    path = tmp_path / "config.yaml"
+    text = OmegaConf.load(path)
+    text.precision = damaged
+    OmegaConf.save(text, path)
+    again = settled(resolve(["job=teacher", "resume=true"]), tmp_path, CPU)
+    assert again.precision == PrecisionConfig("fp32") and list(run_folder.problems(tmp_path, again))
+
+
 def test_a_run_of_an_older_version_had_one_key_and_goes_on(tmp_path):
     config = resolve(["job=teacher", "resume=true"])
     run_folder.record(tmp_path, config)
