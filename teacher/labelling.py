@@ -42,7 +42,7 @@ class Frozen(Protocol):
         ...
 
     def label(self, batch: Batch, select: Select | None, head_chunk: int | None) -> MicroTargets:
-        """Selects from the probabilities of every token, at most `head_chunk` (None: by bytes) at a time and in order.
+        """Selects from the logits of every token, at most `head_chunk` (None: by bytes) at a time and in order.
 
         select: None: nothing is selected.
         """

@@ -135,6 +135,11 @@ def moe_layers(m: ModelConfig) -> list[int]:
     return list(range(m.moe_step - 1, m.layers, m.moe_step)) if m.moe_step else []
 
 
+def has_moe(m: ModelConfig) -> bool:
+    """Whether any layer is MoE, also of models whose layers no list can hold."""
+    return 0 < m.moe_step <= m.layers if m.moe_layers is None else bool(m.moe_layers)
+
+
 def rope_layers(m: ModelConfig) -> list[bool]:
     """Whether each layer has RoPE: as listed, or all but the last of every `nope_step` layers (0: all)."""
     if m.rope_layers:
@@ -153,8 +158,7 @@ def model_rules(m: ModelConfig, where: str, name: Callable[[str], str] = str) ->
         yield f"{where}{name('heads')} is {m.heads}; it must be a multiple of {name('kv_heads')}, {m.kv_heads}"
     if m.head_dim % 2:
         yield f"{where}{name('head_dim')} is {m.head_dim}; RoPE rotates pairs, so it must be even"
-    has_experts = 0 < m.moe_step <= m.layers if m.moe_layers is None else bool(m.moe_layers)
-    if has_experts and not 1 <= m.active_experts <= m.experts:
+    if has_moe(m) and not 1 <= m.active_experts <= m.experts:
         yield f"{where}{name('active_experts')} is {m.active_experts}; allowed: 1 to {name('experts')}, {m.experts}"
     for layer in m.moe_layers or []:
         if not 0 <= layer < m.layers:
@@ -170,11 +174,11 @@ def model_rules(m: ModelConfig, where: str, name: Callable[[str], str] = str) ->
 
 def width_rules(m: ModelConfig, where: str, multiple: int, precision: str) -> Iterator[str]:
     """A sentence for each width that the products of a precision do not take, of projections and experts."""
-    moe = len(moe_layers(m))
+    has_dense = m.moe_step != 1 if m.moe_layers is None else len(set(m.moe_layers)) < m.layers
     widths = {
         "hidden_size": m.hidden_size,
-        "expert_hidden": m.expert_hidden if moe else 0,
-        "dense_hidden": m.dense_hidden if moe < m.layers else 0,
+        "expert_hidden": m.expert_hidden if has_moe(m) else 0,
+        "dense_hidden": m.dense_hidden if has_dense else 0,
     }
     for name, width in widths.items():
         if width % multiple:

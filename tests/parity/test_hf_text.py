@@ -114,7 +114,8 @@ def test_the_comparison_has_teeth(tmp_path):
 
 
 @pytest.mark.parametrize("length, chunk", [(8, 8), (37, 64)])
-def test_bf16_is_bitwise_equal(tmp_path, length, chunk):
+def test_bf16_is_bitwise_equal_but_for_the_router(tmp_path, monkeypatch, length, chunk):
+    fp32_router(monkeypatch)
     # One chunk per row: across borders the two sides sum in different orders, and bf16 routing then flips.
     saved(tmp_path, MIXED_TOP1 | {"attention_chunk_size": chunk})
     theirs = transformers.Llama4ForCausalLM.from_pretrained(
@@ -124,6 +125,18 @@ def test_bf16_is_bitwise_equal(tmp_path, length, chunk):
     ids_BS = ids_of(length)
     with torch.no_grad():
         assert torch.equal(ours.logits(ids_BS), theirs(ids_BS, use_cache=False).logits)
+
+
+def fp32_router(monkeypatch):
+    """Makes the library's router logits fp32, as ours are in every precision."""
+
+    def forward(self, hidden_TD):
+        logits_TE = torch.nn.functional.linear(hidden_TD.float(), self.weight.float())
+        top_TA, experts_TA = logits_TE.topk(self.top_k, dim=1)
+        scores_TE = torch.full_like(logits_TE, -torch.inf).scatter_(1, experts_TA, top_TA)
+        return scores_TE.sigmoid().to(hidden_TD.dtype), logits_TE
+
+    monkeypatch.setattr(transformers.models.llama4.modeling_llama4.Llama4Router, "forward", forward)
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 50_000])

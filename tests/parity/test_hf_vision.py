@@ -11,7 +11,7 @@ from distill.model import Transformer, hf, vision
 from distill.model.rope import cos_sin
 from tests.closeness import apart, worst
 from tests.image_corpus import in_order
-from tests.parity.test_hf_text import CASES, MIXED_TOP1
+from tests.parity.test_hf_text import CASES, MIXED_TOP1, fp32_router
 
 transformers = pytest.importorskip("transformers")
 transformers.utils.logging.disable_progress_bar()
@@ -142,6 +142,7 @@ def complex_rotate(x, cos, sin):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_tower_in_bf16_is_bitwise_equal_but_for_the_rounding_of_rotations(tmp_path, monkeypatch, name):
+    fp32_router(monkeypatch)
     sizes, tiles_per_row, _ = CONFIGS[name]
     text = MIXED_TOP1 | {"attention_chunk_size": 64}  # one chunk per row, as in the text model's own test
     config = vision_config(sizes)

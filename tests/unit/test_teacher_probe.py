@@ -74,7 +74,7 @@ def test_whatever_is_done_to_logits_is_in_the_targets(name, size):
     assert probe(model, "x") == (plain, V)
     teacher, seen = hf.Foreign(model), []
     with torch.inference_mode():
-        teacher.label(batch, lambda start, probs_TV, logprobs_TV: seen.append(logprobs_TV.clone()), 64)
+        teacher.label(batch, lambda start, logits_TV, lse_T: seen.append(logits_TV - lse_T[:, None]), 64)
         logits_TV = alone(model, batch)
     assert teacher._plain_head is plain
     # Softmax and norms are fp32 in some of these, whatever the weights.
