@@ -74,11 +74,6 @@ def add_product(sum_VD: Tensor, grad_tV: Tensor, hidden_tD: Tensor, fresh: bool)
     torch.addmm(sum_VD, grad_tV.T, hidden_tD, out_dtype=sum_VD.dtype, beta=0.0 if fresh else 1.0, out=sum_VD)
 
 
-@add_product.register_fake
-def _(sum_VD: Tensor, grad_tV: Tensor, hidden_tD: Tensor, fresh: bool) -> None:
-    return None
-
-
 def narrowed(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """The contiguous matrix in another dtype; in a narrower one in its own memory, which is overwritten."""
     if dtype.itemsize >= matrix.dtype.itemsize:

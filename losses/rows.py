@@ -164,18 +164,3 @@ def write_rows(
     from losses.kernels import write
 
     write(logits_tV, most_t, log_t, labels_t, w_hard_t, ids_tK, probs_tK, w_soft_t, dtype)
-
-
-@write_rows.register_fake
-def _(
-    logits_tV: Tensor,
-    most_t: Tensor,
-    log_t: Tensor,
-    labels_t: Tensor,
-    w_hard_t: Tensor,
-    ids_tK: Tensor | None,
-    probs_tK: Tensor | None,
-    w_soft_t: Tensor | None,
-    dtype: torch.dtype,
-) -> None:
-    return None
