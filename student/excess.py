@@ -73,7 +73,8 @@ def _sums(model: nn.Module, batch: Batch, law: Law, alphabet: Alphabet, device: 
     def distance(rows: slice, logits_tV: Tensor, lse_t: Tensor) -> tuple[Tensor]:
         mine_t = spoken_T[rows]
         truth_sN = law_sN[number_T[rows][mine_t].to(device)]
-        model_sN = (logits_tV[mine_t.to(device)][:, ids_N] - lse_t[mine_t.to(device), None]).double()
+        mine_t = mine_t.to(device)
+        model_sN = (logits_tV[mine_t][:, ids_N] - lse_t[mine_t, None]).double()
         return ((truth_sN.exp() * (truth_sN - model_sN)).sum(-1),)
 
     moved = batch.to(device)

@@ -54,7 +54,8 @@ def labelled(teacher: LiveTeacher, batch: Batch, parts: int, chunk: int | None, 
     found = []
     for start in range(0, len(batch.ids_BS), size):
         # Images are cut on the host, where it reads which tiles the rows have.
-        images = on_host.rows(start, start + size).to(dist.device).images
+        rows = on_host.rows(start, start + size)
+        images = None if rows.images is None else rows.to(dist.device).images
         micro = dataclasses.replace(readable.rows(start, start + size), images=images)
         found.append(_label(teacher, weight_UE, micro, chunk))
     hidden_TE, loss_T, entropy_T = (torch.cat(column) for column in zip(*found))

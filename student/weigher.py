@@ -20,7 +20,9 @@ BINS = 20
 def signals_of(batch: Batch, device: torch.device, lr_share: float) -> Signals:
     """What factors read of a batch with targets, but for what the student predicts."""
     assert batch.targets is not None
-    _, _, covered_T, label_logprob_T, entropy_T = (sent(column, device) for column in batch.targets)
+    targets = batch.targets
+    columns = targets.covered_T, targets.label_logprob_T, targets.entropy_T
+    covered_T, label_logprob_T, entropy_T = (sent(column, device) for column in columns)
     length, none = batch.ids_BS.shape[1], entropy_T.new_empty(0)
 
     def tokens(part_B: Tensor) -> Tensor:
