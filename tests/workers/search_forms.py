@@ -7,17 +7,16 @@ TRITON_INTERPRET=0 python -m tests.workers.search_forms compiled
 import re
 import sys
 
-import triton
-
 from distill.cache.codecs import search_kernels as kernels
 from distill.cache.codecs.findings import Findings
 from distill.cache.codecs.search import search, search_rows
 from tests.hard_rows import CASES, assert_same, hard_rows
+from tests.workers.ptx import ptx_of
 
-POINTERS = {"logits_TV": "*fp32", "top_T": "*fp32", "ids_TK": "*i32"}
-LOCATE = ("logits_TV", "top_T", "limit_T", "block_TK", "within_TK", "ids_TK", "vocab", "bits", "points")
+TYPES = {"logits_TV": "*fp32", "top_T": "*fp32", "ids_TK": "*i32"}
+TYPES |= dict.fromkeys(("mass_TB", "spread_T", "limit_T", "block_TK", "within_TK"), "*i64")
+TYPES |= dict.fromkeys(("vocab", "blocks", "bits", "points"), "i32")
 FUSED = r"fma\.\S*f32"
-WEIGH = ("logits_TV", "top_T", "mass_TB", "spread_T", "vocab", "blocks", "bits")
 
 
 def interpreted():
@@ -37,23 +36,18 @@ def compare(logits_TV, points_TK, *heads):
 
 
 def compiled():
-    assert re.search(FUSED, code(kernels._locate, LOCATE, 4, {"POINTS": kernels._POINTS}, enable_fp_fusion=True))
-    for kernel, names, warps, sizes in (
-        (kernels._weigh, WEIGH, 8, {"TILE": kernels._TILE}),
-        (kernels._locate, LOCATE, 4, {"POINTS": kernels._POINTS}),
+    assert re.search(FUSED, code(kernels._locate, 4, {"POINTS": kernels._POINTS}, enable_fp_fusion=True))
+    for kernel, warps, sizes in (
+        (kernels._weigh, 8, {"TILE": kernels._TILE}),
+        (kernels._locate, 4, {"POINTS": kernels._POINTS}),
     ):
-        exact = code(kernel, names, warps, sizes, **kernels.EXACT)
+        exact = code(kernel, warps, sizes, **kernels.EXACT)
         assert not re.search(FUSED, exact)
         assert not re.search(r"(mul|add|sub)(\.ftz)?\.f32", exact), "an assembler may fuse what names no rounding"
 
 
-def code(kernel, names, warps, sizes, **options):
-    sizes = {"WIDTH": kernels.WIDTH, **sizes}
-    types = POINTERS | dict.fromkeys(("vocab", "blocks", "bits", "points"), "i32")
-    signature = {name: types.get(name, "*i64") for name in names} | dict.fromkeys(sizes, "constexpr")
-    source = triton.compiler.ASTSource(kernel, signature, constexprs=sizes)
-    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
-    return triton.compile(source, target=target, options={"num_warps": warps, **options}).asm["ptx"]
+def code(kernel, warps, sizes, **options):
+    return ptx_of(kernel, TYPES, {"WIDTH": kernels.WIDTH, **sizes}, aligned=False, num_warps=warps, **options)
 
 
 if __name__ == "__main__":
