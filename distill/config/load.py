@@ -53,7 +53,8 @@ alone, and what its other combinations break is refused when their turn comes.""
 
 def load(cfg: DictConfig) -> RunConfig:
     """A composed configuration as typed objects; ConfigError with every problem."""
-    broken = [problem for file in userfiles.read.values() for problem in file.problems]  # since the command line
+    broken = [problem for file in userfiles.read.values() for problem in file.problems]
+    userfiles.read.clear()  # what is composed next in this process may leave them out
     problems, run = (broken, None) if broken else _load(cfg)
     if problems or run is None:
         raise ConfigError(*problems)
@@ -300,7 +301,6 @@ def _hydra(config_dir: str | None) -> Iterator[Hydra]:
     """Hydra as `python -m distill --config-dir DIR` starts it; a folder that is not there is a problem of its flag."""
     version.setbase("1.3")
     GlobalHydra.instance().clear()
-    userfiles.read.clear()
     path = create_config_search_path(str(CONF))
     if config_dir is not None and os.path.isdir(config_dir):
         own = f"file://{os.path.abspath(config_dir)}"
@@ -309,6 +309,7 @@ def _hydra(config_dir: str | None) -> Iterator[Hydra]:
     try:
         yield Hydra.create_main_hydra2("distill", path)
     finally:
+        userfiles.read.clear()
         HydraConfig.instance().cfg = before
         GlobalHydra.instance().clear()
 

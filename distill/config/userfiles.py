@@ -42,7 +42,7 @@ class UserFile:
 
 
 read: dict[Path, UserFile] = {}
-"""The user's files that Hydra has loaded."""
+"""The user's files that Hydra has loaded for the configuration that it is composing."""
 
 
 class RecordingSource(file_config_source.FileConfigSource):

@@ -1,7 +1,7 @@
 """A user's own YAML: what is wrong with it is told with file, line and column, and the way out; what is sound loads."""
 
 import pytest
-from hydra import version
+from hydra import compose, initialize_config_dir, version
 
 from distill.config.errors import ConfigError
 from distill.config.load import CONF, _compose, _hydra, load, precheck
@@ -241,3 +241,20 @@ def test_hydra_s_own_search_path_is_read_as_strictly(folder):
     with pytest.raises(ConfigError, match="duplicate key seed"):
         precheck([f"hydra.searchpath=[file://{folder}]", "experiment=mine", "job=teacher"])
     assert version.getbase() is not None
+
+
+def test_a_refused_file_is_forgotten_with_the_command_line_that_chose_it(folder):
+    write(folder, LINE + "seed: 1\nseed: 2\n")
+    with pytest.raises(ConfigError, match="duplicate key seed"):
+        precheck(["--config-dir", str(folder), "experiment=mine", "job=teacher"])
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        assert load(compose("config", overrides=["job=teacher"])).seed == 0
+
+
+def test_a_refused_file_is_forgotten_with_the_configuration_that_it_is_part_of(folder):
+    write(folder, LINE + "seed: 1\nseed: 2\n")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        broken = compose("config", overrides=[f"hydra.searchpath=[file://{folder}]", "experiment=mine", "job=teacher"])
+        with pytest.raises(ConfigError, match="duplicate key seed"):
+            load(broken)
+        assert load(compose("config", overrides=["job=teacher"])).seed == 0
