@@ -109,7 +109,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, ends_E: Tensor | None, fp8: Fp8) -> Tensor:
         ctx.save_for_backward(x, weight, ends_E)
-        ctx.fp8 = fp8
+        ctx.fp8, ctx.weight = fp8, weight  # activation checkpointing hands a saved tensor back as another object
         first = fp8.rows(x) if ends_E is None else fp8.cast(rows, x, grouped=True)
         return product(first, fp8.weights.get(weight, rows if ends_E is None else columns, fp8.cast), ends_E).type_as(x)
 
@@ -120,7 +120,7 @@ class _Product(torch.autograd.Function):
         fp8, gx, gw = ctx.fp8, None, None
         if ctx.needs_input_grad[0]:
             first = fp8.cast(rows, g, grouped=ends_E is not None, dtype=E5M2)
-            second = fp8.weights.get(weight, columns if ends_E is None else rows, fp8.cast)
+            second = fp8.weights.get(ctx.weight, columns if ends_E is None else rows, fp8.cast)
             gx = product(first, second, ends_E, fast=False).type_as(x)
         if ctx.needs_input_grad[1]:
             gw = fp8.gradient_of_weight(x, g, ends_E).type_as(weight)

@@ -126,6 +126,15 @@ def test_in_bf16_weights_and_sums_of_micro_batches_are_fp32_and_another_stage_lo
     assert all(torch.equal(found[f"moved/{key}"], found[key]) for key in kept) and len(kept) == 2 * len(sums)
 
 
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("zero", [0, 1])
+def test_in_fp8_a_step_casts_each_weight_once_for_all_micro_batches_and_their_recomputation(results, world, zero):
+    casts, losses = (results[f"cut-{world}"][f"fp8/{zero}/{key}"] for key in ("casts", "losses"))
+    # Both ways in both layers: four projections of attention, three of the shared expert, two of the routed ones.
+    assert casts.shape == (3, 2 * 2 * (4 + 3 + 2)) and bool((casts == 1).all())
+    assert torch.equal(losses[:, 0], losses[:, 1]) and len(losses.unique()) == 3
+
+
 @pytest.mark.parametrize(
     ("kind", "step", "want"),
     [

@@ -159,8 +159,10 @@ def test_the_calls_on_a_gpu_are_ones_that_torch_accepts_there(monkeypatch, whole
         for ends, shapes in ((None, ((37, 64), (48, 64))), (torch.empty(4).int(), ((96, 32), (4, 32, 48)))):
             x, weight = (torch.empty(shape, dtype=torch.bfloat16) for shape in shapes)
             y = product.linear(x, weight) if ends is None else product.grouped(x, weight, ends)
-            context = SimpleNamespace(saved_tensors=(x, weight, ends), fp8=product, needs_input_grad=(True, True))
             # A build without CUDA has no autograd there.
+            context = SimpleNamespace(
+                saved_tensors=(x, weight, ends), fp8=product, weight=weight, needs_input_grad=(True, True)
+            )
             gx, gw, *_ = fp8._Product.backward.__wrapped__(context, torch.empty_like(y))
             for found, like in ((gx, x), (gw, weight)):
                 assert (found.shape, found.dtype, found.device.type) == (like.shape, torch.bfloat16, "cuda")

@@ -5,7 +5,9 @@ python -m tests.workers.engine OUT MODE      MODE: cut | resume
 
 import dataclasses
 import sys
+from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as torch_dist
@@ -18,12 +20,16 @@ from distill.config.schema import (
     OptimConfig,
     OptimizerName,
     Parametrization,
+    PrecisionConfig,
     WeightDecay,
 )
 from distill.engine import checkpoint
 from distill.engine import dist as engine_dist
 from distill.engine.deepspeed_engine import Engine
 from distill.model import Transformer
+from distill.model.fp8 import Fp8
+from distill.model.parts import Parts
+from distill.model.precision import numerics_of
 from losses import mixed_loss, routing_loss
 
 MODEL = ModelConfig(
@@ -132,6 +138,41 @@ def one_step_in_bf16(dist, zero):
     return found | rounded | moved
 
 
+def casts_of_weights_in_fp8(dist, zero):
+    """How often a step casts each weight along each dimension: [steps, weights and dimensions]; and of each step's
+    first micro-batch the loss, and what a model with the same weights and no casts kept says."""
+    config = dataclasses.replace(MODEL, kv_heads=2)
+    numerics = PrecisionConfig("fp8")
+    torch.manual_seed(0)
+    net, fresh = (Transformer(config, Parts.of(numerics_of(numerics, dist.device))) for _ in range(2))
+    net.activation_checkpointing = True
+    engine = Engine(net, optim("sgd"), EngineConfig(zero=zero), torch.bfloat16, dist)
+    fresh.to(torch.bfloat16)
+    real, counts, losses = Fp8.cast, [], []
+
+    def counted(product, by, x, **options):
+        for name, p in net.named_parameters():
+            if x.data_ptr() == p.data_ptr():
+                counts[-1][name, by.__name__] += 1
+        return real(product, by, x, **options)
+
+    with mock.patch.object(Fp8, "cast", counted):
+        for step in range(3):
+            counts.append(Counter())
+            rows = [x[dist.rank :: dist.world] for x in data(step)]
+            rows[2].fill_(True)
+            for index in range(len(rows[0])):
+                loss = micro_loss([x[index : index + 1] for x in rows])(engine.training_model)
+                engine.backward(loss, torch.tensor(BATCH * LENGTH))
+                if index == 0:
+                    fresh.load_state_dict({name: p.detach() for name, p in net.named_parameters()}, strict=False)
+                    losses.append(torch.stack([loss.detach(), micro_loss([x[:1] for x in rows])(fresh).detach()]))
+            engine.update(0.5)
+    engine.close()
+    keys = sorted({key for count in counts for key in count})
+    return {"casts": torch.tensor([[count[key] for key in keys] for count in counts]), "losses": torch.stack(losses)}
+
+
 def collect(engine):
     return {key: get().detach().clone() for key, get in engine.state() if key != "optimizer_steps"}
 
@@ -142,6 +183,7 @@ def main():
     found = {}
     if mode == "cut":
         for zero in (0, 1):
+            found |= {f"fp8/{zero}/{key}": value for key, value in casts_of_weights_in_fp8(dist, zero).items()}
             found |= {f"bf16/{zero}/{key}": value for key, value in one_step_in_bf16(dist, zero).items()}
             for name in ("adamw", "sgd"):
                 for accumulation in (1, 2):
