@@ -18,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch._dynamo  # has subclasses of torch.Event, so it comes before a stand-in
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -90,8 +91,8 @@ KERNELS = {
 SYNCHRONIZE = ("torch.cuda.synchronize", "torch.accelerator.synchronize")
 TIMELINES = (
     *(f"torch.cuda.{name}" for name in ("Event", "Stream", "current_stream", "default_stream")),
-    "torch.accelerator.current_stream",
-)  # fmt: skip
+    *("torch.Event", "torch.Stream", "torch.accelerator.current_stream"),
+)
 
 
 @contextmanager

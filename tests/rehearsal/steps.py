@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -43,8 +43,9 @@ CORPORA = ["main", "other"]
 
 @cache
 def composed(*arguments: str) -> RunConfig:
-    """The smoke in small, a layer of each kind of attention."""
-    keys = (f"train.steps={STEPS}", f"train.batch={B}", "model.layers=2", "model.nope_step=2")
+    """The smoke in small, a layer of each kind of attention; a row of metrics at every step."""
+    train = (f"train.steps={STEPS}", f"train.batch={B}", "train.log_every=1", "train.eval_every=0")
+    keys = (*train, "model.layers=2", "model.nope_step=2")
     shape = [f"{role}.{key}" for role in ("teacher", "student") for key in keys]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return load(compose("config", overrides=spelt(["job=codistill", "experiment=smoke", *shape, *arguments])))
@@ -120,8 +121,12 @@ def capture_of(config: RunConfig, watch: Watch | None) -> Capture:
     return Capture(codec, [NoWriter() for _ in CORPORA], 0, "teacher", lambda step: step, watch)  # type: ignore[misc]
 
 
+class Diverged(Exception):
+    """What a trainer raises at each row: a value that the host reads is 1, here the step that was not finite."""
+
+
 def run_of(config: RunConfig) -> Any:
-    return SimpleNamespace(config=config, dist=ALONE, restored=None, tracker=mock.Mock())
+    return SimpleNamespace(config=config, dist=ALONE, restored=None, tracker=mock.Mock(), diverged=Diverged)
 
 
 def teacher_trainer(config: RunConfig) -> Trainer:
@@ -149,9 +154,9 @@ def student_trainer(config: RunConfig, codec: str = "", live: Own | None = None)
 
 
 def train(card: Card, trainer: Trainer, batch: Batch, steps: int = 1) -> None:
-    """Steps as `Trainer.advance` makes them, and what is logged of them."""
+    """Steps as `Trainer.advance` makes them, to where there is still a step to make, and what is logged of them."""
     with card.step():
         for _ in range(steps):
             trainer._train_step(batch)
-        trainer.watch.problem()
-        trainer._logged()
+            with suppress(Diverged):
+                trainer._report(STEPS)

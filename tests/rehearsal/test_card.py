@@ -57,6 +57,7 @@ WAITS = {
     "synchronize": lambda x: torch.cuda.synchronize(),
     "synchronize by its other name": lambda x: torch.accelerator.synchronize(),
     "event": lambda x: torch.cuda.Event().synchronize(),
+    "event by its other name": lambda x: torch.Event(DEVICE).synchronize(),
     "stream": lambda x: torch.cuda.current_stream().synchronize(),
     "printed": lambda x: print(x),
     "in a text": lambda x: f"{x}",

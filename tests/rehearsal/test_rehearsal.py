@@ -111,6 +111,11 @@ def test_a_student_of_every_weighting(weighting):
     assert learn(f"weighting@student.weighting={weighting}") == ROW
 
 
+def test_between_rows_of_metrics_a_student_waits_for_nothing():
+    assert learn(student__train__log_every=5, **ALL_FACTORS) == set()
+    assert teach(teacher__train__log_every=5, steps=2) == {HAND_OVER, PUBLISHING}
+
+
 @pytest.mark.parametrize("precision", PRECISION_NAMES)
 def test_a_student_whose_weight_is_the_product_of_all_factors(precision):
     assert learn(precision__name=precision, **ALL_FACTORS) == ROW
@@ -126,7 +131,7 @@ def test_a_student_on_labels_alone():
 
 
 def test_a_student_that_accumulates_balances_and_checkpoints_activations():
-    assert learn(**of("student", SEVERAL | {"log_every": 1})) == ROW
+    assert learn(**of("student", SEVERAL)) == ROW
 
 
 def test_a_student_that_sees_pictures():
@@ -135,7 +140,7 @@ def test_a_student_that_sees_pictures():
 
 @pytest.mark.parametrize("loss", ["forward_kl", "reverse_kl", "jensen_shannon", "alpha_beta"])
 def test_a_student_of_losses_of_the_bucket(loss):
-    assert learn(codec="topk", student__loss=loss, student__train__log_every=1) == ROW
+    assert learn(codec="topk", student__loss=loss) == ROW
 
 
 def test_a_student_beside_a_live_teacher():
@@ -154,8 +159,9 @@ def test_an_evaluation_waits_at_its_end(precision):
     assert card.waited == {"student/evaluate.py:_on_host"}
 
 
-def test_a_backfill_waits_for_its_targets_alone():
-    config = configured(precision__name="bf16")
+@pytest.mark.parametrize("precision", PRECISION_NAMES)
+def test_a_backfill_waits_for_its_targets_alone(precision):
+    config = configured(precision__name=precision)
     with rehearsed() as card:
         teacher, capture = Own(frozen(config, config.teacher)), capture_of(config, None)
         batch = one_corpus(a_batch())
@@ -164,8 +170,9 @@ def test_a_backfill_waits_for_its_targets_alone():
     assert card.waited == {HAND_OVER}
 
 
-def test_a_generation_waits_at_its_end_and_to_see_whether_all_rows_have_ended():
-    config = configured(precision__name="bf16")
+@pytest.mark.parametrize("precision", PRECISION_NAMES)
+def test_a_generation_waits_at_its_end_and_to_see_whether_all_rows_have_ended(precision):
+    config = configured(precision__name=precision)
     prompts = [torch.arange(70), torch.arange(5)]
     with rehearsed() as card:
         model = frozen(config, config.student)
