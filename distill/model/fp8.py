@@ -83,7 +83,8 @@ class Fp8:
 class Kept:
     """Casts of weights, each made once: until the weight is changed in place, or moved.
 
-    What changes a weight behind autograd's back must say so (`torch.autograd.graph.increment_version`).
+    What changes a weight behind autograd's back, as torch's fused optimizers and DeepSpeed do, must say so
+    (`torch.autograd.graph.increment_version`).
     """
 
     def __init__(self) -> None:
