@@ -92,7 +92,7 @@ class Kept:
 
     def get(self, weight: Tensor, by: Callable[..., Cast], cast: Callable[..., Operand]) -> Operand:
         """The cast of a weight along one of its dimensions, which `by` stands for."""
-        if weight.is_inference():  # it tells nobody when it is changed
+        if weight.is_inference():  # has no version
             return cast(by, weight, grouped=weight.ndim == 3)
         state = weight._version, weight.dtype, weight.device
         kept = self._of.get(weight)
