@@ -4,13 +4,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def hidden_match(hidden_TD: Tensor, projector_ED: Tensor, teacher_TE: Tensor) -> Tensor:
-    """1 - cosine of projector x student and teacher, [T] in [0, 2], in at least fp32; the teacher gets no gradient.
+def hidden_match(projected_TE: Tensor, teacher_TE: Tensor) -> Tensor:
+    """1 - cosine of projected student and teacher, [T] in [0, 2], in at least fp32; the teacher gets no gradient.
 
     Scale-free, so that one coefficient fits teachers of any width and norm. Sources: the learned projection of TinyBERT
     (arXiv 1909.10351) and Minitron (2407.14679), the cosine of DistilBERT (1910.01108).
     """
-    projected_TE = F.linear(hidden_TD, projector_ED)
     return 1.0 - F.cosine_similarity(_wide(projected_TE), _wide(teacher_TE.detach()), dim=-1)
 
 

@@ -23,7 +23,7 @@ class SoftLoss:
 
     Args:
         codecs: of the caches that are read; empty: none.
-        projector_ED: what projects hidden states to the teacher's; None: they are not matched.
+        projector: takes hidden states [T, D] to the width of the teacher's; None: they are not matched.
         debug: labels, atoms and weights are checked.
     """
 
@@ -31,10 +31,10 @@ class SoftLoss:
         self,
         config: StudentConfig,
         codecs: Sequence[str] = (),
-        projector_ED: nn.Parameter | None = None,
+        projector: nn.Module | None = None,
         debug: bool = False,
     ):
-        self._entry, self._match, self._projector_ED = LOSSES[config.loss], config.hidden_match, projector_ED
+        self._entry, self._match, self._projector = LOSSES[config.loss], config.hidden_match, projector
         self._chunk, self._debug = config.train.head_chunk, debug
         options = soft_losses.options_of(config)
         self._temperature = options.get("temperature", 1.0)
@@ -90,9 +90,9 @@ class SoftLoss:
         """The head's pass; with a projector also the part `hidden_match`, whose coefficient is a share of the soft
         term's weight."""
         head = head_loss(hidden_TD, weight_VD, Checked(rows) if self._debug else rows, chunk=self._chunk)
-        if self._projector_ED is None or teacher_TE is None or weigher is None:
+        if self._projector is None or teacher_TE is None or weigher is None:
             return head
         w_soft_T = weigher.whole.soft_T
-        match_T = hidden_match(hidden_TD, self._projector_ED, teacher_TE)
+        match_T = hidden_match(self._projector(hidden_TD), teacher_TE)
         loss_sum = head.loss_sum + self._match * (w_soft_T * match_T).sum()
         return head._replace(loss_sum=loss_sum, parts=head.parts | {"hidden_match": match_T.detach()})

@@ -102,14 +102,19 @@ class Engine:
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
         """Steps inside leave no trace in weights, moments or step counts; keeps a copy of them on the host."""
-        before = [tensor.detach().to("cpu", copy=True) for tensor in self.layout.tensors()]
-        steps = self._ds.global_steps
+        before, steps = [tensor.to("cpu", copy=True) for tensor in self._changed()], self._ds.global_steps
         try:
             yield
         finally:
-            for tensor, copy in zip(self.layout.tensors(), before, strict=True):
-                tensor.detach().copy_(copy)
+            for tensor, copy in zip(self._changed(), before, strict=True):
+                tensor.copy_(copy)
+            torch.autograd.graph.increment_version([*self.layout.trainable.values()])
             self._ds.global_steps = steps
+
+    def _changed(self) -> list[Tensor]:
+        """All of this rank that an update changes; what is optimized are the model's own weights, or copies of them."""
+        tensors = (*self.layout.tensors(), *self.layout.trainable.values())
+        return [tensor.detach() for tensor in {id(tensor): tensor for tensor in tensors}.values()]
 
     def weights_finite(self) -> Tensor:
         """Whether all weights that train are finite: bool, scalar, on the device; nothing waits for it.

@@ -48,7 +48,7 @@ class Layout(ABC):
             self._state()[tensor] = state
 
     def tensors(self) -> Iterator[Tensor]:
-        """All of this rank that an update changes: what is optimized, and its state."""
+        """What is optimized on this rank, and its state."""
         for tensor in self._optimized():
             yield tensor
             yield from self._state()[tensor].values()

@@ -83,7 +83,8 @@ class Fp8:
 class Kept:
     """Casts of weights, each made once: until the weight is changed in place, or moved.
 
-    What changes a weight behind autograd's back must say so (`torch.autograd.graph.increment_version`).
+    What changes a weight behind autograd's back, as torch's fused optimizers and DeepSpeed do, must say so
+    (`torch.autograd.graph.increment_version`).
     """
 
     def __init__(self) -> None:
@@ -91,6 +92,8 @@ class Kept:
 
     def get(self, weight: Tensor, by: Callable[..., Cast], cast: Callable[..., Operand]) -> Operand:
         """The cast of a weight along one of its dimensions, which `by` stands for."""
+        if weight.is_inference():  # has no version
+            return cast(by, weight, grouped=weight.ndim == 3)
         state = weight._version, weight.dtype, weight.device
         kept = self._of.get(weight)
         if kept is None or kept[0] != state:

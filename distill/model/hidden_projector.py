@@ -7,21 +7,23 @@ leaves it out.
 import torch
 from torch import Tensor, nn
 
+from distill.model.linear import Linear
 from distill.model.parametrization import scales
 from distill.model.transformer import Transformer
 
 NAME = "hidden_projector"
 
 
-def attach(model: Transformer, width: int, seed: int) -> nn.Parameter:
-    """Adds the projection [width, D] to a model before it trains. Its weights are drawn apart from the model's."""
+def attach(model: Transformer, width: int, seed: int) -> Linear:
+    """Adds the projection, weight [width, D], to a model before it trains. Its weights are drawn apart from the
+    model's; its product is that of logits outside of a loss."""
     weight_ED = torch.empty(width, model.config.hidden_size)
     std = model.config.init_std * scales(model.config, f"{NAME}.weight").init
     nn.init.normal_(weight_ED, std=std, generator=torch.Generator().manual_seed(seed))
-    module = nn.Linear(model.config.hidden_size, width, bias=False)
+    module = Linear(model.config.hidden_size, width, model.linear)
     module.weight = nn.Parameter(weight_ED)
     model.add_module(NAME, module)
-    return module.weight
+    return module
 
 
 def without(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

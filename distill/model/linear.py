@@ -18,7 +18,7 @@ class Plain(NamedTuple):
     """Products that stay in the model's dtype where a precision has lower ones for projections and experts."""
 
     linear: Callable[..., Tensor] = F.linear
-    """As `F.linear`: of the vision tower, and of logits outside of a loss."""
+    """As `F.linear`: of the vision tower, the projection of hidden states, and logits outside of a loss."""
     attend: Callable[..., Tensor] = F.scaled_dot_product_attention
     """As `F.scaled_dot_product_attention`."""
 

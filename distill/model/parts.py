@@ -21,7 +21,8 @@ class Parts(NamedTuple):
     """Product of the routed experts."""
     dispatcher: LocalDispatcher = LocalDispatcher()
     plain: Plain = NATIVE
-    """Products of vision, attention scores, and logits outside of a loss. Router logits are always fp32."""
+    """Products of vision, attention scores, logits outside of a loss, and the projection of hidden states. Those of
+    routers are always fp32."""
     multiple: int = 1
     """The first two take widths that are multiples of it."""
 

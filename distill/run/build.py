@@ -142,7 +142,7 @@ def student(
         if live and "teacher" in run.roles:
             planned = steps_of(run, "teacher") * run.config.teacher.train.batch
     model, _ = first_model(run, "student")
-    projector_ED = attach(model, live.width, run.config.seed) if live and part.hidden_match else None
+    projector = attach(model, live.width, run.config.seed) if live and part.hidden_match else None
     vocab_sizes = [reader.header.vocab_size for reader in readers or []]
     setting = Setting(
         vocab_size=part.model.vocab_size,
@@ -152,7 +152,7 @@ def student(
         draws=min((float(reader.codec.draws) for reader in readers or []), default=math.inf),
         device=run.dist.device,
     )
-    loss = SoftLoss(part, [reader.header.codec.name for reader in readers or []], projector_ED, run.config.engine.debug)
+    loss = SoftLoss(part, [reader.header.codec.name for reader in readers or []], projector, run.config.engine.debug)
     recipe = StudentRecipe(part, run.dist, setting, steps, list(run.data.train), loss, live)
     feed = _feed(run, stream, Replay(part.replay.order, planned), readers, part.train.batch)
     return Trainer(run, "student", model, recipe, feed, Watch(run.dist), steps), recipe

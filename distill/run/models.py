@@ -74,12 +74,19 @@ def load_model(
             is taken where `want` has none. None takes what is there.
         parts: that the model is built of.
         opened: the checkpoint in the folder, where it is open already: its files need not be verified again.
+
+    Raises:
+        ConfigError: the architecture differs from `want`, or, before any weight is read, its products do not take a
+            width.
     """
     with_vision = want is None or want.vision is not None
-    if (folder / "config.json").exists():
-        model = hf.load(folder, vision=with_vision, parts=parts)
-    else:
-        model = _from_checkpoint(opened or checkpoint.find(folder), role, with_vision, parts)
+    try:
+        if (folder / "config.json").exists():
+            model = hf.load(folder, vision=with_vision, parts=parts)
+        else:
+            model = _from_checkpoint(opened or checkpoint.find(folder), role, with_vision, parts)
+    except ConfigError as error:
+        raise ConfigError(*[f"{folder}: {problem}" for problem in error.problems]) from error
     if want is not None:
         unlike = list(differences(architecture(want), architecture(model.config)))
         if unlike:
@@ -93,11 +100,12 @@ def load_model(
 def _from_checkpoint(opened: Checkpoint, role: str, with_vision: bool, parts: Parts) -> Transformer:
     name = role_in(opened, role)
     config = typed(ModelConfig, opened.state["models"][name])
-    tensors = hidden_projector.without(opened.tensors(name, ("param/", "buffer/")))
     if not with_vision:
         config = dataclasses.replace(config, vision=None)
-        tensors = {key: t for key, t in tensors.items() if not key.removeprefix("param/").startswith(hf.VISION)}
     model = Transformer(config, parts)
+    tensors = hidden_projector.without(opened.tensors(name, ("param/", "buffer/")))
+    if not with_vision:
+        tensors = {key: t for key, t in tensors.items() if not key.removeprefix("param/").startswith(hf.VISION)}
     load_weights(model, tensors)
     return model
 

@@ -22,7 +22,7 @@ from distill.engine import deepspeed_engine
 from distill.engine.dist import Dist
 from distill.engine.watch import Watch
 from distill.model import Transformer
-from distill.model.hidden_projector import NAME, attach
+from distill.model.hidden_projector import attach
 from distill.model.images import Images
 from distill.run.models import parts_of
 from distill.run.trainer import Trainer
@@ -139,18 +139,15 @@ def teacher_trainer(config: RunConfig) -> Trainer:
 
 def student_trainer(config: RunConfig, codec: str = "", live: Own | None = None) -> Trainer:
     part = config.student
-    model, projector_ED, teacher = Transformer(part.model, parts_of(run_of(config))), None, None
+    model, projector, teacher = Transformer(part.model, parts_of(run_of(config))), None, None
     if live is not None:
         teacher = LiveTeacher(live.hidden, lambda: live.unembedding, live.unembedding.shape[1], lambda: 0, "x")
         if part.hidden_match:
-            projector_ED = attach(model, teacher.width, 0)
+            projector = attach(model, teacher.width, 0)
     setting = Setting(V, V, len(CORPORA), 10_000, math.inf, DEVICE)
-    loss = SoftLoss(part, [codec] if codec else [], projector_ED)
+    loss = SoftLoss(part, [codec] if codec else [], projector)
     recipe = StudentRecipe(part, ALONE, setting, STEPS, CORPORA, loss, teacher)
-    trainer = Trainer(run_of(config), "student", model, recipe, mock.Mock(), Watch(ALONE), STEPS)
-    if projector_ED is not None:  # a move to a real device keeps the parameter, one to a fake device replaces it
-        loss._projector_ED = model.get_parameter(f"{NAME}.weight")
-    return trainer
+    return Trainer(run_of(config), "student", model, recipe, mock.Mock(), Watch(ALONE), STEPS)
 
 
 def train(card: Card, trainer: Trainer, batch: Batch, steps: int = 1) -> None:

@@ -128,6 +128,13 @@ def test_in_bf16_weights_and_sums_of_micro_batches_are_fp32_and_another_stage_lo
 
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("zero", [0, 1])
+@pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
+def test_a_rehearsed_step_of_any_size_leaves_no_trace(results, world, zero, dtype):
+    assert results[f"cut-{world}"][f"rehearsed/{zero}/{dtype}"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("zero", [0, 1])
 def test_in_fp8_a_step_casts_each_weight_once_for_all_micro_batches_and_their_recomputation(results, world, zero):
     casts, losses = (results[f"cut-{world}"][f"fp8/{zero}/{key}"] for key in ("casts", "losses"))
     # Both ways in both layers: four projections of attention, three of the shared expert, two of the routed ones.

@@ -140,6 +140,18 @@ def test_casts_go_with_their_weights():
     assert len(product.weights._of) == 0
 
 
+@torch.inference_mode()
+def test_weights_made_in_inference_mode_are_cast_as_they_are_at_the_moment():
+    product = Fp8(False, True)
+    x, weight, experts = torch.randn(96, 32), torch.randn(48, 32), torch.randn(4, 32, 48)
+    for _ in range(2):
+        assert torch.equal(product.linear(x, weight), oracle(x.bfloat16().float(), weight.bfloat16().float()))
+        first = product.grouped(x, experts, ENDS)
+        experts.mul_(2)
+        assert torch.equal(product.grouped(x, experts, ENDS), 2 * first)
+        weight.copy_(torch.randn(48, 32))
+
+
 # ---------------------------------------------------------------- what the hardware demands
 
 

@@ -1,14 +1,18 @@
 """What a job may start from: runs, checkpoints, Hugging Face folders, with vision or without, however spelt."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from distill.config.errors import ConfigError
-from distill.config.schema import BaseSizes, Parametrization, RopeScaling, VisionConfig
+from distill.config.load import to_dict
+from distill.config.schema import BaseSizes, Parametrization, PrecisionConfig, RopeScaling, VisionConfig
 from distill.model import Transformer, hf
 from distill.model.balance import degenerate_routers
+from distill.model.parts import Parts
+from distill.model.precision import numerics_of
 from distill.run.models import load_model
 from tests.unit.test_model_attention import config_of
 
@@ -78,6 +82,21 @@ def test_every_difference_is_named(folder):
         f"teacher.model.rope_scaling is {scaling}; the model in {folder} has null",
         f"teacher.model.vision.tile_size is 16; the model in {folder} has 8",
     ]
+
+
+def test_a_width_that_the_precision_does_not_take_is_refused_before_any_weight_is_read(tmp_path, monkeypatch):
+    narrow = config_of(expert_hidden=24)
+    hf.save(Transformer(narrow), tmp_path / "hf")
+    monkeypatch.setattr(hf.Reader, "read", lambda *_: pytest.fail("a weight was read"))
+    state = {"models": {"student": to_dict(narrow)}}
+    opened = SimpleNamespace(engines=["student"], state=state, tensors=lambda *_: pytest.fail("weights were read"))
+    parts = Parts.of(numerics_of(PrecisionConfig("fp8"), torch.device("cpu")))
+    for folder, checkpoint in ((tmp_path / "hf", None), (tmp_path / "run", opened)):
+        with pytest.raises(ConfigError) as error:
+            load_model(folder, "student", parts=parts, opened=checkpoint)
+        assert error.value.problems == [
+            f"{folder}: the model's expert_hidden is 24; products of the run's precision take multiples of 16"
+        ]
 
 
 def test_vision_is_not_made_up(tmp_path):

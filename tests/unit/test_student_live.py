@@ -6,13 +6,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.cache import SoftTargets
 from distill.config.errors import ConfigError
-from distill.config.schema import ModelConfig, StudentConfig, Targets, WeightingConfig
+from distill.config.schema import ModelConfig, PrecisionConfig, StudentConfig, Targets, WeightingConfig
 from distill.data.join import Batch, Joined
 from distill.engine.dist import Dist
 from distill.model import Transformer, hidden_projector
+from distill.model.parts import PLAIN, Parts
+from distill.model.precision import numerics_of
 from losses import head_loss
 from losses.bucketed import Bucketed
 from losses.dense import Dense
@@ -50,9 +53,9 @@ def batch(seed=0, most=V):
     )
 
 
-def teacher(config=WIDE, step=7):
+def teacher(config=WIDE, step=7, parts=PLAIN):
     torch.manual_seed(1)
-    model = Transformer(config)
+    model = Transformer(config, parts)
     live = LiveTeacher(
         lambda b: own_hidden(model, b), lambda: model.head.weight.detach(), config.hidden_size, lambda: step, "digest"
     )
@@ -96,11 +99,11 @@ def test_a_sample_with_an_id_that_the_teacher_lacks_has_no_target():
     assert torch.equal(out.ids_BS, b.ids_BS)  # the student reads its own
 
 
-def recipe(live, **keys):
+def recipe(live, parts=PLAIN, **keys):
     weighting = WeightingConfig(alpha=keys.pop("alpha", 0.5))
     config = StudentConfig(MODEL, weighting=weighting, targets=Targets.live, **keys)
     torch.manual_seed(0)
-    student = Transformer(MODEL)
+    student = Transformer(MODEL, parts)
     projector = hidden_projector.attach(student, live.width, 0) if config.hidden_match else None
     return student, StudentRecipe(config, ALONE, SETTING, 10, ["a", "b"], SoftLoss(config, (), projector), live)
 
@@ -130,6 +133,31 @@ def test_a_step_equals_a_dense_computation():
         match[valid].mean().item(), rel=1e-5
     )
     assert student.hidden_projector.weight.grad.any() and all(p.grad is None for p in model.parameters())
+
+
+class Bf16Products(TorchDispatchMode):
+    """Counts products of bf16 operands."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        is_product = any(part in op.__name__ for part in ("mm", "mv", "dot", "attention"))
+        self.count += is_product and any(isinstance(x, torch.Tensor) and x.dtype is torch.bfloat16 for x in args)
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_on_a_cpu_a_step_in_bf16_multiplies_in_bf16_itself_only_where_that_is_asked_for(native):
+    parts = Parts.of(numerics_of(PrecisionConfig("bf16", native=native), ALONE.device))
+    model, live = teacher(parts=parts)
+    student, made = recipe(live, parts, loss="jensen_shannon", hidden_match=0.5)
+    model.bfloat16()
+    student.bfloat16()
+    with Bf16Products() as products:
+        step(student, made, batch())
+    assert student.hidden_projector.weight.grad.any() and bool(products.count) == native
 
 
 def test_micro_batches_add_up_to_the_step():
@@ -213,10 +241,7 @@ def test_matching_against_fp64_and_finite_differences():
     g = torch.Generator().manual_seed(0)
     hidden, projector, theirs = (torch.randn(*n, generator=g, dtype=torch.float64) for n in ((5, 3), (4, 3), (5, 4)))
     a, b = hidden @ projector.T, theirs
-    torch.testing.assert_close(
-        hidden_match(hidden, projector, theirs), 1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
-    )
-    torch.testing.assert_close(hidden_match(a, torch.eye(4).double() * 3, a), torch.zeros(5).double())
-    inputs = hidden.requires_grad_(), projector.requires_grad_()
-    assert torch.autograd.gradcheck(lambda h, w: hidden_match(h, w, theirs), inputs)
-    assert hidden_match(hidden.bfloat16(), projector.bfloat16(), theirs.bfloat16()).dtype == torch.float32
+    torch.testing.assert_close(hidden_match(a, theirs), 1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)))
+    torch.testing.assert_close(hidden_match(a * 3, a), torch.zeros(5).double())
+    assert torch.autograd.gradcheck(lambda projected: hidden_match(projected, theirs), a.requires_grad_())
+    assert hidden_match(a.bfloat16(), theirs.bfloat16()).dtype == torch.float32

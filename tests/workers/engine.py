@@ -173,6 +173,34 @@ def casts_of_weights_in_fp8(dist, zero):
     return {"casts": torch.tensor([[count[key] for key in keys] for count in counts]), "losses": torch.stack(losses)}
 
 
+def traces_of_a_rehearsal(dist, zero):
+    """By dtype: how many of an engine's tensors a rehearsed step of full size has changed; and of the steps after it,
+    the largest difference of a weight from where the same steps end without a rehearsal."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        ends = []
+        for rehearsed in (True, False):
+            engine = Engine(model("adamw"), optim("adamw"), EngineConfig(zero=zero), dtype, dist)
+            engine.base_lr = optim("adamw").lr
+            train(engine, dist, 0, 2, 1)
+            if rehearsed:
+                before = {**collect(engine), **own_weights(engine)}
+                with engine.rehearsal():
+                    train(engine, dist, 2, 4, 1)
+                after = {**collect(engine), **own_weights(engine)}
+                changed = sum(not torch.equal(after[key], value) for key, value in before.items())
+            train(engine, dist, 2, 3, 1)
+            ends.append(collect(engine))
+            engine.close()
+        apart = max((ends[0][key] - value).abs().max() for key, value in ends[1].items())
+        found[str(dtype)] = torch.tensor([changed, apart])
+    return found
+
+
+def own_weights(engine):
+    return {f"own/{name}": p.detach().clone() for name, p in engine.model.named_parameters()}
+
+
 def collect(engine):
     return {key: get().detach().clone() for key, get in engine.state() if key != "optimizer_steps"}
 
@@ -185,6 +213,7 @@ def main():
         for zero in (0, 1):
             found |= {f"fp8/{zero}/{key}": value for key, value in casts_of_weights_in_fp8(dist, zero).items()}
             found |= {f"bf16/{zero}/{key}": value for key, value in one_step_in_bf16(dist, zero).items()}
+            found |= {f"rehearsed/{zero}/{key}": value for key, value in traces_of_a_rehearsal(dist, zero).items()}
             for name in ("adamw", "sgd"):
                 for accumulation in (1, 2):
                     engine = build(dist, zero, name, activation_checkpointing=accumulation == 2)
