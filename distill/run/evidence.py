@@ -4,6 +4,9 @@ A line has two digests. `config` is over the student's resolved configuration an
 teachers, without what is switched off or changes no result. `sources` is over the program's files that decide the
 result, as syntax trees: comments, docstrings and layout do not count. Of a student without a cache neither the files
 nor the keys of weighting, teachers and caches count.
+
+A key that is added later takes no part where its value is what the program did before it; else no line that is
+committed would be found again.
 """
 
 import ast
@@ -44,6 +47,12 @@ SOURCES = {
 _OF_WEIGHTS = ("weighting.py", "factors.py", "shard_lag.py")
 """Which decide the result of a student with a cache alone."""
 
+_NO_RESULT = (
+    "log_every", "eval_every", "eval_samples", "checkpoint_every", "keep_checkpoints",
+    "accumulation", "activation_checkpointing", "head_chunk",
+)  # fmt: skip
+"""Keys of `train`: what is seen and kept, and how the work is cut, which changes the rounding alone."""
+
 Line = dict[str, Any]
 
 
@@ -73,7 +82,7 @@ def _common(config: RunConfig) -> dict[str, Any]:
     plain = dataclasses.asdict(config)
     del plain["data"]["dir"]
     for role in ("teacher", "student"):
-        for key in ("log_every", "eval_every", "eval_samples", "checkpoint_every", "keep_checkpoints"):
+        for key in _NO_RESULT:
             del plain[role]["train"][key]
     for corpus in plain["data"]["corpora"].values():
         for source in (Source.law, Source.needle):

@@ -3,6 +3,9 @@
 import itertools
 import json
 import math
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from distill.run.evidence import Evidence
 from distill.run.intervals import interval, t_quantile
 from distill.run.lab_results import lengths, results, tokens_for
 from distill.run.lab_study import Study
+from tests.bench import precision
 
 QUICK = ["job=lab", "study=quick", "lab.only=[size]", "lab.pairs=5", "lab.tuning_seeds=[101,102]"]
 
@@ -155,7 +159,8 @@ def test_a_digest_depends_on_what_decides_the_result_and_on_nothing_else(tmp_pat
         return made.cell(regime, arm, setting, 3, "test").digest
 
     new, labels = digests(), digests(arm="labels")
-    for same in (["student.train.log_every=10"], ["lab.pairs=7"], ["engine.threads=1"], ["tracking=offline"],
+    how = ["student.train.log_every=10", "student.train.accumulation=2", "teacher.train.head_chunk=64"]
+    for same in (how, ["lab.pairs=7"], ["engine.threads=1"], ["tracking=offline"],
                  ["student.weighting.entropy.skip=0.3"], ["cache.queue=3"]):  # fmt: skip
         assert digests(*same) == new, same
     for other in (["student.train.batch=4"], ["teacher.optim.eps=0.1"], ["cache.codec.draws=5"], ["evaluate.samples=9"],
@@ -258,3 +263,28 @@ def test_changes_take_effect_as_from_the_command_line():
     assert student.student == same.student
     more = changed(config, {"data.corpora.easy.law.symbols": 5, "student.model.moe_layers": [0]})
     assert more.data.corpora["easy"].law.symbols == 5 and more.student.model.moe_layers == [0]
+
+
+# ---------------------------------------------------------------- what is committed
+
+
+@cache
+def in_study(name):
+    return Study(resolve(["job=lab", f"study={name}", "tracking=off"]))
+
+
+def digest_of_today(name, line):
+    if name == "precision":
+        return precision.key_of(precision.config_of(line["seed"], line["width"], line["precision"]))["config"]
+    return in_study(name).cell(*(line[key] for key in ("regime", "arm", "setting", "seed", "phase"))).digest
+
+
+@pytest.mark.parametrize("name", ["regimes", "length", "precision"])
+def test_committed_lines_are_those_of_todays_configurations(name, monkeypatch):
+    """Else a study would begin again; a key that is new takes no part at the value that it had in effect before."""
+    monkeypatch.setattr(evidence, "sys", SimpleNamespace(version="3.11.7"))  # whose standard library was the text
+    lines = [json.loads(text) for text in Path(f"docs/evidence/{name}.jsonl").read_text().splitlines()]
+    if name == "precision":  # a configuration takes most of a second
+        lines = [line for line in lines if line["seed"] == 0]
+    lost = [line for line in lines if digest_of_today(name, line) != line["config"]]
+    assert lines and not lost

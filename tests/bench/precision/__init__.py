@@ -72,12 +72,16 @@ def config_of(seed: int, width: int, name: str) -> RunConfig:
     return resolve([*COMMON, *own, f"student.optim.lr={WIDTHS[width]}", f"seed={seed}", f"precision={name}"])
 
 
-def _line(evidence: Evidence, seed: int, width: int, name: str) -> Line:
-    config = config_of(seed, width, name)
-    key = {
+def key_of(config: RunConfig) -> dict[str, str]:
+    return {
         "config": config_digest(config, [], [], LabArm(), LabTargets.captured),
         "sources": sources_digest("labels"),
     }
+
+
+def _line(evidence: Evidence, seed: int, width: int, name: str) -> Line:
+    config = config_of(seed, width, name)
+    key = key_of(config)
     found = evidence.find(key["config"], None if os.environ.get("STALE") == "keep" else key["sources"])
     if found is None:
         line = {"width": width, "precision": name, "seed": seed, **_student(config), **key}
