@@ -58,7 +58,7 @@ class Laboratory:
     def run(self) -> None:
         regimes = [name for name in self.lab.regimes if name in (self.lab.only or self.lab.regimes)]
         self.say(self._estimate(regimes))
-        self._left = self._count(regimes)
+        self._left = len(self._todo(regimes))
         for regime in regimes:
             for cell in self.study.tuning(regime):
                 self._train(cell)
@@ -100,29 +100,31 @@ class Laboratory:
         data = [study_plan.with_data(teacher, str(self.folder / "data")) for teacher in teachers]
         return lab_caches.make(folder, data, untils, targets, self.dist)
 
-    def _count(self, regimes: list[str]) -> int:
-        """Students that are left to train; what is tuned alike in two regimes counts once."""
+    def _todo(self, regimes: list[str]) -> set[str]:
+        """Digests of students that are left to train; what is tuned alike in two regimes counts once."""
         todo: set[str] = set()
         for regime in regimes:
             todo |= {cell.digest for cell in self.study.tuning(regime) if self.study.line(cell) is None}
             tuned = self.study.tuned(regime) or {
-                name: study_plan.settings_of(arm)[0] for name, arm in self.lab.arms.items()
+                name: study_plan.settings_of(self.lab.arms[arm.like or name])[0] for name, arm in self.lab.arms.items()
             }
             todo |= {cell.digest for cell in self.study.tests(regime, tuned) if self.study.line(cell) is None}
-        return len(todo)
+        return todo
 
     def _estimate(self, regimes: list[str]) -> str:
-        left, seeds = self._count(regimes), len(self.lab.tuning_seeds) + self.lab.pairs
+        todo, seeds = self._todo(regimes), len(self.lab.tuning_seeds) + self.lab.pairs
+        stale = sum(self.evidence.find(digest, None) is not None for digest in todo)
         taken = [line["seconds"] for line in self.evidence if line["regime"] in regimes]
         taught = [line["teacher"]["seconds"] for line in self.evidence if "teacher" in line]
         each, teachers = _mean(taken, GUESS), _mean(taught, TEACHER_GUESS)
         missing = sum(self._lacks(regime, seed) for regime in regimes for seed in self._seeds())
-        hours = (left * each + missing * teachers) / 3600
+        hours = (len(todo) * each + missing * teachers) / 3600
         return (
             f"study {self.lab.name}: {counted(len(regimes), 'regime')}, {counted(seeds, 'seed')}, "
-            f"{counted(left, 'student')} to train at {each:.1f} s ({'measured' if taken else 'a guess'}), teachers of "
-            f"{counted(missing, 'cache')} at {teachers:.1f} s ({'measured' if taught else 'a guess'}): about "
-            f"{hours:.2f} core-hours; lines go to {self.evidence.path}"
+            f"{counted(len(todo), 'student')} to train at {each:.1f} s ({'measured' if taken else 'a guess'}), "
+            f"teachers of {counted(missing, 'cache')} at {teachers:.1f} s ({'measured' if taught else 'a guess'}): "
+            f"about {hours:.2f} core-hours; lines go to {self.evidence.path}"
+            + (f"; {stale} of them have a line of other sources, which lab.stale=keep counts" if stale else "")
         )
 
     def _seeds(self) -> list[int]:

@@ -17,6 +17,7 @@ from distill.config.study_plan import changed, student_of
 from distill.run import evidence, lab_page
 from distill.run.evidence import Evidence
 from distill.run.intervals import interval, t_quantile
+from distill.run.lab import Laboratory
 from distill.run.lab_results import lengths, results, tokens_for
 from distill.run.lab_study import Study
 from tests.bench import precision
@@ -127,6 +128,9 @@ def test_lines_of_other_sources_do_not_count_unless_they_are_kept(tmp_path):
     assert results(study(tmp_path)) == []
     kept = study(tmp_path, "lab.stale=keep")
     assert len(results(kept)) == 1
+    estimates = [Laboratory(each, tmp_path, None, None)._estimate(["size"]) for each in (study(tmp_path), kept)]
+    assert estimates[0].endswith(f"; {len(lines)} of them have a line of other sources, which lab.stale=keep counts")
+    assert " 0 students to train" in estimates[1] and estimates[1].endswith("quick.jsonl")
     summary = study(tmp_path, "lab.summary_only=true")
     assert lab_page.write(summary).endswith("size pass")
     assert "Stale: some lines were made by other sources (0000000000000000)" in (tmp_path / "quick.md").read_text()
