@@ -60,6 +60,8 @@ class RegimeConfig:
     """The lead changes in a way that nobody knows beforehand: the new arm is to be better than a static one."""
     curve: str | None = None
     """Name of a curve of several lengths: its labels' runs tell how many tokens labels need for an arm's loss."""
+    labels_only: bool = False
+    """No teacher and no other arm: one more length of labels for the curve."""
 
 
 @frozen

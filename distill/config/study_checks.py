@@ -90,7 +90,7 @@ def _configurations(run: RunConfig) -> Iterator[str]:
     for regime in lab.regimes:
         for teacher in study_plan.teachers_of(run, regime, seed):
             problems += [f"lab.regimes.{regime}: {problem}" for problem in check(teacher)]
-        for name, arm in lab.arms.items():
+        for name, arm in study_plan.arms_of(lab, regime).items():
             tried = study_plan.settings_of(lab.arms[arm.like] if arm.like is not None else arm)
             for setting in tried:
                 student = study_plan.student_of(run, regime, name, setting, seed)

@@ -17,7 +17,7 @@ from distill.config.schema import (
     Source,
     TrackingConfig,
 )
-from distill.config.study import LabArm, LabTargets, LabTeacher, RegimeConfig
+from distill.config.study import ArmKind, LabArm, LabTargets, LabTeacher, RegimeConfig
 
 Changes = Mapping[str, Any]
 """Values by whole key."""
@@ -50,6 +50,12 @@ def _typed(kind: Any, value: Any) -> Any:
 def chosen(lab: LabConfig) -> LabConfig:
     """The study with the arms that `only_arms` leaves."""
     return dataclasses.replace(lab, arms={name: lab.arms[name] for name in lab.only_arms or lab.arms})
+
+
+def arms_of(lab: LabConfig, regime: str) -> dict[str, LabArm]:
+    """The arms of one of its regimes."""
+    only = lab.regimes[regime].labels_only
+    return {name: arm for name, arm in lab.arms.items() if not only or arm.kind is ArmKind.labels}
 
 
 def settings_of(arm: LabArm) -> list[dict[str, Any]]:

@@ -106,7 +106,8 @@ class Laboratory:
         for regime in regimes:
             todo |= {cell.digest for cell in self.study.tuning(regime) if self.study.line(cell) is None}
             tuned = self.study.tuned(regime) or {
-                name: study_plan.settings_of(self.lab.arms[arm.like or name])[0] for name, arm in self.lab.arms.items()
+                name: study_plan.settings_of(self.lab.arms[arm.like or name])[0]
+                for name, arm in study_plan.arms_of(self.lab, regime).items()
             }
             todo |= {cell.digest for cell in self.study.tests(regime, tuned) if self.study.line(cell) is None}
         return todo
@@ -131,6 +132,8 @@ class Laboratory:
         return [*self.lab.tuning_seeds, *study_plan.test_seeds(self.lab)]
 
     def _lacks(self, regime: str, seed: int) -> bool:
+        if self.lab.regimes[regime].labels_only:
+            return False
         folder = lab_caches.folder_of(self.folder, self.study.teachers(regime, seed), self.study.untils(regime))
         return not lab_caches.is_made(folder, LabTargets.captured)
 

@@ -92,12 +92,11 @@ def _arms(found: Sequence[RegimeResult]) -> Iterator[str]:
 
 
 def _lengths(study: Study, found: Sequence[RegimeResult]) -> Iterator[str]:
-    yield from _rows(["regime", "tokens", "arm", "share of the gap closed", "tokens that labels need"])
+    yield from _rows(["regime", "tokens", "arm", "measure", "share of the gap closed", "tokens that labels need"])
     for (regime, arm), length in lab_results.lengths(study, found).items():
-        tokens = next(r.tokens for r in found if r.regime == regime)
         closed = "" if math.isnan(length.closed) else f"{100 * length.closed:.0f} %"
-        times = "more than the longest labels' run" if math.isinf(length.tokens) else f"{length.tokens:.2f} times"
-        yield _row([regime, f"{tokens:,}", arm, closed, times])
+        times = "more than the longest labels' run" if math.isinf(length.times) else f"{length.times:.2f} times"
+        yield _row([regime, f"{length.tokens:,}", arm, _number(length.mean), closed, times])
 
 
 def _rows(header: Sequence[str]) -> list[str]:

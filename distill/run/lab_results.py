@@ -65,7 +65,7 @@ def missing(study: Study) -> dict[str, tuple[int, int]]:
         tuned = study.tuned(name)
         cells = list(study.tuning(name))
         tests = list(study.tests(name, tuned)) if tuned else []
-        wanted = len(cells) + len(study.lab.arms) * study.lab.pairs
+        wanted = len(cells) + len(study_plan.arms_of(study.lab, name)) * study.lab.pairs
         have = sum(study.line(cell) is not None for cell in [*cells, *tests])
         if have < wanted:
             counts[name] = have, wanted
@@ -73,15 +73,8 @@ def missing(study: Study) -> dict[str, tuple[int, int]]:
 
 
 def _regime(study: Study, regime: str) -> RegimeResult | None:
-    tuned = study.tuned(regime)
-    if tuned is None:
-        return None
-    lab, by_seed = study.lab, dict[int, dict[str, Line]]()
-    for cell in study.tests(regime, tuned):
-        if (line := study.line(cell)) is not None:
-            by_seed.setdefault(cell.seed, {})[cell.arm] = line
-    pairs = [lines for _, lines in sorted(by_seed.items()) if len(lines) == len(lab.arms)]
-    if len(pairs) < 2:
+    lab, pairs, tuned = study.lab, _pairs(study, regime), study.tuned(regime)
+    if lab.regimes[regime].labels_only or tuned is None or len(pairs) < 2:
         return None
     kinds = {kind: [name for name, arm in lab.arms.items() if arm.kind is kind] for kind in ArmKind}
     (labels,), (new,) = kinds[ArmKind.labels], kinds[ArmKind.new]
@@ -107,6 +100,15 @@ def _regime(study: Study, regime: str) -> RegimeResult | None:
     )
 
 
+def _pairs(study: Study, regime: str) -> list[dict[str, Line]]:
+    """Lines of all of a regime's arms, by test seed."""
+    tuned, by_seed = study.tuned(regime), dict[int, dict[str, Line]]()
+    for cell in study.tests(regime, tuned) if tuned is not None else ():
+        if (line := study.line(cell)) is not None:
+            by_seed.setdefault(cell.seed, {})[cell.arm] = line
+    return [lines for _, lines in sorted(by_seed.items()) if len(lines) == len(study_plan.arms_of(study.lab, regime))]
+
+
 def _arm(pairs: Sequence[dict[str, Line]], name: str, labels: str, setting: Mapping[str, Any]) -> ArmResult:
     values = [measure(lines[name]) for lines in pairs]
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
@@ -130,27 +132,48 @@ def _cached(lines: dict[str, Line]) -> Line | None:
 class LengthResult(NamedTuple):
     """Of one arm at one length of a curve."""
 
+    tokens: int
+    """Of a student."""
+    mean: float
+    """Excess or loss, nats."""
     closed: float
-    """Share of the gap between labels and teacher; nan: the teacher is no better than labels."""
-    tokens: float
-    """That labels need for the same measure, as a multiple of the arm's own; inf: more than any labels' run had."""
+    """Share of the gap between labels and teacher; nan: the teacher is no better than labels, or there is none."""
+    times: float
+    """Tokens that labels need for the same measure over the arm's own; inf: more than any labels' run had."""
 
 
 def lengths(study: Study, found: Sequence[RegimeResult]) -> dict[tuple[str, str], LengthResult]:
     """By regime and arm, for regimes on a curve."""
     out = {}
     (labels,) = (name for name, arm in study.lab.arms.items() if arm.kind is ArmKind.labels)
+    alone = _labels_alone(study, labels)
     for result in found:
         curve = study.lab.regimes[result.regime].curve
         if curve is None:
             continue
         on_curve = sorted(
-            (other.tokens, other.arms[labels].mean) for other in found if study.lab.regimes[other.regime].curve == curve
+            [
+                (other.tokens, other.arms[labels].mean)
+                for other in found
+                if study.lab.regimes[other.regime].curve == curve
+            ]
+            + [(only.tokens, only.mean) for name, only in alone.items() if study.lab.regimes[name].curve == curve]
         )
         gap = result.arms[labels].mean - result.teacher
         for name, arm in result.arms.items():
             closed = (result.arms[labels].mean - arm.mean) / gap if gap > 0 else math.nan
-            out[result.regime, name] = LengthResult(closed, tokens_for(arm.mean, on_curve) / result.tokens)
+            times = tokens_for(arm.mean, on_curve) / result.tokens
+            out[result.regime, name] = LengthResult(result.tokens, arm.mean, closed, times)
+    return out | {(name, labels): only for name, only in alone.items()}
+
+
+def _labels_alone(study: Study, labels: str) -> dict[str, LengthResult]:
+    """Of regimes that have labels alone."""
+    out = {}
+    for name, regime in study.lab.regimes.items():
+        lines = [pair[labels] for pair in _pairs(study, name)] if regime.labels_only else []
+        if len(lines) >= 2:
+            out[name] = LengthResult(lines[0]["tokens"], float(np.mean([*map(measure, lines)])), math.nan, 1.0)
     return out
 
 

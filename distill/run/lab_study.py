@@ -61,13 +61,13 @@ class Study:
 
     def tuning(self, regime: str) -> Iterator[Cell]:
         for seed in self.lab.tuning_seeds:
-            for name, arm in self.lab.arms.items():
+            for name, arm in study_plan.arms_of(self.lab, regime).items():
                 for setting in study_plan.settings_of(arm) if arm.like is None else ():
                     yield self.cell(regime, name, setting, seed, "tuning")
 
     def tests(self, regime: str, tuned: Mapping[str, Mapping[str, Any]]) -> Iterator[Cell]:
         for seed in study_plan.test_seeds(self.lab):
-            for name in self.lab.arms:
+            for name in study_plan.arms_of(self.lab, regime):
                 yield self.cell(regime, name, tuned[name], seed, "test")
 
     def line(self, cell: Cell) -> Line | None:
@@ -80,7 +80,8 @@ class Study:
     def tuned(self, regime: str) -> dict[str, Mapping[str, Any]] | None:
         """The best setting of each arm, by the mean over the tuning seeds; None: not all were tried."""
         best: dict[str, Mapping[str, Any]] = {}
-        for name, arm in self.lab.arms.items():
+        arms = study_plan.arms_of(self.lab, regime)
+        for name, arm in arms.items():
             if arm.like is None:
                 means = []
                 for setting in study_plan.settings_of(arm):
@@ -89,7 +90,7 @@ class Study:
                         return None
                     means.append((value, setting))
                 best[name] = min(means, key=lambda pair: pair[0])[1]
-        return {name: best[arm.like or name] for name, arm in self.lab.arms.items()}
+        return {name: best[arm.like or name] for name, arm in arms.items()}
 
     def tuning_mean(self, regime: str, arm: str, setting: Mapping[str, Any]) -> float | None:
         cells = [self.cell(regime, arm, setting, seed, "tuning") for seed in self.lab.tuning_seeds]

@@ -18,7 +18,7 @@ from distill.run import evidence, lab_page
 from distill.run.evidence import Evidence
 from distill.run.intervals import interval, t_quantile
 from distill.run.lab import Laboratory
-from distill.run.lab_results import lengths, results, tokens_for
+from distill.run.lab_results import lengths, missing, results, tokens_for
 from distill.run.lab_study import Study
 from tests.bench import precision
 
@@ -218,11 +218,33 @@ def test_lengths_of_a_curve(tmp_path):
     longer.arms["labels"] = found.arms["labels"]
     length = lengths(made, [found])["size", "new"]
     assert length.closed == pytest.approx((values["labels"] - values["new"]).mean() / gap)
-    assert length.tokens == math.inf
+    assert length.times == math.inf
     labels = found.arms["labels"]
     at_four = found._replace(regime="weaker", tokens=4000, arms={**found.arms, "labels": labels._replace(mean=0.1)})
     want = math.exp(np.interp(-found.arms["new"].mean, [-labels.mean, -0.1], np.log([1000, 4000]))) / 1000
-    assert lengths(made, [found, at_four])["size", "new"].tokens == pytest.approx(want)
+    assert lengths(made, [found, at_four])["size", "new"].times == pytest.approx(want)
+
+
+def test_a_longer_run_of_labels_alone_is_a_point_of_the_curve(tmp_path):
+    made = study(tmp_path, "lab.regimes.size.curve=smoke", "lab.regimes.weaker.curve=smoke",
+                 "lab.regimes.weaker.labels_only=true", "+lab.regimes.weaker.set={student.train.steps: 1000}",
+                 "lab.only=[size,weaker]")  # fmt: skip
+    forge_all(made, np.full(5, -0.1))
+    assert set(missing(made)) == {"weaker"}
+    for cell in made.tuning("weaker"):
+        assert cell.arm == "labels"
+        forge(made, cell, 0.5 - 0.01 * cell.setting.get("student.optim.lr", 0), tokens=4000)
+    made.evidence.refresh()
+    for cell in made.tests("weaker", made.tuned("weaker")):
+        forge(made, cell, 0.1 + 0.001 * cell.seed, tokens=4000)
+    made.evidence.refresh()
+    (found,) = results(made)
+    table, want = lengths(made, [found]), found.arms["new"].mean
+    assert table["weaker", "labels"] == (4000, pytest.approx(0.102), pytest.approx(math.nan, nan_ok=True), 1.0)
+    want = math.exp(np.interp(-want, [-found.arms["labels"].mean, -0.102], np.log([1000, 4000]))) / 1000
+    assert table["size", "new"].times == pytest.approx(want) and missing(made) == {}
+    lab_page.write(made)
+    assert "| weaker | 4,000 | labels | 0.1020 |  | 1.00 times |" in (tmp_path / "quick.md").read_text()
 
 
 # ---------------------------------------------------------------- rules
