@@ -18,7 +18,7 @@ from distill.run import evidence, lab_page
 from distill.run.evidence import Evidence
 from distill.run.intervals import interval, t_quantile
 from distill.run.lab import Laboratory
-from distill.run.lab_results import lengths, results, tokens_for
+from distill.run.lab_results import lengths, overall, results, tokens_for
 from distill.run.lab_study import Study
 from tests.bench import precision
 
@@ -91,9 +91,7 @@ def test_verdicts_on_forged_lines(tmp_path, new, verdict):
     page = lab_page.write(made)
     assert page.endswith(f"size {verdict}")
     text = (tmp_path / "quick.md").read_text()
-    assert (
-        f"| {verdict} |" in text and "Stale" not in text and "has" not in text.split("![")[0].split("before running")[1]
-    )
+    assert f"| {verdict} |" in text and "Stale" not in text and "Regime" not in text
     assert "best static" in (tmp_path / "quick.svg").read_text()
 
 
@@ -151,6 +149,25 @@ def test_missing_lines_are_counted(tmp_path):
     wanted = 2 * 2 * 3 + 5 * 4
     assert f"Regime size has {wanted - 1} of {wanted} lines." in text
     assert "not readable and do not count: 1." in text
+
+
+def test_over_all_regimes_a_seed_counts_once(tmp_path):
+    made = study(tmp_path)
+    forge_all(made, np.linspace(-0.2, 0.1, 5))
+    (found,) = results(made)
+    again = overall(made, [found, found._replace(regime="again")])
+    assert again["best static"] == pytest.approx(found.margin)
+    assert again["labels"].mean == pytest.approx(-found.arms["new"].gain.mean)
+    assert list(again) == ["best static", *(name for name in made.lab.arms if name != "new")]
+
+
+def test_a_page_names_the_regimes_that_only_leaves_out(tmp_path):
+    forge_all(study(tmp_path), np.zeros(5))
+    lab_page.write(study(tmp_path, "lab.only=[size]", "lab.summary_only=true"))
+    left_out = (
+        "Left out by `lab.only`, and without all of their lines: time, both, weaker, finished, replaced, mixture."
+    )
+    assert left_out in (tmp_path / "quick.md").read_text()
 
 
 # ---------------------------------------------------------------- digests
