@@ -118,8 +118,11 @@ def codistill_rules(run: RunConfig) -> Iterator[str]:
         )
     if cached and run.cache.codec.name in CODECS.names:
         form, codec = soft_losses.form_of(run.cache.codec.name), f"cache.codec.name={run.cache.codec.name}"
-        codec += f", which {', '.join(cached)} would read" if live else ""
-        yield from soft_losses.refusal(run.student, form, codec)
+        if live:
+            without = f"no arms that read it ({' '.join(f'~{arm}' for arm in cached)})"
+            yield from soft_losses.refusal(run.student, form, f"{codec}, which {', '.join(cached)} would read", without)
+        else:
+            yield from soft_losses.refusal(run.student, form, codec)
     if run.student.replay.order is ReplayOrder.own:
         yield f"student.replay.order is own with job=codistill; {_TAKES_ITS_STREAM}"
 

@@ -34,7 +34,7 @@ from distill.config import paths, userfiles
 from distill.config.arguments import HELPS, PRINTS, CommandLine, split
 from distill.config.checks import check
 from distill.config.errors import ConfigError
-from distill.config.keys import schema
+from distill.config.keys import schema, unknown_key
 from distill.config.overrides import problems_of
 from distill.config.registry import import_plugins
 from distill.config.schema import RunConfig
@@ -197,6 +197,7 @@ def _composed_problems(
         return
     HydraConfig.instance().set_config(cfg)
     problems = [*_folder(cfg, line.sweeps or cfg.hydra.mode is RunMode.MULTIRUN), *_load(cfg)[0]]
+    problems += _without_effect(cfg, overrides)
     package = line.flags.get("--package", "_global_")
     if package != "_global_" and OmegaConf.select(cfg, package, default=None) is None:
         problems.append(f"--package is {package}; no such key")
@@ -224,6 +225,18 @@ def _blamed(hydra: Hydra, name: str, overrides: list[str]) -> dict[str, str]:
         else:
             chosen += [text] if text in groups else []
     return blamed
+
+
+def _without_effect(cfg: DictConfig, overrides: list[str]) -> Iterator[str]:
+    """Empty mappings for keys whose names are free: Hydra adds what they have, nothing, to what is there."""
+    for text in overrides:
+        override = OverridesParser.create().parse_override(text)
+        key = override.key_or_group
+        if override.value() != {} or unknown_key(f"{key}.any name"):
+            continue
+        if names := list(OmegaConf.select(cfg, key, default=None) or ()):
+            left_out = " ".join(f"~{key}.{name}" for name in names)
+            yield f"{key} is {{}}; that takes nothing away: names are left out one by one, {left_out}"
 
 
 def _key(text: str) -> str:

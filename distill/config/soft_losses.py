@@ -64,9 +64,9 @@ def option_problems(student: StudentConfig) -> Iterator[str]:
             yield f"{key}.alpha is 0.0 and beta is 0.0; one of them must be positive"
 
 
-def refusal(student: StudentConfig, form: str, source: str) -> Iterator[str]:
+def refusal(student: StudentConfig, form: str, source: str, way_out: str = "student.targets=live") -> Iterator[str]:
     """A sentence if targets of this form are not for the student's loss, or temperature; none about a name that is no
-    loss. source: what the targets are of."""
+    loss. source: what the targets are of; way_out: what else to take than they."""
     if student.loss not in LOSSES.names:
         return
     temperature = options_of(student).get("temperature", 1.0)
@@ -83,7 +83,7 @@ def refusal(student: StudentConfig, form: str, source: str) -> Iterator[str]:
     good = [name for name in LOSSES.names if verdict(name, 1.0, form).startswith("yes")]
     yield (
         f"{key} is {value} with {source}; it is {_NOT_LINEAR}: a sampled codec gives a biased gradient; allowed: "
-        f"{', '.join(good)} at temperature 1, codec {', '.join(_bucket_codecs())}, or student.targets=live"
+        f"{', '.join(good)} at temperature 1, codec {', '.join(_bucket_codecs())}, or {way_out}"
     )
 
 

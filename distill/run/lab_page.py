@@ -48,8 +48,12 @@ def _page(study: Study, found: Sequence[RegimeResult]) -> Iterator[str]:
     )
     yield ""
     yield from _sources(study, found)
-    for name, (have, wanted) in lab_results.missing(study).items():
-        yield f"Regime {name} has {have} of {wanted} lines."
+    missing = lab_results.missing(study)
+    for name in lab.only or lab.regimes:
+        if name in missing:
+            yield f"Regime {name} has {missing[name][0]} of {missing[name][1]} lines."
+    if left_out := [name for name in missing if lab.only and name not in lab.only]:
+        yield f"Left out by `lab.only`, and without all of their lines: {', '.join(left_out)}."
     if study.evidence.unreadable:
         yield f"Lines that are not readable and do not count: {study.evidence.unreadable}."
     if found:
@@ -59,6 +63,9 @@ def _page(study: Study, found: Sequence[RegimeResult]) -> Iterator[str]:
         yield from _verdicts(found)
         yield ""
         yield from _arms(found)
+        if len(found) > 1 and all(regime.curve is None for regime in lab.regimes.values()):
+            yield ""
+            yield from _overall(study, found)
         if any(regime.curve is not None for regime in lab.regimes.values()):
             yield ""
             yield from _lengths(study, found)
@@ -91,7 +98,23 @@ def _arms(found: Sequence[RegimeResult]) -> Iterator[str]:
             yield _row([*cells, _interval(arm.gain), f"{arm.alpha:.3f}", f"{arm.seconds:.1f}"])
 
 
+def _overall(study: Study, found: Sequence[RegimeResult]) -> Iterator[str]:
+    regimes = ", ".join(result.regime for result in found)
+    yield (
+        f"New less each arm, mean over {regimes}; a seed counts once, since its students in several regimes have data "
+        "in common."
+    )
+    yield ""
+    yield from _rows(["arm", "new - arm"])
+    yield from (_row([name, _interval(margin)]) for name, margin in lab_results.overall(study, found).items())
+
+
 def _lengths(study: Study, found: Sequence[RegimeResult]) -> Iterator[str]:
+    yield (
+        "Tokens that labels need are read off straight lines, over log tokens, between the lengths that they were "
+        "trained for: too many where their loss falls less with each doubling."
+    )
+    yield ""
     yield from _rows(["regime", "tokens", "arm", "measure", "share of the gap closed", "tokens that labels need"])
     for (regime, arm), length in lab_results.lengths(study, found).items():
         closed = "" if math.isnan(length.closed) else f"{100 * length.closed:.0f} %"

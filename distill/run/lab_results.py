@@ -51,6 +51,8 @@ class RegimeResult(NamedTuple):
     """Of a student."""
     sources: frozenset[str]
     """Digests of the sources of these lines."""
+    measures: dict[str, dict[int, float]]
+    """Of each arm by test seed."""
 
 
 def results(study: Study) -> list[RegimeResult]:
@@ -59,9 +61,9 @@ def results(study: Study) -> list[RegimeResult]:
 
 
 def missing(study: Study) -> dict[str, tuple[int, int]]:
-    """Lines that a regime has, and all that it takes, where some are missing; of those in `only`."""
+    """Lines that a regime has, and all that it takes, where some are missing; of those that `only` leaves out, too."""
     counts = {}
-    for name in study.lab.only or study.lab.regimes:
+    for name in study.lab.regimes:
         tuned = study.tuned(name)
         cells = list(study.tuning(name))
         tests = list(study.tests(name, tuned)) if tuned else []
@@ -97,6 +99,7 @@ def _regime(study: Study, regime: str) -> RegimeResult | None:
         teacher,
         pairs[0][labels]["tokens"],
         frozenset(line["sources"] for lines in pairs for line in lines.values()),
+        {name: {lines[name]["seed"]: measure(lines[name]) for lines in pairs} for name in lab.arms},
     )
 
 
@@ -124,6 +127,27 @@ def _difference(pairs: Sequence[dict[str, Line]], one: str, other: str) -> Inter
 def _cached(lines: dict[str, Line]) -> Line | None:
     """A line that names the teacher."""
     return next((line for line in lines.values() if "teacher" in line), None)
+
+
+def overall(study: Study, found: Sequence[RegimeResult]) -> dict[str, Interval]:
+    """The new arm's measure less that of each other arm, and of each regime's best static one (`best static`).
+
+    A seed counts once, by its mean over regimes: its students have data in common, and some the same labels' student.
+    """
+    (new,) = (name for name, arm in study.lab.arms.items() if arm.kind is ArmKind.new)
+    seeds = sorted(set.intersection(*(set(result.measures[new]) for result in found)))
+    others = {name: [name] * len(found) for name in study.lab.arms if name != new}
+    others = {"best static": [result.best for result in found]} | others
+    return {
+        name: interval(
+            [
+                float(np.mean([r.measures[new][seed] - r.measures[arm][seed] for r, arm in zip(found, arms)]))
+                for seed in seeds
+            ]
+        )
+        for name, arms in others.items()
+        if len(seeds) > 1
+    }
 
 
 # ---------------------------------------------------------------- lengths

@@ -30,7 +30,7 @@ class Panel:
     """Value of the metric where what it measures is switched off: a curve of nothing else is not drawn."""
 
 
-HELD_OUT = "Held-out loss"
+HELD_OUT, WEIGHTING = "Held-out loss", "Weighting and targets"
 SECTIONS: dict[str, tuple[Panel, ...]] = {
     HELD_OUT: (Panel("heldout_loss", "Loss on held-out text", NATS, smoothed=False, wide=True),),
     "Training loss": (
@@ -39,11 +39,12 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("soft_loss", "Soft loss", NATS, "Between the distributions of teacher and student."),
         Panel("teacher_loss", "Teacher's loss", NATS, "Of the labels that the student reads, at capture."),
     ),
-    "Weighting and targets": (
+    WEIGHTING: (
         Panel("alpha", "Mean alpha", "share of the soft term", zero=True),
         Panel("effective_weight", "Effective weight", "share of the soft gradient", "By norms.", zero=True),
         Panel("teacher_lead", "Teacher's lead", "nats", "Student's less teacher's loss of a label.", zero=True),
         Panel("disagreement", "Disagreement", "nats", "The soft loss above the least it can be.", zero=True),
+        Panel("student_place", "Student's place", "nats", "Its loss on the teachers' curves, by the same tokens."),
         Panel("lag", "Lag", "nats", "How much worse than at its end the teacher was on these targets.", zero=True),
         Panel("lag_factor", "Lag factor", "1 for the best targets", "Reduces alpha by the targets' lag.", off=1),
         Panel("hard_grad_norm", "Gradient of the hard loss", "norm at the logits", "Mean over tokens.", zero=True),
@@ -138,17 +139,20 @@ def _curves(data: RunData) -> str:
 
 
 def _sections(data: RunData) -> dict[str, list[Panel]]:
-    """All panels: those of SECTIONS, one for each corpus of a mixture, and one for each metric that is left."""
+    """All panels: those of SECTIONS, the same of each corpus of a mixture, and one for each metric that is left."""
     sections = {title: list(panels) for title, panels in SECTIONS.items()} | {"Further metrics": []}
     panels = {panel.metric: panel for panels in SECTIONS.values() for panel in panels}
+    places = {panel.metric: title for title, panels in SECTIONS.items() for panel in panels}
     for metric in sorted({name for arm in data.arms for name in arm.metrics} - panels.keys() - {"tokens"}):
         name, _, corpus = metric.partition("/")
-        if name == "heldout_loss":
+        if name in panels:
             panel = replace(panels[name], metric=metric, title=f"{panels[name].title}: {corpus}", wide=False)
-            sections[HELD_OUT].append(panel)
+            sections[places[name]].append(panel)
         elif name == "heldout_accuracy":
             unit = "share of the tokens"
             sections[HELD_OUT].append(Panel(metric, f"Accuracy on held-out text: {corpus}", unit, smoothed=False))
+        elif name.endswith("_factor"):
+            sections[WEIGHTING].append(Panel(metric, name.replace("_", " ").capitalize(), "mean of a token's", off=1))
         else:
             sections["Further metrics"].append(Panel(metric, metric.replace("_", " ")))
     note = _heldout_note(data)

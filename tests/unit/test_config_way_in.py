@@ -126,6 +126,7 @@ SENTENCES = {
     "cache.dir=": "cache.dir is empty; give it a value, or null where it may have none",
     "cache.dir=$PATH/x": "cache.dir is $PATH/x; nothing replaces $PATH within single quotes: leave them out",
     "cache.dirs=x": "cache.dirs is x; ",
+    "data.corpora={}": "data.corpora is {}; that takes nothing away: names are left out one by one, ~data.corpora.main",
     "teacher=big": "teacher is big; it has keys of its own: teacher.model, ",
     "data.corpora.main.files=": "data.corpora.main.files is empty; it is a list: write 'data.corpora.main.files=[]'",
     "data.corpora.code.source=files": "Could not override 'data.corpora.code.source'. To append to your config use +da",

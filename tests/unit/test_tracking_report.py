@@ -175,6 +175,30 @@ def test_each_corpus_of_a_mixture_has_its_held_out_charts(tmp_path):
     assert page.chart("Accuracy on held-out text: a").ends == {"teacher": pytest.approx((3, 0.6))}
 
 
+def test_what_a_weighting_is_made_of_stands_beside_alpha(tmp_path):
+    logged = {
+        "alpha": 0.5,
+        "alpha/a": 0.4,
+        "variance_factor": 0.6,
+        "student_place": 3.0,
+        "hard_loss/a": 2.0,
+        "own": 1.0,
+    }
+    with Tracker(tmp_path, CONFIG, {}) as tracker:
+        for step in (1, 2, 3):
+            tracker.log("student", step, {name: value / step for name, value in logged.items()})
+    page = written(tmp_path)
+    assert [section["text"] for section in page.all("h2")] == [
+        "Training loss",
+        "Weighting and targets",
+        "Further metrics",
+    ]
+    assert list(page.charts) == [
+        "Hard loss: a nats per token", "Mean alpha share of the soft term", "Student's place nats",
+        "Mean alpha: a share of the soft term", "Variance factor mean of a token's", "own ",
+    ]  # fmt: skip
+
+
 def test_what_is_switched_off_has_no_curve_and_no_chart(tmp_path):
     off = {"coverage": 1.0, "mass": 1.0 + 1e-7, "dead_experts": 0.0, "balance_loss": 0.0, "skipped_samples": 0.0}
     for arm, factor in (("plain", 1.0), ("lagging", 0.5)):
