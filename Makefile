@@ -20,7 +20,7 @@ setup: .venv/.done ## Create .venv with everything that smoke, test and bench ne
 smoke: setup ## The main job, small: teacher, captured targets, four students, a table (ARGS="seed=7 ...")
 	$(RUN) job=codistill experiment=smoke $(ARGS)
 
-demo: setup ## The main job with four times the tokens (a quarter of an hour on 2 cores)
+demo: setup ## The main job with four times the tokens (19 minutes on 2 cores)
 	$(RUN) job=codistill experiment=demo $(ARGS)
 
 digits: setup ## The main job on text and images: who reads handwritten digits how well (ARGS="seed=7 ...")
