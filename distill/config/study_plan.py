@@ -52,6 +52,12 @@ def chosen(lab: LabConfig) -> LabConfig:
     return dataclasses.replace(lab, arms={name: lab.arms[name] for name in lab.only_arms or lab.arms})
 
 
+def only_arm(lab: LabConfig, kind: ArmKind) -> str:
+    """Name of the arm of a kind that a study has once: labels, new."""
+    (name,) = (name for name, arm in lab.arms.items() if arm.kind is kind)
+    return name
+
+
 def arms_of(lab: LabConfig, regime: str) -> dict[str, LabArm]:
     """The arms of one of its regimes."""
     only = lab.regimes[regime].labels_only
@@ -89,7 +95,7 @@ def student_of(run: RunConfig, regime: str, arm: str, setting: Changes, seed: in
 
 
 def teachers_in(regime: RegimeConfig) -> list[LabTeacher]:
-    return list(regime.teachers.values()) or [LabTeacher()]
+    return [] if regime.labels_only else list(regime.teachers.values()) or [LabTeacher()]
 
 
 def teachers_of(run: RunConfig, regime: str, seed: int) -> list[RunConfig]:

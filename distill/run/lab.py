@@ -57,8 +57,9 @@ class Laboratory:
 
     def run(self) -> None:
         regimes = [name for name in self.lab.regimes if name in (self.lab.only or self.lab.regimes)]
-        self.say(self._estimate(regimes))
-        self._left = len(self._todo(regimes))
+        todo = self._todo(regimes)
+        self._left = len(todo)
+        self.say(self._estimate(regimes, todo))
         for regime in regimes:
             for cell in self.study.tuning(regime):
                 self._train(cell)
@@ -112,8 +113,8 @@ class Laboratory:
             todo |= {cell.digest for cell in self.study.tests(regime, tuned) if self.study.line(cell) is None}
         return todo
 
-    def _estimate(self, regimes: list[str]) -> str:
-        todo, seeds = self._todo(regimes), len(self.lab.tuning_seeds) + self.lab.pairs
+    def _estimate(self, regimes: list[str], todo: set[str]) -> str:
+        seeds = len(self.lab.tuning_seeds) + self.lab.pairs
         stale = sum(self.evidence.find(digest, None) is not None for digest in todo)
         taken = [line["seconds"] for line in self.evidence if line["regime"] in regimes]
         taught = [line["teacher"]["seconds"] for line in self.evidence if "teacher" in line]
@@ -132,10 +133,9 @@ class Laboratory:
         return [*self.lab.tuning_seeds, *study_plan.test_seeds(self.lab)]
 
     def _lacks(self, regime: str, seed: int) -> bool:
-        if self.lab.regimes[regime].labels_only:
-            return False
-        folder = lab_caches.folder_of(self.folder, self.study.teachers(regime, seed), self.study.untils(regime))
-        return not lab_caches.is_made(folder, LabTargets.captured)
+        teachers = self.study.teachers(regime, seed)
+        folder = lab_caches.folder_of(self.folder, teachers, self.study.untils(regime))
+        return bool(teachers) and not lab_caches.is_made(folder, LabTargets.captured)
 
 
 def _mean(values: list[float], guess: float) -> float:

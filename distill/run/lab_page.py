@@ -4,7 +4,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from distill.config import study_plan
 from distill.config.files import write_text
+from distill.config.study import ArmKind
 from distill.config.values import shown
 from distill.run import lab_results
 from distill.run.evidence import sources_digest
@@ -20,7 +22,7 @@ def write(study: Study) -> str:
     page = "\n".join(_page(study, found)) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path.with_suffix(".md"), page)
-    (new,) = (name for name, arm in study.lab.arms.items() if arm.kind.value == "new")
+    new = study_plan.only_arm(study.lab, ArmKind.new)
     points = [
         Point(r.regime, r.lead, r.arms[new].gain.mean, r.arms[new].gain.low, r.arms[new].gain.high,
               r.arms[r.best].gain.mean)

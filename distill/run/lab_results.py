@@ -75,11 +75,12 @@ def missing(study: Study) -> dict[str, tuple[int, int]]:
 
 
 def _regime(study: Study, regime: str) -> RegimeResult | None:
-    lab, pairs, tuned = study.lab, _pairs(study, regime), study.tuned(regime)
+    lab, tuned = study.lab, study.tuned(regime)
+    pairs = _pairs(study, regime, tuned)
     if lab.regimes[regime].labels_only or tuned is None or len(pairs) < 2:
         return None
     kinds = {kind: [name for name, arm in lab.arms.items() if arm.kind is kind] for kind in ArmKind}
-    (labels,), (new,) = kinds[ArmKind.labels], kinds[ArmKind.new]
+    labels, new = (study_plan.only_arm(lab, kind) for kind in (ArmKind.labels, ArmKind.new))
     arms = {name: _arm(pairs, name, labels, tuned[name]) for name in lab.arms}
     statics = [name for kind in STATIC for name in kinds[kind]]
     scores = {name: study.tuning_mean(regime, name, tuned[name]) for name in statics}
@@ -103,9 +104,9 @@ def _regime(study: Study, regime: str) -> RegimeResult | None:
     )
 
 
-def _pairs(study: Study, regime: str) -> list[dict[str, Line]]:
-    """Lines of all of a regime's arms, by test seed."""
-    tuned, by_seed = study.tuned(regime), dict[int, dict[str, Line]]()
+def _pairs(study: Study, regime: str, tuned: Mapping[str, Mapping[str, Any]] | None) -> list[dict[str, Line]]:
+    """Lines of all of a regime's arms, of each test seed that has them; none before the arms are tuned."""
+    by_seed: dict[int, dict[str, Line]] = {}
     for cell in study.tests(regime, tuned) if tuned is not None else ():
         if (line := study.line(cell)) is not None:
             by_seed.setdefault(cell.seed, {})[cell.arm] = line
@@ -134,7 +135,7 @@ def overall(study: Study, found: Sequence[RegimeResult]) -> dict[str, Interval]:
 
     A seed counts once, by its mean over regimes: its students have data in common, and some the same labels' student.
     """
-    (new,) = (name for name, arm in study.lab.arms.items() if arm.kind is ArmKind.new)
+    new = study_plan.only_arm(study.lab, ArmKind.new)
     seeds = sorted(set.intersection(*(set(result.measures[new]) for result in found)))
     others = {name: [name] * len(found) for name in study.lab.arms if name != new}
     others = {"best static": [result.best for result in found]} | others
@@ -169,7 +170,7 @@ class LengthResult(NamedTuple):
 def lengths(study: Study, found: Sequence[RegimeResult]) -> dict[tuple[str, str], LengthResult]:
     """By regime and arm, for regimes on a curve."""
     out = {}
-    (labels,) = (name for name, arm in study.lab.arms.items() if arm.kind is ArmKind.labels)
+    labels = study_plan.only_arm(study.lab, ArmKind.labels)
     alone = _labels_alone(study, labels)
     for result in found:
         curve = study.lab.regimes[result.regime].curve
@@ -195,8 +196,9 @@ def _labels_alone(study: Study, labels: str) -> dict[str, LengthResult]:
     """Of regimes that have labels alone."""
     out = {}
     for name, regime in study.lab.regimes.items():
-        lines = [pair[labels] for pair in _pairs(study, name)] if regime.labels_only else []
-        if len(lines) >= 2:
+        pairs = _pairs(study, name, study.tuned(name)) if regime.labels_only else []
+        if len(pairs) >= 2:
+            lines = [pair[labels] for pair in pairs]
             out[name] = LengthResult(lines[0]["tokens"], float(np.mean([*map(measure, lines)])), math.nan, 1.0)
     return out
 

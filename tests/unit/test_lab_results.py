@@ -126,7 +126,8 @@ def test_lines_of_other_sources_do_not_count_unless_they_are_kept(tmp_path):
     assert results(study(tmp_path)) == []
     kept = study(tmp_path, "lab.stale=keep")
     assert len(results(kept)) == 1
-    estimates = [Laboratory(each, tmp_path, None, None)._estimate(["size"]) for each in (study(tmp_path), kept)]
+    labs = [Laboratory(each, tmp_path, None, None) for each in (study(tmp_path), kept)]
+    estimates = [lab._estimate(["size"], lab._todo(["size"])) for lab in labs]
     assert estimates[0].endswith(f"; {len(lines)} of them have a line of other sources, which lab.stale=keep counts")
     assert " 0 students to train" in estimates[1] and estimates[1].endswith("quick.jsonl")
     summary = study(tmp_path, "lab.summary_only=true")
@@ -256,9 +257,10 @@ def test_a_longer_run_of_labels_alone_is_a_point_of_the_curve(tmp_path):
         forge(made, cell, 0.1 + 0.001 * cell.seed, tokens=4000)
     made.evidence.refresh()
     (found,) = results(made)
-    table, want = lengths(made, [found]), found.arms["new"].mean
+    table = lengths(made, [found])
     assert table["weaker", "labels"] == (4000, pytest.approx(0.102), pytest.approx(math.nan, nan_ok=True), 1.0)
-    want = math.exp(np.interp(-want, [-found.arms["labels"].mean, -0.102], np.log([1000, 4000]))) / 1000
+    new, labels = (found.arms[name].mean for name in ("new", "labels"))
+    want = math.exp(np.interp(-new, [-labels, -0.102], np.log([1000, 4000]))) / 1000
     assert table["size", "new"].times == pytest.approx(want) and "weaker" not in missing(made)
     lab_page.write(made)
     assert "| weaker | 4,000 | labels | 0.1020 |  | 1.00 times |" in (tmp_path / "quick.md").read_text()
