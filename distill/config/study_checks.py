@@ -94,6 +94,10 @@ def _configurations(run: RunConfig) -> Iterator[str]:
             tried = study_plan.settings_of(lab.arms[arm.like] if arm.like is not None else arm)
             for setting in tried:
                 student = study_plan.student_of(run, regime, name, setting, seed)
+                if student.student.cached and lab.regimes[regime].labels_only:
+                    problems.append(
+                        f"lab.regimes.{regime}.labels_only is true; arm {name} reads a cache of its teacher"
+                    )
                 student = study_plan.changed(student, {"cache.dir": "made by the lab"})
                 problems += [f"lab.regimes.{regime}: arm {name}: {problem}" for problem in check(student)]
     yield from dict.fromkeys(problems)

@@ -286,6 +286,8 @@ def test_faults_of_a_study_are_named():
     assert problems("study=quick", "lab.only_arms=[labels,constant]") == ["lab.arms has 0 of kind new; one is needed"]
     assert problems("study=quick", "lab.first_seed=100", "lab.pairs=9")[0].startswith("lab.tuning_seeds has 101;")
     assert problems("study=quick", "lab.pairs=1") == ["lab.pairs is 1; an interval takes at least 2"]
+    cached = problems("study=quick", "lab.regimes.size.labels_only=true", "lab.arms.labels.set={student.cached: true}")
+    assert "lab.regimes.size.labels_only is true; arm labels reads a cache of its teacher" in cached
     wrong = problems("study=quick", "+lab.regimes.size.set={student.optim.rate: 1, seed: 3, student.optim.lr: -1}")
     assert wrong[0].startswith("lab.regimes.size.set: student.optim.rate is no key; allowed there: betas,")
     assert wrong[1:] == ["lab.regimes.size.set: seed is set by the lab"]
